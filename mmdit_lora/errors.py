@@ -1,0 +1,37 @@
+"""The one exception for wrong input, so that every entry point reports it in the same way."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The command line prints it in one message, without a traceback, and exits with 2.
+
+    Args:
+        what: what is wrong, with the value that is wrong in it.
+        where: the place: a file, a file and line, a key of the config. Given by the innermost reader that knows it;
+            outer readers add theirs with `at`.
+        cure: how to mend it, as an instruction.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
+        self.what, self.where, self.cure = what, where, cure
+        super().__init__(what)
+
+    def at(self, where: str) -> InputError:
+        """The same error, its place prefixed with `where` (a reader adds the file and line that a parser cannot know)."""
+        return type(self)(self.what, where=f"{where}: {self.where}" if self.where else where, cure=self.cure)
+
+    def __str__(self) -> str:
+        message = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{message}\n  to mend it: {self.cure}" if self.cure else message
+
+
+def unknown_key(key: str, known: Iterable[str], *, where: str | None = None) -> InputError:
+    """An `InputError` for a key that does not exist, naming the nearest one that does."""
+    names = list(known)
+    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+    return InputError(f"unknown key {key!r}", where=where, cure=cure)
