@@ -1,0 +1,1 @@
+"""Data sets in: readers, transforms, procedural scenes, collation."""

@@ -1,0 +1,136 @@
+"""What every family's transformer with a layout stream shares: loading, and preparing the layout of a forward call."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mmdit_lora.models.layout_stream import LayoutInputs, LayoutProcessor
+
+logger = logging.getLogger("mmdit_lora")
+
+
+def take_layout(
+    attention_kwargs: dict[str, Any] | None, layout: LayoutInputs | None, layout_scale: float
+) -> tuple[dict[str, Any] | None, LayoutInputs | None, float]:
+    """The layout and its scale, from the two arguments or from the attention kwargs, which lose them.
+
+    Raises:
+        ValueError: the layout is given in both places.
+    """
+    if attention_kwargs is None or not {"layout", "layout_scale"} & attention_kwargs.keys():
+        return attention_kwargs, layout, layout_scale
+    rest = {key: value for key, value in attention_kwargs.items() if key not in ("layout", "layout_scale")}
+    riding = attention_kwargs.get("layout")
+    if riding is not None and layout is not None:
+        raise ValueError("the layout is given both as `layout` and in the attention kwargs; give it once")
+    return rest, riding if layout is None else layout, attention_kwargs.get("layout_scale", layout_scale)
+
+
+class LayoutModelMixin(nn.Module):
+    """Mixed into a diffusers transformer, in front of it. The class builds its stream in `build_layout_stream`."""
+
+    layout_processor: LayoutProcessor
+
+    def build_layout_stream(self) -> None:
+        """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *, layout_seed: int = 0, **kwargs: Any) -> Self:
+        """diffusers' `from_pretrained` that also opens a plain base, and lets nothing pass silently.
+
+        A base without a layout stream gets a fresh one (initialised from `layout_seed`, every gate zero, the dtype of
+        the base) and that is logged once. Loading is set equality for every other name.
+
+        Args:
+            layout_seed: seeds the initialisation of a missing stream; two loads are equal.
+
+        Raises:
+            ValueError: names are missing, unexpected or of another shape; they are listed.
+            OSError: no such model.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        # Let through by diffusers and reported in the loading info, so that all faults are listed in one message.
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=False, **kwargs
+        )
+        added = {name for name, _ in model.named_parameters() if "layout" in name}
+        missing = set(info["missing_keys"])
+        faults = {
+            "missing": sorted(missing if missing & added != added else missing - added),
+            "unexpected": sorted(info["unexpected_keys"]),
+            "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+        }
+        if any(faults.values()):
+            listed = "; ".join(
+                f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+                for kind, names in faults.items()
+                if names
+            )
+            raise ValueError(f"{pretrained_model_name_or_path} does not hold this model: {listed}")
+        if missing:
+            model.reset_layout_stream(seed=layout_seed)
+            logger.warning(
+                "%s has no layout stream: a new one of %.2f M parameters was initialised (seed %d), its gates zero.",
+                pretrained_model_name_or_path,
+                sum(p.numel() for n, p in model.named_parameters() if "layout" in n) / 1e6,
+                layout_seed,
+            )
+        on_meta = [name for name, p in model.named_parameters() if p.is_meta]
+        if on_meta:
+            raise RuntimeError(f"weights left on the meta device: {', '.join(on_meta[:8])}")
+        return (model, info) if want_info else model
+
+    def reset_layout_stream(self, *, seed: int) -> None:
+        """Give the model a fresh layout stream in its own dtype and on its own device, seeded, every gate zero."""
+        anchor = next(p for n, p in self.named_parameters() if "layout" not in n)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.build_layout_stream()
+        for name, module in self.named_modules():
+            if name.rpartition(".")[2] in ("layout_stream", "layout_processor"):
+                module.to(device=anchor.device, dtype=anchor.dtype)
+        self.train(self.training)
+
+    def select_layout(self, layout: LayoutInputs | None, *, batch: int, scale: float) -> LayoutInputs | None:
+        """The layouts of this call's samples.
+
+        Guidance doubles the batch for the text only, and skip-layer guidance calls once more with a single batch: a
+        pipeline passes layouts for the doubled batch, and a call with half as many samples means the second half.
+
+        Raises:
+            ValueError: the layout's batch is neither `batch` nor twice `batch`, or its phrases have another width.
+        """
+        if layout is None or scale == 0.0:
+            return None
+        width = self.layout_processor.phrase_mlp.fc1.in_features
+        if layout.phrase_embeds.shape[-1] != width:
+            raise ValueError(f"phrase embeddings are {layout.phrase_embeds.shape[-1]} wide, this model takes {width}")
+        if len(layout) == 2 * batch:
+            return layout[batch:]
+        if len(layout) != batch:
+            raise ValueError(f"{len(layout)} layouts for a batch of {batch}: give {batch}, or {2 * batch} under guidance")
+        return layout
+
+    def begin_layout(
+        self, layout: LayoutInputs | None, scale: float
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the blocks take: layout tokens (B, N, D), key mask (B, N) or None, residual gain (B, 1, 1)."""
+        if layout is None:
+            return None, None, None
+        layout = layout.to(self.layout_processor.null_box.device)
+        tokens = self.layout_processor(layout)
+        if not self.config.mask_padding:  # type: ignore[attr-defined]
+            return tokens, None, tokens.new_full((len(layout), 1, 1), scale)
+        # Image tokens attend to one another in the layout branch too, so masking the keys is not enough for a sample
+        # without a box to be the base model: its residual is zeroed as well.
+        has_layout = layout.mask.any(dim=1)[:, None, None]
+        return tokens, layout.mask, scale * has_layout.to(tokens.dtype)
+
+    def fuse_qkv_projections(self) -> None:
+        """Not supported: diffusers' fused processors know two streams."""
+        raise NotImplementedError("fused q/k/v projections are not supported with a layout stream")

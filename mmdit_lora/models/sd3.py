@@ -1,0 +1,238 @@
+"""SD3 and SD3.5 with a layout stream: a subclass of diffusers' transformer and of its block.
+
+Only the two forwards that must carry the third stream are restated (diffusers 0.42.1,
+models/transformers/transformer_sd3.py and models/attention.py `JointTransformerBlock`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+# `ModelMixin` must be in this namespace: diffusers' loader looks for it in the module that model_index.json names.
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from mmdit_lora.models.base import LayoutModelMixin, take_layout
+from mmdit_lora.models.layout_stream import JointAttnProcessor, LayoutInputs, LayoutProcessor, LayoutStream
+
+__all__ = ["LayoutSD3Transformer2DModel", "LayoutSD3TransformerBlock", "ModelMixin"]
+
+
+class LayoutSD3TransformerBlock(JointTransformerBlock):
+    """diffusers' `JointTransformerBlock` with a third stream, `layout_stream`."""
+
+    def __init__(self, *, dim: int, num_attention_heads: int, attention_head_dim: int, last: bool, **kwargs: Any) -> None:
+        super().__init__(dim, num_attention_heads, attention_head_dim, context_pre_only=last, **kwargs)
+        self.attn.set_processor(JointAttnProcessor())
+        if self.attn2 is not None:
+            self.attn2.set_processor(JointAttnProcessor())
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        layout_states: Tensor | None = None,
+        layout_key_mask: Tensor | None = None,
+        layout_gain: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """One block; arguments that diffusers' block has are as there.
+
+        Args:
+            layout_states: (B, N, D) layout tokens; None = the base's own block.
+            layout_key_mask: (B, N) bool, True = a slot that may be attended to; None = all.
+            layout_gain: (B, 1, 1) factor of the layout residual: the layout scale, 0 for samples without a layout.
+
+        Returns:
+            Text tokens (None after the last block), image tokens, layout tokens (None without, or after the last block).
+        """
+        if layout_states is None:
+            return *super().forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs), None
+
+        # Image and text, as in the base.
+        norm_hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(hidden_states, emb=temb)
+        if self.context_pre_only:
+            norm_text = self.norm1_context(encoder_hidden_states, temb)
+        else:
+            norm_text, text_gate_msa, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context(
+                encoder_hidden_states, emb=temb
+            )
+        attention_kwargs = joint_attention_kwargs or {}
+        attn_out, text_attn_out = self.attn(
+            hidden_states=norm_hidden_states, encoder_hidden_states=norm_text, **attention_kwargs
+        )
+
+        # Image and layout. The residual has no time gate, and the text never sees the layout.
+        residual, layout_states = self.layout_stream(norm_hidden_states, layout_states, temb, layout_key_mask)
+        hidden_states = hidden_states + (gate_msa.unsqueeze(1) * attn_out + layout_gain * residual)
+
+        if self.use_dual_attention:
+            norm_hidden_states2, gate_msa2 = dual
+            attn_out2 = self.attn2(hidden_states=norm_hidden_states2, **attention_kwargs)
+            hidden_states = hidden_states + gate_msa2.unsqueeze(1) * attn_out2
+
+        norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * self._feed_forward(self.ff, norm_hidden_states)
+
+        if self.context_pre_only:
+            return None, hidden_states, layout_states
+        encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * text_attn_out
+        norm_text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
+        text_ff = self._feed_forward(self.ff_context, norm_text)
+        return encoder_hidden_states + text_gate_mlp.unsqueeze(1) * text_ff, hidden_states, layout_states
+
+    def _feed_forward(self, feed_forward: nn.Module, x: Tensor) -> Tensor:
+        if self._chunk_size is None:
+            return feed_forward(x)
+        return _chunked_feed_forward(feed_forward, x, self._chunk_dim, self._chunk_size)
+
+
+class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
+    """diffusers' `SD3Transformer2DModel` with a layout stream.
+
+    All arguments of the base are restated, so that a saved config is complete. Added:
+
+    Args:
+        phrase_dim: P, the width of a phrase embedding; default `pooled_projection_dim`.
+        mask_padding: True: padding slots are masked in attention, and a sample without a box is the base model. False:
+            null tokens fill the slots and are attended to, as in CreatiLayout.
+        layout_slots: pad every layout to this many slots (done by collate and pipeline, never by the model); None = as
+            many as the batch needs.
+        layout_attention: "siamese": image and layout tokens attend to one another in an attention of their own.
+    """
+
+    _no_split_modules = ["LayoutSD3TransformerBlock"]
+    _repeated_blocks = ["LayoutSD3TransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 18,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 18,
+        joint_attention_dim: int = 4096,
+        caption_projection_dim: int = 1152,
+        pooled_projection_dim: int = 2048,
+        out_channels: int = 16,
+        pos_embed_max_size: int = 96,
+        dual_attention_layers: tuple[int, ...] = (),
+        qk_norm: str | None = None,
+        phrase_dim: int | None = None,
+        mask_padding: bool = True,
+        layout_slots: int | None = None,
+        layout_attention: str = "siamese",
+    ) -> None:
+        if layout_attention != "siamese":
+            raise ValueError(f"layout_attention is {layout_attention!r}; known: 'siamese'")
+        super().__init__(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=0,  # the base's blocks would be built only to be replaced
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            caption_projection_dim=caption_projection_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            out_channels=out_channels,
+            pos_embed_max_size=pos_embed_max_size,
+            dual_attention_layers=dual_attention_layers,
+            qk_norm=qk_norm,
+        )
+        self.register_to_config(num_layers=num_layers)
+        self.transformer_blocks = nn.ModuleList(
+            LayoutSD3TransformerBlock(
+                dim=self.inner_dim,
+                num_attention_heads=num_attention_heads,
+                attention_head_dim=attention_head_dim,
+                last=index == num_layers - 1,
+                qk_norm=qk_norm,
+                use_dual_attention=index in dual_attention_layers,
+            )
+            for index in range(num_layers)
+        )
+        self.build_layout_stream()
+
+    def build_layout_stream(self) -> None:
+        """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
+        config = self.config
+        self.layout_processor = LayoutProcessor(config.phrase_dim or config.pooled_projection_dim, self.inner_dim)
+        for block in self.transformer_blocks:
+            block.layout_stream = LayoutStream(
+                dim=self.inner_dim,
+                num_heads=config.num_attention_heads,
+                head_dim=config.attention_head_dim,
+                qk_norm=config.qk_norm,
+                last=block.context_pre_only,
+            )
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        timestep: Tensor | None = None,
+        block_controlnet_hidden_states: list[Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        skip_layers: list[int] | None = None,
+        layout: LayoutInputs | None = None,
+        layout_scale: float = 1.0,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity; what diffusers' class has is as there.
+
+        Args:
+            hidden_states: (B, C, H, W) noisy latents.
+            layout: layouts of the B samples, or of 2B of which the second half is meant (see `select_layout`); None = the
+                base model. May ride in `joint_attention_kwargs["layout"]` instead, which stock pipelines hand through.
+            layout_scale: factor of the layout residual; 0 skips the stream. Also `joint_attention_kwargs["layout_scale"]`.
+
+        Raises:
+            ValueError: the layout is given twice, its batch fits neither B nor 2B, or its phrase width is not `phrase_dim`.
+        """
+        joint_attention_kwargs, layout, layout_scale = take_layout(joint_attention_kwargs, layout, layout_scale)
+        layout = self.select_layout(layout, batch=hidden_states.shape[0], scale=layout_scale)
+        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale)
+
+        height, width = hidden_states.shape[-2:]
+        hidden_states = self.pos_embed(hidden_states).contiguous()
+        temb = self.time_text_embed(timestep, pooled_projections)
+        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+
+        if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
+            ip_embeds = joint_attention_kwargs.pop("ip_adapter_image_embeds")
+            ip_hidden_states, ip_temb = self.image_proj(ip_embeds, timestep)
+            joint_attention_kwargs.update(ip_hidden_states=ip_hidden_states, temb=ip_temb)
+
+        for index, block in enumerate(self.transformer_blocks):
+            if skip_layers is None or index not in skip_layers:
+                # Positional: that is how the checkpointing function hands arguments on.
+                inputs = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+                inputs += (layout_states, layout_key_mask, layout_gain)
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    outputs = self._gradient_checkpointing_func(block, *inputs)
+                else:
+                    outputs = block(*inputs)
+                encoder_hidden_states, hidden_states, layout_states = outputs
+            if block_controlnet_hidden_states is not None and not block.context_pre_only:
+                interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
+                hidden_states = hidden_states + block_controlnet_hidden_states[int(index / interval)]
+
+        hidden_states = self.proj_out(self.norm_out(hidden_states, temb))
+        patch = self.config.patch_size
+        hidden_states = hidden_states.unflatten(1, (height // patch, width // patch))
+        hidden_states = hidden_states.unflatten(-1, (patch, patch, self.out_channels))
+        sample = torch.einsum("nhwpqc->nchpwq", hidden_states).flatten(4, 5).flatten(2, 3)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -1,0 +1,5 @@
+"""Layout in, picture out: thin subclasses of the diffusers pipelines."""
+
+from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
+
+__all__ = ["LayoutStableDiffusion3Pipeline"]
