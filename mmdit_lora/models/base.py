@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mmdit_lora.errors import InputError
 from mmdit_lora.models.layout_stream import LayoutInputs, LayoutProcessor
 
 logger = logging.getLogger("mmdit_lora")
@@ -30,9 +34,26 @@ def take_layout(
     return rest, riding if layout is None else layout, attention_kwargs.get("layout_scale", layout_scale)
 
 
+@contextmanager
+def without_missing_weights_warning() -> Iterator[None]:
+    """Drop diffusers' list of some 600 "newly initialized" names; the user's own verbosity stays as it is."""
+    source = logging.getLogger("diffusers.models.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        # Its two neighbours, about unused and misshapen weights, are in our error message.
+        return not record.getMessage().startswith("Some weights of")
+
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)
+
+
 class LayoutModelMixin(nn.Module):
     """Mixed into a diffusers transformer, in front of it. The class builds its stream in `build_layout_stream`."""
 
+    config: Any
     layout_processor: LayoutProcessor
 
     def build_layout_stream(self) -> None:
@@ -50,17 +71,21 @@ class LayoutModelMixin(nn.Module):
             layout_seed: seeds the initialisation of a missing stream; two loads are equal.
 
         Raises:
-            ValueError: names are missing, unexpected or of another shape; they are listed.
+            InputError: names are missing, unexpected or of another shape (they are listed), or the file is damaged.
             OSError: no such model.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        # Let through by diffusers and reported in the loading info, so that all faults are listed in one message.
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=False, **kwargs
-        )
+        where = str(pretrained_model_name_or_path)
+        try:
+            with without_missing_weights_warning():
+                # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
+                loaded = super().from_pretrained(where, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except (ValueError, SafetensorError) as error:  # another shape; a damaged file
+            raise InputError(f"does not hold this model: {error}", where=where) from error
+        model, info = loaded
         added = {name for name, _ in model.named_parameters() if "layout" in name}
         missing = set(info["missing_keys"])
-        faults = {
+        faults: dict[str, list[str]] = {
             "missing": sorted(missing if missing & added != added else missing - added),
             "unexpected": sorted(info["unexpected_keys"]),
             "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
@@ -71,12 +96,12 @@ class LayoutModelMixin(nn.Module):
                 for kind, names in faults.items()
                 if names
             )
-            raise ValueError(f"{pretrained_model_name_or_path} does not hold this model: {listed}")
+            raise InputError(f"does not hold this model: {listed}", where=where)
         if missing:
             model.reset_layout_stream(seed=layout_seed)
             logger.warning(
                 "%s has no layout stream: a new one of %.2f M parameters was initialised (seed %d), its gates zero.",
-                pretrained_model_name_or_path,
+                where,
                 sum(p.numel() for n, p in model.named_parameters() if "layout" in n) / 1e6,
                 layout_seed,
             )
@@ -113,7 +138,9 @@ class LayoutModelMixin(nn.Module):
         if len(layout) == 2 * batch:
             return layout[batch:]
         if len(layout) != batch:
-            raise ValueError(f"{len(layout)} layouts for a batch of {batch}: give {batch}, or {2 * batch} under guidance")
+            raise ValueError(
+                f"{len(layout)} layouts for a batch of {batch}: give {batch}, or {2 * batch} under guidance"
+            )
         return layout
 
     def begin_layout(
@@ -124,7 +151,7 @@ class LayoutModelMixin(nn.Module):
             return None, None, None
         layout = layout.to(self.layout_processor.null_box.device)
         tokens = self.layout_processor(layout)
-        if not self.config.mask_padding:  # type: ignore[attr-defined]
+        if not self.config.mask_padding:
             return tokens, None, tokens.new_full((len(layout), 1, 1), scale)
         # Image tokens attend to one another in the layout branch too, so masking the keys is not enough for a sample
         # without a box to be the base model: its residual is zeroed as well.

@@ -44,7 +44,9 @@ class LayoutInputs:
         if self.mask.ndim != 2 or self.mask.dtype is not torch.bool:
             raise ValueError(f"mask must be (B, N) bool, is {batch_slots} {self.mask.dtype}")
         if tuple(self.boxes.shape) != (*batch_slots, 4):
-            raise ValueError(f"boxes must be {(*batch_slots, 4)} for a mask of {batch_slots}, is {tuple(self.boxes.shape)}")
+            raise ValueError(
+                f"boxes must be {(*batch_slots, 4)} for a mask of {batch_slots}, is {tuple(self.boxes.shape)}"
+            )
         if self.phrase_embeds.ndim != 3 or tuple(self.phrase_embeds.shape[:2]) != batch_slots:
             raise ValueError(
                 f"phrase_embeds must be {(*batch_slots, 'P')} for that mask, is {tuple(self.phrase_embeds.shape)}"

@@ -28,7 +28,9 @@ __all__ = ["LayoutSD3Transformer2DModel", "LayoutSD3TransformerBlock", "ModelMix
 class LayoutSD3TransformerBlock(JointTransformerBlock):
     """diffusers' `JointTransformerBlock` with a third stream, `layout_stream`."""
 
-    def __init__(self, *, dim: int, num_attention_heads: int, attention_head_dim: int, last: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *, dim: int, num_attention_heads: int, attention_head_dim: int, last: bool, **kwargs: Any
+    ) -> None:
         super().__init__(dim, num_attention_heads, attention_head_dim, context_pre_only=last, **kwargs)
         self.attn.set_processor(JointAttnProcessor())
         if self.attn2 is not None:

@@ -1,0 +1,236 @@
+"""Procedural scenes: coloured shapes on grey backgrounds, with captions, boxes and phrases.
+
+Every picture is a function of (spec, seed, index), so a data set is a few numbers, and what was asked for can be read
+back from the pixels exactly (`mmdit_lora.evaluate.reader`), without a learned judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator, default_rng
+from numpy.typing import NDArray
+from PIL import Image
+
+
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Box, Layout
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 35, 40),
+    "orange": (250, 140, 20),
+    "yellow": (245, 225, 45),
+    "green": (35, 165, 65),
+    "cyan": (45, 205, 220),
+    "blue": (35, 75, 215),
+    "purple": (135, 50, 195),
+    "pink": (250, 120, 195),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+# Grey levels, so that any colour that is seen belongs to a shape.
+BACKGROUNDS: dict[str, tuple[int, int]] = {"light": (222, 248), "grey": (108, 150), "dark": (12, 50)}
+NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+LISTED_IN_CAPTION = 4  # a longer list would not fit into a CLIP text encoder's tokens together with the rest
+
+_SUPERSAMPLING = 4  # sub-pixels a side; 17 levels of edge coverage
+
+
+@dataclass(frozen=True)
+class SceneSpec:
+    """A domain of scenes. Lengths are in pixels.
+
+    Args:
+        objects: fewest and most objects in a picture.
+        side: smallest and largest geometric mean of an object's sides.
+        elongation: range of the ratio of the long to the short side; which of them is horizontal is drawn.
+        max_overlap: the largest share of the smaller of two boxes that another one may cover; 0 = apart by `gap`.
+        gap: distance kept between boxes that may not overlap.
+        fill: the largest share of the picture that all boxes together take; sides shrink to meet it.
+        many: probability that a picture holds more than `LISTED_IN_CAPTION` objects; None = every number is as likely.
+        graded: probability of a background with a gradient.
+        size: width and height of the picture.
+    """
+
+    objects: tuple[int, int] = (1, 4)
+    side: tuple[float, float] = (14, 32)
+    elongation: tuple[float, float] = (1.0, 1.25)
+    max_overlap: float = 0.0
+    gap: float = 1.5
+    fill: float = 0.6
+    many: float | None = None
+    graded: float = 0.5
+    size: int = 64
+
+
+DOMAINS: dict[str, SceneSpec] = {
+    "basic": SceneSpec(),
+    # What the embedded base is trained on: every number of objects, most of them few and large, a few that overlap.
+    "mixed": SceneSpec(objects=(1, 10), side=(9, 32), elongation=(1.0, 1.3), max_overlap=0.1, gap=1, many=0.3),
+    "dense": SceneSpec(objects=(6, 10), side=(8, 14), gap=1),
+    # Bars and columns, as on a page or a poster.
+    "page": SceneSpec(objects=(2, 5), side=(15, 26), elongation=(2.2, 4.0), gap=1, fill=0.65),
+}
+
+
+def shape_coverage(shape: str, xyxy: tuple[float, float, float, float], size: int) -> NDArray[np.float64]:
+    """How much of each pixel the shape covers, (size, size) in [0, 1]; its ink touches all four sides of the box.
+
+    Args:
+        shape: one of `SHAPES`.
+        xyxy: the box in pixels, sub-pixel exact.
+    """
+    x0, y0, x1, y1 = xyxy
+    left, top = max(int(x0), 0), max(int(y0), 0)
+    right, bottom = min(int(np.ceil(x1)), size), min(int(np.ceil(y1)), size)
+    out = np.zeros((size, size))
+    if right <= left or bottom <= top:
+        return out
+    steps = _SUPERSAMPLING
+    x = (np.arange((right - left) * steps) + 0.5) / steps + left
+    y = (np.arange((bottom - top) * steps) + 0.5) / steps + top
+    u = (2 * x - x0 - x1)[None, :] / (x1 - x0)  # the box is [-1, 1] x [-1, 1]
+    v = (2 * y - y0 - y1)[:, None] / (y1 - y0)
+    ink = _inside(shape, u, v) & (np.abs(u) <= 1) & (np.abs(v) <= 1)
+    cells = ink.reshape(bottom - top, steps, right - left, steps)
+    out[top:bottom, left:right] = cells.mean(axis=(1, 3))
+    return out
+
+
+def make_scene(spec: SceneSpec, seed: int, index: int) -> tuple[Image.Image, Layout]:
+    """Scene number `index` of the series `seed`: an RGB picture and its layout. The same arguments give the same bytes."""
+    rng = default_rng([seed, index])
+    boxes = _place(spec, rng, _count(spec, rng))
+    tone = str(rng.choice(list(BACKGROUNDS)))
+    canvas = _background(spec, rng, tone)
+    things: list[Box] = []
+    for index, xyxy in enumerate(boxes):
+        # Where two of one colour meet, no eye could tell where one ends.
+        near = {things[n].phrase.split()[1] for n in range(index) if not _apart(replace(spec, max_overlap=0), xyxy, boxes[n])}
+        color = str(rng.choice([name for name in COLORS if name not in near]))
+        shape = str(rng.choice(SHAPES))
+        ink = shape_coverage(shape, xyxy, spec.size)[..., None]
+        canvas = canvas * (1 - ink) + np.array(COLORS[color]) * ink
+        phrase = f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
+        left, top, right, bottom = (value / spec.size for value in xyxy)
+        things.append(Box(xyxy=(left, top, right, bottom), phrase=phrase))
+    image = Image.fromarray(np.round(canvas).astype(np.uint8), mode="RGB")
+    return image, Layout(caption=_caption(things, tone), boxes=tuple(things))
+
+
+def phrase_attributes(phrase: str) -> tuple[str, str] | None:
+    """(colour, shape) of a phrase like "a red circle"; None if it is not one of ours."""
+    words = phrase.split()
+    if len(words) == 3 and words[0] in ("a", "an") and words[1] in COLORS and words[2] in SHAPES:
+        return words[1], words[2]
+    return None
+
+
+def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int) -> None:
+    """Write `count` scenes as a data set folder (`metadata.jsonl` and PNG files), all or nothing.
+
+    Raises:
+        InputError: `count` is below 1 or `seed` negative, or `out` holds something else than a data set.
+    """
+    if count < 1:
+        raise InputError(f"the number of pictures is {count}", cure="make at least one")
+    if seed < 0:
+        raise InputError(f"the seed is {seed}", cure="give a seed of 0 or more")
+
+    def items() -> Iterator[tuple[str, Image.Image, Layout]]:
+        for index in range(count):
+            yield f"{index:06d}.png", *make_scene(spec, seed, index)
+
+    from mmdit_lora.data.records import write_dataset as write_records
+
+    write_records(out, items())
+
+
+def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
+    match shape:
+        case "circle":
+            return u**2 + v**2 <= 1
+        case "square":
+            return np.ones(np.broadcast_shapes(u.shape, v.shape), dtype=bool)
+        case "triangle":  # the tip on top
+            return np.abs(u) <= (v + 1) / 2
+        case "diamond":
+            return np.abs(u) + np.abs(v) <= 1
+        case "cross":
+            return (np.abs(u) <= 1 / 3) | (np.abs(v) <= 1 / 3)
+    raise ValueError(f"unknown shape {shape!r}: known are {', '.join(SHAPES)}")
+
+
+def _count(spec: SceneSpec, rng: Generator) -> int:
+    low, high = spec.objects
+    if spec.many is None:
+        return int(rng.integers(low, high + 1))
+    if rng.random() < spec.many:
+        return int(rng.integers(LISTED_IN_CAPTION + 1, high + 1))
+    return int(rng.integers(low, LISTED_IN_CAPTION + 1))
+
+
+def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, float, float, float]]:
+    """Boxes in pixels that keep the spec; sides shrink a little each time that a drawn set finds no room."""
+    low, high = spec.side
+    side = rng.uniform(low, high, count)
+    room = spec.fill * spec.size**2
+    side = np.maximum(side * min(1.0, np.sqrt(room / (side**2).sum())), low)
+    ratio = np.sqrt(np.exp(rng.uniform(*np.log(spec.elongation), count)))
+    upright = rng.random(count) < 0.5
+    width, height = side * np.where(upright, 1 / ratio, ratio), side * np.where(upright, ratio, 1 / ratio)
+    longest = spec.size - 2.0
+    width, height = np.minimum(width, longest), np.minimum(height, longest)
+    order = np.argsort(-width * height)  # large ones first: small ones still find room among them
+    while True:
+        boxes: list[tuple[float, float, float, float]] = []
+        for index in order:
+            w, h = float(width[index]), float(height[index])
+            for _ in range(60):
+                x, y = rng.uniform(1, spec.size - 1 - w), rng.uniform(1, spec.size - 1 - h)
+                box = (x, y, x + w, y + h)
+                if all(_apart(spec, box, other) for other in boxes):
+                    boxes.append(box)
+                    break
+            else:
+                break
+        if len(boxes) == count:
+            return boxes
+        smallest = np.minimum(low / np.where(ratio > 1, ratio, 1), np.minimum(width, height))
+        shrink = np.maximum(0.95, smallest / np.minimum(width, height))
+        width, height = width * shrink, height * shrink
+
+
+def _apart(spec: SceneSpec, a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    gap = 0.0 if spec.max_overlap else spec.gap
+    across = min(a[2], b[2]) - max(a[0], b[0]) + gap
+    down = min(a[3], b[3]) - max(a[1], b[1]) + gap
+    if across <= 0 or down <= 0:
+        return True
+    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+    return across * down <= spec.max_overlap * smaller
+
+
+def _background(spec: SceneSpec, rng: Generator, tone: str) -> NDArray[np.float64]:
+    """(size, size, 3), achromatic: plain, or a linear gradient within the tone's range."""
+    low, high = BACKGROUNDS[tone]
+    start, end = rng.uniform(low, high, 2)
+    if rng.random() >= spec.graded:
+        end = start
+    angle = rng.uniform(0, 2 * np.pi)
+    axis = np.linspace(-0.5, 0.5, spec.size)
+    slope = axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)
+    grey = start + (end - start) * (slope / (np.abs(np.cos(angle)) + np.abs(np.sin(angle))) + 0.5)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _caption(boxes: list[Box], tone: str) -> str:
+    where = f"on a {tone} background"
+    phrases = [box.phrase for box in boxes]
+    if len(phrases) > LISTED_IN_CAPTION:
+        return f"{NUMBER_WORDS[len(phrases)]} shapes {where}"
+    if len(phrases) == 1:
+        return f"{phrases[0]} {where}"
+    return f"{', '.join(phrases[:-1])} and {phrases[-1]} {where}"

@@ -1,0 +1,25 @@
+"""What a picture shows, and how well that is the layout that was asked for."""
+
+from mmdit_lora.evaluate.reader import (
+    BoxReading,
+    Detection,
+    Fidelity,
+    detect,
+    detect_all,
+    measure,
+    per_picture,
+    readable,
+    summarise,
+)
+
+__all__ = [
+    "BoxReading",
+    "Detection",
+    "Fidelity",
+    "detect",
+    "detect_all",
+    "measure",
+    "per_picture",
+    "readable",
+    "summarise",
+]

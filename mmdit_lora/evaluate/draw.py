@@ -1,0 +1,395 @@
+"""Pictures for people: boxes drawn on pictures, contact sheets, and the before/after figure.
+
+All sizes are in pixels of the figure. Rectangles are (left, top, right, bottom), right and bottom exclusive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from mmdit_lora.evaluate.canvas import (
+    TINY,
+    WHITE,
+    Rgb,
+    blank,
+    enlarge,
+    fit,
+    font,
+    framed,
+    largest_text,
+    line_height,
+    one_line,
+    paragraph,
+    shorten,
+    side_by_side,
+    stack,
+    text_masks,
+    text_width,
+    two_digits,
+    wrap,
+)
+from mmdit_lora.files import atomic_file
+from mmdit_lora.layout import Layout
+
+Rect = tuple[int, int, int, int]
+
+# Okabe and Ito's palette: told apart with every common colour blindness. Its black is left out: halos are dark. Those that
+# show on both light and dark pictures come first.
+PALETTE: tuple[Rgb, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+    (240, 228, 66),
+)
+INK, GREY, FAINT, PALE, HALO = (28, 32, 38), (104, 112, 122), (214, 219, 225), (246, 247, 249), (20, 22, 26)
+SMALLEST = 13  # font size of a phrase in the figure
+MAX_LABELS = 6  # more phrases than this on one picture hide it: the boxes get numbers, the phrases a legend
+
+
+def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, labels: bool = True) -> Image.Image:
+    """The picture, enlarged, with its boxes and their phrases drawn on it.
+
+    Args:
+        image: any mode and size.
+        layout: its boxes are drawn in the order given, each in the colour `box_color(index)`.
+        scale_to: a picture whose longer side is shorter is enlarged to it; one of at most 128 px by the largest whole
+            number that fits, so that its pixels stay squares. A larger picture keeps its size.
+        labels: draw the phrases. With more than 6 boxes, or where tags would cover one another, boxes get numbers and
+            the phrases stand in a legend below, which makes the result taller; the width never changes.
+
+    Returns:
+        A new RGB picture; its top left part is the enlarged picture.
+    """
+    canvas = enlarge(image, scale_to)
+    rects = [_to_pixels(box.xyxy, canvas.size) for box in layout.boxes]
+    for index, rect in enumerate(rects):
+        _outline(canvas, rect, box_color(index), width=3 if min(canvas.size) < 768 else 4)
+    if not labels or not rects:
+        return canvas
+    size = max(12, min(22, round(min(canvas.size) / 28)))
+    phrases = [one_line(box.phrase) for box in layout.boxes]
+    if len(rects) <= MAX_LABELS:
+        places = _place_tags(phrases, rects, canvas.size, size)
+        if places is not None:
+            _draw_tags(canvas, phrases, places, size)
+            return canvas
+    numbers = [str(index + 1) for index in range(len(rects))]
+    _draw_tags(canvas, numbers, _place_tags(numbers, rects, canvas.size, size, insist=True) or [], size)
+    return stack([canvas, _legend(phrases, canvas.width, size)])
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    layouts: Sequence[Layout] | None = None,
+    *,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    title: str | None = None,
+    cell: int = 256,
+) -> Image.Image:
+    """A grid of pictures on white, row by row.
+
+    Args:
+        images: at least one; each is fitted into the width of a cell, whatever its size.
+        layouts: one a picture; its boxes are drawn on it.
+        columns: default: as many as make the grid about as wide as high, and at most 5 in one row alone.
+        captions: one a picture; wrapped below it, at most 3 lines.
+        title: above the grid.
+        cell: width of a cell; the longer side of a picture.
+
+    Raises:
+        ValueError: there is no picture, or not as many layouts or captions as pictures.
+    """
+    if not images:
+        raise ValueError("a contact sheet needs at least one picture")
+    _same_length("pictures", images, layouts=layouts, captions=captions)
+    columns = columns or (len(images) if len(images) <= 5 else math.ceil(math.sqrt(len(images))))
+    cells = []
+    for index, image in enumerate(images):
+        picture = fit(image, cell)
+        parts = [draw_boxes(picture, layouts[index], scale_to=max(picture.size)) if layouts else picture]
+        if captions:
+            parts += [blank(cell, 6), paragraph(captions[index], cell, 14, GREY, max_lines=3)]
+        cells.append(stack(parts, align="centre", width=cell))
+    rows = [side_by_side(cells[start : start + columns], gap=18) for start in range(0, len(cells), columns)]
+    width = max(row.width for row in rows)
+    parts = [paragraph(title, width, 22, INK), blank(width, 14)] if title else []
+    for index, row in enumerate(rows):
+        parts += [row] if index == 0 else [blank(width, 18), row]
+    return framed(stack(parts), 24)
+
+
+def before_after(
+    layouts: Sequence[Layout],
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    *,
+    truth: Sequence[Image.Image] | None = None,
+    title: str = "The same layouts, seeds and steps, before and after training",
+    before_label: str = "before: the base",
+    after_label: str = "after: base + adapter",
+    scores: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Image.Image:
+    """The figure of what the adapter does: one column a layout; rows: the layout, before, after, and the ground truth.
+
+    The requested boxes are outlined on every picture. Made for 5 to 8 columns, which give about 2000 px of width.
+
+    Args:
+        layouts: one a column, at least one.
+        before: pictures of the base, one a column.
+        after: pictures with the adapter, one a column.
+        truth: optional ground truth, one a column; a row below.
+        title: above the figure.
+        before_label: left of its row; what precedes a colon is set large, what follows it small below.
+        after_label: likewise.
+        scores: mean IoU of each picture, (before, after), printed under the pictures, their means under the row labels.
+
+    Raises:
+        ValueError: there is no layout, or not one picture and score for each.
+    """
+    if not layouts:
+        raise ValueError("the figure needs at least one layout")
+    _same_length("layouts", layouts, before=before, after=after, truth=truth)
+    for values in scores or ():
+        _same_length("layouts", layouts, scores=values)
+    gutter, gap, margin = 230, 22, 44
+    cell = _cell_width(before, len(layouts), 2040 - gutter - 2 * margin, gap)
+    sizes = [fit(image, cell).size for image in after]
+    asked = [_sketch(layout, size) for layout, size in zip(layouts, sizes, strict=True)]
+    bands = [_band("layout: what is asked for", asked, gutter, gap, cell)]
+    best = [max(pair) for pair in zip(*scores, strict=True)] if scores else None
+    rows: list[tuple[str, Sequence[Image.Image], Sequence[float] | None]]
+    rows = [(before_label, before, scores and scores[0]), (after_label, after, scores and scores[1])]
+    if truth is not None:
+        rows.append(("truth: the picture of the data set", truth, None))
+    for label, images, row_scores in rows:
+        drawn = [
+            draw_boxes(fit(image, cell), layout, scale_to=1, labels=False)
+            for image, layout in zip(images, layouts, strict=True)
+        ]
+        bands.append(_band(label, drawn, gutter, gap, cell, row_scores, best))
+    width = bands[0].width
+    parts = [paragraph(title, width, 38, INK), blank(width, 32)]
+    for index, band in enumerate(bands):
+        parts += [band] if index == 0 else [blank(width, 26), band]
+    return framed(stack(parts), margin)
+
+
+def save_png(image: Image.Image, path: str | Path) -> None:
+    """Write `image` to `path` as PNG, atomically."""
+    with atomic_file(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True)
+
+
+def box_color(index: int) -> Rgb:
+    """The colour of box number `index` (from 0) in every picture of this module."""
+    return PALETTE[index % len(PALETTE)]
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+
+def _to_pixels(xyxy: tuple[float, float, float, float], size: tuple[int, int]) -> Rect:
+    width, height = size
+    left, top = min(round(xyxy[0] * width), width - 1), min(round(xyxy[1] * height), height - 1)
+    return left, top, max(round(xyxy[2] * width), left + 1), max(round(xyxy[3] * height), top + 1)
+
+
+def _outline(canvas: Image.Image, rect: Rect, color: Rgb, *, width: int) -> None:
+    """A coloured line just inside `rect` between two soft dark hairlines, which keep it visible on any background."""
+    left, top, right, bottom = rect[0], rect[1], rect[2] - 1, rect[3] - 1
+    halo = Image.new("L", canvas.size, 0)
+    draw = ImageDraw.Draw(halo)
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=170)
+    if min(right - left, bottom - top) > 2 * width:
+        draw.rectangle((left + width, top + width, right - width, bottom - width), outline=170)
+    canvas.paste(HALO, (0, 0), halo)
+    line = max(1, min(width, right - left, bottom - top))
+    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=color, width=line)
+
+
+def _sketch(layout: Layout, size: tuple[int, int]) -> Image.Image:
+    """The layout alone: pale paper of `size`, each box lightly filled, its phrase inside; numbers where that is too tight."""
+    canvas = Image.new("RGB", size, PALE)
+    ImageDraw.Draw(canvas).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=FAINT)
+    rects = [_to_pixels(box.xyxy, size) for box in layout.boxes]
+    for index, rect in enumerate(rects):
+        tint = Image.new("RGB", size, box_color(index))
+        mask = Image.new("L", size, 0)
+        ImageDraw.Draw(mask).rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), fill=56)
+        canvas.paste(tint, mask=mask)
+    draw = ImageDraw.Draw(canvas)
+    for index, rect in enumerate(rects):
+        draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), outline=box_color(index), width=3)
+    taken: list[Rect] = []
+    for rect, box in zip(rects, layout.boxes, strict=True):
+        taken.append(_write_phrase(canvas, one_line(box.phrase), rect, taken))
+    return canvas
+
+
+def _write_phrase(canvas: Image.Image, phrase: str, rect: Rect, taken: Sequence[Rect]) -> Rect:
+    """Write `phrase` inside `rect` as large as it fits, turned if `rect` is tall; off every rectangle in `taken`."""
+    room = (rect[2] - rect[0] - 10, rect[3] - rect[1] - 8)
+    sizes = range(max(18, round(canvas.width / 11)), SMALLEST - 1, -1)
+    size, block = largest_text(phrase, room, sizes)
+    turned_size, turned_block = largest_text(phrase, (room[1], room[0]), sizes)
+    turned = room[1] > 1.5 * room[0] and turned_size >= size + 3
+    if turned:
+        size, block = turned_size, turned_block
+    if not size:  # too tight: it may stand over the edges of the box
+        size = SMALLEST
+        block = wrap(phrase, size, max(room[0], 72), max_lines=3)
+    ink, rim = text_masks(block, size)
+    if turned:
+        ink, rim = ink.transpose(Image.Transpose.ROTATE_90), rim.transpose(Image.Transpose.ROTATE_90)
+    middle = ((rect[0] + rect[2] - ink.width) // 2, (rect[1] + rect[3] - ink.height) // 2)
+    spots = [middle]
+    for dy in range(4, canvas.height, 4):
+        spots += [(middle[0], middle[1] - dy), (middle[0], middle[1] + dy)]
+    place = _best_place(spots, ink.size, canvas.size, taken)
+    if _common(place, rect) < ink.width * ink.height:  # the rim keeps it legible where it crosses an edge
+        canvas.paste(PALE, place, rim)
+    canvas.paste(INK, place, ink)
+    return place
+
+
+# --- tags -------------------------------------------------------------------------------------------------------------
+
+
+def _place_tags(
+    texts: Sequence[str], rects: Sequence[Rect], canvas: tuple[int, int], size: int, *, insist: bool = False
+) -> list[Rect] | None:
+    """A place for each tag, inside the canvas and at its box; None where they would hide one another (unless `insist`)."""
+    taken: list[Rect] = []
+    for text, (left, top, right, bottom) in zip(texts, rects, strict=True):
+        room = max(right - left, round(0.6 * canvas[0]))
+        width, height = min(text_width(text, size) + 10, room), line_height(size) + 4
+        spots = [(left, top - height), (left, bottom), (left, top), (right - width, top), (left, bottom - height)]
+        spots += [(right - width, top - height), (right - width, bottom), (right - width, bottom - height)]
+        spots += [(right, top), (left - width, top)]
+        spots += [(x, y) for y in range(top, bottom, 4) for x in (left, right - width)]
+        # A tag hides as little as possible: of its own box, and worse, of another, where it would also be read wrongly.
+        others = [rect for rect in rects if rect != (left, top, right, bottom)]
+        hides = [(left, top, right, bottom), *others, *others]
+        taken.append(_best_place(spots, (width, height), canvas, taken, hides=hides))
+    hidden = any(_common(a, b) for index, a in enumerate(taken) for b in taken[:index])
+    return None if hidden and not insist else taken
+
+
+def _best_place(
+    spots: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    canvas: tuple[int, int],
+    taken: Sequence[Rect],
+    *,
+    hides: Sequence[Rect] = (),
+) -> Rect:
+    """The first of `spots` (left, top), moved into the canvas, with the least cover of `taken`, then of `hides`."""
+    best, best_cost = (0, 0, 0, 0), math.inf
+    for x, y in spots:
+        left, top = max(0, min(x, canvas[0] - size[0])), max(0, min(y, canvas[1] - size[1]))
+        place = (left, top, left + size[0], top + size[1])
+        away = abs(left - x) + abs(top - y)  # a spot that had to be moved is no longer at its corner
+        cost = 1000.0 * sum(_common(place, other) for other in taken) + sum(_common(place, other) for other in hides)
+        cost += size[1] * away / 2
+        if cost < best_cost:
+            best, best_cost = place, cost
+    return best
+
+
+def _draw_tags(canvas: Image.Image, texts: Sequence[str], places: Sequence[Rect], size: int) -> None:
+    draw = ImageDraw.Draw(canvas)
+    for index, (text, (left, top, right, bottom)) in enumerate(zip(texts, places, strict=True)):
+        color = box_color(index)
+        draw.rectangle((left, top, right - 1, bottom - 1), fill=color, outline=HALO)
+        shown = shorten(text, size, right - left - 10)
+        draw.text((left + 5, top + 2), shown, _ink_on(color), font(size, shown))
+
+
+def _legend(phrases: Sequence[str], width: int, size: int) -> Image.Image:
+    """Numbers and phrases, in as many columns as fit."""
+    swatch, pad = text_width("00", size) + 10, 6
+    longest = max(text_width(phrase, size) for phrase in phrases) + swatch + 3 * pad
+    columns = max(1, min(len(phrases), width // longest))
+    rows, height = math.ceil(len(phrases) / columns), line_height(size) + 8
+    canvas = Image.new("RGB", (width, rows * height + 2 * pad), WHITE)
+    draw = ImageDraw.Draw(canvas)
+    for index, phrase in enumerate(phrases):
+        x, y = (index // rows) * (width // columns) + pad, (index % rows) * height + pad + 2
+        color, number = box_color(index), str(index + 1)
+        draw.rectangle((x, y, x + swatch - 1, y + line_height(size) + 3), fill=color, outline=HALO)
+        draw.text((x + (swatch - text_width(number, size)) // 2, y + 2), number, _ink_on(color), font(size))
+        shown = shorten(phrase, size, width // columns - swatch - 3 * pad)
+        draw.text((x + swatch + pad, y + 2), shown, INK, font(size, shown))
+    return canvas
+
+
+def _common(a: Rect, b: Rect) -> int:
+    """Pixels that both cover."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _ink_on(color: Rgb) -> Rgb:
+    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    return HALO if light > 125 else WHITE
+
+
+# --- the figure ---
+
+
+def _band(
+    label: str,
+    pictures: Sequence[Image.Image],
+    gutter: int,
+    gap: int,
+    cell: int,
+    scores: Sequence[float] | None = None,
+    best: Sequence[float] | None = None,
+) -> Image.Image:
+    """One row of the figure: its label, `gutter` wide, and its pictures in cells with their scores, the best ones dark."""
+    height = max(picture.height for picture in pictures)
+    cells = []
+    for column, picture in enumerate(pictures):
+        parts = [stack([picture], align="centre", width=cell, height=height)]
+        if scores is not None:
+            color = INK if best is None or scores[column] >= best[column] else GREY
+            parts.append(paragraph(f"IoU {two_digits(scores[column])}", cell, 24, color, centre=True, top=10))
+        cells.append(stack(parts))
+    return side_by_side([_row_label(label, scores, gutter, height), *cells], gap=gap, first_gap=0)
+
+
+def _cell_width(images: Sequence[Image.Image], columns: int, room: int, gap: int) -> int:
+    """Width of a cell so that the columns fill about `room`; a multiple of the picture's own size if that is tiny."""
+    cell = max(96, min(384, room // columns - gap))
+    longest = max(max(image.size) for image in images)
+    return longest * max(1, round(cell / longest)) if longest <= TINY else cell
+
+
+def _row_label(label: str, scores: Sequence[float] | None, width: int, height: int) -> Image.Image:
+    """ "before: the base" as a large word and a small line below, then the mean score; centred on a row `height` high."""
+    head, _, tail = label.partition(":")
+    room = width - 24
+    parts = [paragraph(head.strip(), room, 36, INK, max_lines=3)]
+    if tail.strip():
+        parts += [blank(room, 4), paragraph(tail.strip(), room, 22, GREY, max_lines=3)]
+    if scores is not None and len(scores):
+        mean = sum(scores) / len(scores)
+        parts += [blank(room, 12), paragraph(f"mean IoU {two_digits(mean)}", room, 22, INK)]
+    text = stack(parts, width=width)
+    canvas = blank(width, max(height, text.height))
+    canvas.paste(text, (0, (canvas.height - text.height) // 2))
+    return canvas
+
+
+def _same_length(what: str, items: Sequence[Any], **others: Sequence[Any] | None) -> None:
+    for name, other in others.items():
+        if other is not None and len(other) != len(items):
+            raise ValueError(f"{len(items)} {what} but {len(other)} of {name}")

@@ -1,0 +1,306 @@
+"""Adding LoRA to a layout stream: PEFT does the LoRA; here are the checks that PEFT leaves out, and the report.
+
+LoRA is arXiv 2106.09685; the default is its application to `layout_mlp.fc1` and `fc2` of every block and of the layout
+processor. PEFT's silences that are checked here were seen in 0.21.2.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import peft
+import torch
+from diffusers.training_utils import cast_training_params
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from mmdit_lora.errors import InputError
+
+TARGETS = ("layout_mlp.fc1", "layout_mlp.fc2")
+
+
+def default_lora_config() -> peft.LoraConfig:
+    """r = 16, alpha = 32, dropout 0.1, no bias, on every `layout_mlp.fc1` and `layout_mlp.fc2`."""
+    return peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, bias="none", target_modules=list(TARGETS))
+
+
+@dataclass(frozen=True)
+class LayoutLoraReport:
+    """What `add_layout_lora` did.
+
+    Args:
+        targets: module names that carry LoRA, in the model's order.
+        trainable_params: numbers in the LoRA; every other parameter is frozen.
+        total_params: numbers in the base with its layout stream, without the LoRA.
+        adapter_bytes: size of the adapter's weights in fp32.
+        zero_gates: `layout_stream.out_proj` modules whose weight and bias are exactly 0 (unknown, so empty, on meta).
+        dead_targets: targets that no gradient can ever reach: every gate behind them is zero, or nothing reads their output.
+    """
+
+    targets: list[str]
+    trainable_params: int
+    total_params: int
+    adapter_bytes: int
+    zero_gates: list[str] = field(default_factory=list)
+    dead_targets: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_params / max(self.total_params, 1)
+        rows = [
+            (
+                "targets",
+                f"{len(self.targets)} linears ({', '.join(self.targets[:2])}{', ...' * (len(self.targets) > 2)})",
+            ),
+            ("trainable", f"{self.trainable_params:,} of {self.total_params:,} parameters ({share:.3f} %)"),
+            ("adapter", f"{self.adapter_bytes / 2**20:.2f} MiB in fp32"),
+            ("zero gates", f"{len(self.zero_gates)}" + (f" ({self.zero_gates[0]}, ...)" if self.zero_gates else "")),
+            (
+                "dead targets",
+                f"{len(self.dead_targets)}" + (f" ({self.dead_targets[0]}, ...)" if self.dead_targets else ""),
+            ),
+        ]
+        return "\n".join(f"{name:<13} {value}" for name, value in rows)
+
+
+def add_layout_lora(
+    model: nn.Module, config: peft.LoraConfig | None = None, *, adapter_name: str = "default"
+) -> LayoutLoraReport:
+    """Freeze the model, add LoRA in fp32, and prove that exactly the LoRA trains. Also on the meta device.
+
+    Args:
+        model: a diffusers transformer (`PeftAdapterMixin`); changed in place.
+        config: default `default_lora_config()`; not changed.
+
+    Returns:
+        The report. Zero gates are listed, not refused: see `refuse_zero_gates`.
+
+    Raises:
+        InputError: the adapter exists already; a target or pattern matches no module; the config would train or change
+            anything but LoRA weights. The model is then as it was.
+    """
+    config = copy.deepcopy(config) if config is not None else default_lora_config()
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise InputError(f"the model has an adapter {adapter_name!r} already", cure="give the new one another name")
+    targets = find_targets(model, config)
+    zero_gates = _zero_gates(model)
+    # Freeze first, inject second. The other way round freezes the LoRA too, and nothing trains.
+    model.requires_grad_(False)
+    model.add_adapter(config, adapter_name)  # type: ignore[operator]
+    # On a bf16 base PEFT makes bf16 LoRA, where AdamW at 1e-4 moves only a third of the entries.
+    cast_training_params(model, torch.float32)
+    match_mode(model)
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = {with_adapter(name, adapter_name): shape for name, shape in adapter_shapes(targets, config).items()}
+    if not trained or {name: tuple(p.shape) for name, p in trained.items()} != expected:
+        wrong = sorted(trained.keys() ^ expected.keys()) or sorted(trained)
+        remove_adapter(model, adapter_name)
+        raise InputError(
+            f"the trainable parameters are not exactly the LoRA: {', '.join(wrong[:8])}",
+            cure="this LoraConfig trains something that an adapter cannot hold; use r, lora_alpha, target_modules",
+        )
+    params = sum(p.numel() for p in trained.values())
+    return LayoutLoraReport(
+        targets=list(targets),
+        trainable_params=params,
+        total_params=sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
+        adapter_bytes=4 * params,
+        zero_gates=zero_gates,
+        dead_targets=_dead_targets(model, targets, zero_gates),
+    )
+
+
+def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Module]:
+    """The linears that `config` would adapt, by module name, in the model's order.
+
+    Raises:
+        InputError: a target or pattern matches nothing, a target is no linear layer, or the config is not pure LoRA.
+    """
+    _refuse_impure(config)
+    if not config.target_modules or (isinstance(config.target_modules, str) and config.target_modules == "all-linear"):
+        raise InputError(f"target_modules is {config.target_modules!r}", cure=f"name them, e.g. {list(TARGETS)}")
+    modules = {name: m for name, m in model.named_modules() if name and not _inside_tuner(name)}
+
+    def matched(by: peft.LoraConfig) -> dict[str, nn.Module]:
+        # The excluded answer of PEFT is a false value, a match may be an `re.Match`.
+        return {name: m for name, m in modules.items() if check_target_module_exists(by, name)}
+
+    patterns = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    for pattern in patterns:
+        one = copy.copy(config)
+        one.target_modules = pattern if isinstance(config.target_modules, str) else [pattern]
+        if not matched(one):
+            raise _no_match("target module", pattern, modules)
+    found = matched(config)
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear | LoraLayer):
+            raise InputError(
+                f"target {name!r} is a {type(module).__name__}", cure="target linear layers, e.g. its .fc1"
+            )
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, kind) or {}:
+            if not any(get_pattern_key([pattern], name) != name or pattern == name for name in found):
+                raise _no_match(kind, pattern, found)
+    return found
+
+
+def refuse_zero_gates(report: LayoutLoraReport) -> None:
+    """Stop where frozen zero gates keep targets from ever getting a gradient.
+
+    Raises:
+        InputError: with what to do about it.
+    """
+    if not (report.zero_gates and report.dead_targets):
+        return
+    if len(report.dead_targets) == len(report.targets):
+        raise InputError(
+            f"the layout stream of this base is untrained: {len(report.zero_gates)} of its gates (layout_stream.out_proj) "
+            "are zero, and frozen zero gates give every LoRA weight a gradient of exactly 0, forever",
+            cure="pretrain the layout stream first (`method: layout_stream`), or import a pretrained one "
+            "(`mmdit-lora import creatilayout`)",
+        )
+    raise InputError(
+        f"{len(report.dead_targets)} targets would never get a gradient, because every gate behind them is zero: "
+        f"{', '.join(report.dead_targets[:4])}",
+        cure="pretrain the whole layout stream (`method: layout_stream`), or leave these targets out",
+    )
+
+
+def lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """LoRA parameters of one adapter (None: of all), sorted by name: the same order in every process and run."""
+    named = dict(model.named_parameters())
+    return [
+        named[name]
+        for name in sorted(named)
+        if "lora_" in name
+        and (adapter_name is None or f".{adapter_name}." in name or name.endswith(f".{adapter_name}"))
+    ]
+
+
+def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
+    """Take an adapter off; with the last one the model has its plain linears back."""
+    if set(model.peft_config) == {adapter_name}:  # type: ignore[arg-type]
+        model.unload_lora()  # type: ignore[operator]
+    else:
+        model.delete_adapters(adapter_name)  # type: ignore[operator]
+
+
+def match_mode(model: nn.Module) -> None:
+    """Put LoRA layers into the model's mode: PEFT makes them in training mode, so an eval model would drop out."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            cast(nn.Module, module).train(model.training)
+
+
+def merge_adapter(model: nn.Module, *, in_place: bool = False) -> nn.Module:
+    """The plain model with its active adapters added into the weights: W + alpha / r * B A. No LoRA module is left.
+
+    Merged in the dtype of the base: in bf16 the sum is rounded, so merge an fp32 copy where that matters.
+
+    Raises:
+        InputError: the model has no adapter, or the merged weights would not be finite.
+    """
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError("the model has no adapter to merge")
+    merged = model if in_place else copy.deepcopy(model)
+    try:
+        merged.fuse_lora(safe_fusing=True)  # type: ignore[operator]
+    except ValueError as error:
+        raise InputError(f"the merged weights are not finite ({error})") from None
+    merged.unload_lora()  # type: ignore[operator]
+    return merged
+
+
+def adapter_shapes(targets: Mapping[str, nn.Module], config: peft.LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Names (without prefix and adapter name) and shapes of the tensors that PEFT gives these targets."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    ranks = config.rank_pattern or {}
+    for name, module in targets.items():
+        rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+        width_in, width_out = cast(int, module.in_features), cast(int, module.out_features)
+        shapes[f"{name}.lora_A.weight"] = (rank, width_in)
+        shapes[f"{name}.lora_B.weight"] = (width_out, rank)
+        if config.lora_bias:
+            shapes[f"{name}.lora_B.bias"] = (width_out,)
+        if config.use_dora:
+            shapes[f"{name}.lora_magnitude_vector"] = (width_out,)
+    return shapes
+
+
+def with_adapter(name: str, adapter_name: str) -> str:
+    """PEFT's parameter name: `x.lora_A.weight` -> `x.lora_A.<adapter>.weight`."""
+    if name.endswith(".lora_magnitude_vector"):
+        return f"{name}.{adapter_name}.weight"
+    stem, _, leaf = name.rpartition(".")
+    return f"{stem}.{adapter_name}.{leaf}"
+
+
+def _refuse_impure(config: peft.LoraConfig) -> None:
+    """Refuse what would train or change anything but LoRA weights: an adapter file could not hold it."""
+    if getattr(config, "bias", "none") != "none":
+        raise InputError(
+            f"bias is {config.bias!r}", cure='set bias="none": biases of the base are not part of an adapter'
+        )
+    for key in ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"):
+        if getattr(config, key, None):
+            raise InputError(f"{key} is set", cure=f"leave {key} out: only LoRA on linear layers is part of an adapter")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise InputError(
+            f"init_lora_weights is {init!r}, which changes the base", cure='use true, "gaussian" or "orthogonal"'
+        )
+
+
+def _inside_tuner(name: str) -> bool:
+    """Whether a module is part of a LoRA layer that an earlier adapter made."""
+    return any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
+
+
+def _zero_gates(model: nn.Module) -> list[str]:
+    gates = {name: m for name, m in model.named_modules() if name.endswith("layout_stream.out_proj")}
+    return [name for name, gate in gates.items() if not any(p.is_meta or p.any() for p in gate.parameters())]
+
+
+def _dead_targets(model: nn.Module, targets: Iterable[str], zero_gates: list[str]) -> list[str]:
+    """Targets that reach no loss: the query of a stream whose output is dropped, or all gates behind them are zero."""
+    targets = list(targets)
+    gates = [name for name, _ in model.named_modules() if name.endswith("layout_stream.out_proj")]
+    streams = [name.removesuffix(".out_proj") for name in gates]
+    # A gate that is itself a target opens in the first step.
+    open_at = [i for i, gate in enumerate(gates) if gate not in zero_gates or gate in targets]
+    last_open = open_at[-1] if open_at else -1
+
+    def dead(name: str) -> bool:
+        if name.endswith(".add_q_proj") and getattr(
+            model.get_submodule(name.rpartition(".")[0]), "context_pre_only", False
+        ):
+            return True
+        if name.startswith("layout_processor."):
+            return bool(gates) and last_open < 0
+        for index, stream in enumerate(streams):
+            if name.startswith(f"{stream}."):
+                # The MLP's output is read by the next block's gate; all else of a stream by its own one too.
+                return last_open < index + name.startswith(f"{stream}.layout_mlp.")
+        return False
+
+    return [name for name in targets if dead(name)]
+
+
+def _no_match(kind: str, pattern: str, names: Iterable[str]) -> InputError:
+    """PEFT is silent about one wrong name among several."""
+    # Compare with name endings of as many parts as the pattern has, so that "layout_mlp.fc3" is near "layout_mlp.fc1".
+    parts = pattern.count(".") + 1
+    endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
+    near = difflib.get_close_matches(pattern, endings, n=3, cutoff=0.4)
+    cure = f"did you mean {' or '.join(map(repr, near))}?" if near else "see the model's module names"
+    return InputError(f"{kind} {pattern!r} matches no module", cure=cure)

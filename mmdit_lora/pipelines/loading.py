@@ -1,0 +1,66 @@
+"""Opening a base, with one clear message where it is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdit_lora.errors import InputError
+from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
+
+KNOWN_PIPELINES = ("LayoutStableDiffusion3Pipeline", "StableDiffusion3Pipeline")
+
+
+def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32) -> LayoutStableDiffusion3Pipeline:
+    """The pipeline of a folder or hub id, in evaluation mode, its progress bar off.
+
+    Raises:
+        InputError: there is no such folder or repository, it is no pipeline folder, of another family, or its weights
+            are not those of its config.
+    """
+    folder = Path(base)
+    if folder.exists():
+        _check_folder(folder)
+    try:
+        pipe = LayoutStableDiffusion3Pipeline.from_pretrained(base, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise InputError(
+            f"cannot be opened as a base: {_first_line(error)}",
+            where=base,
+            cure="give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id that is cached",
+        ) from error
+    except Exception as error:  # safetensors and huggingface_hub raise types of their own for torn files and bad names
+        if type(error).__module__.split(".")[0] not in ("builtins", "safetensors_rust", "safetensors", "huggingface_hub"):
+            raise
+        raise InputError(f"cannot be opened as a base: {_first_line(error)}", where=base) from error
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval()
+    return pipe
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        cure = "give a diffusers pipeline folder: model_index.json beside transformer/, vae/, text_encoder/, ..."
+        if (folder / "adapter_config.json").is_file():
+            cure = "this is an adapter: give it as --adapter, and the base it was trained on as --base"
+        raise InputError("is not a base: it has no model_index.json", where=str(folder), cure=cure)
+    try:
+        content: Any = json.loads(index.read_text(encoding="utf-8"))
+        name = content["_class_name"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"is no pipeline description ({_first_line(error)})", where=str(index)) from None
+    if name not in KNOWN_PIPELINES:
+        raise InputError(
+            f"is a {name}; known are {', '.join(KNOWN_PIPELINES)}", where=str(index), cure="give an SD3 or SD3.5 base"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,110 @@
+"""Checkpoints: what trains and its optimizer, never the base. Written beside, fsynced, renamed: whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mmdit_lora.errors import InputError
+from mmdit_lora.files import atomic_folder, write_json
+from mmdit_lora.training.optimizer_state import load_optimizer, save_optimizer
+
+WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step_(\d{7})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk, `<output_dir>/checkpoints/step_NNNNNNN`."""
+
+    folder: Path
+
+    @property
+    def step(self) -> int:
+        match = _NAME.fullmatch(self.folder.name)
+        assert match
+        return int(match[1])
+
+    def state(self) -> dict[str, Any]:
+        """What `save` was given, after a check that the two files are the ones that were written.
+
+        Raises:
+            InputError: a file is missing or changed.
+        """
+        state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        for name, digest in state["sha256"].items():
+            if not (self.folder / name).is_file() or _sha256(self.folder / name) != digest:
+                raise InputError(
+                    f"{name} is missing or not what was saved",
+                    where=str(self.folder),
+                    cure="remove this checkpoint; `--resume latest` then takes the one before",
+                )
+        return state
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the weights that train, and the optimizer's state, back.
+
+        Raises:
+            InputError: the checkpoint is of another set of trainable parameters.
+        """
+        tensors = load_file(self.folder / WEIGHTS)
+        trainable = trainable_parameters(model)
+        if {n: p.shape for n, p in trainable.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise InputError(
+                "holds other parameters than those that train now",
+                where=str(self.folder),
+                cure="resume with the config that the run was started with",
+            )
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(tensors[name])
+        load_optimizer(optimizer, self.folder / OPTIMIZER)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that requires grad, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+) -> Checkpoint:
+    """Write `folder/step_NNNNNNN`, then remove all but the newest `keep`."""
+    target = folder / f"step_{step:07d}"
+    with atomic_folder(target) as temporary:
+        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable_parameters(model).items()}
+        save_file(tensors, temporary / WEIGHTS)
+        save_optimizer(optimizer, temporary / OPTIMIZER)
+        digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        write_json(temporary / STATE, {**state, "step": step, "sha256": digests})
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old.folder)
+    return Checkpoint(target)
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """All whole checkpoints, oldest first. What a kill left half-written has another name and is never listed."""
+    if not folder.is_dir():
+        return []
+    found = [Checkpoint(p) for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE).is_file()]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing (hidden names); called once at a run's start."""
+    for path in folder.glob(".step_*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

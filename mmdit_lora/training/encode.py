@@ -1,0 +1,95 @@
+"""Pictures, captions and phrases to what the transformer takes, by the base's own VAE and text encoders."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
+
+CACHE_BYTES = 4 * 2**30
+
+
+class TensorCache:
+    """Tensors kept in memory up to a number of bytes; those that were not used for longest go first."""
+
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._entries: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
+
+    def get(self, keys: Sequence[Hashable], make: Callable[[list[int]], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Tensors of `keys`, stacked along a new first axis.
+
+        Args:
+            make: from the positions of the keys that are missing to their tensors, stacked; called at most once.
+        """
+        missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._entries}.values())[::-1]
+        fresh = make(missing) if missing else ()
+        made = {keys[position]: tuple(stacked[row].clone() for stacked in fresh) for row, position in enumerate(missing)}
+        out = []
+        for key in keys:
+            if key in made:
+                out.append(made[key])
+            else:
+                self._entries.move_to_end(key)
+                out.append(self._entries[key])
+        for key, tensors in made.items():
+            self._entries[key] = tensors
+            self.bytes += _bytes(tensors)
+        while self.bytes > self.max_bytes and self._entries:
+            self.bytes -= _bytes(self._entries.popitem(last=False)[1])
+        return tuple(torch.stack(parts) for parts in zip(*out, strict=True))
+
+
+class Encoder:
+    """The frozen encoders of a base, each text encoded once.
+
+    Args:
+        pipe: its VAE and text encoders are used where they lie.
+    """
+
+    def __init__(self, pipe: LayoutStableDiffusion3Pipeline) -> None:
+        self.pipe = pipe
+        self._prompts = TensorCache()
+        self._phrases: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) fp32 on the CPU: the posterior's mode, scaled as the transformer takes it."""
+        vae = self.pipe.vae
+        mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+        return (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings (B, S, E) and pooled ones (B, P), on the CPU, as the pipeline makes them when it samples."""
+
+        def make(missing: list[int]) -> tuple[Tensor, Tensor]:
+            embeds, _, pooled, _ = self.pipe.encode_prompt(
+                [captions[i] for i in missing],
+                None,
+                None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.pipe.config.max_sequence_length,
+            )
+            return embeds.cpu(), pooled.cpu()
+
+        embeds, pooled = self._prompts.get(captions, make)
+        return embeds, pooled
+
+    @torch.no_grad()
+    def phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
+        """phrase -> pooled embedding (P,), on the CPU. Phrases repeat a lot and are small, so all are kept."""
+        missing = sorted(set(phrases) - self._phrases.keys())
+        for start in range(0, len(missing), 64):
+            part = missing[start : start + 64]
+            self._phrases |= dict(zip(part, self.pipe.encode_phrases(part).cpu(), strict=True))
+        return self._phrases
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,137 @@
+"""Which picture comes when, and everything that is drawn for it: functions of (seed, position) and of nothing else.
+
+Positions are counted through the whole run, over all processes and accumulated batches. So a resumed run draws what an
+undisturbed one would have drawn, and two processes draw together what one would have drawn alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mmdit_lora.config import Config
+from mmdit_lora.data.collate import collate_layouts
+from mmdit_lora.data.records import Record, load_image
+from mmdit_lora.data.transforms import prepare
+from mmdit_lora.flow import sample_timesteps
+from mmdit_lora.layout import Layout
+from mmdit_lora.training.encode import Encoder, TensorCache
+from mmdit_lora.training.step import Batch
+
+
+def seeded(*key: int | str) -> torch.Generator:
+    """A generator of its own for every key, e.g. ("train", seed, position)."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """A permutation of `count` records, one for every (seed, epoch)."""
+    return torch.randperm(count, generator=seeded("order", seed, epoch)).tolist()
+
+
+class Examples:
+    """Records as batches of what the model takes.
+
+    Args:
+        records: of the data set.
+        encoder: of the base.
+        size: (height, width) of the training pictures in pixels.
+        slots: boxes a layout is padded to; None = as many as the batch needs.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], encoder: Encoder, config: Config, *, size: tuple[int, int], slots: int | None
+    ) -> None:
+        self.records, self.encoder, self.config = records, encoder, config
+        self.size, self.slots = size, slots
+        # Where nothing is drawn for the picture, its latents are the same each time.
+        self._fixed = config.data.crop == "center" and not config.data.flip
+        self._latents = TensorCache()
+        self._layouts: dict[int, Layout] = {}
+
+    def training_batch(self, positions: Sequence[int]) -> Batch:
+        """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
+        config, count = self.config, len(self.records)
+        indices = [epoch_order(config.train.seed, p // count, count)[p % count] for p in positions]
+        generators = [seeded("train", config.train.seed, position) for position in positions]
+        latents, layouts = self._encode(indices, generators)
+        drop = torch.stack([torch.rand(2, generator=generator) for generator in generators])
+        no_caption = (drop[:, 0] < config.train.caption_dropout).tolist()
+        no_layout = drop[:, 1] < config.train.layout_dropout
+        captions = ["" if dropped else layout.caption for dropped, layout in zip(no_caption, layouts, strict=True)]
+        return self._batch(latents, layouts, captions, no_layout, generators)
+
+    def held_out_batch(self, indices: Sequence[int], draw: int) -> Batch:
+        """Records as they are, with time and noise that depend on the record and `draw` alone."""
+        generators = [seeded("held out", index, draw) for index in indices]
+        latents, layouts = self._encode(indices, generators)
+        captions = [layout.caption for layout in layouts]
+        return self._batch(latents, layouts, captions, torch.zeros(len(layouts), dtype=torch.bool), generators)
+
+    def _batch(
+        self,
+        latents: Tensor,
+        layouts: list[Layout],
+        captions: list[str],
+        no_layout: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Batch:
+        flow = self.config.flow
+        times = [
+            sample_timesteps(
+                1,
+                density=flow.timesteps,
+                logit_mean=flow.logit_mean,
+                logit_std=flow.logit_std,
+                mode_scale=flow.mode_scale,
+                shift=flow.shift,
+                generator=generator,
+            )
+            for generator in generators
+        ]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        embeds, pooled = self.encoder.prompts(captions)
+        phrases = self.encoder.phrases([box.phrase for layout in layouts for box in layout.boxes])
+        inputs = collate_layouts(layouts, phrases, phrase_dim=self.phrase_dim, slots=self.slots)
+        inputs = type(inputs)(inputs.boxes, inputs.phrase_embeds, inputs.mask & ~no_layout[:, None])
+        return Batch(latents, noise, torch.cat(times), embeds, pooled, inputs)
+
+    @property
+    def phrase_dim(self) -> int:
+        config = self.encoder.pipe.transformer.config
+        return config.phrase_dim or config.pooled_projection_dim
+
+    def _encode(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
+        if not self._fixed:
+            pixels, layouts = self._pixels(list(indices), generators)
+            return self.encoder.latents(pixels), layouts
+
+        def make(missing: list[int]) -> tuple[Tensor]:
+            rows = [indices[position] for position in missing]
+            pixels, layouts = self._pixels(rows, [generators[position] for position in missing])
+            self._layouts |= dict(zip(rows, layouts, strict=True))
+            return (self.encoder.latents(pixels),)
+
+        (latents,) = self._latents.get(list(indices), make)
+        return latents, [self._layouts[index] for index in indices]
+
+    def _pixels(self, indices: list[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
+        data = self.config.data
+        pairs = [
+            prepare(
+                load_image(self.records[index].image),
+                self.records[index].layout,
+                self.size,
+                crop=data.crop,
+                flip=data.flip,
+                generator=generator,
+            )
+            for index, generator in zip(indices, generators, strict=True)
+        ]
+        return torch.stack([pixels for pixels, _ in pairs]), [layout for _, layout in pairs]

@@ -1,0 +1,94 @@
+"""Small configs of the real classes, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
+
+# Two heads of 16 on 8 x 8 = 64 image tokens.
+SD3_CONFIG: dict[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 48,
+    "pos_embed_max_size": 16,
+}
+# The transformer of stabilityai/stable-diffusion-3-medium-diffusers (transformer/config.json).
+SD3_MEDIUM: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+
+
+def tiny_transformer(*, open_gates: bool = True, seed: int = 0, **changes: Any) -> LayoutSD3Transformer2DModel:
+    """A small `LayoutSD3Transformer2DModel` in eval mode; with open gates it stands for a trained layout stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LayoutSD3Transformer2DModel(**{**SD3_CONFIG, **changes})
+        if open_gates:
+            for block in model.transformer_blocks:
+                torch.nn.init.normal_(block.layout_stream.out_proj.weight, std=0.5)
+                torch.nn.init.normal_(block.layout_stream.out_proj.bias, std=0.1)
+            torch.nn.init.normal_(model.layout_processor.null_phrase)
+            torch.nn.init.normal_(model.layout_processor.null_box)
+    return model.eval()
+
+
+def plain_twin(model: LayoutSD3Transformer2DModel) -> SD3Transformer2DModel:
+    """diffusers' own class with the weights of `model`."""
+    config = {
+        k: v
+        for k, v in model.config.items()
+        if k not in ("phrase_dim", "mask_padding", "layout_slots", "layout_attention")
+    }
+    twin = SD3Transformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "layout" not in k})
+    return twin.eval()
+
+
+def tiny_layout(
+    counts: tuple[int, ...] = (3, 2), *, slots: int | None = None, seed: int = 1, width: int = 48
+) -> LayoutInputs:
+    """Layouts with `counts` boxes, padded to `slots`. A layout's numbers do not depend on the padding or on the others."""
+    slots = slots or max(*counts, 1)
+    boxes = torch.full((len(counts), slots, 4), 0.5)
+    phrases = torch.full((len(counts), slots, width), 7.0)  # visible rubbish in the padding
+    mask = torch.zeros(len(counts), slots, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        generator = torch.Generator().manual_seed(seed * 1000 + row)
+        for column in range(count):
+            corner = torch.rand(2, generator=generator) * 0.5
+            boxes[row, column] = torch.cat([corner, corner + 0.1 + torch.rand(2, generator=generator) * 0.4])
+            phrases[row, column] = torch.randn(width, generator=generator)
+            mask[row, column] = True
+    return LayoutInputs(boxes, phrases, mask)
+
+
+def tiny_inputs(batch: int = 2, *, seed: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Everything that the base's forward takes, for latents of 16 x 16 and 7 text tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, 16, 16, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=generator).to(dtype),
+        "pooled_projections": torch.randn(batch, 48, generator=generator).to(dtype),
+        "timestep": torch.linspace(900, 300, batch),
+    }
