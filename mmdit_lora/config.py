@@ -251,7 +251,7 @@ def _apply_override(data: dict[str, Any], places: dict[tuple[Any, ...], str], ov
     where = f"override {reprlib.repr(override)}"
     if not equals or not all(keys):
         raise InputError("is not of the form key=value", where=where, cure="write for example train.max_steps=100")
-    value, _ = parse_yaml(text, where=where)
+    value, _ = parse_yaml(text, where=where, numbered=False)
     if len(keys) > 2 or (len(keys) == 2 and keys[0] not in SECTIONS):
         raise _unknown(keys[-1] if keys[0] in SECTIONS else keys[0], keys[:1] if keys[0] in SECTIONS else (), where)
     if len(keys) == 1:
@@ -270,11 +270,11 @@ def _refuse_unknown_keys(data: Mapping[Any, Any], places: Mapping[tuple[Any, ...
     """Before pydantic does: its message does not know the nearest key."""
     for key, value in data.items():
         if key not in Config.model_fields:
-            raise _unknown(key, (), places.get((key,), file))
+            raise _unknown(key, (), places.get((str(key),), file))
         if key in SECTIONS and isinstance(value, Mapping):
             for inner in value:
                 if inner not in SECTIONS[key].model_fields:
-                    raise _unknown(inner, (key,), places.get((key, inner), places.get((key,), file)))
+                    raise _unknown(inner, (key,), places.get((key, str(inner)), places.get((key,), file)))
 
 
 def _unknown(key: Any, section: tuple[str, ...], where: str) -> InputError:

@@ -55,8 +55,11 @@ _Dumper.add_representer(
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def parse_yaml(text: str, *, where: str) -> tuple[Any, Lines]:
-    """The value of `text`, and the line (from 1) of every key of its mappings, two levels deep.
+def parse_yaml(text: str, *, where: str, numbered: bool = True) -> tuple[Any, Lines]:
+    """The value of `text`, and the line (from 1) of every key of its mappings, by its path of keys.
+
+    Args:
+        where: the text's name in errors. numbered: whether a line number follows it (a file) or not (an argument).
 
     Raises:
         InputError: no YAML, a tag (`!!python/object` and its kin), a key twice; with the line.
@@ -67,11 +70,11 @@ def parse_yaml(text: str, *, where: str) -> tuple[Any, Lines]:
         node = loader.get_single_node()
         if node is None:
             return None, lines
-        _visit(node, (), lines, where, seen=set())
+        _visit(node, (), lines, where, numbered, seen=set())
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = where if mark is None or "\n" not in text.strip() else f"{where}:{mark.line + 1}"
+        place = f"{where}:{mark.line + 1}" if numbered and mark is not None else where
         if isinstance(error, yaml.constructor.ConstructorError) and "tag" in str(error.problem):
             raise InputError(
                 f"holds a YAML tag ({error.problem})",
@@ -90,14 +93,14 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
 
 
-def _visit(node: yaml.Node, keys: tuple[Any, ...], lines: Lines, where: str, *, seen: set[int]) -> None:
+def _visit(node: yaml.Node, keys: tuple[Any, ...], lines: Lines, where: str, numbered: bool, *, seen: set[int]) -> None:
     """Note the line of each key, refuse a key twice. `seen` ends the loop of an alias inside its own anchor."""
     if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _visit(item, (*keys, None), lines, where, seen=seen)
+            _visit(item, (*keys, None), lines, where, numbered, seen=seen)
     elif isinstance(node, yaml.MappingNode):
         here: dict[str, int] = {}
         for key, value in node.value:
@@ -105,9 +108,9 @@ def _visit(node: yaml.Node, keys: tuple[Any, ...], lines: Lines, where: str, *, 
             if name in here and name != "<<":
                 raise InputError(
                     f"the key {name!r} stands twice (first in line {here[name]})",
-                    where=f"{where}:{line}",
+                    where=f"{where}:{line}" if numbered else where,
                     cure="keep one of them",
                 )
             here[name] = line
             lines[(*keys, name)] = line
-            _visit(value, (*keys, name), lines, where, seen=seen)
+            _visit(value, (*keys, name), lines, where, numbered, seen=seen)

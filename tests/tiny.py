@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
 
 # Two heads of 16 on 8 x 8 = 64 image tokens.
 SD3_CONFIG: dict[str, Any] = {
@@ -92,3 +96,61 @@ def tiny_inputs(batch: int = 2, *, seed: int = 2, dtype: torch.dtype = torch.flo
         "pooled_projections": torch.randn(batch, 48, generator=generator).to(dtype),
         "timestep": torch.linspace(900, 300, batch),
     }
+
+
+def tiny_pipeline(
+    folder: Path, transformer: LayoutSD3Transformer2DModel | None = None
+) -> LayoutStableDiffusion3Pipeline:
+    """A whole pipeline, without T5, that paints 32 x 32 pixels. `folder` takes the tokenizer's files."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.06,
+            scaling_factor=1.5,
+        )
+        encoders = [tiny_text_encoder(projection_dim=width) for width in (16, 32)]
+    tokenizer = tiny_tokenizer(folder)
+    return LayoutStableDiffusion3Pipeline(
+        transformer=tiny_transformer() if transformer is None else transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        max_sequence_length=8,
+    )
+
+
+def tiny_text_encoder(*, projection_dim: int) -> CLIPTextModelWithProjection:
+    """16 wide, 16 tokens."""
+    config = CLIPTextConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=projection_dim,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary of letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)

@@ -50,8 +50,9 @@ class OfflineRun:
 
     def _pictures(self, value: dict[str, Any]) -> Iterator[dict[str, Any]]:
         assert value["_type"] == "images/separated", value["_type"]
+        captions = value.get("captions") or [None] * value["count"]
         boxes = value.get("all_boxes") or [None] * value["count"]
-        for name, caption, groups in zip(value["filenames"], value["captions"], boxes, strict=True):
+        for name, caption, groups in zip(value["filenames"], captions, boxes, strict=True):
             listed = json.loads((self.files / groups["layout"]["path"]).read_text())["box_data"] if groups else []
             yield {"path": self.files / name, "caption": caption, "boxes": listed}
 
@@ -118,7 +119,8 @@ def _records(data: bytes) -> Iterator[bytes]:
         checksum, length, kind = struct.unpack_from("<IHB", data, position)
         chunk = data[position + HEADER : position + HEADER + length]
         assert kind in (1, 2, 3, 4), f"a chunk of kind {kind} at byte {position}"
-        assert len(chunk) == length, "the run file is cut off"
+        if len(chunk) < length:  # the run was killed while it wrote; what came before is whole
+            return
         assert checksum == zlib.crc32(bytes([kind]) + chunk), f"wrong checksum at byte {position}"
         parts = chunk if kind in (1, 2) else parts + chunk
         position += HEADER + length

@@ -13,18 +13,25 @@ from mmdit_lora.config import SECTIONS, Config
 from mmdit_lora.config_yaml import dump_yaml
 from mmdit_lora.data.records import Record, read_dataset
 
-# As many epochs as keep an adapter of this rank from learning the pictures by heart, within what one sitting allows.
+# A run of this many epochs is a start to judge from; the bounds keep tiny and huge sets within one sitting.
 _EPOCHS, _MIN_STEPS, _MAX_STEPS = 50, 200, 20_000
 
 
-def commented_config(data_folder: str | Path, *, base: str = "data/tiny_base") -> str:
+def commented_config(
+    data_folder: str | Path, *, base: str = "data/tiny_base", bbox_format: str = "xyxy", bbox_units: str = "relative"
+) -> str:
     """YAML with every key of the config, a comment on each, and values that fit the data set found at `data_folder`.
 
     Raises:
         InputError: the folder is no readable data set.
     """
-    records = read_dataset(data_folder)
-    values = {"base": base, "data": {"path": str(data_folder)}, "train": _training_values(len(records))}
+    conventions = {"bbox_format": bbox_format, "bbox_units": bbox_units}
+    records = read_dataset(data_folder, **conventions)
+    values = {
+        "base": base,
+        "data": {"path": str(data_folder), **conventions},
+        "train": _training_values(len(records)),
+    }
     lines = [f"# {_summary(records)}", "# Start with: mmdit-lora train THIS_FILE", ""]
     for name, info in Config.model_fields.items():
         if name not in SECTIONS:
@@ -39,7 +46,7 @@ def commented_config(data_folder: str | Path, *, base: str = "data/tiny_base") -
 
 
 def _training_values(records: int) -> dict[str, int]:
-    """Fewer than 8 samples a batch for few pictures, and a run of about 50 epochs."""
+    """A batch below 8 where there are few pictures, about `_EPOCHS` epochs, four looks at the result."""
     batch = max(1, min(8, records // 4))
     steps = min(max(_EPOCHS * records // batch, _MIN_STEPS), _MAX_STEPS)
     often = max(steps // 4, 1)

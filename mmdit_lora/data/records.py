@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -102,12 +103,21 @@ def write_dataset(out: str | Path, items: Iterable[Item]) -> Path:
     out = Path(out).resolve()
     check_replaceable(out)
     with atomic_folder(out) as folder:
-        fill_dataset(folder, items)
+        _fill(folder, items)
     return out
 
 
-def fill_dataset(folder: Path, items: Iterable[Item]) -> None:
-    """What `write_dataset` writes, into a folder that the caller makes (and removes on failure)."""
+def write_splits(out: str | Path, splits: Mapping[str, Iterable[Item]]) -> Path:
+    """As `write_dataset`, for several data sets in subfolders of `out` (name -> items), all of them or none."""
+    out = Path(out).resolve()
+    check_replaceable(out, parts=tuple(splits))
+    with atomic_folder(out) as folder:
+        for name, items in splits.items():
+            _fill(folder / name, items)
+    return out
+
+
+def _fill(folder: Path, items: Iterable[Item]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, picture, layout in items:
@@ -239,7 +249,8 @@ def _picture(name: Any, root: Path, folder: Path) -> Path:
         if path.is_file():
             return path
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
-        raise InputError(f"file_name {name!r} cannot be opened ({error})") from None
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise InputError(f"file_name {reprlib.repr(name)} cannot be opened ({reason})") from None
     raise InputError(f"the picture {name!r} does not exist", cure=f"file_name is relative to {folder}")
 
 
@@ -287,7 +298,9 @@ def _as_boxes(
         except InputError as error:
             as_written = (bbox_format, width, height) == ("xyxy", 1, 1)
             what = error.what if as_written else f"{error.what} (written as {bbox_format} {list(four)})"
-            raise InputError(what, where=f"objects.bbox[{index}]", cure=error.cure) from None
+            pixels = (width, height) == (1, 1) and max(four) > 2
+            cure = 'these look like pixels: set "bbox_units": "pixel" (here or in the config)' if pixels else error.cure
+            raise InputError(what, where=f"objects.bbox[{index}]", cure=cure) from None
     return tuple(boxes)
 
 

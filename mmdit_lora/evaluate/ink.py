@@ -29,8 +29,8 @@ _TINT = 30.0  # chroma below this may be a tinted background
 _INK = 0.5  # coverage from which a pixel belongs to an object
 _SPECK = 12.0  # px of ink; less is no object
 _REACH = 3  # px around an object where its ink may still be found
-_BLURS = (0.0, 0.5, 0.9)
-_FIRST = 1
+_BLURS = (0.0, 0.7)  # px, standard deviation: pictures from a VAE are not as sharp as drawn ones
+_MIDDLE = 1
 _TEMPLATE = 32  # cells a side of a shape's drawing
 _WEAK = 0.1  # weight of "no ink here" where another object's ink may hide ours
 _GOOD = 0.88  # a fit below this may be several objects of one colour that touch
@@ -230,7 +230,8 @@ def _patch(
     meets = rival > 0
     own = np.where(meets, np.where(plain, mixed, blurred[0]), own)
     others = np.where(meets, np.where(plain, share, blurred[1]), 0)
-    return _Patch(own.clip(-0.3, 1.3), others.clip(0, 1), exists, (nearest == me) & exists)
+    own, others = own.clip(-0.3, 1.3).astype(np.float32), others.clip(0, 1).astype(np.float32)
+    return _Patch(own, others, exists, (nearest == me) & exists)
 
 
 @cache
@@ -249,29 +250,46 @@ def _templates() -> tuple[Floats, Floats, Floats]:
 def _fit_patches(patch: _Patch) -> tuple[Floats, Ints, Floats]:
     """Boxes (n, 4) in px of the patch, indices of shapes (n,), scores (n,)."""
     number = len(patch.own)
-    # A trial is an object, a shape and a blur. All shapes get a few steps; the best go on, sharp and blurred.
-    things, shapes = (index.ravel() for index in np.indices((number, len(SHAPES))))
-    blurs = np.full(len(things), _FIRST)
-    boxes, error = _adjust(patch, things, shapes, blurs, _first_boxes(patch).reshape(-1, 4), steps=3)
-    best = error.reshape(number, -1).argsort(1)[:, :2]
-    chosen = np.repeat((np.arange(number)[:, None] * len(SHAPES) + best).ravel(), len(_BLURS))
-    shapes, blurs = shapes[chosen], np.tile(np.arange(len(_BLURS)), len(chosen) // len(_BLURS))
-    boxes, error = _adjust(patch, things[chosen], shapes, blurs, boxes[chosen], steps=4)
-    final = error.reshape(number, -1).argmin(1)
-    final += np.arange(number) * (len(chosen) // number)
-    boxes, shapes = boxes[final], shapes[final]
-    drawn, _ = _draw(boxes, shapes, blurs[final], patch.own.shape[1:])
+    # All shapes get a few steps; the best two are tried under every blur; those go on under the blur that fits.
+    trial = _Trial(_first_boxes(patch), *np.broadcast_arrays(np.arange(len(SHAPES)), np.full((number, 1), _MIDDLE)))
+    trial, error = _adjust(patch, trial, steps=3)
+    trial = trial.take(np.repeat(error.argsort(1)[:, :2], len(_BLURS), axis=1))
+    trial, error = _adjust(patch, trial.under(np.tile(np.arange(len(_BLURS)), (number, 2))), steps=1)
+    blur = error.argmin(1) % len(_BLURS)
+    trial, error = _adjust(patch, trial.take(blur[:, None] + [0, len(_BLURS)]), steps=4)
+    best = trial.take(error.argmin(1)[:, None])
+    drawn = _draw(*best.flat(), patch.own.shape[1:])[0]
     seen = np.clip(drawn, patch.own, patch.own + patch.others)
     seen = np.where(seen < 0.12, 0, np.where(seen > 0.88, 1, seen))  # noise is no misfit
     both, either = (np.where(patch.exists, pair, 0).sum((1, 2)) for pair in (np.minimum(drawn, seen), np.maximum(drawn, seen)))
-    return boxes, shapes.astype(np.int32), both / np.maximum(either, 1e-6)
+    return best.boxes[:, 0], best.shapes[:, 0].astype(np.int32), both / np.maximum(either, 1e-6)
 
 
-def _adjust(patch: _Patch, things: NDArray, shapes: NDArray, blurs: NDArray, boxes: Floats, *, steps: int) -> tuple[Floats, Floats]:
-    """Gauss-Newton of boxes (m, 4) of `shapes` (m,) on the objects `things` (m,): the boxes, and squared errors (m,)
-    of the last but one."""
-    own, others = patch.own[things], patch.others[things]
-    exists = patch.exists[things].astype(np.float32)
+@dataclass(frozen=True)
+class _Trial:
+    """k trials for each of n objects: boxes (n, k, 4), indices of shapes (n, k) and of blurs (n, k)."""
+
+    boxes: Floats
+    shapes: NDArray
+    blurs: NDArray
+
+    def take(self, index: NDArray) -> _Trial:
+        """The trials `index` (n, j) of each object."""
+        row = np.arange(len(index))[:, None]
+        return _Trial(self.boxes[row, index], self.shapes[row, index], self.blurs[row, index])
+
+    def under(self, blurs: NDArray) -> _Trial:
+        return _Trial(self.boxes, self.shapes, blurs)
+
+    def flat(self) -> tuple[Floats, NDArray, NDArray]:
+        return self.boxes.reshape(-1, 4), self.shapes.ravel(), self.blurs.ravel()
+
+
+def _adjust(patch: _Patch, trial: _Trial, *, steps: int) -> tuple[_Trial, Floats]:
+    """Gauss-Newton on the boxes of the trials: the trials, and the squared errors (n, k) of the boxes before the last step."""
+    boxes, shapes, blurs = trial.flat()
+    things = np.repeat(np.arange(len(trial.shapes)), trial.shapes.shape[1])
+    own, others, exists = patch.own[things], patch.others[things], patch.exists[things].astype(np.float32)
     hidden = others > 0
     weak = _WEAK * (1 - others) * hidden * exists
     for _ in range(steps):
@@ -279,7 +297,7 @@ def _adjust(patch: _Patch, things: NDArray, shapes: NDArray, blurs: NDArray, box
         # Under other ink ours is unknown: all from what is seen to what may be hidden fits, what is seen a little better.
         misfit = (np.clip(drawn, own, own + others) - drawn) * exists
         shy = (own - drawn) * weak
-        firm = np.where(hidden & (misfit == 0), 0, exists) + weak
+        firm = exists * ~(hidden & (misfit == 0)) + weak
         flat = slopes.reshape(len(boxes), 4, -1)
         normal = (flat * firm.reshape(len(boxes), 1, -1)) @ flat.swapaxes(-1, -2)
         force = flat @ (misfit + shy).reshape(len(boxes), -1, 1)
@@ -287,7 +305,8 @@ def _adjust(patch: _Patch, things: NDArray, shapes: NDArray, blurs: NDArray, box
         normal += np.eye(4, dtype=np.float32) * damping[:, None, None]
         boxes = boxes + np.linalg.solve(normal, force)[..., 0].clip(-1.5, 1.5)
         boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2)
-    return boxes, (misfit**2).sum((1, 2)) + (shy * (own - drawn)).sum((1, 2))
+    error = (misfit**2).sum((1, 2)) + (shy * (own - drawn)).sum((1, 2))
+    return _Trial(boxes.reshape(trial.boxes.shape), trial.shapes, trial.blurs), error.reshape(trial.shapes.shape)
 
 
 def _first_boxes(patch: _Patch) -> Floats:
@@ -319,11 +338,14 @@ def _draw(boxes: Floats, shapes: NDArray, blurs: NDArray, size: tuple[int, ...])
         _reach(boxes[:, axis], boxes[:, axis + 2], blurs, size[1 - axis]) for axis in (1, 0)
     )
     rows = np.concatenate([high, high_start, high_end], axis=1) @ corners[shapes]  # (m, 3P, T+1)
-    down = rows @ wide.swapaxes(1, 2)
-    across = rows[:, : size[0]] @ np.concatenate([wide_start, wide_end], axis=1).swapaxes(1, 2)
-    drawn, by_top, by_bottom = np.split(down, 3, axis=1)
-    by_left, by_right = np.split(across, 2, axis=2)
-    return drawn, np.stack([by_left, by_top, by_right, by_bottom], axis=1)
+    slopes = np.empty((len(boxes), 4, *size), np.float32)
+    across = wide.swapaxes(1, 2)
+    drawn = rows[:, : size[0]] @ across
+    np.matmul(rows[:, : size[0]], wide_start.swapaxes(1, 2), out=slopes[:, 0])
+    np.matmul(rows[:, size[0] : 2 * size[0]], across, out=slopes[:, 1])
+    np.matmul(rows[:, : size[0]], wide_end.swapaxes(1, 2), out=slopes[:, 2])
+    np.matmul(rows[:, 2 * size[0] :], across, out=slopes[:, 3])
+    return drawn, slopes
 
 
 def _reach(start: Floats, end: Floats, blurs: NDArray, pixels: int) -> tuple[Floats, Floats, Floats]:

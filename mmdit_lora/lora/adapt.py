@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -95,10 +96,9 @@ def add_layout_lora(
     zero_gates = _zero_gates(model)
     # Freeze first, inject second. The other way round freezes the LoRA too, and nothing trains.
     model.requires_grad_(False)
-    model.add_adapter(config, adapter_name)  # type: ignore[operator]
+    inject(model, config, adapter_name)
     # On a bf16 base PEFT makes bf16 LoRA, where AdamW at 1e-4 moves only a third of the entries.
     cast_training_params(model, torch.float32)
-    match_mode(model)
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = {with_adapter(name, adapter_name): shape for name, shape in adapter_shapes(targets, config).items()}
@@ -195,8 +195,11 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
         model.delete_adapters(adapter_name)  # type: ignore[operator]
 
 
-def match_mode(model: nn.Module) -> None:
-    """Put LoRA layers into the model's mode: PEFT makes them in training mode, so an eval model would drop out."""
+def inject(model: nn.Module, config: peft.LoraConfig, adapter_name: str) -> None:
+    """diffusers' `add_adapter`, quietly, and in the model's mode: PEFT's layers start in training mode, and would drop out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        model.add_adapter(config, adapter_name)  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             cast(nn.Module, module).train(model.training)

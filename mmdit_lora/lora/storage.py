@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_folder
-from mmdit_lora.lora.adapt import adapter_shapes, find_targets, match_mode, with_adapter
+from mmdit_lora.lora.adapt import adapter_shapes, find_targets, inject, with_adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -79,7 +79,7 @@ def save_adapter(
         raise InputError(
             f"the adapter holds NaN or infinity, in {', '.join(bad[:4])}", cure="train with a lower learning rate"
         )
-    config = model.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, index, operator]
+    config = model.peft_config[adapter_name].to_dict()
     config |= {"base_model_name_or_path": metadata.get("base"), "inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     header = {"format": "pt", HEADER_KEY: json.dumps(dict(metadata), sort_keys=True, allow_nan=False)}
@@ -156,12 +156,11 @@ def load_adapter(
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     config.init_lora_weights = True  # data-driven initialisations have done their work, and would ask for their data
     config.inference_mode = not trainable
-    model.add_adapter(config, adapter_name)  # type: ignore[operator]
+    inject(model, config, adapter_name)
     state = {name.removeprefix(KEY_PREFIX): value for name, value in tensors.items()}
     outcome: Any = peft.set_peft_model_state_dict(model, state, adapter_name=adapter_name)
     if outcome.unexpected_keys:
         raise RuntimeError(f"PEFT did not take {', '.join(outcome.unexpected_keys[:8])}")
-    match_mode(model)
     own = {with_adapter(name, adapter_name) for name in adapter_shapes(targets, config)}
     for name, parameter in model.named_parameters():
         if name in own:

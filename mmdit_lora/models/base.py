@@ -71,8 +71,8 @@ class LayoutModelMixin(nn.Module):
             layout_seed: seeds the initialisation of a missing stream; two loads are equal.
 
         Raises:
-            InputError: names are missing, unexpected or of another shape (they are listed), or the file is damaged.
-            OSError: no such model.
+            InputError: names are missing, unexpected or of another shape (they are listed), or there is no
+                such folder or hub id, or a file of it is damaged.
         """
         want_info = kwargs.pop("output_loading_info", False)
         where = str(pretrained_model_name_or_path)
@@ -80,7 +80,7 @@ class LayoutModelMixin(nn.Module):
             with without_missing_weights_warning():
                 # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
                 loaded = super().from_pretrained(where, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except (ValueError, SafetensorError) as error:  # another shape; a damaged file
+        except (ValueError, OSError, SafetensorError) as error:  # another shape; no such or a damaged file
             raise InputError(f"does not hold this model: {error}", where=where) from error
         model, info = loaded
         added = {name for name, _ in model.named_parameters() if "layout" in name}

@@ -143,6 +143,7 @@ class LayoutStream(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, head_dim: int, qk_norm: str | None, last: bool) -> None:
         super().__init__()
         self.last = last
+        self.norm1: nn.Module
         if last:
             self.norm1 = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         else:
@@ -157,7 +158,7 @@ class LayoutStream(nn.Module):
             bias=True,
             qk_norm=qk_norm,
             eps=1e-6,
-            processor=JointAttnProcessor(),
+            processor=JointAttnProcessor(),  # type: ignore[arg-type]
         )
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.weight)

@@ -33,7 +33,12 @@ def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32) -> LayoutSta
             cure="give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id that is cached",
         ) from error
     except Exception as error:  # safetensors and huggingface_hub raise types of their own for torn files and bad names
-        if type(error).__module__.split(".")[0] not in ("builtins", "safetensors_rust", "safetensors", "huggingface_hub"):
+        if type(error).__module__.split(".")[0] not in (
+            "builtins",
+            "safetensors_rust",
+            "safetensors",
+            "huggingface_hub",
+        ):
             raise
         raise InputError(f"cannot be opened as a base: {_first_line(error)}", where=base) from error
     pipe.set_progress_bar_config(disable=True)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +29,11 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         max_sequence_length: T5 tokens of the text that this base was trained with (zeros where it has no T5); the default
             of calls. Everything else as in diffusers.
     """
+
+    transformer: LayoutSD3Transformer2DModel
+    vae: AutoencoderKL
+    vae_scale_factor: int
+    config: Any
 
     # A base may come without T5, and a saved one then says null.
     _optional_components = ["text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"]
@@ -66,13 +73,22 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         """As diffusers' `from_pretrained`; the transformer becomes ours if it is not yet."""
         path = str(pretrained_model_name_or_path)
         if kwargs.get("transformer") is None:
-            passed_on = ("torch_dtype", "variant", "revision", "cache_dir", "token", "local_files_only", "use_safetensors")
+            passed_on = (
+                "torch_dtype",
+                "variant",
+                "revision",
+                "cache_dir",
+                "token",
+                "local_files_only",
+                "use_safetensors",
+            )
             model_kwargs = {key: kwargs[key] for key in passed_on if key in kwargs}
             kwargs["transformer"] = LayoutSD3Transformer2DModel.from_pretrained(
                 path, subfolder="transformer", **model_kwargs
             )
         return super().from_pretrained(path, **kwargs)
 
+    @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
         """Pooled CLIP-L beside pooled CLIP-G embeddings, (n, P); no T5, as in CreatiLayout."""
         pooled = [self._get_clip_prompt_embeds(list(phrases), clip_model_index=index)[1] for index in (0, 1)]
@@ -128,12 +144,22 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         """
         layouts = [layout] if isinstance(layout, Layout) else layout
         if layouts is not None:
-            texts = [item.caption for item in layouts] if prompt is None else prompt
-            prompt = [texts] if isinstance(texts, str) else list(texts)
-            if len(prompt) != len(layouts):
-                raise ValueError(f"{len(prompt)} prompts for {len(layouts)} layouts")
+            if not layouts:
+                raise ValueError("no layout: give at least one, or None for text to image")
+            if (
+                kwargs.get("prompt_embeds") is not None
+            ):  # encoded texts instead of the captions; diffusers takes only one
+                given = len(kwargs["prompt_embeds"])
+            else:
+                texts = [item.caption for item in layouts] if prompt is None else prompt
+                prompt = [texts] if isinstance(texts, str) else list(texts)
+                given = len(prompt)
+            if given != len(layouts):
+                raise ValueError(f"{given} prompts for {len(layouts)} layouts")
             inputs = self.prepare_layout(layouts).repeat_interleave(num_images_per_prompt)
-            if guidance_scale > 1:  # diffusers' batch is then [without, with], and "without" has neither text nor layout
+            if (
+                guidance_scale > 1
+            ):  # diffusers' batch is then [without, with], and "without" has neither text nor layout
                 inputs = LayoutInputs.cat([inputs.dropped(), inputs])
 
             steps = len(sigmas) if sigmas is not None else num_inference_steps

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmdit_lora.config import Config
 from mmdit_lora.data.collate import collate_layouts
-from mmdit_lora.data.records import Record, load_image
+from mmdit_lora.data.records import Record
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
@@ -57,8 +57,8 @@ class Examples:
 
     def training_batch(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
-        config, count = self.config, len(self.records)
-        indices = [epoch_order(config.train.seed, p // count, count)[p % count] for p in positions]
+        config = self.config
+        indices = [self._index_at(position) for position in positions]
         generators = [seeded("train", config.train.seed, position) for position in positions]
         latents, layouts = self._encode(indices, generators)
         drop = torch.stack([torch.rand(2, generator=generator) for generator in generators])
@@ -73,6 +73,14 @@ class Examples:
         latents, layouts = self._encode(indices, generators)
         captions = [layout.caption for layout in layouts]
         return self._batch(latents, layouts, captions, torch.zeros(len(layouts), dtype=torch.bool), generators)
+
+    def record_at(self, position: int) -> Record:
+        """The record that comes at `position` of the run."""
+        return self.records[self._index_at(position)]
+
+    def _index_at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.records))
+        return epoch_order(self.config.train.seed, epoch, len(self.records))[place]
 
     def _batch(
         self,
@@ -125,7 +133,7 @@ class Examples:
         data = self.config.data
         pairs = [
             prepare(
-                load_image(self.records[index].image),
+                self.records[index].load(),
                 self.records[index].layout,
                 self.size,
                 crop=data.crop,

@@ -184,6 +184,10 @@ class WandbTracker(Tracker):
 
     def finish(self, *, failed: bool = False) -> None:
         self._run.finish(exit_code=1 if failed else 0)
+        # Offline, `finish` returns before the run file is on the disk (seen, 0.31.0: 7 bytes of it under load); only the
+        # end of wandb's own process is waited for. Not with a run of somebody else's still going on in it.
+        if self._run.offline and self._wandb.run is None:
+            self._wandb.teardown()
 
 
 class TensorBoardTracker(Tracker):

@@ -1,0 +1,101 @@
+"""`mmdit-lora VERB`: one place where exceptions become exit codes.
+
+Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 anything else; 130 interrupted. Commands import
+what is heavy inside themselves, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mmdit_lora import __version__, cli_data, cli_model
+from mmdit_lora.errors import InputError
+
+# ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="mmdit-lora",
+    help="Layout LoRA adapters for MM-DiT diffusion models.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmdit-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks; may stand after the verb too.")] = False,
+) -> None:
+    del version, debug  # the one acts in its callback, the other is taken out by `main`
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+cli_data.register(app)
+cli_model.register(app)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; what went wrong is one message on stderr.
+
+    Args:
+        argv: arguments without the program's name; None = those of the process.
+    """
+    args, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
+    try:
+        code = app(args, prog_name="mmdit-lora", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        return _report(error, str(error), 2, debug)
+    except _ClickException as error:
+        return _report(error, _usage_message(error), 2, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `mmdit-lora ... | head`: nobody listens any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return _report(error, f"{type(error).__name__}: {first} (run again with --debug for the traceback)", 1, debug)
+
+
+def _without_debug(args: list[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out wherever it stands before a `--`."""
+    end = args.index("--") if "--" in args else len(args)
+    kept = [arg for arg in args[:end] if arg != "--debug"] + args[end:]
+    return kept, len(kept) < len(args)
+
+
+def _usage_message(error: Exception) -> str:
+    message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    context = getattr(error, "ctx", None)
+    return f"{message}\n  to mend it: see `{context.command_path} --help`" if context is not None else message
+
+
+def _report(error: Exception, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Training and held-out records, and a fingerprint of a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from mmdit_lora.data.records import Record
+from mmdit_lora.errors import InputError
+
+
+def split_records(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """(training, held out). A record's side depends on its file name alone, so that it stays where it is when others come.
+
+    All layouts of one picture are on one side.
+
+    Raises:
+        InputError: a side would be empty although `share` is above 0.
+    """
+    if share == 0:
+        return list(records), []
+    names = sorted({record.image.name for record in records}, key=_digest)
+    held_out = set(names[: max(1, round(share * len(names)))])
+    sides = ([r for r in records if r.image.name not in held_out], [r for r in records if r.image.name in held_out])
+    if not sides[0]:
+        raise InputError(
+            f"{len(names)} pictures are too few to hold out a share of {share}",
+            where="data.validation_share",
+            cure="set it to 0, or give more pictures",
+        )
+    return sides
+
+
+def fingerprint_records(records: Sequence[Record]) -> str:
+    """sha256 over names, sizes in bytes and layouts, in order. Pixels are not read: that takes minutes on large sets."""
+    digest = hashlib.sha256()
+    for record in records:
+        entry = (record.image.name, record.image.stat().st_size, record.layout.to_dict())
+        digest.update(json.dumps(entry, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()

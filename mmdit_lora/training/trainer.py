@@ -1,0 +1,384 @@
+"""The training run: Accelerate does devices and processes; what is drawn comes from (seed, position) alone.
+
+So a run that was killed and resumed makes the same draws as one that was not, see `examples`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from mmdit_lora.config import Config
+from mmdit_lora.data.records import Record, read_dataset
+from mmdit_lora.errors import InputError
+from mmdit_lora.evaluate import measure, readable
+from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+from mmdit_lora.files import write_json, write_text
+from mmdit_lora.lora import base_fingerprint
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline, paint
+from mmdit_lora.training.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+    trainable_parameters,
+)
+from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.examples import Examples, seeded
+from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses
+from mmdit_lora.training.method import TrainableReport, set_trainable
+from mmdit_lora.training.result import save_result
+from mmdit_lora.training.split import fingerprint_records, split_records
+from mmdit_lora.training.step import losses
+from mmdit_lora.training.tracking import Tracker, make_tracker
+
+CHECKPOINTS, CONFIG, REPORT = "checkpoints", "config.yaml", "report.json"
+# What may differ between a run and its resumption without changing what is trained.
+_FREE_ON_RESUME = {"output_dir", "tracking", "sample", "train.checkpoint_every", "train.keep_checkpoints"}
+_FREE_ON_RESUME |= {"train.validate_every", "train.sample_every", "train.sample_count", "train.log_every"}
+
+Progress = Callable[[int, dict[str, float]], None]
+
+
+@dataclass
+class TrainResult:
+    """What a finished run leaves. `report` is what `report.json` holds."""
+
+    pipe: LayoutStableDiffusion3Pipeline
+    folder: Path
+    report: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """Everything that the loop reads, set up by `prepare_run`."""
+
+    config: Config
+    accelerator: Accelerator
+    pipe: LayoutStableDiffusion3Pipeline
+    model: nn.Module
+    trainable: TrainableReport
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    examples: Examples
+    held_out: Examples | None
+    fingerprints: dict[str, str]
+    step: int = 0
+    tracker_run_id: str | None = None
+    base_losses: Tensor | None = None
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.examples.size
+
+    @property
+    def settings(self) -> PaintSettings:
+        sample = self.config.sample
+        return PaintSettings(
+            steps=sample.steps,
+            guidance_scale=sample.guidance_scale,
+            layout_scale=sample.layout_scale,
+            layout_window=sample.layout_window,
+            size=self.size,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+
+def train(config: Config, *, resume: bool = False, on_progress: Progress | None = None) -> TrainResult:
+    """Train what `config.method` names, and leave `<output_dir>/adapter` (or `base`) and `report.json`.
+
+    Args:
+        resume: go on from the newest checkpoint of `output_dir`; without one, start.
+        on_progress: called with the step and its scalars, every `train.log_every` steps.
+
+    Raises:
+        InputError: the base, the data or the output folder do not allow the run; nothing is written then.
+    """
+    run = prepare_run(config, resume=resume)
+    main = run.accelerator.is_main_process
+    if main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / CONFIG, config.to_yaml())
+    if run.held_out is not None:
+        run.base_losses = held_out_losses(run.model, run.held_out, run.accelerator.device)
+    if resume and (found := checkpoints(run.folder / CHECKPOINTS)):
+        _load(run, found[-1])
+    tracker = _make_tracker(run) if main else None
+    run.tracker_run_id = tracker.run_id if tracker else None
+    try:
+        _loop(run, tracker, on_progress or (lambda *_: None))
+        comparison = _validate(run, tracker) if main else None
+        run.accelerator.wait_for_everyone()
+        report = _report(run, comparison)
+        if main:
+            save_result(run.pipe, config, report)
+            write_json(run.folder / REPORT, report)
+        if tracker is not None:
+            tracker.summary({key: value for key, value in report.items() if isinstance(value, int | float | str)})
+    except BaseException:
+        if tracker is not None:
+            tracker.finish(failed=True)
+        raise
+    if tracker is not None:
+        tracker.finish()
+    return TrainResult(run.pipe, run.folder, report)
+
+
+def prepare_run(config: Config, *, resume: bool = False) -> Run:
+    """Everything up to the first step; writes nothing. What `--check-only` does.
+
+    Raises:
+        InputError: see `train`.
+    """
+    folder = Path(config.output_dir)
+    _check_output(folder, config, resume)
+    precision = config.train.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    pipe = load_pipeline(config.base, dtype=dtype)
+    records, held_out = _read_data(config)
+    size = _picture_size(config, pipe)
+    fingerprints = {"base": base_fingerprint(pipe.transformer), "data": fingerprint_records(records)}
+    pipe.to(accelerator.device)
+
+    torch.manual_seed(config.train.seed)  # the adapter's initial weights
+    trainable = set_trainable(pipe.transformer, config)
+    pipe.transformer.train()
+    if config.train.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    settings = config.train
+    optimizer = torch.optim.AdamW(
+        trainable_parameters(pipe.transformer).values(),
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = get_scheduler(
+        settings.lr_schedule,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=settings.max_steps,
+    )
+    encoder = Encoder(pipe)
+    slots = pipe.transformer.config.layout_slots
+    model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        pipe=pipe,
+        model=model,
+        trainable=trainable,
+        optimizer=optimizer,
+        schedule=schedule,
+        examples=Examples(records, encoder, config, size=size, slots=slots),
+        held_out=Examples(held_out, encoder, config, size=size, slots=slots) if held_out else None,
+        fingerprints=fingerprints,
+    )
+
+
+def _loop(run: Run, tracker: Tracker | None, on_progress: Progress) -> None:
+    settings = run.config.train
+    last = settings.max_steps
+    while run.step < last:
+        scalars = _step(run)
+        run.step += 1
+        if tracker is None:
+            continue
+        if run.step % settings.log_every == 0 or run.step == last:
+            tracker.log(run.step, scalars)
+            on_progress(run.step, scalars)
+        if settings.validate_every and run.step % settings.validate_every == 0 and run.step < last:
+            _validate(run, tracker)
+        if settings.sample_every and run.step % settings.sample_every == 0:
+            _show(run, tracker)
+        if settings.checkpoint_every and run.step % settings.checkpoint_every == 0:
+            _save(run)
+
+
+def _step(run: Run) -> dict[str, float]:
+    """One optimizer step: draw, loss, backward, clip, update."""
+    settings, accelerator = run.config.train, run.accelerator
+    per_process, world = settings.batch_size, accelerator.num_processes
+    total = 0.0
+    for micro in range(settings.gradient_accumulation):
+        first = ((run.step * settings.gradient_accumulation + micro) * world + accelerator.process_index) * per_process
+        batch = run.examples.training_batch(range(first, first + per_process)).to(accelerator.device)
+        # The adapter's dropout draws from the global generator: put it where it would be in an undisturbed run.
+        torch.manual_seed(seeded("dropout", settings.seed, first).initial_seed())
+        is_last = micro == settings.gradient_accumulation - 1
+        with nullcontext() if is_last else accelerator.no_sync(run.model), accelerator.autocast():
+            loss = losses(run.model, batch, inside=run.config.flow.inside_weight).mean()
+        if not torch.isfinite(loss):
+            names = [str(run.examples.record_at(p).image) for p in range(first, first + per_process)]
+            raise RuntimeError(f"the loss is {loss.item()} at step {run.step}, on {', '.join(names)}")
+        accelerator.backward(loss / settings.gradient_accumulation)
+        total += loss.item() / settings.gradient_accumulation
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
+    rate = run.schedule.get_last_lr()[0]
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    return {"loss": total, "learning_rate": rate, "grad_norm": float(norm or 0.0)}
+
+
+def _validate(run: Run, tracker: Tracker | None) -> PairedLoss | None:
+    if run.held_out is None or run.base_losses is None:
+        return None
+    now = held_out_losses(run.model, run.held_out, run.accelerator.device)
+    comparison = compare_losses(run.base_losses, now)
+    if tracker is not None:
+        tracker.log(run.step, {"held_out/loss": comparison.trained, "held_out/loss_minus_base": comparison.difference})
+    return comparison
+
+
+def _show(run: Run, tracker: Tracker) -> None:
+    """Paint the first held-out layouts, always from the same noise; where the reader can judge them, their fidelity."""
+    source = run.held_out or run.examples
+    layouts = [record.layout for record in source.records[: run.config.train.sample_count]]
+    if not layouts:
+        return
+    run.pipe.transformer.eval()
+    pictures = paint(run.pipe, layouts, run.settings, seed=run.config.sample.seed)
+    run.pipe.transformer.train()
+    boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
+    save_png(contact_sheet(boxed), run.folder / "samples" / f"step_{run.step:07d}.png")
+    tracker.pictures(run.step, "samples", pictures, layouts)
+    if readable(layouts):
+        fidelity = measure(pictures, layouts).to_dict()
+        tracker.log(run.step, {f"fidelity/{name}": float(fidelity[name]) for name in fidelity if name != "boxes"})
+
+
+def _make_tracker(run: Run) -> Tracker:
+    tracking = run.config.tracking
+    return make_tracker(
+        tracking.tracker,
+        project=tracking.project,
+        run_name=tracking.run_name,
+        mode=tracking.wandb_mode,
+        folder=run.folder,
+        run_id=run.tracker_run_id,
+        config=run.config.model_dump(mode="json") | {"fingerprints": run.fingerprints},
+    )
+
+
+def _save(run: Run) -> None:
+    scaler = run.accelerator.scaler
+    state = {
+        "config": run.config.model_dump(mode="json"),
+        "fingerprints": run.fingerprints,
+        "schedule_step": run.schedule.last_epoch,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "tracker_run_id": run.tracker_run_id,
+        "seconds": run.seconds,
+    }
+    model = run.accelerator.unwrap_model(run.model)
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    save_checkpoint(
+        run.folder / CHECKPOINTS, run.step, model, optimizer, state, keep=run.config.train.keep_checkpoints
+    )
+
+
+def _load(run: Run, checkpoint: Checkpoint) -> None:
+    state = checkpoint.state()
+    for what, digest in run.fingerprints.items():
+        if state["fingerprints"][what] != digest:
+            raise InputError(
+                f"the {what} is not the one that this run was started with", where=str(checkpoint.folder), cure="start a new run"
+            )
+    model = run.accelerator.unwrap_model(run.model)
+    checkpoint.load(model, getattr(run.optimizer, "optimizer", run.optimizer))
+    run.schedule.last_epoch = state["schedule_step"]
+    for group, base, factor in zip(
+        run.optimizer.param_groups, run.schedule.base_lrs, run.schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(run.schedule.last_epoch)
+    run.schedule._last_lr = [group["lr"] for group in run.optimizer.param_groups]
+    if state["scaler"] and run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.step, run.tracker_run_id = checkpoint.step, state["tracker_run_id"]
+    run.seconds_before = state["seconds"]
+
+
+def _check_output(folder: Path, config: Config, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file", where=f"output_dir {folder}", cure="give a folder")
+    found = checkpoints(folder / CHECKPOINTS)
+    if resume:
+        remove_leftovers(folder / CHECKPOINTS)
+        if found:
+            _check_same_config(found[-1], config)
+    elif found or (folder / CONFIG).exists():
+        raise InputError(
+            "already holds a run",
+            where=f"output_dir {folder}",
+            cure="go on with it by `--resume latest`, or give another output_dir",
+        )
+
+
+def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
+    before, now = checkpoint.state()["config"], config.model_dump(mode="json")
+    for section, value in now.items():
+        pairs = value.items() if isinstance(value, dict) else [(None, value)]
+        for key, new in pairs:
+            name = section if key is None else f"{section}.{key}"
+            old = before.get(section) if key is None else (before.get(section) or {}).get(key)
+            if old != new and section not in _FREE_ON_RESUME and name not in _FREE_ON_RESUME:
+                raise InputError(
+                    f"{name} is {new!r}, and was {old!r} when the run was started",
+                    where=str(checkpoint.folder),
+                    cure=f"resume with {name}={old}, or start a new run in another output_dir",
+                )
+
+
+def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
+    data = config.data
+    records = read_dataset(data.path, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+    if data.validation is not None:
+        return records, read_dataset(data.validation, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+    return split_records(records, data.validation_share)
+
+
+def _picture_size(config: Config, pipe: LayoutStableDiffusion3Pipeline) -> tuple[int, int]:
+    transformer = pipe.transformer.config
+    side = config.data.resolution or transformer.sample_size * pipe.vae_scale_factor
+    step = pipe.vae_scale_factor * transformer.patch_size
+    largest = transformer.pos_embed_max_size * step
+    if side % step or side > largest:
+        raise InputError(
+            f"is {side}; this base takes multiples of {step} up to {largest}",
+            where="data.resolution",
+            cure=f"give {min(max(side // step, 1) * step, largest)}, or leave it out",
+        )
+    return side, side
+
+
+def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
+    return {
+        "method": run.config.method,
+        "base": run.config.base,
+        "fingerprints": run.fingerprints,
+        "steps": run.step,
+        "seconds": run.seconds,
+        "trainable_params": run.trainable.trainable_params,
+        "total_params": run.trainable.total_params,
+        "pictures": len(run.examples.records),
+        "held_out_loss": comparison.to_dict() if comparison else None,
+    }

@@ -1,0 +1,167 @@
+"""The config: defaults, YAML as people write it, overrides, errors that name key, place and cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from mmdit_lora.config import SECTIONS, Config, load_config
+from mmdit_lora.errors import InputError
+
+REQUIRED = "base: data/tiny_base\ndata: some/folder\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_two_keys_are_enough_and_the_rest_are_the_agreed_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, REQUIRED))
+    assert (config.base, config.method, config.output_dir) == ("data/tiny_base", "lora", "outputs/run")
+    assert config.data.path == "some/folder"
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32, 0.1)
+    assert config.lora.targets == ["layout_mlp.fc1", "layout_mlp.fc2"]
+    assert (config.train.max_steps, config.train.learning_rate, config.train.adam_betas) == (1000, 1e-4, (0.9, 0.999))
+    assert config.sample.layout_window == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "key", "value"),
+    [
+        ("train: {learning_rate: 1e-4}", "train.learning_rate", 1e-4),  # a string in YAML 1.1
+        ("train: {mixed_precision: no}", "train.mixed_precision", "no"),  # False in YAML 1.1
+        ("train: {max_steps: 010}", "train.max_steps", 10),  # 8 in YAML 1.1
+        ("tracking: {run_name: 2026-01-31}", "tracking.run_name", "2026-01-31"),  # a date in YAML 1.1
+        ("lora: {alpha: 8}", "lora.alpha", 8.0),
+        ("lora:\n  # r: 8", "lora.r", 16),
+        ("defaults: &d {r: 4}\n", None, None),
+        ("data: {path: elsewhere, flip: true}", "data.flip", True),
+    ],
+)
+def test_yaml_as_people_write_it(tmp_path: Path, yaml_text: str, key: str | None, value: object) -> None:
+    base = REQUIRED if not yaml_text.startswith("data:") else "base: b\n"
+    path = write(tmp_path, base + yaml_text)
+    if key is None:
+        with pytest.raises(InputError, match="unknown key 'defaults'"):
+            load_config(path)
+        return
+    found = load_config(path)
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_win_the_last_one_most(tmp_path: Path) -> None:
+    path = write(tmp_path, REQUIRED + "train: {max_steps: 5}\n")
+    overrides = ["train.max_steps=10", "train.max_steps=20", "data.flip=true", "lora.targets=[to_q]", "method=full"]
+    config = load_config(path, overrides)
+    assert (config.train.max_steps, config.data.flip, config.data.path) == (20, True, "some/folder")
+    assert (config.lora.targets, config.method) == (["to_q"], "full")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.max_step=10", "did you mean 'max_steps'?"),
+        ("max_steps=10", "did you mean 'train.max_steps'?"),
+        ("train.r=10", "did you mean 'lora.r'?"),
+        ("trian.max_steps=10", "did you mean 'train'?"),
+        ("lora.r.x=1", "unknown key 'x'"),
+        ("train.max_steps", "key=value"),
+        ("train.max_steps='10'", "valid integer"),
+        ("train.max_steps=1.5", "valid integer"),
+        ("train.max_steps=true", "valid integer"),
+        ("train.max_steps=0", "greater than or equal to 1"),
+        ("train.learning_rate=fast", "valid number"),
+        ("train.learning_rate=.nan", "finite"),
+        ("train.adam_betas=[0.9]", "adam_betas"),
+        ("train.adam_betas=[0.9, '0.99']", "valid number"),
+        ("train.adam_betas=[0.9, 1.0]", "two numbers in [0, 1)"),
+        ("data.flip=yes", "true or false"),
+        ("data.bbox_format=yxyx", "'xyxy', 'xywh' or 'cxcywh'"),
+        ("data.validation=./some/folder", "training folder itself"),
+        ("data.validation_share=1", "less than 1"),
+        ("train.layout_dropout=0.1", "method full"),
+        ("sample.layout_window=[0.5, 0.5]", "from < to"),
+        ("flow.shift=0", "greater than 0"),
+        ("flow.inside_weight=0", "greater than 0"),
+        ("base=", "valid string"),
+        ("lora=16", "key: value"),
+        ("lora.r=[", "not YAML"),
+        ("lora.r=" + "9" * 5000, "lora.r"),
+    ],
+)
+def test_a_wrong_override_is_named_and_cured(tmp_path: Path, override: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, REQUIRED), [override])
+    assert says in str(caught.value)
+    assert override[:12] in str(caught.value)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        (REQUIRED + "train:\n  max_steps: 10\n  bach_size: 2\n", 5, "did you mean 'batch_size'?"),
+        (REQUIRED + "train:\n  max_steps: ten\n", 4, "train.max_steps is 'ten'"),
+        (REQUIRED + "lora: {r: 8}\nlora: {r: 4}\n", 4, "stands twice (first in line 3)"),
+        (REQUIRED + "lora:\n  r: 8\n  r: 4\n", 5, "'r' stands twice"),
+        (REQUIRED + "lora: !!python/object/apply:os.system ['true']\n", 3, "YAML tag"),
+        (REQUIRED + "lora:\n  r: [1\n", 5, "not YAML"),
+        ("data: d\nbase: {a: 1}\n", 2, "base is"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, text: str, line: int, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, text))
+    assert f"config.yaml:{line}" in str(caught.value)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"), [("base: b\n", "'data'"), ("data: d\n", "'base'"), ("base: b\ndata: {}\n", "'data.path'")]
+)
+def test_what_is_required(tmp_path: Path, text: str, missing: str) -> None:
+    with pytest.raises(InputError, match=f"{missing} is missing"):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["tracking.run_name='1e-4'", "tracking.project='no'"],  # strings that read as something else unquoted
+        [
+            "tracking.run_name='a: \"b\" # ü'",
+            "train.learning_rate=1e-5",
+            "data.resolution=512",
+            "method=full",
+            "train.layout_dropout=0.1",
+        ],
+    ],
+)
+def test_the_resolved_config_reads_back_equal_with_any_reader(tmp_path: Path, overrides: list[str]) -> None:
+    config = load_config(write(tmp_path, REQUIRED), overrides)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(again) == config
+    assert yaml.safe_load(config.to_yaml()) == config.model_dump(mode="json")
+
+
+def test_a_config_does_not_change() -> None:
+    config = Config.model_validate({"base": "b", "data": "d"})
+    with pytest.raises(ValidationError):
+        config.base = "other"  # type: ignore[misc]
+
+
+def test_every_key_is_described_in_one_plain_line() -> None:
+    for model in (Config, *SECTIONS.values()):
+        for name, field in model.model_fields.items():
+            assert field.description, name
+            assert "\n" not in field.description, name

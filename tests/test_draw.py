@@ -1,0 +1,227 @@
+"""Figures: boxes at the right pixels, labels inside the picture, nothing missing."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from mmdit_lora import Box, Layout
+from mmdit_lora.evaluate.canvas import blank, fit, largest_text, paragraph, shorten, text_width, wrap
+from mmdit_lora.evaluate.draw import (
+    GREY,
+    INK,
+    MAX_LABELS,
+    PALETTE,
+    _band,
+    _common,
+    _place_tags,
+    _to_pixels,
+    before_after,
+    box_color,
+    contact_sheet,
+    draw_boxes,
+    save_png,
+)
+
+BLACK = (0, 0, 0)
+LAYOUT = Layout("two", [Box((0.25, 0.25, 0.75, 0.5), "a red circle"), Box((0.5, 0.625, 0.875, 0.875), "a blue square")])
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
+
+
+def color_extent(image: Image.Image, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom), exclusive, of all pixels of `color`."""
+    ys, xs = np.nonzero((pixels(image) == color).all(-1))
+    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+
+def random_layout(count: int, seed: int, phrase: str = "a phrase") -> Layout:
+    rng = np.random.default_rng(seed)
+    boxes = []
+    for number in range(count):
+        x, y = rng.uniform(0, 0.8, 2)
+        boxes.append(Box((x, y, x + rng.uniform(0.05, 0.2), y + rng.uniform(0.05, 0.2)), f"{phrase} {number}"))
+    return Layout("many", boxes)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((64, 64), (384, 384)), ((100, 50), (300, 150)), ((200, 100), (384, 192)), ((1024, 512), (1024, 512))],
+)
+def test_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert draw_boxes(Image.new("RGB", size), LAYOUT).size == expected
+
+
+def test_tiny_pictures_keep_square_pixels() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    drawn = draw_boxes(Image.fromarray(noise), Layout("nothing", []))
+    np.testing.assert_array_equal(pixels(drawn), noise.repeat(6, 0).repeat(6, 1))
+
+
+@pytest.mark.parametrize("background", [BLACK, (255, 255, 255), (128, 128, 128)])
+def test_boxes_are_at_their_pixels(background: tuple[int, int, int]) -> None:
+    drawn = draw_boxes(Image.new("RGB", (64, 64), background), LAYOUT, labels=False)
+    for index, box in enumerate(LAYOUT.boxes):
+        expected = tuple(round(value * 384) for value in box.xyxy)
+        assert color_extent(drawn, box_color(index)) == expected
+        middle = ((expected[0] + expected[2]) // 2, (expected[1] + expected[3]) // 2)
+        assert drawn.getpixel(middle) == background
+    halo = drawn.getpixel((96 - 1, 150))
+    assert sum(halo) < sum(background) or background == BLACK  # a dark hairline outside the colour
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 200), (200, 640), (33, 17), (1, 1)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_any_picture(size: tuple[int, int], mode: str) -> None:
+    edge = Layout(
+        "edges", [Box((0, 0, 1, 1), "all"), Box((0.999, 0.999, 1, 1), "a corner"), Box((0, 0, 0.002, 1), "x")]
+    )
+    image = Image.new(mode, size)
+    drawn = draw_boxes(image, edge)
+    assert drawn.mode == "RGB"
+    assert drawn.width == fit(image, 384).width or drawn.width == size[0]
+    assert image.size == size  # the caller's picture is not touched
+
+
+def test_tags_stay_inside_and_apart() -> None:
+    for seed in range(40):
+        layout = random_layout(MAX_LABELS, seed, "a long phrase that goes on and on for more than the picture holds")
+        rects = [_to_pixels(box.xyxy, (384, 256)) for box in layout.boxes]
+        places = _place_tags([box.phrase for box in layout.boxes], rects, (384, 256), 13)
+        if places is None:  # too tight for phrases: numbers and a legend
+            assert draw_boxes(Image.new("RGB", (384, 256)), layout).height > 256
+            continue
+        for index, place in enumerate(places):
+            assert place[0] >= 0
+            assert place[1] >= 0
+            assert place[2] <= 384
+            assert place[3] <= 256
+            assert not any(_common(place, other) for other in places[:index])
+
+
+def test_many_boxes_get_numbers_and_a_legend() -> None:
+    few = draw_boxes(Image.new("RGB", (64, 64)), random_layout(2, 1))
+    many = draw_boxes(Image.new("RGB", (64, 64)), random_layout(25, 1))
+    assert few.size == (384, 384)
+    assert many.width == 384
+    assert many.height > 384
+    legend = pixels(many)[384:]
+    for color in PALETTE:
+        assert (legend == color).all(-1).any()
+    assert draw_boxes(Image.new("RGB", (64, 64)), random_layout(25, 1), labels=False).size == (384, 384)
+
+
+def test_no_boxes() -> None:
+    image = Image.new("RGB", (300, 400), (10, 20, 30))
+    assert (pixels(draw_boxes(image, Layout("nothing", []), scale_to=100)) == (10, 20, 30)).all()
+
+
+def test_same_boxes_on_top_of_one_another() -> None:
+    layout = Layout("stack", [Box((0.4, 0.4, 0.6, 0.6), f"thing {number}") for number in range(MAX_LABELS)])
+    assert draw_boxes(Image.new("RGB", (64, 64)), layout).width == 384
+
+
+def test_contact_sheet() -> None:
+    sizes = [(64, 64), (100, 40), (30, 300), (500, 200), (64, 64), (64, 64), (64, 64)]
+    images = [Image.new("RGB", size, BLACK) for size in sizes]
+    plain = contact_sheet(images, columns=3)
+    assert plain.width == 3 * 256 + 2 * 18 + 2 * 24
+    text = ["a caption of many words that needs two lines at least, and here they are", *["b"] * 6]
+    full = contact_sheet(images, [LAYOUT] * 7, columns=3, captions=text, title="A title")
+    assert full.width == plain.width
+    assert full.height > plain.height
+    assert (pixels(full)[:20] == 255).all()
+    assert (pixels(full)[:, -20:] == 255).all()
+    for color in PALETTE[:2]:
+        assert (pixels(full) == color).all(-1).sum() > 1000
+    assert contact_sheet(images[:1]).size == (256 + 48, 256 + 48)
+
+
+def test_contact_sheet_refuses() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([])
+    with pytest.raises(ValueError, match="2 pictures but 1 of layouts"):
+        contact_sheet([Image.new("RGB", (8, 8))] * 2, [LAYOUT])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 6, 8])
+@pytest.mark.parametrize("size", [(64, 64), (512, 512), (640, 384), (384, 640)])
+def test_before_after_has_all_rows(columns: int, size: tuple[int, int]) -> None:
+    before = [Image.new("RGB", size, (200, 0, 0))] * columns
+    after = [Image.new("RGB", size, (0, 0, 200))] * columns
+    truth = [Image.new("RGB", size, (0, 200, 0))] * columns
+    layouts = [LAYOUT] * columns
+    two = before_after(layouts, before, after)
+    three = before_after(layouts, before, after, truth=truth, scores=([0.4] * columns, [0.9] * columns))
+    assert three.width == two.width
+    assert three.height > two.height
+    if columns >= 6:
+        assert 1800 <= two.width <= 2250
+    bands = [color_extent(three, color) for color in ((200, 0, 0), (0, 0, 200), (0, 200, 0))]
+    for above, below in itertools.pairwise(bands):
+        assert above[3] < below[1]
+        assert above[0::2] == below[0::2]  # the columns are aligned
+    for image in (two, three):
+        assert (pixels(image)[:, :20] == 255).all()
+        assert (pixels(image)[-20:] == 255).all()
+    # the sketch of the layout lies above the first pictures, its boxes over theirs
+    sketch = three.crop((0, 0, three.width, bands[0][1] - 4))
+    in_pictures = color_extent(three.crop((0, bands[0][1], three.width, bands[0][3])), box_color(0))
+    assert color_extent(sketch, box_color(0))[0::2] == in_pictures[0::2]
+
+
+def test_scores_are_written_and_the_better_one_is_dark() -> None:
+    picture = [Image.new("RGB", (64, 64), (0, 0, 200))]
+    bare = _band("", picture, 200, 0, 64)
+    for score, color, other in ((0.4, GREY, INK), (0.9, INK, GREY)):
+        band = _band("", picture, 200, 0, 64, [score], [0.9])
+        under = pixels(band.crop((200, bare.height, 264, band.height)))
+        assert (under == color).all(-1).any()
+        assert not (under == other).all(-1).any()
+    before_after([LAYOUT], picture, picture, scores=([float("nan")], [0.5]))
+
+
+def test_before_after_refuses() -> None:
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="at least one layout"):
+        before_after([], [], [])
+    with pytest.raises(ValueError, match="1 layouts but 2 of after"):
+        before_after([LAYOUT], [picture], [picture] * 2)
+    with pytest.raises(ValueError, match="1 layouts but 0 of scores"):
+        before_after([LAYOUT], [picture], [picture], scores=([0.1], []))
+
+
+def test_before_after_does_not_depend_on_the_day() -> None:
+    picture = [Image.new("RGB", (64, 64))] * 6
+    layouts = [random_layout(9, seed) for seed in range(6)]
+    one, two = (before_after(layouts, picture, picture) for _ in range(2))
+    assert one.tobytes() == two.tobytes()
+
+
+def test_text() -> None:
+    assert shorten("short", 14, 200) == "short"
+    cut = shorten("a very long phrase that does not fit", 14, 100)
+    assert cut.endswith("…")
+    assert text_width(cut, 14) <= 100
+    assert wrap("one two three", 14, text_width("one two", 14)) == ["one two", "three"]
+    assert len(wrap("one two three four five", 14, 1, max_lines=2)) == 2
+    assert largest_text("word", (200, 40), range(30, 12, -1))[0] == 30
+    assert largest_text("word", (10, 40), range(30, 12, -1)) == (0, [])
+    assert paragraph("", 100, 14, INK).size == (100, 0)
+    assert text_width("椅子 niño", 14) > 0  # letters that Pillow's own font lacks
+    assert blank(3, 4).size == (3, 4)
+
+
+def test_save_png(tmp_path) -> None:
+    image = Image.new("RGB", (20, 10))
+    ImageDraw.Draw(image).ellipse((2, 2, 8, 8), fill=(255, 0, 0))
+    save_png(image, tmp_path / "deep" / "picture.png")
+    with Image.open(tmp_path / "deep" / "picture.png") as read:
+        assert read.format == "PNG"
+        assert pixels(read).tobytes() == pixels(image).tobytes()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["picture.png"]

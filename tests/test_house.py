@@ -1,0 +1,99 @@
+"""The house itself: short files, rooms that import leftwards only, light `--help`, nobody's machine paths."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mmdit_lora"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From left to right; a room imports only from itself and from rooms on its left.
+ROOMS = (
+    ("layout", "errors", "files"),
+    ("config", "config_yaml"),
+    ("models",),
+    ("data",),
+    ("lora",),
+    ("flow",),
+    ("pipelines",),
+    ("evaluate",),
+    ("training",),
+    ("export",),
+    ("analysis",),
+    ("cli", "studio"),
+)
+HEAVY = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "wandb", "gradio", "scipy")
+
+
+def room_of(module: str) -> int:
+    """Place of `mmdit_lora.<name>...` in `ROOMS`; all cli files are one room."""
+    name = module.split(".")[1]
+    name = "cli" if name.startswith("cli_") else name
+    for place, names in enumerate(ROOMS):
+        if name in names:
+            return place
+    raise AssertionError(f"{module} belongs to no room: say in ROOMS where it stands")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules of the package that a file imports, inside functions too, those for type checking too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("mmdit_lora."))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            if node.module == "mmdit_lora":
+                yield from (
+                    f"mmdit_lora.{a.name}"
+                    for a in node.names
+                    if (PACKAGE / a.name).is_dir() or (PACKAGE / f"{a.name}.py").exists()
+                )
+            elif node.module and node.module.startswith("mmdit_lora."):
+                yield node.module
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_no_file_is_long(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f != PACKAGE / "__init__.py"], ids=lambda f: f.relative_to(ROOT).as_posix()
+)
+def test_rooms_import_leftwards_only(file: Path) -> None:
+    own = room_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    wrong = [module for module in imports(file) if room_of(module) > own]
+    assert not wrong, f"{file.name} imports from rooms on its right: {wrong}"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["data", "--help"], ["data", "convert", "--help"]])
+def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
+    script = (
+        "import sys; from mmdit_lora.cli import main; code = main(sys.argv[1:]);"
+        f"print('LOADED', [n for n in {HEAVY} if n in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("LOADED []"), done.stdout
+
+
+def test_nobodys_machine_paths() -> None:
+    pattern = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
+    suffixes = {".py", ".yaml", ".yml", ".toml", ".md", ".sh", ".json"}
+    folders = [PACKAGE, *(ROOT / name for name in ("tests", "configs", "scripts"))]
+    files = [f for folder in folders for f in folder.rglob("*") if f.suffix in suffixes]
+    found = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in [*files, *ROOT.glob("*.md"), *ROOT.glob("*.toml")]
+        for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(text)
+    ]
+    assert not found

@@ -1,0 +1,444 @@
+"""The model with a layout stream: the base where there is no layout, and what a layout may and may not change."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
+
+from mmdit_lora.errors import InputError
+from mmdit_lora.lora import add_layout_lora, lora_parameters
+from mmdit_lora.models import LayoutInputs, LayoutProcessor, LayoutSD3Transformer2DModel
+from tests.tiny import SD3_CONFIG, SD3_MEDIUM, plain_twin, tiny_inputs, tiny_layout, tiny_transformer
+
+INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# SD3-medium has neither; SD3.5-large has qk_norm; SD3.5-medium has both (of 24 blocks, the first 13 are dual).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sd3-medium": {},
+    "sd3.5-large": {"qk_norm": "rms_norm"},
+    "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+}
+
+
+@torch.no_grad()
+def velocity(model: torch.nn.Module, inputs: dict[str, Any] = INPUTS, **kwargs: Any) -> torch.Tensor:
+    return model(**inputs, **kwargs).sample
+
+
+def with_mask(layout: LayoutInputs, mask: list[list[bool]]) -> LayoutInputs:
+    return LayoutInputs(layout.boxes, layout.phrase_embeds, torch.tensor(mask))
+
+
+# -- without a layout it is diffusers' own model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("call", ["plain", "skip_layers", "controlnet", "tuple"])
+def test_no_layout_is_diffusers_own_class_bit_for_bit(variant: str, call: str) -> None:
+    model = tiny_transformer(**VARIANTS[variant])
+    twin = plain_twin(model)
+    kwargs: dict[str, Any] = {
+        "plain": {},
+        "skip_layers": {"skip_layers": [1]},
+        "controlnet": {"block_controlnet_hidden_states": [torch.ones(2, 64, 32)]},
+        "tuple": {"joint_attention_kwargs": {"scale": 1.0}},
+    }[call]
+    base = velocity(twin, **kwargs)
+    assert torch.equal(velocity(model, **kwargs), base)
+    if call == "tuple":
+        assert torch.equal(model(**INPUTS, return_dict=False)[0], twin(**INPUTS, return_dict=False)[0])
+    if call in ("skip_layers", "controlnet"):
+        assert not torch.allclose(base, velocity(twin))
+    # The same through the blocks that carry the third stream.
+    assert torch.equal(velocity(model, layout=LAYOUT.dropped(), **kwargs), base)
+    assert not torch.allclose(velocity(model, layout=LAYOUT, **kwargs), base, atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_fresh_stream_is_the_base(variant: str) -> None:
+    model = tiny_transformer(open_gates=False, **VARIANTS[variant])
+    assert torch.equal(velocity(model, layout=LAYOUT), velocity(plain_twin(model)))
+
+
+def test_scale_zero_is_the_base_and_the_scale_matters() -> None:
+    model = tiny_transformer()
+    base, full = velocity(model), velocity(model, layout=LAYOUT)
+    assert torch.equal(velocity(model, layout=LAYOUT, layout_scale=0.0), base)
+    half = velocity(model, layout=LAYOUT, layout_scale=0.5)
+    assert 1e-2 < (half - base).abs().max() < (full - base).abs().max()
+    assert not torch.allclose(half, full, atol=1e-3)
+
+
+# -- names and sizes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_added_name_contains_layout_and_the_last_block_has_no_mlp(variant: str) -> None:
+    model = tiny_transformer(**VARIANTS[variant])
+    ours, base = set(model.state_dict()), set(plain_twin(model).state_dict())
+    assert base < ours
+    assert all("layout" in name for name in ours - base)
+    assert {n for n, _ in model.named_modules() if n.endswith("layout_mlp.fc2")} == {
+        "layout_processor.layout_mlp.fc2",
+        "transformer_blocks.0.layout_stream.layout_mlp.fc2",
+        "transformer_blocks.1.layout_stream.layout_mlp.fc2",
+    }
+    assert all(p.requires_grad for p in model.parameters())
+    model(**INPUTS, layout=LAYOUT).sample.square().mean().backward()
+    # Queries of a last block's second stream have no reader, in the base as in ours. Nothing else of ours is dead,
+    # but the null features, which no sample reads whose padding is masked.
+    dead = {n for n, p in model.named_parameters() if "layout" in n and (p.grad is None or not p.grad.any())}
+    last = "transformer_blocks.2.layout_stream.attn"
+    unread = {f"{last}.add_q_proj.weight", f"{last}.add_q_proj.bias", f"{last}.norm_added_q.weight"}
+    assert dead - unread <= {"layout_processor.null_phrase", "layout_processor.null_box"} | {
+        n for n in dead if "to_k.bias" in n or "add_k_proj.bias" in n
+    }
+
+
+def test_the_last_blocks_residual_reaches_the_image() -> None:
+    model = tiny_transformer()
+    before = velocity(model, layout=LAYOUT)
+    torch.nn.init.zeros_(model.transformer_blocks[2].layout_stream.out_proj.weight)
+    assert not torch.allclose(velocity(model, layout=LAYOUT), before, atol=1e-3)
+
+
+# -- trap 5: padding and no layout
+
+
+def test_padding_changes_nothing() -> None:
+    model = tiny_transformer()
+    tight, wide = velocity(model, layout=LAYOUT), velocity(model, layout=tiny_layout(slots=9))
+    torch.testing.assert_close(wide, tight, atol=2e-6, rtol=0)
+    rubbish = tiny_layout(slots=9)
+    rubbish.boxes[~rubbish.mask] = -3.0
+    rubbish.phrase_embeds[~rubbish.mask] = 1e4
+    assert torch.equal(velocity(model, layout=rubbish), wide)
+    real = tiny_layout(slots=9)
+    real.phrase_embeds[0, 0] += 1.0
+    assert not torch.allclose(velocity(model, layout=real), wide, atol=1e-3)
+
+
+def test_other_samples_change_nothing() -> None:
+    model = tiny_transformer()
+    both = velocity(model, layout=LAYOUT)
+    for row in range(2):
+        alone = {key: value[row : row + 1] for key, value in INPUTS.items()}
+        torch.testing.assert_close(
+            velocity(model, alone, layout=LAYOUT[row : row + 1])[0], both[row], atol=2e-6, rtol=0
+        )
+    # A sample without a box among others is the base, bit for bit, and the other keeps its layout.
+    mixed = velocity(model, layout=with_mask(LAYOUT, [[False] * 3, [True, True, False]]))
+    assert torch.equal(mixed[0], velocity(model)[0])
+    assert torch.equal(mixed[1], both[1])
+    assert not torch.allclose(mixed[0], both[0], atol=1e-2)
+
+
+def test_without_mask_padding_the_nulls_are_attended_to() -> None:
+    model = tiny_transformer(mask_padding=False)
+    base, three = velocity(model), velocity(model, layout=LAYOUT)
+    assert not torch.allclose(
+        velocity(model, layout=tiny_layout(slots=9)), three, atol=1e-3
+    )  # the amount of padding counts
+    assert not torch.allclose(velocity(model, layout=LAYOUT.dropped()), base, atol=1e-3)  # and an all-null layout acts
+    masked = tiny_transformer()  # the same weights
+    full = with_mask(LAYOUT, [[True] * 3] * 2)
+    torch.testing.assert_close(velocity(masked, layout=full), velocity(model, layout=full), atol=2e-6, rtol=0)
+    # The null features are parameters that this mode trains.
+    model(**INPUTS, layout=LAYOUT).sample.square().mean().backward()
+    assert model.layout_processor.null_phrase.grad.any()
+    assert model.layout_processor.null_box.grad.any()
+
+
+def test_the_order_of_boxes_does_not_matter_but_their_pairing_does() -> None:
+    model = tiny_transformer()
+    layout, order = tiny_layout((3, 3)), torch.tensor([2, 0, 1])
+    there = velocity(model, layout=layout)
+    permuted = LayoutInputs(layout.boxes[:, order], layout.phrase_embeds[:, order], layout.mask[:, order])
+    torch.testing.assert_close(velocity(model, layout=permuted), there, atol=2e-6, rtol=0)
+    swapped = LayoutInputs(layout.boxes, layout.phrase_embeds[:, order], layout.mask)
+    assert not torch.allclose(velocity(model, layout=swapped), there, atol=1e-3)
+
+
+# -- trap 6: Fourier features in fp32
+
+
+def test_boxes_keep_their_resolution_in_a_bf16_model() -> None:
+    processor = LayoutProcessor(48, 32).to(torch.bfloat16)
+    near = [0.9004, 0.9014]  # one thousandth apart, the same number in bf16
+    assert torch.tensor(near).bfloat16().unique().numel() == 1
+    features: list[torch.Tensor] = []
+    processor.layout_mlp.register_forward_pre_hook(lambda _, args: features.append(args[0][..., 32:].float()))
+    for right in near:
+        boxes = torch.tensor([[[0.1, 0.1, right, 0.5]]])
+        layout = LayoutInputs(boxes, torch.zeros(1, 1, 48), torch.ones(1, 1, dtype=torch.bool)).to(dtype=torch.bfloat16)
+        assert layout.boxes.dtype is torch.float32
+        processor(layout)
+    # 56 rad per unit is the highest frequency: 0.001 moves its sine or cosine by up to 0.056.
+    assert (features[0] - features[1]).abs().max() > 0.03
+    exact = torch.tensor([56.2341 * near[1]]).sin()
+    assert (features[1] - exact).abs().min() < 4e-3  # only the rounding of the feature itself to bf16
+
+
+# -- trap 7: a plain base folder
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    plain_twin(tiny_transformer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_base_gets_a_seeded_stream_of_one_dtype(plain_folder: Path, dtype: torch.dtype) -> None:
+    rng = torch.get_rng_state()
+    first, second = (
+        LayoutSD3Transformer2DModel.from_pretrained(str(plain_folder), torch_dtype=dtype) for _ in range(2)
+    )
+    assert torch.equal(torch.get_rng_state(), rng)  # the caller's random numbers are not used up
+    assert {p.dtype for p in first.parameters()} == {dtype}
+    assert not any(p.is_meta for p in first.parameters())
+    assert not any(module.training for module in first.modules())
+    weights = second.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+    other = LayoutSD3Transformer2DModel.from_pretrained(
+        str(plain_folder), torch_dtype=dtype, layout_seed=1
+    ).state_dict()
+    differ = {name for name, value in first.state_dict().items() if not torch.equal(value, other[name])}
+    assert "transformer_blocks.0.layout_stream.layout_mlp.fc1.weight" in differ
+    assert all("layout" in name for name in differ)
+    assert not any(b.layout_stream.out_proj.weight.any() for b in first.transformer_blocks)
+    if dtype is torch.float32:
+        base = SD3Transformer2DModel.from_pretrained(plain_folder)
+        assert torch.equal(velocity(first, layout=LAYOUT), velocity(base))
+
+
+def test_only_our_own_line_is_logged(plain_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = diffusers_logging.get_logger("diffusers.models.modeling_utils")
+    level, lines = diffusers_logging.get_verbosity(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    source.addHandler(handler)
+    try:
+        LayoutSD3Transformer2DModel.from_pretrained(str(plain_folder))
+        assert lines == []
+        ours = [r.getMessage() for r in caplog.records if r.name == "mmdit_lora"]
+        assert len(ours) == 1
+        assert "has no layout stream" in ours[0]
+        source.warning("Some weights of another model")  # the user's own loads warn as before
+        assert lines == ["Some weights of another model"]
+    finally:
+        source.removeHandler(handler)
+    assert diffusers_logging.get_verbosity() == level
+
+
+Edit = Callable[[dict[str, torch.Tensor]], Any]
+DAMAGE: dict[str, tuple[Edit, list[str]]] = {
+    "missing in the base": (lambda s: s.pop("proj_out.weight"), ["1 missing", "proj_out.weight"]),
+    "missing in the stream": (lambda s: s.pop("layout_processor.null_box"), ["1 missing", "layout_processor.null_box"]),
+    "unexpected": (lambda s: s.update(foo=torch.ones(1)), ["1 unexpected", "foo"]),
+    "two faults": (lambda s: (s.pop("proj_out.weight"), s.update(foo=torch.ones(1))), ["proj_out.weight", "foo"]),
+    "misshapen": (lambda s: s.update({"proj_out.weight": torch.ones(3, 3)}), ["proj_out.weight", "[3, 3]"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_folder_is_refused_with_the_names(case: str, tmp_path: Path) -> None:
+    damage, messages = DAMAGE[case]
+    tiny_transformer().save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    damage(state)
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(InputError) as refusal:
+        LayoutSD3Transformer2DModel.from_pretrained(str(tmp_path))
+    assert all(message in str(refusal.value) for message in [*messages, str(tmp_path)])
+
+
+def test_a_plain_base_with_a_missing_weight_is_refused(plain_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((plain_folder / "config.json").read_bytes())
+    state = load_file(plain_folder / WEIGHTS)
+    del state["proj_out.weight"]
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 missing: proj_out\.weight$"):  # not the whole layout stream too
+        LayoutSD3Transformer2DModel.from_pretrained(str(tmp_path))
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    tiny_transformer().save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-50])
+    with pytest.raises(InputError, match="does not hold this model"):
+        LayoutSD3Transformer2DModel.from_pretrained(str(tmp_path))
+
+
+# -- saving
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saving_keeps_everything(variant: str, tmp_path: Path) -> None:
+    model = tiny_transformer(**VARIANTS[variant], mask_padding=False, layout_slots=10, phrase_dim=20)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    known = set(inspect.signature(LayoutSD3Transformer2DModel).parameters)
+    assert set(inspect.signature(SD3Transformer2DModel).parameters) < known
+    assert {key for key in config if not key.startswith("_")} == known
+    assert (config["num_layers"], config["mask_padding"], config["layout_slots"], config["phrase_dim"]) == (
+        3,
+        False,
+        10,
+        20,
+    )
+    again = LayoutSD3Transformer2DModel.from_pretrained(str(tmp_path))
+    dual = ("dual_attention_layers", tuple(again.config["dual_attention_layers"]))  # JSON has no tuples
+    assert {k: v for k, v in [*again.config.items(), dual] if not k.startswith("_")} == {
+        k: v for k, v in model.config.items() if not k.startswith("_")
+    }
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    layout = tiny_layout(width=20)
+    assert torch.equal(velocity(again, layout=layout), velocity(model, layout=layout))
+
+
+def test_a_folder_saved_in_fp16_opens_as_fp32(tmp_path: Path) -> None:
+    model = tiny_transformer().half()
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["proj_out.weight"].dtype is torch.float16
+    again = LayoutSD3Transformer2DModel.from_pretrained(str(tmp_path), torch_dtype=torch.float32)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert torch.equal(velocity(again, layout=LAYOUT), velocity(model.float(), layout=LAYOUT))
+
+
+# -- trap 9: dropped layouts
+
+
+def test_a_dropped_layout_keeps_the_graph_with_gradients_of_zero() -> None:
+    model = tiny_transformer()
+    add_layout_lora(model)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(**INPUTS).sample.mean().backward()
+    model(**INPUTS, layout=LAYOUT.dropped()).sample.square().mean().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in lora_parameters(model))
+    model(**INPUTS, layout=LAYOUT).sample.square().mean().backward()
+    assert all(p.grad.any() for p in lora_parameters(model))
+
+
+# -- trap 11: what saves memory or time changes no result
+
+
+def checkpointing(model: LayoutSD3Transformer2DModel) -> None:
+    model.enable_gradient_checkpointing()
+    model.train()
+
+
+def compiled(model: LayoutSD3Transformer2DModel) -> None:
+    model.compile_repeated_blocks(backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        checkpointing,
+        lambda model: model.enable_forward_chunking(1),
+        lambda model: model.enable_forward_chunking(1, dim=1),
+        lambda model: model.set_attention_backend("_native_math"),
+        pytest.param(compiled, marks=pytest.mark.slow),
+    ],
+    ids=["gradient checkpointing", "chunked over the batch", "chunked over tokens", "another attention backend", "compile"],
+)  # fmt: skip
+@pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium"])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_execution_modes_change_no_result(change: Callable[[Any], Any], variant: str, scale: float) -> None:
+    def run(model: LayoutSD3Transformer2DModel) -> dict[str, torch.Tensor]:
+        out = model(**INPUTS, layout=LAYOUT, layout_scale=scale).sample
+        out.square().mean().backward()
+        return {"output": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, changed = tiny_transformer(**VARIANTS[variant]), tiny_transformer(**VARIANTS[variant])
+    change(changed)
+    expected, got = run(plain), run(changed)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            got[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_attention_backend_reaches_our_processors() -> None:
+    model = tiny_transformer()
+    model.set_attention_backend("_native_math")
+    backends = {str(p._attention_backend) for p in model.attn_processors.values()}
+    assert len(model.attn_processors) == 6  # three blocks, the base's attention and ours
+    assert len(backends) == 1
+    assert backends.pop().endswith("NATIVE_MATH")
+
+
+# -- the interface
+
+
+def test_riding_in_the_attention_kwargs_is_the_same_as_the_arguments() -> None:
+    model = tiny_transformer()
+    riding = {"layout": LAYOUT, "layout_scale": 0.5, "scale": 1.0}
+    assert torch.equal(velocity(model, joint_attention_kwargs=riding), velocity(model, layout=LAYOUT, layout_scale=0.5))
+    assert riding.keys() == {"layout", "layout_scale", "scale"}  # left as it was, for the next step
+    mixed = velocity(model, layout=LAYOUT, joint_attention_kwargs={"layout_scale": 0.5})
+    assert torch.equal(mixed, velocity(model, layout=LAYOUT, layout_scale=0.5))
+    with pytest.raises(ValueError, match="give it once"):
+        velocity(model, layout=LAYOUT, joint_attention_kwargs={"layout": LAYOUT})
+
+
+def test_a_layout_of_the_doubled_batch_means_its_second_half() -> None:
+    model = tiny_transformer()
+    doubled = LayoutInputs.cat([LAYOUT.dropped(), LAYOUT])
+    assert torch.equal(velocity(model, layout=doubled), velocity(model, layout=LAYOUT))
+    for wrong in (LAYOUT[:1], tiny_layout((1, 1, 1)), LayoutInputs.cat([LAYOUT] * 3)):
+        with pytest.raises(ValueError, match="layouts for a batch of 2"):
+            velocity(model, layout=wrong)
+    with pytest.raises(ValueError, match="20 wide, this model takes 48"):
+        velocity(model, layout=tiny_layout(width=20))
+
+
+def test_layout_inputs_refuse_what_does_not_fit() -> None:
+    boxes, phrases, mask = torch.zeros(2, 3, 4), torch.zeros(2, 3, 48), torch.ones(2, 3, dtype=torch.bool)
+    LayoutInputs(boxes, phrases, mask)
+    for wrong in (
+        (boxes[:, :2], phrases, mask),
+        (boxes, phrases[:1], mask),
+        (boxes, phrases, mask.float()),
+        (boxes, phrases[0], mask),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            LayoutInputs(*wrong)
+    assert len(LAYOUT[1:]) == 1
+    repeated = LAYOUT.repeat_interleave(2)
+    assert torch.equal(repeated.mask, LAYOUT.mask[[0, 0, 1, 1]])
+    assert torch.equal(repeated.boxes, LAYOUT.boxes[[0, 0, 1, 1]])
+
+
+def test_unknown_attention_is_refused_and_fusing_is_not_supported() -> None:
+    with pytest.raises(ValueError, match="layout_attention is 'other'"):
+        LayoutSD3Transformer2DModel(**SD3_CONFIG, layout_attention="other")
+    with pytest.raises(NotImplementedError, match="fused"):
+        tiny_transformer().fuse_qkv_projections()
+
+
+def test_sd3_medium_has_the_reference_streams_sizes() -> None:
+    with torch.device("meta"):
+        model = LayoutSD3Transformer2DModel(**SD3_MEDIUM)
+    # CreatiLayout's 580 tensors, 1280.30 M (field notes on HuiZhang0812/CreatiLayout at 860d8bd).
+    added = {name: value for name, value in model.state_dict().items() if "layout" in name}
+    assert len(added) == 580
+    assert round(sum(v.numel() for v in added.values()) / 1e6, 2) == 1280.30
+    assert tuple(added["layout_processor.layout_mlp.fc1.weight"].shape) == (768, 1600)
+    assert tuple(added["transformer_blocks.23.layout_stream.norm1.linear.weight"].shape) == (3072, 1536)
