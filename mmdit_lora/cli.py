@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     try:
         code = app(args, prog_name="mmdit-lora", standalone_mode=False)
+        sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _report(error, str(error), 2, debug)

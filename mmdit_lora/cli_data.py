@@ -161,7 +161,7 @@ def say(message: str) -> None:
     """A line for people, on stderr: stdout is for what was asked for."""
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True).print(message, markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(message, markup=False, highlight=False, emoji=False)
 
 
 def emit(data: Mapping[str, Any]) -> None:

@@ -1,9 +1,288 @@
-"""The verbs that work with models: train, sample, evaluate, export, quickstart, verify."""
+"""The verbs that work with models: `quickstart`, `train`, `sample`, `evaluate`, `export`, `verify`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
 import typer
+
+from mmdit_lora.cli_data import JsonFlag, emit, say
+from mmdit_lora.errors import InputError
+
+if TYPE_CHECKING:
+    from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings
+
+_SIDES = ("base", "adapter", "ground_truth", "shuffled")
+_FIGURES = ("miou", "iou50", "color_acc", "shape_acc")
+
+BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub id.")]
+AdapterOption = Annotated[
+    list[str] | None, typer.Option("--adapter", help="Adapter folder; FOLDER=WEIGHT to weigh it; may be given again.")
+]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps; default: what the base states.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option("--guidance", min=0, help="Classifier-free guidance; default: what the base states.")
+]
+ScaleOption = Annotated[float, typer.Option("--layout-scale", help="Factor of the layout residual; 0 = off.")]
+WindowOption = Annotated[
+    tuple[float, float], typer.Option("--layout-window", help="Part of the steps where the layout acts: START END.")
+]
+SizeOption = Annotated[int | None, typer.Option("--size", min=16, help="Side in pixels; default: the base's own.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Picture i starts from the noise of SEED + i.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
+    for verb in (quickstart, train, sample, evaluate, export, verify):
+        app.command(verb.__name__)(verb)
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("outputs/quickstart"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Train an adapter on the embedded base, show before and after, export it. A few minutes on a CPU."""
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.quickstart import quickstart as run
+
+    with ProgressLines() as tell:
+        report = run(out, tell=tell)
+    say(_table(report, "held-out layouts of the new domain"))
+    say(_table(report["old_domain"], "layouts of the old domain"))
+    say(f"{report['trainable_params']:,} of {report['total_params']:,} parameters, {report['adapter_bytes'] / 1024:.0f} KiB")
+    say(f"look at {out / 'before_after.png'}; the adapter is {out / 'adapter'}")
+    if as_json:
+        emit(report)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; `mmdit-lora init DATA` writes one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.max_steps=100")] = None,
+    resume: Annotated[Literal["latest"] | None, typer.Option(help="Go on from the newest checkpoint.")] = None,
+    check_only: Annotated[bool, typer.Option("--check-only", help="Set everything up, train nothing, write nothing.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train an adapter (or, by `method`, the layout stream, or everything)."""
+    from mmdit_lora.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.training import trainer
+
+    if check_only:
+        run = trainer.prepare_run(settings, resume=resume is not None)
+        held_out = len(run.held_out.records) if run.held_out else 0
+        say(run.trainable.summary)
+        say(f"{len(run.examples.records)} pictures to train on, {held_out} held out, {run.size[0]} px")
+        if as_json:
+            emit({"trainable": run.trainable.details, "pictures": len(run.examples.records), "held_out": held_out})
+        return
+    last = settings.train.max_steps
+    with ProgressLines() as tell:
+        result = trainer.train(
+            settings, resume=resume is not None, on_progress=lambda step, scalars: tell("train", step, last, scalars)
+        )
+    loss = result.report["held_out_loss"]
+    if loss:
+        interval = "" if loss["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*loss["interval"])
+        say(f"held-out loss: {loss['base']:.4f} -> {loss['trained']:.4f}, difference {loss['difference']:+.4f}{interval}")
+    say(f"wrote {result.folder / ('adapter' if settings.method == 'lora' else 'base')}")
+    if as_json:
+        emit(result.report)
+
+
+def sample(
+    base: BaseOption,
+    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, or a .jsonl of many.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    adapter: AdapterOption = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    layout_scale: ScaleOption = 1.0,
+    layout_window: WindowOption = (0.0, 1.0),
+    size: SizeOption = None,
+    batch_size: BatchOption = 8,
+    as_json: JsonFlag = False,
+) -> None:
+    """Paint layouts: pictures, the same with their boxes, a contact sheet, and a JSON of all settings."""
+    from dataclasses import asdict
+
+    from mmdit_lora.layout import read_layouts
+
+    layouts = read_layouts(layout)
+    _refuse_foreign(out, "sample.json")
+    settings = _settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+    from mmdit_lora.files import atomic_folder, write_json
+    from mmdit_lora.pipelines import paint
+
+    pipe = _open(base, adapter)
+    with ProgressLines() as tell:
+        pictures = paint(
+            pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
+        )
+    boxed = [draw_boxes(picture, item) for picture, item in zip(pictures, layouts, strict=True)]
+    record = {
+        "base": base,
+        "adapters": adapter or [],
+        "settings": asdict(settings)
+        | {
+            "steps": settings.steps or pipe.config.num_inference_steps,
+            "guidance_scale": pipe.config.guidance_scale if guidance is None else guidance,
+        },
+        "pictures": [
+            {"file": f"{n:04d}.png", "boxes_file": f"{n:04d}_boxes.png", "seed": seed + n, "layout": item.to_dict()}
+            for n, item in enumerate(layouts)
+        ],
+    }
+    with atomic_folder(out) as temporary:
+        for number, (picture, drawn) in enumerate(zip(pictures, boxed, strict=True)):
+            save_png(picture, temporary / f"{number:04d}.png")
+            save_png(drawn, temporary / f"{number:04d}_boxes.png")
+        save_png(contact_sheet(boxed, captions=[item.caption for item in layouts]), temporary / "contact_sheet.png")
+        write_json(temporary / "sample.json", record)
+    say(f"wrote {len(pictures)} pictures to {out}; look at {out / 'contact_sheet.png'}")
+    if as_json:
+        emit(record | {"out": str(out)})
+
+
+def evaluate(
+    base: BaseOption,
+    data: Annotated[Path, typer.Option("--data", help="Data set folder of layouts with pictures.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    adapter: AdapterOption = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    layout_scale: ScaleOption = 1.0,
+    layout_window: WindowOption = (0.0, 1.0),
+    size: SizeOption = None,
+    batch_size: BatchOption = 32,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure how well layouts are obeyed, without and with the adapter, beside a ceiling and a floor."""
+    from mmdit_lora.data.records import read_dataset
+
+    records = read_dataset(data)
+    _refuse_foreign(out, "report.json")
+    settings = _settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+    from mmdit_lora.evaluate.sides import evaluate as run
+    from mmdit_lora.files import write_json
+
+    pipe = _open(base, adapter)
+    with ProgressLines() as tell:
+        result = run(
+            pipe, records, settings, seed=seed, on_progress=lambda side, done: tell(f"paint {side}", done, len(records), {})
+        )
+    report = {"base_model": base, "adapters": adapter or [], "data": str(data)} | result.to_dict()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, side in result.sides.items():
+        if name == "shuffled":
+            continue  # the ground truth's pictures again
+        shown = [draw_boxes(p, item) for p, item in zip(side.pictures[:16], result.layouts, strict=False)]
+        save_png(contact_sheet(shown), out / f"{name}.png")
+    write_json(out / "report.json", report)
+    say(_table(report, f"{len(records)} layouts"))
+    for group, sides in report["by_boxes"].items():
+        say(_table(sides, f"{group} boxes, {sides['pictures']} layouts"))
+    if as_json:
+        emit(report)
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    to: Annotated[Literal["peft", "merged"], typer.Option(help="peft: a PEFT folder. merged: a whole base.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Its base; default: the one that it names.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write an adapter for other tools, read it back in a fresh process, and compare."""
+    from mmdit_lora.export import export_adapter
+
+    report = export_adapter(adapter, to=to, out=out, base=base)
+    say(f"wrote {report.out} ({report.bytes / 2**20:.2f} MiB); read back, it differs by {report.max_abs_diff:.1e}")
+    if as_json:
+        emit(report.to_dict())
+
+
+def verify(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    base: Annotated[str | None, typer.Option(help="Its base; default: the one that it names.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check that an adapter is whole, fits its base, does something, and that PEFT alone loads it to the same outputs."""
+    from mmdit_lora.export import verify_adapter
+
+    report = verify_adapter(adapter, base=base)
+    say("\n".join(f"{key:<13} {value}" for key, value in report.items()))
+    if as_json:
+        emit(report)
+
+
+def _settings(
+    steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: int | None, batch: int
+) -> PaintSettings:
+    if not 0 <= window[0] < window[1] <= 1:
+        raise InputError(f"is {window[0]:g} {window[1]:g}", where="--layout-window", cure="give START < END in [0, 1]")
+    from mmdit_lora.pipelines import PaintSettings
+
+    return PaintSettings(
+        steps=steps,
+        guidance_scale=guidance,
+        layout_scale=scale,
+        layout_window=window,
+        size=None if size is None else (size, size),
+        batch_size=batch,
+    )
+
+
+def _open(base: str, adapters: list[str] | None) -> LayoutStableDiffusion3Pipeline:
+    """The base with its adapters on it, all active, on the GPU where there is one."""
+    import torch
+
+    from mmdit_lora.lora import base_fingerprint, load_adapter
+    from mmdit_lora.pipelines import load_pipeline
+
+    pipe = load_pipeline(base)
+    weights: dict[str, float] = {}
+    fingerprint = base_fingerprint(pipe.transformer) if adapters else ""
+    for number, given in enumerate(adapters or []):
+        folder, weight = _folder_and_weight(given)
+        load_adapter(pipe.transformer, folder, adapter_name=f"adapter_{number}", expect_fingerprint=fingerprint)
+        weights[f"adapter_{number}"] = weight
+    if weights:
+        pipe.transformer.set_adapters(list(weights), list(weights.values()))
+    pipe.transformer.eval()
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _folder_and_weight(text: str) -> tuple[str, float]:
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise InputError(f"{weight!r} is no weight", where=f"--adapter {text}", cure="write FOLDER or FOLDER=0.8") from None
+
+
+def _refuse_foreign(out: Path, mark: str) -> None:
+    """Before any work: `out` must be free, or hold what this verb wrote earlier."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / mark).is_file()):
+        raise InputError(f"exists and holds no {mark}", where=f"--out {out}", cure="give another folder")
+
+
+def _table(report: dict[str, Any], title: str) -> str:
+    rows = [f"{title:<40}" + "".join(f"{name:>11}" for name in _FIGURES)]
+    rows += [
+        f"  {side.replace('_', ' '):<38}" + "".join(f"{report[side][name]:>11.3f}" for name in _FIGURES)
+        for side in _SIDES
+        if side in report
+    ]
+    return "\n".join(rows)

@@ -136,8 +136,10 @@ class TrackingSection(Section):
 
 
 class SampleSection(Section):
-    steps: int = Field(default=28, description="sampling steps", ge=1)
-    guidance_scale: float = Field(default=7.0, description="classifier-free guidance by the caption", ge=0)
+    steps: int | None = Field(default=None, description="sampling steps; null = what the base states", ge=1)
+    guidance_scale: float | None = Field(
+        default=None, description="classifier-free guidance by the caption; null = what the base states", ge=0
+    )
     layout_scale: float = Field(default=1.0, description="multiplier of the layout residual (1 = as trained, 0 = off)")
     layout_window: Pair = Field(
         default=(0.0, 1.0), description="part of the sampling steps where the layout is on, from and to"

@@ -223,6 +223,8 @@ def assemble(work: Path, transformer: LayoutSD3Transformer2DModel) -> LayoutStab
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(work / "text_encoder_2", dtype=torch.float32),
         tokenizer_2=CLIPTokenizer.from_pretrained(work / "tokenizer_2"),
         max_sequence_length=1,  # there is no T5, and 256 zero tokens would be most of the work
+        num_inference_steps=20,
+        guidance_scale=2.5,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -28,6 +28,7 @@ ROOMS = (
     ("training",),
     ("export",),
     ("analysis",),
+    ("quickstart",),
     ("cli", "studio"),
 )
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "wandb", "gradio", "scipy")

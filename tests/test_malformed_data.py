@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data_makers import annotation, dataset, line, objects, picture, voc
 
 from mmdit_lora import cli
 from mmdit_lora.cli import main
 from mmdit_lora.config import load_config
 from mmdit_lora.layout import read_layouts
+from tests.data_makers import annotation, dataset, line, objects, picture, voc
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *says: str) -> None:
@@ -144,15 +143,15 @@ def test_data_set_lines(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     wrong, says = LINES[name]
     folder = dataset(tmp_path / "data", line(), wrong)
     whole = picture(tmp_path / "elsewhere.png").read_bytes()
-    os.symlink(tmp_path / "elsewhere.png", folder / "link.png")
+    (folder / "link.png").symlink_to(tmp_path / "elsewhere.png")
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     (folder / "text.png").write_text("no picture")
     (folder / "folder").mkdir()
     refused(capsys, ["data", "check", str(folder)], "metadata.jsonl:2", says)
 
 
-DATA_SETS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (lambda d: None, "no such data set folder"),
+DATA_SETS: dict[str, tuple[Callable[[Path], object] | None, str]] = {
+    "no folder": (None, "no such data set folder"),
     "a file": (lambda d: d.write_text("x"), "no such data set folder"),
     "no metadata": (lambda d: d.mkdir(), "has no metadata.jsonl"),
     "a VOC folder": (lambda d: voc(d), "data convert --from voc"),
@@ -166,7 +165,8 @@ DATA_SETS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_data_set_folders(name: str, verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, says = DATA_SETS[name]
-    make(tmp_path / "data")
+    if make:
+        make(tmp_path / "data")
     refused(capsys, [*verb, str(tmp_path / "data")], str(tmp_path / "data"), says)
 
 
@@ -188,6 +188,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "a list as key": (b"base: b\n? [x]\n: 1\n", "config.yaml"),
     "unknown key": (b"base: b\ndata: d\nouput_dir: x\n", "did you mean 'output_dir'?"),
     "a key that is a number": (b"base: b\ndata: d\n3: x\n", "config.yaml:3: unknown key 3"),
+    "nested without end": (b"base: " + b"[" * 2000, "is not a config"),
     "no base": (b"data: d\n", "'base' is missing"),
 }
 
@@ -238,7 +239,7 @@ def without(name: str) -> Callable[[Path], object]:
     return lambda src: (src / name).rename(src / "moved")
 
 
-VOC_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+VOC_FOLDERS: dict[str, tuple[Callable[[Path], object] | None, list[str], str]] = {
     "no folder": (lambda src: src.rename(src.parent / "moved"), [], "no such folder"),
     "no annotations": (without("Annotations"), [], "has no folder Annotations"),
     "no pictures": (without("JPEGImages"), [], "has no folder JPEGImages"),
@@ -250,20 +251,20 @@ VOC_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         [],
         "holds no picture with a box",
     ),
-    "unknown split": (lambda src: None, ["--split", "tset"], "did you mean 'test'?"),
+    "unknown split": (None, ["--split", "tset"], "did you mean 'test'?"),
     "a split of nothing": (
         lambda src: (src / "ImageSets/Main/test.txt").write_text("../0\n"),
         ["--split", "test"],
         "test.txt:1",
     ),
-    "unknown placeholder": (lambda src: None, ["--caption", "a {name}"], "{phrases}"),
-    "a lone brace": (lambda src: None, ["--caption", "a {"], "{phrases}"),
-    "an attribute of a placeholder": (lambda src: None, ["--caption", "{phrases.__class__}"], "{phrases}"),
-    "a map without =": (lambda src: None, ["--map", "RBC"], "--map"),
-    "a map of an unknown class": (lambda src: None, ["--map", "RBS=x"], "did you mean 'RBC'?"),
-    "a holdout of all": (lambda src: None, ["--holdout", "1"], "--holdout: is 1.0"),
-    "a holdout of the only picture": (lambda src: None, ["--holdout", "0.5"], "single picture"),
-    "an unknown option": (lambda src: None, ["--captoin", "x"], "--captoin"),
+    "unknown placeholder": (None, ["--caption", "a {name}"], "{phrases}"),
+    "a lone brace": (None, ["--caption", "a {"], "{phrases}"),
+    "an attribute of a placeholder": (None, ["--caption", "{phrases.__class__}"], "{phrases}"),
+    "a map without =": (None, ["--map", "RBC"], "--map"),
+    "a map of an unknown class": (None, ["--map", "RBS=x"], "did you mean 'RBC'?"),
+    "a holdout of all": (None, ["--holdout", "1"], "--holdout: is 1.0"),
+    "a holdout of the only picture": (None, ["--holdout", "0.5"], "single picture"),
+    "an unknown option": (None, ["--captoin", "x"], "--captoin"),
 }
 
 
@@ -271,7 +272,8 @@ VOC_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
 def test_voc_folders_and_options(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, options, says = VOC_FOLDERS[name]
     src = voc(tmp_path / "src", test=["0"])
-    spoil(src)
+    if spoil:
+        spoil(src)
     refused(capsys, ["data", "convert", "--from", "voc", str(src), "--out", str(tmp_path / "out"), *options], says)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))

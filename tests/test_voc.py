@@ -73,7 +73,7 @@ def test_an_entity_bomb_is_not_expanded(tmp_path: Path) -> None:
         read_voc(voc(tmp_path, bomb))
 
 
-def test_blood_cells(tmp_path: Path) -> None:
+def test_blood_cells() -> None:
     """The real set (BCCD): 364 pictures, two of whose 4888 boxes are points."""
     root = os.environ.get("MMDIT_LORA_DATA")
     if not root or not (Path(root) / "bccd").is_dir():

@@ -30,7 +30,7 @@ class CheckReport:
         duplicate_records: lines that repeat an earlier one. duplicate_pictures: files with the bytes of another one.
         extra_columns: column that means nothing here -> in how many lines.
         left_out: what a converting reader left out, by reason.
-        errors, warnings: messages. An error keeps `train` from starting, a warning does not.
+        errors, warnings: messages. An error stops a run, a warning does not.
     """
 
     records: int

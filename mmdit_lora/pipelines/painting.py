@@ -17,14 +17,14 @@ class PaintSettings:
     """How pictures are sampled.
 
     Args:
-        steps: sampling steps; guidance_scale: by the caption, 1 = off.
+        steps: sampling steps; guidance_scale: by the caption, 1 = off. None = what the base states.
         layout_scale, layout_window: see `LayoutStableDiffusion3Pipeline`.
         size: (height, width) in pixels; None = the base's own.
         batch_size: pictures at a time; does not change what is painted beyond rounding.
     """
 
-    steps: int = 28
-    guidance_scale: float = 7.0
+    steps: int | None = None
+    guidance_scale: float | None = None
     layout_scale: float = 1.0
     layout_window: tuple[float, float] = (0.0, 1.0)
     size: tuple[int, int] | None = None

@@ -27,7 +27,9 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
 
     Args:
         max_sequence_length: T5 tokens of the text that this base was trained with (zeros where it has no T5); the default
-            of calls. Everything else as in diffusers.
+            of calls.
+        num_inference_steps, guidance_scale: defaults of calls that this base states; diffusers' own where it states none.
+            Everything else as in diffusers.
     """
 
     transformer: LayoutSD3Transformer2DModel
@@ -52,6 +54,8 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         image_encoder: PreTrainedModel | None = None,
         feature_extractor: Any = None,
         max_sequence_length: int = 256,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 7.0,
     ) -> None:
         super().__init__(
             transformer=transformer,
@@ -66,7 +70,11 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.register_to_config(max_sequence_length=max_sequence_length)
+        self.register_to_config(
+            max_sequence_length=max_sequence_length,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -119,8 +127,8 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         *,
         layout_scale: float = 1.0,
         layout_window: tuple[float, float] = (0.0, 1.0),
-        num_inference_steps: int = 28,
-        guidance_scale: float = 7.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         sigmas: list[float] | None = None,
         max_sequence_length: int | None = None,
@@ -142,6 +150,8 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
             InputError: a layout has more boxes than the base has slots.
             ValueError: the numbers of prompts and layouts differ, or the window is empty or covers no step.
         """
+        num_inference_steps = num_inference_steps or self.config.num_inference_steps
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         layouts = [layout] if isinstance(layout, Layout) else layout
         if layouts is not None:
             if not layouts:
