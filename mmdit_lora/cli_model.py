@@ -20,7 +20,9 @@ BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub 
 AdapterOption = Annotated[
     list[str] | None, typer.Option("--adapter", help="Adapter folder; FOLDER=WEIGHT to weigh it; may be given again.")
 ]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps; default: what the base states.")]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Sampling steps; default: what the base states.")
+]
 GuidanceOption = Annotated[
     float | None, typer.Option("--guidance", min=0, help="Classifier-free guidance; default: what the base states.")
 ]
@@ -30,7 +32,9 @@ WindowOption = Annotated[
 ]
 SizeOption = Annotated[int | None, typer.Option("--size", min=16, help="Side in pixels; default: the base's own.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Picture i starts from the noise of SEED + i.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Picture i starts from the noise of SEED + i.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +55,9 @@ def quickstart(
         report = run(out, tell=tell)
     say(_table(report, "held-out layouts of the new domain"))
     say(_table(report["old_domain"], "layouts of the old domain"))
-    say(f"{report['trainable_params']:,} of {report['total_params']:,} parameters, {report['adapter_bytes'] / 1024:.0f} KiB")
+    say(
+        f"{report['trainable_params']:,} of {report['total_params']:,} parameters, {report['adapter_bytes'] / 1024:.0f} KiB"
+    )
     say(f"look at {out / 'before_after.png'}; the adapter is {out / 'adapter'}")
     if as_json:
         emit(report)
@@ -61,7 +67,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file; `mmdit-lora init DATA` writes one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.max_steps=100")] = None,
     resume: Annotated[Literal["latest"] | None, typer.Option(help="Go on from the newest checkpoint.")] = None,
-    check_only: Annotated[bool, typer.Option("--check-only", help="Set everything up, train nothing, write nothing.")] = False,
+    check_only: Annotated[
+        bool, typer.Option("--check-only", help="Set everything up, train nothing, write nothing.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train an adapter (or, by `method`, the layout stream, or everything)."""
@@ -87,7 +95,9 @@ def train(
     loss = result.report["held_out_loss"]
     if loss:
         interval = "" if loss["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*loss["interval"])
-        say(f"held-out loss: {loss['base']:.4f} -> {loss['trained']:.4f}, difference {loss['difference']:+.4f}{interval}")
+        say(
+            f"held-out loss: {loss['base']:.4f} -> {loss['trained']:.4f}, difference {loss['difference']:+.4f}{interval}"
+        )
     say(f"wrote {result.folder / ('adapter' if settings.method == 'lora' else 'base')}")
     if as_json:
         emit(result.report)
@@ -178,7 +188,11 @@ def evaluate(
     pipe = _open(base, adapter)
     with ProgressLines() as tell:
         result = run(
-            pipe, records, settings, seed=seed, on_progress=lambda side, done: tell(f"paint {side}", done, len(records), {})
+            pipe,
+            records,
+            settings,
+            seed=seed,
+            on_progress=lambda side, done: tell(f"paint {side}", done, len(records), {}),
         )
     report = {"base_model": base, "adapters": adapter or [], "data": str(data)} | result.to_dict()
     out.mkdir(parents=True, exist_ok=True)
@@ -269,7 +283,9 @@ def _folder_and_weight(text: str) -> tuple[str, float]:
     try:
         return folder, float(weight)
     except ValueError:
-        raise InputError(f"{weight!r} is no weight", where=f"--adapter {text}", cure="write FOLDER or FOLDER=0.8") from None
+        raise InputError(
+            f"{weight!r} is no weight", where=f"--adapter {text}", cure="write FOLDER or FOLDER=0.8"
+        ) from None
 
 
 def _refuse_foreign(out: Path, mark: str) -> None:

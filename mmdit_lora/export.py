@@ -18,7 +18,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora import base_fingerprint, load_adapter, merge_adapter, read_adapter_header, save_adapter
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, load_pipeline
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, load_pipeline, quiet
 
 Target = Literal["peft", "merged"]
 TARGETS: tuple[Target, ...] = ("peft", "merged")
@@ -68,7 +68,8 @@ def export_adapter(adapter: str | Path, *, to: Target, out: str | Path, base: st
                 save_adapter(model, temporary, metadata=header, card=text)
             else:
                 pipe.transformer = merge_adapter(model, in_place=True)
-                pipe.save_pretrained(temporary)
+                with quiet():
+                    pipe.save_pretrained(temporary)
             difference = _read_back(to, temporary, base, Path(scratch), expected)
             if difference > TOLERANCE:
                 raise RuntimeError(f"the export differs from base + adapter by {difference:.1e}; nothing was written")
@@ -96,7 +97,14 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
         raise InputError(f"PEFT alone gives other outputs, by {difference:.1e}", where=str(adapter))
     count = sum(p.numel() for name, p in pipe.transformer.named_parameters() if "lora_" in name)
     named = {key: header[key] for key in ("fingerprint", "version") if key in header}
-    return {"adapter": str(adapter), "base": base, **named, "parameters": count, "effect": effect, "max_abs_diff": difference}
+    return {
+        "adapter": str(adapter),
+        "base": base,
+        **named,
+        "parameters": count,
+        "effect": effect,
+        "max_abs_diff": difference,
+    }
 
 
 def base_of(adapter: str | Path) -> str:
@@ -107,7 +115,9 @@ def base_of(adapter: str | Path) -> str:
     """
     name = read_adapter_header(adapter).get("base")
     if not name:
-        name = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get(
+            "base_model_name_or_path"
+        )
     if not name:
         raise InputError("does not say which base it is for", where=str(adapter), cure="give --base")
     return str(name)
@@ -129,7 +139,9 @@ def probe(model: nn.Module, *, seed: int = 0) -> dict[str, Any]:
         "encoder_hidden_states": normal(2, 8, config.joint_attention_dim),
         "pooled_projections": normal(2, config.pooled_projection_dim),
         "timestep": torch.tensor([300.0, 800.0]),
-        "layout": LayoutInputs(corners.flatten(2), normal(2, 3, config.phrase_dim or config.pooled_projection_dim), mask),
+        "layout": LayoutInputs(
+            corners.flatten(2), normal(2, 3, config.phrase_dim or config.pooled_projection_dim), mask
+        ),
     }
 
 
@@ -168,7 +180,7 @@ def _main(to: str, folder: str, base: str, answer: str) -> None:
     if to == "peft":
         from peft import PeftModel
 
-        transformer = LayoutSD3Transformer2DModel.from_pretrained(base, subfolder="transformer", torch_dtype=torch.float32)
+        transformer = LayoutSD3Transformer2DModel.from_pretrained(base, subfolder="transformer", dtype=torch.float32)
         model = PeftModel.from_pretrained(transformer, folder)
         inputs = probe(transformer)
     else:

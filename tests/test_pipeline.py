@@ -120,8 +120,10 @@ def test_a_plain_folder_opens_paints_as_before_and_round_trips(stock: Any, plain
     assert all(torch.equal(value, state[name]) for name, value in opened.transformer.state_dict().items())
 
 
-def test_a_folder_opens_in_the_dtype_asked_for(layout_folder: Path) -> None:
-    half = LayoutStableDiffusion3Pipeline.from_pretrained(layout_folder, torch_dtype=torch.bfloat16)
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])  # the old name and the new
+def test_a_folder_opens_in_the_dtype_asked_for(layout_folder: Path, key: str) -> None:
+    half = LayoutStableDiffusion3Pipeline.from_pretrained(layout_folder, **{key: torch.bfloat16})
     half.set_progress_bar_config(disable=True)
     assert {p.dtype for m in (half.transformer, half.vae, half.text_encoder) for p in m.parameters()} == {
         torch.bfloat16

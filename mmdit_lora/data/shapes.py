@@ -108,7 +108,11 @@ def make_scene(spec: SceneSpec, seed: int, index: int) -> tuple[Image.Image, Lay
     things: list[Box] = []
     for index, xyxy in enumerate(boxes):
         # Where two of one colour meet, no eye could tell where one ends.
-        near = {things[n].phrase.split()[1] for n in range(index) if not _apart(replace(spec, max_overlap=0), xyxy, boxes[n])}
+        near = {
+            things[n].phrase.split()[1]
+            for n in range(index)
+            if not _apart(replace(spec, max_overlap=0), xyxy, boxes[n])
+        }
         color = str(rng.choice([name for name in COLORS if name not in near]))
         shape = str(rng.choice(SHAPES))
         ink = shape_coverage(shape, xyxy, spec.size)[..., None]

@@ -79,7 +79,7 @@ def save_adapter(
         raise InputError(
             f"the adapter holds NaN or infinity, in {', '.join(bad[:4])}", cure="train with a lower learning rate"
         )
-    config = model.peft_config[adapter_name].to_dict()
+    config: dict[str, Any] = cast(Any, model).peft_config[adapter_name].to_dict()
     config |= {"base_model_name_or_path": metadata.get("base"), "inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     header = {"format": "pt", HEADER_KEY: json.dumps(dict(metadata), sort_keys=True, allow_nan=False)}

@@ -158,7 +158,7 @@ class LayoutStream(nn.Module):
             bias=True,
             qk_norm=qk_norm,
             eps=1e-6,
-            processor=JointAttnProcessor(),  # type: ignore[arg-type]
+            processor=JointAttnProcessor(),
         )
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.weight)

@@ -34,11 +34,11 @@ class LayoutSD3TransformerBlock(JointTransformerBlock):
         self, *, dim: int, num_attention_heads: int, attention_head_dim: int, last: bool, **kwargs: Any
     ) -> None:
         super().__init__(dim, num_attention_heads, attention_head_dim, context_pre_only=last, **kwargs)
-        self.attn.set_processor(JointAttnProcessor())  # type: ignore[arg-type]
+        self.attn.set_processor(JointAttnProcessor())
         if self.attn2 is not None:
-            self.attn2.set_processor(JointAttnProcessor())  # type: ignore[arg-type]
+            self.attn2.set_processor(JointAttnProcessor())
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -59,8 +59,7 @@ class LayoutSD3TransformerBlock(JointTransformerBlock):
             Text tokens (None after the last block), image tokens, layout tokens (None without, or after the last block).
         """
         if layout_states is None:
-            base: Any = super().forward
-            return *base(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs), None
+            return *super().forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs), None
 
         # Image and text, as in the base.
         norm_hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(hidden_states, emb=temb)
@@ -100,7 +99,7 @@ class LayoutSD3TransformerBlock(JointTransformerBlock):
         return _chunked_feed_forward(feed_forward, x, self._chunk_dim, self._chunk_size)
 
 
-class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):  # type: ignore[misc]
+class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
     """diffusers' `SD3Transformer2DModel` with a layout stream.
 
     All arguments of the base are restated, so that a saved config is complete. Added:
@@ -183,7 +182,7 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):  # t
             )
 
     @apply_lora_scale("joint_attention_kwargs")
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -224,8 +223,8 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):  # t
         for index, block in enumerate(self.transformer_blocks):
             if skip_layers is None or index not in skip_layers:
                 # Positional: that is how the checkpointing function hands arguments on.
-                inputs = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-                inputs = (*inputs, layout_states, layout_key_mask, layout_gain)
+                inputs: tuple[Any, ...] = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+                inputs += (layout_states, layout_key_mask, layout_gain)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     outputs = self._gradient_checkpointing_func(block, *inputs)
                 else:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
@@ -25,7 +29,8 @@ def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32) -> LayoutSta
     if folder.exists():
         _check_folder(folder)
     try:
-        pipe = LayoutStableDiffusion3Pipeline.from_pretrained(base, torch_dtype=dtype)
+        with quiet():
+            pipe = LayoutStableDiffusion3Pipeline.from_pretrained(base, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(
             f"cannot be opened as a base: {_first_line(error)}",
@@ -46,6 +51,21 @@ def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32) -> LayoutSta
         if isinstance(module, torch.nn.Module):
             module.eval()
     return pipe
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of diffusers and transformers: a bar for every component of a base says nothing."""
+    loggings = [
+        module for module in (diffusers.utils.logging, transformers.utils.logging) if module.is_progress_bar_enabled()
+    ]
+    for module in loggings:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in loggings:
+            module.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

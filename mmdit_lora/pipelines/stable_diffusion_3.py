@@ -82,7 +82,9 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         path = str(pretrained_model_name_or_path)
         if kwargs.get("transformer") is None:
             passed_on = (
+                "dtype",
                 "torch_dtype",
+                "dtype",  # its new name
                 "variant",
                 "revision",
                 "cache_dir",
@@ -109,7 +111,7 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
             InputError: a layout has more boxes than the base has slots.
         """
         phrases = sorted({box.phrase for layout in layouts for box in layout.boxes})
-        embeds = self.encode_phrases(phrases) if phrases else []
+        embeds: Any = self.encode_phrases(phrases) if phrases else []
         config = self.transformer.config
         inputs = collate_layouts(
             layouts,
@@ -120,7 +122,7 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         return inputs.to(self._execution_device, self.transformer.dtype)
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         layout: Layout | Sequence[Layout] | None = None,
         prompt: str | list[str] | None = None,

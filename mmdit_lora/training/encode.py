@@ -27,9 +27,13 @@ class TensorCache:
         Args:
             make: from the positions of the keys that are missing to their tensors, stacked; called at most once.
         """
-        missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._entries}.values())[::-1]
+        missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._entries}.values())[
+            ::-1
+        ]
         fresh = make(missing) if missing else ()
-        made = {keys[position]: tuple(stacked[row].clone() for stacked in fresh) for row, position in enumerate(missing)}
+        made = {
+            keys[position]: tuple(stacked[row].clone() for stacked in fresh) for row, position in enumerate(missing)
+        }
         out = []
         for key in keys:
             if key in made:

@@ -9,14 +9,14 @@ from mmdit_lora import __version__
 from mmdit_lora.config import Config
 from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora import save_adapter
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, quiet
 
 
 def save_result(pipe: LayoutStableDiffusion3Pipeline, config: Config, report: dict[str, Any]) -> Path:
     """Write `<output_dir>/adapter` (method lora) or `<output_dir>/base` (the others), all or nothing; returns it."""
     folder = Path(config.output_dir)
     if config.method != "lora":
-        with atomic_folder(folder / "base") as temporary:
+        with atomic_folder(folder / "base") as temporary, quiet():
             pipe.save_pretrained(temporary)
         return folder / "base"
     metadata = {
@@ -60,7 +60,7 @@ of the layout stream: {report["trainable_params"]:,} of {report["total_params"]:
     mmdit-lora sample --base {config.base} --adapter . --layout layout.json --out pictures
 
     from peft import PeftModel
-    from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
+    from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, quiet
     pipe = LayoutStableDiffusion3Pipeline.from_pretrained("{config.base}")
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")
 

@@ -291,9 +291,7 @@ def _save(run: Run) -> None:
     }
     model = run.accelerator.unwrap_model(run.model)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    save_checkpoint(
-        run.folder / CHECKPOINTS, run.step, model, optimizer, state, keep=run.config.train.keep_checkpoints
-    )
+    save_checkpoint(run.folder / CHECKPOINTS, run.step, model, optimizer, state, keep=run.config.train.keep_checkpoints)
 
 
 def _load(run: Run, checkpoint: Checkpoint) -> None:
@@ -301,7 +299,9 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     for what, digest in run.fingerprints.items():
         if state["fingerprints"][what] != digest:
             raise InputError(
-                f"the {what} is not the one that this run was started with", where=str(checkpoint.folder), cure="start a new run"
+                f"the {what} is not the one that this run was started with",
+                where=str(checkpoint.folder),
+                cure="start a new run",
             )
     model = run.accelerator.unwrap_model(run.model)
     checkpoint.load(model, getattr(run.optimizer, "optimizer", run.optimizer))
