@@ -457,7 +457,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".work/tiny_base"))
     parser.add_argument("--out", type=Path, default=Path("data/tiny_base"))
     parser.add_argument("--vae-steps", type=int, default=1150)
-    parser.add_argument("--steps", type=int, default=12_000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=9_000, help="of the transformer")
     parser.add_argument("--scenes", type=int, default=24_000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

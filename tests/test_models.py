@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sd3.5-large": {"qk_norm": "rms_norm"},
     "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
 }
+
+
+@pytest.fixture(autouse=True)
+def _default_attention_backend() -> Iterator[None]:
+    """diffusers' `set_attention_backend` also changes the default of every other model in the process."""
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
 
 
 @torch.no_grad()

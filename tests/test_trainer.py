@@ -22,20 +22,6 @@ from tests.tiny import tiny_pipeline, tiny_transformer
 from tests.wandb_reader import read_offline_run
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline(folder / "vocabulary").save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_dataset(folder, DOMAINS["basic"], count=12, seed=3)
-    return folder
-
-
 def make_config(base: Path, data: Path, out: Path, **changes: dict[str, object]) -> Config:
     values: dict[str, object] = {
         "base": str(base),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -55,6 +55,10 @@ class LayoutModelMixin(nn.Module):
 
     config: Any
     layout_processor: LayoutProcessor
+
+    if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def build_layout_stream(self) -> None:
         """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
@@ -108,7 +112,7 @@ class LayoutModelMixin(nn.Module):
         on_meta = [name for name, p in model.named_parameters() if p.is_meta]
         if on_meta:
             raise RuntimeError(f"weights left on the meta device: {', '.join(on_meta[:8])}")
-        return (model, info) if want_info else model
+        return (model, info) if want_info else model  # type: ignore[return-value]
 
     def reset_layout_stream(self, *, seed: int) -> None:
         """Give the model a fresh layout stream in its own dtype and on its own device, seeded, every gate zero."""

@@ -6,7 +6,7 @@ models/transformers/transformer_sd3.py and models/attention.py `JointTransformer
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -113,8 +113,8 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         layout_attention: "siamese": image and layout tokens attend to one another in an attention of their own.
     """
 
-    _no_split_modules = ["LayoutSD3TransformerBlock"]
-    _repeated_blocks = ["LayoutSD3TransformerBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["LayoutSD3TransformerBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["LayoutSD3TransformerBlock"]
 
     @register_to_config
     def __init__(
@@ -132,9 +132,9 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         pos_embed_max_size: int = 96,
         dual_attention_layers: tuple[int, ...] = (),
         qk_norm: str | None = None,
-        phrase_dim: int | None = None,
-        mask_padding: bool = True,
-        layout_slots: int | None = None,
+        phrase_dim: int | None = None,  # noqa: ARG002 - read from the config
+        mask_padding: bool = True,  # noqa: ARG002 - read from the config
+        layout_slots: int | None = None,  # noqa: ARG002 - read from the config
         layout_attention: str = "siamese",
     ) -> None:
         if layout_attention != "siamese":
@@ -172,7 +172,8 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
         config = self.config
         self.layout_processor = LayoutProcessor(config.phrase_dim or config.pooled_projection_dim, self.inner_dim)
-        for block in self.transformer_blocks:
+        blocks: Any = self.transformer_blocks
+        for block in blocks:
             block.layout_stream = LayoutStream(
                 dim=self.inner_dim,
                 num_heads=config.num_attention_heads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -38,7 +38,7 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
     config: Any
 
     # A base may come without T5, and a saved one then says null.
-    _optional_components = ["text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"]
+    _optional_components: ClassVar[list[str]] = ["text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"]
 
     def __init__(
         self,

@@ -1,0 +1,52 @@
+"""What several test files need, made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the real classes at tiny size, its gates open as if its layout stream had been trained."""
+    from tests.tiny import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("base")
+    tiny_pipeline(folder / "vocabulary").save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen procedural scenes."""
+    from mmdit_lora.data.shapes import DOMAINS, write_dataset
+
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_dataset(folder, DOMAINS["basic"], count=12, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter folder that the trainer wrote, on `base`."""
+    from mmdit_lora.config import Config
+    from mmdit_lora.training.trainer import train
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(
+        Config.model_validate(
+            {
+                "base": str(base),
+                "output_dir": str(out),
+                "data": {"path": str(data), "validation_share": 0.0},
+                "train": {"max_steps": 3, "batch_size": 4, "learning_rate": 3e-2, "sample_every": 0, "checkpoint_every": 0},
+            }
+        )
+    )
+    return out / "adapter"

@@ -1,0 +1,172 @@
+"""The scene generator: pictures are a function of (spec, seed, index), and are what their layouts say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdit_lora.data import shapes
+from mmdit_lora.data.records import read_dataset
+from mmdit_lora.data.shapes import COLORS, DOMAINS, SHAPES, make_scene, phrase_attributes, shape_coverage, write_dataset
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Layout
+
+SCENES = 30
+BASIC = DOMAINS["basic"]
+
+
+@pytest.fixture(scope="module", params=list(DOMAINS))
+def domain(request: pytest.FixtureRequest) -> tuple[shapes.SceneSpec, list[tuple[Image.Image, Layout]]]:
+    spec = DOMAINS[request.param]
+    return spec, [make_scene(spec, 3, index) for index in range(SCENES)]
+
+
+def pixels(layout: Layout, spec: shapes.SceneSpec) -> list[tuple[float, float, float, float]]:
+    return [tuple(value * spec.size for value in box.xyxy) for box in layout.boxes]  # type: ignore[misc]
+
+
+def test_a_scene_is_a_function_of_spec_seed_and_index() -> None:
+    picture, layout = make_scene(BASIC, 1, 2)
+    again, same = make_scene(BASIC, 1, 2)
+    assert picture.tobytes() == again.tobytes()
+    assert layout == same
+    for other in (make_scene(BASIC, 1, 3), make_scene(BASIC, 2, 2)):
+        assert other[0].tobytes() != picture.tobytes()
+        assert other[1] != layout
+    assert (picture.mode, picture.size) == ("RGB", (64, 64))
+
+
+def test_every_domain_keeps_its_spec(domain: tuple[shapes.SceneSpec, list[tuple[Image.Image, Layout]]]) -> None:
+    spec, scenes = domain
+    counts = set()
+    for _, layout in scenes:
+        boxes = pixels(layout, spec)
+        counts.add(len(boxes))
+        for x0, y0, x1, y1 in boxes:
+            width, height = x1 - x0, y1 - y0
+            assert min(x0, y0) >= 0
+            assert max(x1, y1) <= spec.size
+            assert spec.side[0] * 0.999 <= math.sqrt(width * height) <= spec.side[1] * 1.001
+            assert spec.elongation[0] * 0.999 <= max(width, height) / min(width, height) <= spec.elongation[1] * 1.001
+        assert sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) <= spec.fill * spec.size**2 * 1.001
+        for a, b in itertools.combinations(boxes, 2):
+            across, down = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+            if spec.max_overlap:
+                smaller = min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+                assert max(across, 0) * max(down, 0) <= spec.max_overlap * smaller * 1.001
+            else:
+                assert min(across, down) <= -spec.gap * 0.999
+    assert {min(counts), max(counts)} <= set(range(spec.objects[0], spec.objects[1] + 1))
+    assert len(counts) > 2
+
+
+def test_phrases_and_captions_say_what_is_there(
+    domain: tuple[shapes.SceneSpec, list[tuple[Image.Image, Layout]]],
+) -> None:
+    _, scenes = domain
+    seen = set()
+    for _, layout in scenes:
+        for box in layout.boxes:
+            assert (known := phrase_attributes(box.phrase)) is not None
+            assert box.phrase == f"{'an' if known[0] == 'orange' else 'a'} {known[0]} {known[1]}"
+            seen |= set(known)
+        what, _, background = layout.caption.rpartition(" on a ")
+        assert background in ("light background", "grey background", "dark background")
+        if len(layout.boxes) <= shapes.LISTED_IN_CAPTION:
+            assert what.replace(" and ", ", ").split(", ") == [box.phrase for box in layout.boxes]
+        else:
+            assert what == f"{shapes.NUMBER_WORDS[len(layout.boxes)]} shapes"
+    assert seen == {*COLORS, *SHAPES}
+
+
+@pytest.mark.parametrize(
+    "phrase", ["red circle", "a red ball", "a mauve circle", "the red circle", "a big red circle", ""]
+)
+def test_phrases_that_are_not_ours(phrase: str) -> None:
+    assert phrase_attributes(phrase) is None
+
+
+def test_the_background_is_grey_and_boxes_hold_their_colour() -> None:
+    for index in range(10):
+        picture, layout = make_scene(BASIC, 4, index)
+        array = np.asarray(picture).astype(int)
+        outside = np.ones(array.shape[:2], bool)
+        for box, (x0, y0, x1, y1) in zip(layout.boxes, pixels(layout, BASIC), strict=True):
+            outside[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = False
+            color, _ = phrase_attributes(box.phrase) or ("", "")
+            # Every shape covers a point a little below the middle of its box.
+            assert tuple(array[int(y0 * 0.45 + y1 * 0.55), int((x0 + x1) / 2)]) == COLORS[color]
+        assert np.ptp(array[outside], axis=1).max() == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ink_touches_all_four_sides(shape: str) -> None:
+    rng = np.random.default_rng(0)
+    for ratio in (0.25, 0.5, 1.0, 2.0, 4.0):
+        for _ in range(6):
+            width, height = 14 * math.sqrt(ratio), 14 / math.sqrt(ratio)
+            x0, y0 = rng.uniform(1, 63 - width), rng.uniform(1, 63 - height)
+            ink = shape_coverage(shape, (x0, y0, x0 + width, y0 + height), 64)
+            assert 0 <= ink.min() <= ink.max() == 1
+            columns, rows = np.flatnonzero(ink.any(0)), np.flatnonzero(ink.any(1))
+            # To within a pixel: the pixel that holds the side, or the next one where a tip is thinner than can be seen.
+            for first, last, low, high in (
+                (columns[0], columns[-1], x0, x0 + width),
+                (rows[0], rows[-1], y0, y0 + height),
+            ):
+                assert int(low) <= first <= int(low) + 1
+                assert math.ceil(high) - 2 <= last <= math.ceil(high) - 1
+
+
+def test_shapes_have_their_areas_and_may_leave_the_picture() -> None:
+    areas = {"circle": math.pi / 4, "square": 1, "triangle": 1 / 2, "diamond": 1 / 2, "cross": 5 / 9}
+    for shape in SHAPES:
+        whole = shape_coverage(shape, (8, 4, 56, 60), 64)
+        assert whole.sum() == pytest.approx(areas[shape] * 48 * 56, rel=0.02)
+        moved = shape_coverage(shape, (-24, 4, 24, 60), 64)
+        np.testing.assert_array_equal(moved[:, :24], whole[:, 32:56])
+        assert not shape_coverage(shape, (70, 70, 80, 80), 64).any()
+    with pytest.raises(ValueError, match="star"):
+        shape_coverage("star", (0, 0, 8, 8), 64)
+
+
+def test_a_data_set_reads_back(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", BASIC, count=3, seed=5)
+    records = read_dataset(tmp_path / "d")
+    assert [record.image.name for record in records] == ["000000.png", "000001.png", "000002.png"]
+    for index, record in enumerate(records):
+        picture, layout = make_scene(BASIC, 5, index)
+        assert record.load().tobytes() == picture.tobytes()
+        assert record.layout.caption == layout.caption
+        for box, drawn in zip(record.layout.boxes, layout.boxes, strict=True):
+            assert box.phrase == drawn.phrase
+            assert box.xyxy == pytest.approx(drawn.xyxy, abs=1e-6)
+
+
+def test_a_data_set_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "d", BASIC, count=1, seed=0)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()}
+
+    def failing(spec: shapes.SceneSpec, seed: int, index: int) -> tuple[Image.Image, Layout]:
+        if index:
+            raise RuntimeError("killed")
+        return make_scene(spec, seed, index)
+
+    monkeypatch.setattr(shapes, "make_scene", failing)
+    for name in ("d", "new"):
+        with pytest.raises(RuntimeError, match="killed"):
+            write_dataset(tmp_path / name, BASIC, count=2, seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()} == before
+
+
+def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
+    for count, seed in ((0, 0), (1, -1)):
+        with pytest.raises(InputError):
+            write_dataset(tmp_path / "d", BASIC, count=count, seed=seed)
+    assert not list(tmp_path.iterdir())
