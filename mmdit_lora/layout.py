@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ class Box:
         object.__setattr__(self, "xyxy", _validated_xyxy(self.xyxy))
         if not isinstance(self.phrase, str) or not self.phrase.strip():
             raise InputError(f"the phrase is {self.phrase!r}", cure="give each box a phrase, e.g. 'a red circle'")
+        _check_text(self.phrase, "the phrase")
 
     @property
     def width(self) -> float:
@@ -67,6 +69,7 @@ class Layout:
     def __post_init__(self) -> None:
         if not isinstance(self.caption, str):
             raise InputError(f"the caption is {self.caption!r}", cure="give the layout a caption: the text of the whole picture")
+        _check_text(self.caption, "the caption")
         if isinstance(self.boxes, str) or not isinstance(self.boxes, Sequence):
             raise InputError(f"boxes is {type(self.boxes).__name__}", cure="give a list of boxes")
         object.__setattr__(self, "boxes", tuple(self.boxes))
@@ -151,6 +154,10 @@ def parse_json(text: str, *, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if "\n" in text.strip() else where
         raise InputError(f"is not JSON: {error.msg} (column {error.colno})", where=place) from None
+    except InputError:
+        raise
+    except ValueError as error:  # an int of thousands of digits
+        raise InputError(f"cannot be read: {str(error).split(';')[0]}", where=where) from None
     except RecursionError:
         raise InputError("is nested too deeply to be a layout", where=where) from None
 
@@ -166,11 +173,26 @@ def _check_keys(data: Any, *, required: tuple[str, ...]) -> None:
             raise InputError(f"{key!r} is missing", cure=f"an object here has the keys {', '.join(required)}")
 
 
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
+
+
+def _check_text(text: str, what: str) -> None:
+    """JSON may spell half a character (a lone surrogate), which no file or tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {text!r} holds half a character", cure="write it as UTF-8 text") from None
+
+
 def _validated_xyxy(value: Any) -> tuple[float, float, float, float]:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4:
         raise InputError(f"xyxy is {value!r}", cure="give four numbers: [left, top, right, bottom], each in [0, 1]")
-    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in value):
-        raise InputError(f"xyxy is {list(value)!r}: not four finite numbers", cure="give [left, top, right, bottom] in [0, 1]")
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not _is_finite(v) for v in value):
+        raise InputError(f"xyxy is {reprlib.repr(list(value))}: not four finite numbers", cure="give [left, top, right, bottom] in [0, 1]")
     left, top, right, bottom = (float(v) for v in value)
     if max(left, top, right, bottom) > 1 + EDGE_TOLERANCE or min(left, top, right, bottom) < -EDGE_TOLERANCE:
         pixels = max(left, top, right, bottom) > 2
