@@ -26,7 +26,7 @@ _CORE = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]  # not those of SafeLoader
 
     def construct_yaml_int(self, node: Any) -> int:
         return int(self.construct_scalar(node))  # SafeLoader's would read 010 as octal

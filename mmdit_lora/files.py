@@ -24,7 +24,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         _fsync(temporary)
         temporary.chmod(0o644)  # mkstemp gives 0600, which a shared folder's other readers could not open
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,8 +48,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         old = None
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / "was")
-        os.replace(temporary, path)
+            path.replace(old / "was")
+        temporary.replace(path)
         _fsync(path.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)

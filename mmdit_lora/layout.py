@@ -68,7 +68,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not isinstance(self.caption, str):
-            raise InputError(f"the caption is {self.caption!r}", cure="give the layout a caption: the text of the whole picture")
+            raise InputError(
+                f"the caption is {self.caption!r}", cure="give the layout a caption: the text of the whole picture"
+            )
         _check_text(self.caption, "the caption")
         if isinstance(self.boxes, str) or not isinstance(self.boxes, Sequence):
             raise InputError(f"boxes is {type(self.boxes).__name__}", cure="give a list of boxes")
@@ -109,7 +111,9 @@ def read_layouts(path: str | Path) -> list[Layout]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError("no such layout file", where=str(path), cure="give a .json file of one layout or a .jsonl of many")
+        raise InputError(
+            "no such layout file", where=str(path), cure="give a .json file of one layout or a .jsonl of many"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -192,11 +196,18 @@ def _validated_xyxy(value: Any) -> tuple[float, float, float, float]:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4:
         raise InputError(f"xyxy is {value!r}", cure="give four numbers: [left, top, right, bottom], each in [0, 1]")
     if any(isinstance(v, bool) or not isinstance(v, int | float) or not _is_finite(v) for v in value):
-        raise InputError(f"xyxy is {reprlib.repr(list(value))}: not four finite numbers", cure="give [left, top, right, bottom] in [0, 1]")
+        raise InputError(
+            f"xyxy is {reprlib.repr(list(value))}: not four finite numbers",
+            cure="give [left, top, right, bottom] in [0, 1]",
+        )
     left, top, right, bottom = (float(v) for v in value)
     if max(left, top, right, bottom) > 1 + EDGE_TOLERANCE or min(left, top, right, bottom) < -EDGE_TOLERANCE:
         pixels = max(left, top, right, bottom) > 2
-        cure = "these look like pixels: divide x by the width and y by the height" if pixels else "clip the box to the picture"
+        cure = (
+            "these look like pixels: divide x by the width and y by the height"
+            if pixels
+            else "clip the box to the picture"
+        )
         raise InputError(f"the box {list(value)} leaves the picture, whose sides run from 0 to 1", cure=cure)
     left, top, right, bottom = (min(max(v, 0.0), 1.0) for v in (left, top, right, bottom))
     if right <= left or bottom <= top:

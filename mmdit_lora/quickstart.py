@@ -15,13 +15,13 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.draw import before_after, save_png
 from mmdit_lora.evaluate.sides import Evaluation, evaluate
-from mmdit_lora.export import export_adapter
+from mmdit_lora.export import TARGETS, export_adapter
 from mmdit_lora.files import write_json
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings
 from mmdit_lora.training.trainer import train
 
 CONFIG = "configs/quickstart.yaml"
-TARGET, OLD = "page", "basic"  # the new domain, and one that the base was trained on
+NEW, OLD = "page", "basic"  # the new domain, and one that the base was trained on
 TRAIN_PICTURES, HELD_OUT_PICTURES = 2000, 96
 TRAIN_SEED, HELD_OUT_SEED, OLD_SEED = 11, 12, 13
 SHOWN = 6  # pictures in the figure: the first ones, not the best ones
@@ -32,7 +32,7 @@ Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how 
 
 
 def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: Tell | None = None) -> dict[str, Any]:
-    """Train on `TARGET`, judge on held-out layouts of it and of `OLD`, and write `out`.
+    """Train on `NEW`, judge on held-out layouts of it and of `OLD`, and write `out`.
 
     Args:
         out: gets `report.json`, `before_after.png`, `adapter/`, `merged/` and the data.
@@ -64,8 +64,8 @@ def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: 
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).write_text(config.to_yaml(), encoding="utf-8")
     with phase("data"):
-        write_dataset(data["train"], DOMAINS[TARGET], count=TRAIN_PICTURES, seed=TRAIN_SEED)
-        write_dataset(data["held_out"], DOMAINS[TARGET], count=HELD_OUT_PICTURES, seed=HELD_OUT_SEED)
+        write_dataset(data["train"], DOMAINS[NEW], count=TRAIN_PICTURES, seed=TRAIN_SEED)
+        write_dataset(data["held_out"], DOMAINS[NEW], count=HELD_OUT_PICTURES, seed=HELD_OUT_SEED)
         write_dataset(data["old"], DOMAINS[OLD], count=HELD_OUT_PICTURES, seed=OLD_SEED)
     with phase("train"):
         steps = config.train.max_steps
@@ -76,10 +76,7 @@ def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: 
     with phase("figure"):
         save_png(_figure(new), out / "before_after.png")
     with phase("export"):
-        exports = [
-            export_adapter(out / "adapter", to=to, out=folder, base=config.base)
-            for to, folder in (("peft", out / "peft"), ("merged", out / "merged"))
-        ]
+        exports = [export_adapter(out / "adapter", to=to, out=out / to, base=config.base) for to in TARGETS]
     report = {
         **{key: value for key, value in new.to_dict().items() if key != "by_boxes"},
         "old_domain": {key: old.to_dict()[key] for key in ("base", "adapter", "ground_truth", "shuffled")},

@@ -45,7 +45,13 @@ def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 "base": str(base),
                 "output_dir": str(out),
                 "data": {"path": str(data), "validation_share": 0.0},
-                "train": {"max_steps": 3, "batch_size": 4, "learning_rate": 3e-2, "sample_every": 0, "checkpoint_every": 0},
+                "train": {
+                    "max_steps": 3,
+                    "batch_size": 4,
+                    "learning_rate": 3e-2,
+                    "sample_every": 0,
+                    "checkpoint_every": 0,
+                },
             }
         )
     )

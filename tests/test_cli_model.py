@@ -61,7 +61,18 @@ def test_batch_size_does_not_change_pictures(base: Path, layouts: Path, tmp_path
 def test_evaluate_gives_every_side_and_is_repeatable(
     base: Path, adapter: Path, data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    command = ["evaluate", "--base", str(base), "--adapter", str(adapter), "--data", str(data), "--steps", "2", "--json"]
+    command = [
+        "evaluate",
+        "--base",
+        str(base),
+        "--adapter",
+        str(adapter),
+        "--data",
+        str(data),
+        "--steps",
+        "2",
+        "--json",
+    ]
     reports = []
     for name in ("one", "two"):
         assert main([*command, "--out", str(tmp_path / name)]) == 0
@@ -150,7 +161,17 @@ def test_bad_adapters_are_refused(
     BAD_ADAPTERS[name](broken)
     out = tmp_path / "out"
     command = {
-        "sample": ["sample", "--base", str(base), "--adapter", str(broken), "--layout", str(layouts), "--out", str(out)],
+        "sample": [
+            "sample",
+            "--base",
+            str(base),
+            "--adapter",
+            str(broken),
+            "--layout",
+            str(layouts),
+            "--out",
+            str(out),
+        ],
         "export": ["export", str(broken), "--to", "peft", "--base", str(base), "--out", str(out)],
         "verify": ["verify", str(broken), "--base", str(base)],
     }[verb]
@@ -220,7 +241,9 @@ def test_bad_arguments_are_refused(
     refused(["sample", "--base", str(base), "--layout", str(layouts), "--out", str(out), *arguments], capsys, out)
 
 
-def test_too_few_steps_for_the_window_is_one_message(base: Path, layouts: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_too_few_steps_for_the_window_is_one_message(
+    base: Path, layouts: Path, tmp_path: Path, capsys: Capture
+) -> None:
     out = tmp_path / "out"
     window = ["--layout-window", "0", "0.3", "--steps", "3"]
     refused(["sample", "--base", str(base), "--layout", str(layouts), "--out", str(out), *window], capsys, out)

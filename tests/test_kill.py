@@ -61,7 +61,14 @@ def test_killed_and_resumed_equals_undisturbed(base: Path, data: Path, tmp_path:
 
 
 def start(config: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mmdit_lora.cli", "train", str(config), *(["--resume", "latest"] if resume else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "mmdit_lora.cli",
+        "train",
+        str(config),
+        *(["--resume", "latest"] if resume else []),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, start_new_session=True, env=environment, stderr=subprocess.DEVNULL)
 

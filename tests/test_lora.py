@@ -1,30 +1,22 @@
-"""LoRA on the layout stream: what trains, what does not, and what an adapter folder must be."""
+"""LoRA on the layout stream: what trains and what does not."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     add_layout_lora,
     base_fingerprint,
     default_lora_config,
     load_adapter,
     lora_parameters,
-    lora_state_dict,
-    merge_adapter,
-    read_adapter_header,
     refuse_zero_gates,
     remove_adapter,
     save_adapter,
@@ -283,223 +275,3 @@ def test_an_eval_model_does_not_drop_out_when_an_adapter_is_added(adapter: Path)
     assert torch.equal(velocity(model), velocity(model))
     model.train()
     assert not torch.equal(velocity(model), velocity(model))  # the dropout of the config is there
-
-
-# -- adapters as files
-
-
-def test_the_folder_is_what_peft_reads(adapter: Path, adapted: torch.Tensor) -> None:
-    assert {p.name for p in adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
-    config = json.loads((adapter / CONFIG_FILE).read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("tiny", 16, 32)
-    with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
-        assert "base_model.model.transformer_blocks.0.layout_stream.layout_mlp.fc1.lora_A.weight" in file.keys()  # noqa: SIM118
-        assert file.metadata()["format"] == "pt"
-    assert read_adapter_header(adapter)["base"] == "tiny"
-
-    wrapped = peft.PeftModel.from_pretrained(tiny_transformer(), str(adapter))
-    with torch.no_grad():
-        assert torch.equal(velocity(wrapped), adapted)
-        assert (velocity(tiny_transformer()) - adapted).abs().max() > 1e-2  # alpha / r = 2 counts too:
-    wrapped.base_model.model.transformer_blocks[0].layout_stream.layout_mlp.fc1.scaling["default"] = 1.0
-    with torch.no_grad():
-        assert not torch.allclose(velocity(wrapped), adapted, atol=1e-4)
-
-
-def test_save_and_load_give_the_same_adapter(adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:
-    model = tiny_transformer()
-    load_adapter(model, adapter, expect_fingerprint=base_fingerprint(model))
-    assert not any(p.requires_grad for p in lora_parameters(model))
-    save_adapter(model, tmp_path / "again", metadata=read_adapter_header(adapter), card="# Card\n")
-    for name in (CONFIG_FILE, "README.md"):
-        assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes(), name
-    assert read_adapter_header(tmp_path / "again") == read_adapter_header(adapter)
-    before, after = (load_file(folder / WEIGHTS_FILE) for folder in (adapter, tmp_path / "again"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-    trains = tiny_transformer()
-    load_adapter(trains, adapter, trainable=True)
-    assert {n for n, p in trains.named_parameters() if p.requires_grad} == {
-        n for n, _ in trains.named_parameters() if "lora_" in n
-    }
-    assert torch.equal(velocity(trains).detach(), adapted)
-
-    half = tiny_transformer().to(torch.bfloat16)
-    load_adapter(half, adapter, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-
-
-def test_loading_to_look_does_not_stop_what_trains(adapter: Path) -> None:
-    model = tiny_transformer()
-    model.requires_grad_(False)
-    model.proj_out.requires_grad_(True)
-    load_adapter(model, adapter)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"proj_out.weight", "proj_out.bias"}
-
-
-def test_several_adapters_mix(adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:
-    other = tiny_transformer()
-    add_layout_lora(other, peft.LoraConfig(r=2, target_modules=["layout_mlp.fc2"]))
-    trained_adapter(other, seed=6)
-    save_adapter(other, tmp_path / "other", metadata={})
-    model = tiny_transformer()
-    load_adapter(model, adapter, adapter_name="one")
-    load_adapter(model, tmp_path / "other", adapter_name="two")
-    with torch.no_grad():
-        assert torch.equal(velocity(model), velocity(other))  # the last one loaded is active
-        model.set_adapters(["one", "two"], [1.0, 0.0])
-        assert torch.allclose(velocity(model), adapted, atol=1e-6)
-        model.set_adapters(["one", "two"], [1.0, 1.0])
-        assert (velocity(model) - adapted).abs().max() > 1e-3
-        assert (velocity(model) - velocity(other)).abs().max() > 1e-3
-    remove_adapter(model, "two")
-    remove_adapter(model, "one")
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in tiny_transformer().named_parameters()]
-
-
-def test_lora_parameters_and_state_are_in_one_order(adapter: Path) -> None:
-    model = tiny_transformer()
-    load_adapter(model, adapter, adapter_name="b")
-    load_adapter(model, adapter, adapter_name="a")
-    state = lora_state_dict(model, "a")
-    assert list(state) == sorted(state)
-    assert [tuple(v.shape) for v in state.values()] == [tuple(p.shape) for p in lora_parameters(model, "a")]
-    assert len(lora_parameters(model)) == 2 * len(lora_parameters(model, "a")) == 24
-
-
-def test_fingerprint() -> None:
-    model = tiny_transformer()
-    print_ = base_fingerprint(model)
-    assert len(print_) == 64
-    add_layout_lora(model)
-    trained_adapter(model)
-    assert base_fingerprint(model) == print_  # LoRA is no part of it
-    assert base_fingerprint(tiny_transformer().to(torch.bfloat16)) == print_
-    half = tiny_transformer().half()
-    assert base_fingerprint(half) == base_fingerprint(half.float())
-    other = tiny_transformer()
-    with torch.no_grad():
-        other.proj_out.bias[0] += 0.1
-    assert base_fingerprint(other) != print_
-    assert base_fingerprint(tiny_transformer(seed=1)) != print_
-    with torch.device("meta"), pytest.raises(ValueError, match="meta"):
-        base_fingerprint(tiny_transformer(open_gates=False))
-
-
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / CONFIG_FILE
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any], header: str = "{}") -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        state = load_file(folder / WEIGHTS_FILE)
-        state = change(state) or state
-        save_file(state, folder / WEIGHTS_FILE, metadata={"mmdit_lora": header})
-
-    return edit
-
-
-KEY = "base_model.model.layout_processor.layout_mlp.fc1.lora_A.weight"
-MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / CONFIG_FILE).unlink(), "no adapter_config.json"),
-    "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "no such file"),
-    "config is not JSON": (lambda f: (f / CONFIG_FILE).write_text('{"r": 16,'), "is not JSON"),
-    "config is not text": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), "is not JSON"),
-    "config is a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "peft_type is 'list'"),
-    "config of another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'"),
-    "rank zero": (edit_config(r=0), "not a valid LoraConfig"),
-    "rank is text": (edit_config(r="16"), "not a valid LoraConfig"),
-    "alpha is missing a value": (edit_config(lora_alpha=None), "not a valid LoraConfig"),
-    "another rank": (edit_config(r=8), "12 of another shape"),
-    "target of another base": (edit_config(target_modules=["ff_bbox.net.2"]), "does not fit this base"),
-    "biases": (edit_config(bias="all"), "bias is 'all'"),
-    "junk bytes": (lambda f: (f / WEIGHTS_FILE).write_bytes(b"not a safetensors file"), "is not a safetensors file"),
-    "empty weights": (lambda f: (f / WEIGHTS_FILE).write_bytes(b""), "is not a safetensors file"),
-    "cut short": (lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-100]), "is not a safetensors file"),
-    "missing name": (edit_weights(lambda s: {k: v for k, v in s.items() if k != KEY}), f"1 missing ({KEY})"),
-    "unexpected name": (edit_weights(lambda s: s.update({"base_model.model.foo": torch.ones(1)})), "1 unexpected (base_model.model.foo)"),
-    "misshapen": (edit_weights(lambda s: s.update({KEY: torch.ones(3, 3)})), "(3, 3), not (16, 96)"),
-    "no prefix": (edit_weights(lambda s: {k.removeprefix("base_model.model."): v for k, v in s.items()}), "begin with 'base_model.model.'"),
-    "NaN": (edit_weights(lambda s: s.update({KEY: s[KEY] * float("nan")})), "1 not finite"),
-    "integers": (edit_weights(lambda s: s.update({KEY: s[KEY].int()})), "1 not finite"),
-    "header is not JSON": (edit_weights(lambda _: None, header="{base"), "is not JSON"),
-    "header is a list": (edit_weights(lambda _: None, header="[1]"), "is not a JSON object"),
-    "another base": (edit_weights(lambda _: None, header='{"base": "other", "fingerprint": "00ff"}'), "trained on another base: 'other'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_adapter_is_refused_whole(case: str, adapter: Path, tmp_path: Path) -> None:
-    spoil, message = MALFORMED[case]
-    folder = tmp_path / "bad"
-    folder.mkdir()
-    for file in adapter.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    model = tiny_transformer()
-    names = [name for name, _ in model.named_parameters()]
-    fingerprint = base_fingerprint(model)
-    spoil(folder)
-    with pytest.raises(InputError) as refusal:
-        load_adapter(model, folder, expect_fingerprint=fingerprint)
-    assert message in str(refusal.value)
-    assert str(folder) in str(refusal.value)
-    assert [name for name, _ in model.named_parameters()] == names
-    assert not getattr(model, "peft_config", {})
-
-
-def test_nothing_half_written_is_left(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_transformer()
-    load_adapter(model, adapter)
-    folder = tmp_path / "out"
-    with pytest.raises(ValueError, match="JSON compliant"):
-        save_adapter(model, folder, metadata={"loss": float("nan")})
-    with pytest.raises(InputError, match="no adapter 'other'"):
-        save_adapter(model, folder, metadata={}, adapter_name="other")
-    assert list(tmp_path.iterdir()) == []
-
-    save_adapter(model, folder, metadata={"base": "first"})
-    lora_parameters(model)[0].data[0, 0] = float("inf")
-    with pytest.raises(InputError, match="NaN or infinity"):
-        save_adapter(model, folder, metadata={"base": "second"})
-    lora_parameters(model)[0].data[0, 0] = 0.0
-
-    def full_disk(*_: Any, **__: Any) -> None:
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("mmdit_lora.lora.storage.save_file", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            save_adapter(model, folder, metadata={"base": "second"})
-    assert read_adapter_header(folder) == {"base": "first"}
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    save_adapter(model, folder, metadata={"base": "second"})
-    assert read_adapter_header(folder) == {"base": "second"}
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-# -- merging
-
-
-def test_merged_is_the_same_function_and_an_ordinary_model(
-    adapter: Path, adapted: torch.Tensor, tmp_path: Path
-) -> None:
-    model = tiny_transformer()
-    load_adapter(model, adapter)
-    merged = merge_adapter(model)
-    assert [n for n, _ in merged.named_parameters()] == [n for n, _ in tiny_transformer().named_parameters()]
-    merged.save_pretrained(tmp_path / "merged")
-    reopened = LayoutSD3Transformer2DModel.from_pretrained(str(tmp_path / "merged"))
-    with torch.no_grad():
-        assert (velocity(merged) - adapted).abs().max() < 1e-5
-        assert torch.equal(velocity(reopened), velocity(merged))
-        assert torch.equal(velocity(model), adapted)  # a copy was merged
-        assert (velocity(tiny_transformer()) - adapted).abs().max() > 1e-2
-    assert merge_adapter(model, in_place=True) is model
-    assert not any("lora" in name for name, _ in model.named_modules())
-    with pytest.raises(InputError, match="no adapter to merge"):
-        merge_adapter(model)

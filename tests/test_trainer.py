@@ -87,11 +87,11 @@ def test_resume_with_another_config_is_refused(
     base: Path, data: Path, tmp_path: Path, change: dict[str, dict[str, object]]
 ) -> None:
     stop_after(make_config(base, data, tmp_path), step=3)
-    with pytest.raises(InputError, match="was .* when the run was started"):
+    with pytest.raises(InputError, match=r"was .* when the run was started"):
         train(make_config(base, data, tmp_path, **change), resume=True)
 
 
-def test_resume_with_other_data_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+def test_resume_with_other_data_is_refused(base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     write_dataset(copy, DOMAINS["basic"], count=12, seed=3)
     config = make_config(base, copy, tmp_path / "run")
@@ -218,7 +218,7 @@ class Stop(Exception):
 
 
 def stop_after(config: Config, *, step: int) -> None:
-    def stop(now: int, scalars: dict[str, float]) -> None:
+    def stop(now: int, _: dict[str, float]) -> None:
         if now == step:
             raise Stop
 

@@ -6,6 +6,7 @@ back from the pixels exactly (`mmdit_lora.evaluate.reader`), without a learned j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 from PIL import Image
 
-
+from mmdit_lora.data.records import write_dataset as write_records
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 
@@ -147,8 +148,6 @@ def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int) ->
         for index in range(count):
             yield f"{index:06d}.png", *make_scene(spec, seed, index)
 
-    from mmdit_lora.data.records import write_dataset as write_records
-
     write_records(out, items())
 
 
@@ -182,7 +181,7 @@ def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, flo
     side = rng.uniform(low, high, count)
     room = spec.fill * spec.size**2
     side = np.maximum(side * min(1.0, np.sqrt(room / (side**2).sum())), low)
-    ratio = np.sqrt(np.exp(rng.uniform(*np.log(spec.elongation), count)))
+    ratio = np.sqrt(np.exp(rng.uniform(math.log(spec.elongation[0]), math.log(spec.elongation[1]), count)))
     upright = rng.random(count) < 0.5
     width, height = side * np.where(upright, 1 / ratio, ratio), side * np.where(upright, ratio, 1 / ratio)
     longest = spec.size - 2.0

@@ -205,7 +205,7 @@ def inject(model: nn.Module, config: peft.LoraConfig, adapter_name: str) -> None
             cast(nn.Module, module).train(model.training)
 
 
-def merge_adapter(model: nn.Module, *, in_place: bool = False) -> nn.Module:
+def merge_adapter(model: Any, *, in_place: bool = False) -> Any:
     """The plain model with its active adapters added into the weights: W + alpha / r * B A. No LoRA module is left.
 
     Merged in the dtype of the base: in bf16 the sum is rounded, so merge an fp32 copy where that matters.

@@ -84,6 +84,13 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"is a {name}; known are {', '.join(KNOWN_PIPELINES)}", where=str(index), cure="give an SD3 or SD3.5 base"
         )
+    # transformers makes an empty tokenizer of a folder that is not there.
+    parts = [part for part, source in content.items() if isinstance(source, list) and source[0] is not None]
+    absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
+    if absent:
+        raise InputError(
+            f"lacks {', '.join(absent)}, which model_index.json names", where=str(folder), cure="copy it whole"
+        )
 
 
 def _first_line(error: Exception) -> str:

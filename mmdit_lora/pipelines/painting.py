@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 
+from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
 
@@ -31,6 +33,23 @@ class PaintSettings:
     batch_size: int = 32
 
 
+def check_side(pipe: LayoutStableDiffusion3Pipeline, side: int) -> None:
+    """Whether `pipe` can paint `side` pixels.
+
+    Raises:
+        InputError: no multiple of what a patch covers, or more than there are position embeddings for.
+    """
+    transformer = pipe.transformer.config
+    patch = pipe.vae_scale_factor * transformer.patch_size
+    largest = transformer.pos_embed_max_size * patch
+    if side % patch or side > largest:
+        raise InputError(
+            f"is {side} pixels; this base takes multiples of {patch} up to {largest}",
+            where="the size",
+            cure=f"give {min(max(side // patch, 1) * patch, largest)}, or leave it out",
+        )
+
+
 def paint(
     pipe: LayoutStableDiffusion3Pipeline,
     layouts: Sequence[Layout],
@@ -43,14 +62,19 @@ def paint(
 
     Args:
         on_progress: called with the number of pictures done.
+
+    Raises:
+        InputError: the base cannot paint this size, or the window covers no step.
     """
     height, width = settings.size or (None, None)
+    for side in settings.size or ():
+        check_side(pipe, side)
     pictures: list[Image.Image] = []
     for start in range(0, len(layouts), settings.batch_size):
         part = list(layouts[start : start + settings.batch_size])
         # On the CPU, so that the same seed is the same noise on every device.
         generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
-        pictures += pipe(
+        output: Any = pipe(
             part,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
@@ -59,7 +83,8 @@ def paint(
             height=height,
             width=width,
             generator=generators,
-        ).images
+        )
+        pictures += output.images
         if on_progress is not None:
             on_progress(len(pictures))
     return pictures

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mmdit_lora.data.collate import collate_layouts
+from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 
@@ -209,17 +210,21 @@ class LayoutSchedule:
     """Layout scale as a function of the sampling step: `scale` inside the window, 0 outside, where the stream is skipped.
 
     Raises:
-        ValueError: the window is not 0 <= start < end <= 1, or rounds to no step at all (`int(0.3 * 3)` is 0).
+        InputError: the window is not 0 <= start < end <= 1, or rounds to no step at all (`int(0.3 * 3)` is 0).
     """
 
     def __init__(self, scale: float, window: tuple[float, float], steps: int) -> None:
         start, end = window
         if not 0 <= start < end <= 1:
-            raise ValueError(f"layout_window is {window}: it must be 0 <= start < end <= 1")
+            raise InputError(f"is {window}", where="layout_window", cure="give 0 <= start < end <= 1")
         self.scale = scale
         self.first, self.last = int(start * steps), int(end * steps)
         if self.first == self.last:
-            raise ValueError(f"layout_window {window} covers none of {steps} steps: take more steps or a wider window")
+            raise InputError(
+                f"{window} covers none of {steps} steps",
+                where="layout_window",
+                cure="take more steps or a wider window",
+            )
 
     def __call__(self, step: float) -> float:
         """Scale at `step` (0 = the first, the noisiest)."""

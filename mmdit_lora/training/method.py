@@ -26,7 +26,7 @@ def lora_config(section: LoraSection) -> peft.LoraConfig:
     """PEFT's config of our `lora` section."""
     return peft.LoraConfig(
         r=section.r,
-        lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT computes with it and takes fractions
+        lora_alpha=section.alpha,  # PEFT computes with it and takes fractions
         lora_dropout=section.dropout,
         bias="none",
         target_modules=list(section.targets),

@@ -24,7 +24,7 @@ from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.lora import base_fingerprint
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline, paint
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, check_side, load_pipeline, paint
 from mmdit_lora.training.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -236,7 +236,7 @@ def _step(run: Run) -> dict[str, float]:
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad()
-    return {"loss": total, "learning_rate": rate, "grad_norm": float(norm or 0.0)}
+    return {"loss": total, "learning_rate": rate, "grad_norm": torch.as_tensor(norm).item()}
 
 
 def _validate(run: Run, tracker: Tracker | None) -> PairedLoss | None:
@@ -357,16 +357,11 @@ def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
 
 
 def _picture_size(config: Config, pipe: LayoutStableDiffusion3Pipeline) -> tuple[int, int]:
-    transformer = pipe.transformer.config
-    side = config.data.resolution or transformer.sample_size * pipe.vae_scale_factor
-    step = pipe.vae_scale_factor * transformer.patch_size
-    largest = transformer.pos_embed_max_size * step
-    if side % step or side > largest:
-        raise InputError(
-            f"is {side}; this base takes multiples of {step} up to {largest}",
-            where="data.resolution",
-            cure=f"give {min(max(side // step, 1) * step, largest)}, or leave it out",
-        )
+    side = config.data.resolution or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    try:
+        check_side(pipe, side)
+    except InputError as error:
+        raise InputError(error.what, where="data.resolution", cure=error.cure) from None
     return side, side
 
 
