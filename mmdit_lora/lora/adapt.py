@@ -217,10 +217,10 @@ def merge_adapter(model: Any, *, in_place: bool = False) -> Any:
         raise InputError("the model has no adapter to merge")
     merged = model if in_place else copy.deepcopy(model)
     try:
-        merged.fuse_lora(safe_fusing=True)  # type: ignore[operator]
+        merged.fuse_lora(safe_fusing=True)
     except ValueError as error:
         raise InputError(f"the merged weights are not finite ({error})") from None
-    merged.unload_lora()  # type: ignore[operator]
+    merged.unload_lora()
     return merged
 
 

@@ -232,7 +232,7 @@ def _step(run: Run) -> dict[str, float]:
         accelerator.backward(loss / settings.gradient_accumulation)
         total += loss.item() / settings.gradient_accumulation
     norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
-    rate = run.schedule.get_last_lr()[0]
+    rate = float(run.schedule.get_last_lr()[0])
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad()
