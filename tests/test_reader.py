@@ -18,7 +18,7 @@ from mmdit_lora.evaluate.fit import _draw
 from mmdit_lora.evaluate.reader import _match
 from mmdit_lora.layout import Box, Layout
 
-SCENES = 40
+SCENES = 32
 
 # Lowest fidelity of ground truth: miou, colour, shape; as drawn, and with noise and blur. What was measured over 400
 # pictures a domain is 0.990, 0.988, 0.984, 0.988 as drawn, with every colour and shape right; the generator's own
@@ -119,7 +119,7 @@ def test_every_shape_and_colour_of_every_size(side: int) -> None:
 
 
 def test_nothing_to_see_scores_zero() -> None:
-    _, layouts = scenes("basic")
+    _, layouts = (part[:8] for part in scenes("basic"))
     for grey in (0, 128, 255):
         plain = noisy(Image.new("RGB", (64, 64), (grey,) * 3))
         assert detect(plain) == []
@@ -129,7 +129,7 @@ def test_nothing_to_see_scores_zero() -> None:
 
 
 def test_wrong_colours_and_wrong_shapes_are_told_apart_from_wrong_boxes() -> None:
-    pictures, layouts = scenes("basic")
+    pictures, layouts = (part[:16] for part in scenes("basic"))
     right, names = measure(pictures, layouts), list(COLORS)
     other = measure(pictures, [renamed(x, lambda c, s: (names[names.index(c) - 1], s)) for x in layouts])
     assert (other.color_acc, other.shape_acc) == (0, right.shape_acc)
@@ -140,7 +140,7 @@ def test_wrong_colours_and_wrong_shapes_are_told_apart_from_wrong_boxes() -> Non
 
 
 def test_another_box_convention_scores_low() -> None:
-    pictures, layouts = scenes("basic")
+    pictures, layouts = (part[:16] for part in scenes("basic"))
 
     def converted(change: Callable[..., tuple[float, ...]]) -> list[Layout]:
         return [
@@ -234,10 +234,10 @@ def test_readable() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_fit_draws_as_the_generator_does(shape: str) -> None:
-    box: NDArray[np.float32] = np.array([[5.25, 3.5, 27.0, 22.75]], np.float32)
+    box: NDArray[np.float32] = np.array([[5.25, 3.4, 27.3, 22.75]], np.float32)
     index = np.array([SHAPES.index(shape)])
     image, slopes = _draw(box, index, np.array([0]), (32, 32))
-    assert np.abs(image[0] - shape_coverage(shape, tuple(box[0]), 32)).mean() < 0.005
+    assert np.abs(image[0] - shape_coverage(shape, tuple(box[0]), 32)).mean() < 0.008
     for side in range(4):
         step = np.zeros((1, 4), np.float32)
         step[0, side] = 0.02
