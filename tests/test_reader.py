@@ -20,9 +20,9 @@ from mmdit_lora.layout import Box, Layout
 
 SCENES = 32
 
-# Lowest fidelity of ground truth: miou, colour, shape; as drawn, and with noise and blur. What was measured over 400
-# pictures a domain is 0.990, 0.988, 0.984, 0.988 as drawn, with every colour and shape right; the generator's own
-# antialiasing in quarters of a pixel takes most of the rest.
+# Lowest fidelity of ground truth: miou; and iou50, colour and shape. As drawn, and with noise and blur. Over 400 pictures
+# a domain miou was 0.990, 0.988, 0.984, 0.988 as drawn, with every colour and shape right. The generator draws edges in
+# quarters of a pixel, which costs a third to a half of what is missing to 1.
 CEILING = {"basic": (0.98, 0.995), "mixed": (0.975, 0.99), "dense": (0.97, 0.99), "page": (0.975, 0.99)}
 WORN = {"basic": (0.97, 0.99), "mixed": (0.96, 0.98), "dense": (0.95, 0.97), "page": (0.965, 0.98)}
 
@@ -196,7 +196,7 @@ def test_arrays_pictures_and_sizes_mean_the_same() -> None:
     pictures, layouts = scenes("basic")
     some = pictures[:6]
     assert detect_all(np.stack([np.asarray(p) for p in some])) == detect_all(some) == [detect(p) for p in some]
-    larger: list[Image.Image] = [p.resize(s, Image.Resampling.BICUBIC) for p in some for s in ((96, 64), (320, 320))]
+    larger: list[Image.Image] = [p.resize(s, Image.Resampling.BICUBIC) for p in some for s in ((96, 64), (333, 333))]
     mixed = [picture for pair in zip(some, larger[::2], larger[1::2], strict=True) for picture in pair]
     found = measure(mixed, [layout for layout in layouts[:6] for _ in range(3)])
     assert found.miou > 0.97
@@ -237,7 +237,7 @@ def test_the_fit_draws_as_the_generator_does(shape: str) -> None:
     box: NDArray[np.float32] = np.array([[5.25, 3.4, 27.3, 22.75]], np.float32)
     index = np.array([SHAPES.index(shape)])
     image, slopes = _draw(box, index, np.array([0]), (32, 32))
-    assert np.abs(image[0] - shape_coverage(shape, tuple(box[0]), 32)).mean() < 0.008
+    assert np.abs(image[0] - shape_coverage(shape, tuple(box[0]), 32)).mean() < 0.01
     for side in range(4):
         step = np.zeros((1, 4), np.float32)
         step[0, side] = 0.02

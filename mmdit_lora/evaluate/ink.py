@@ -19,7 +19,7 @@ from mmdit_lora.evaluate.fit import Bools, Floats, Ints, Patch, fit_patches
 _CHROMA = np.array([[1, -1, 0], [1, 1, -2]], np.float32).T / np.sqrt(np.array([2, 6], np.float32))
 _PALETTE = np.array(list(COLORS.values()), np.float32) @ _CHROMA  # (C, 2)
 _LONGEST = 128  # larger pictures are averaged down to at most this: the fit is finer than a pixel, so little is lost
-_TINT = 30.0  # chroma below this may be a tinted background
+_TINT = 40.0  # chroma below this may be a tinted background
 _INK = 0.5  # coverage from which a pixel belongs to an object
 _SPECK = 12.0  # px of ink; less is no object
 _REACH = 3  # px around an object where its ink may still be found
@@ -34,36 +34,36 @@ _SHAPED = 0.6  # below this the ink has none of the shapes
 @dataclass(frozen=True)
 class Thing:
     """One object: the picture's index, its box relative to the picture, indices of its colour and its shape (None: no
-    shape fits), its ink in px, and the soft IoU of its ink with the shape drawn into the box."""
+    shape fits), and its ink in px."""
 
     picture: int
     xyxy: tuple[float, float, float, float]
     color: int
     shape: int | None
     ink: float
-    fit: float
 
 
 def read(pictures: NDArray[np.uint8]) -> list[Thing]:
     """The objects of pictures of one size, (B, H, W, 3), largest first."""
-    chroma = _chroma(pictures)
+    height, width = pictures.shape[1:3]
+    step = max(1, min(-(-max(height, width) // _LONGEST), height, width))
+    chroma = _chroma(pictures, step)
     labels, colors = _segment(chroma)
     fits = _fit(chroma, labels, colors, np.arange(1, len(colors)))
     colors, fits = _part(chroma, labels, colors, fits)
-    height, width = labels.shape[1:]
+    scale = np.array([width, height, width, height]) / step
     things = []
     for label, fit in fits.items():
-        left, top, right, bottom = np.clip(np.array(fit.box) / [width, height, width, height], 0, 1).tolist()
+        left, top, right, bottom = np.clip(np.array(fit.box) / scale, 0, 1).tolist()
         if right > left and bottom > top:
             shape = fit.shape if fit.score >= _SHAPED else None
-            things.append(Thing(fit.picture, (left, top, right, bottom), int(colors[label]), shape, fit.ink, fit.score))
+            things.append(Thing(fit.picture, (left, top, right, bottom), int(colors[label]), shape, fit.ink))
     return sorted(things, key=lambda thing: -thing.ink)
 
 
-def _chroma(pictures: NDArray[np.uint8]) -> Floats:
-    """(B, H, W, 3) uint8 -> (B, h, w, 2): chroma less the background's tint; large pictures are averaged down."""
-    step = -(-max(pictures.shape[1:3]) // _LONGEST)
-    chroma = pictures.astype(np.float32) @ _CHROMA
+def _chroma(pictures: NDArray[np.uint8], step: int) -> Floats:
+    """(B, H, W, 3) uint8 -> (B, H // step, W // step, 2): mean chroma less the background's tint."""
+    chroma: Floats = (pictures.astype(np.float32) @ _CHROMA).astype(np.float32)
     if step > 1:
         height, width = chroma.shape[1] // step, chroma.shape[2] // step
         chroma = chroma[:, : height * step, : width * step]

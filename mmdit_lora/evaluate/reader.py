@@ -110,7 +110,7 @@ def detect_all(images: Pictures) -> list[list[Detection]]:
     if isinstance(images, np.ndarray):
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"pictures are {images.dtype} {images.shape}, not uint8 (B, H, W, 3)")
-        arrays: Sequence[NDArray[np.uint8]] = images
+        arrays = list(images)
     else:
         arrays = [np.asarray(image.convert("RGB")) for image in images]
     sizes: dict[tuple[int, ...], list[int]] = {}
