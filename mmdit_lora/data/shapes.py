@@ -65,14 +65,18 @@ class SceneSpec:
     graded: float = 0.5
     size: int = 64
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.objects[0] <= self.objects[1] < len(NUMBER_WORDS):
+            raise InputError(f"objects is {self.objects}", cure=f"give 1 to {len(NUMBER_WORDS) - 1}, fewest first")
+
 
 DOMAINS: dict[str, SceneSpec] = {
     "basic": SceneSpec(),
     # What the embedded base is trained on: every number of objects, most of them few and large, a few that overlap.
     "mixed": SceneSpec(objects=(1, 10), side=(9, 32), elongation=(1.0, 1.3), max_overlap=0.1, gap=1, many=0.3),
     "dense": SceneSpec(objects=(6, 10), side=(8, 14), gap=1),
-    # Bars and columns, as on a page or a poster.
-    "page": SceneSpec(objects=(2, 5), side=(15, 26), elongation=(2.2, 4.0), gap=1, fill=0.65),
+    # Banners and columns, as on a page or a poster: longer and larger than anything in "mixed".
+    "page": SceneSpec(objects=(2, 3), side=(20, 34), elongation=(2.0, 5.0), gap=1, fill=0.8),
 }
 
 
@@ -176,7 +180,11 @@ def _count(spec: SceneSpec, rng: Generator) -> int:
 
 
 def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, float, float, float]]:
-    """Boxes in pixels that keep the spec; sides shrink a little each time that a drawn set finds no room."""
+    """Boxes in pixels that keep the spec; sides shrink a little each time that a drawn set finds no room.
+
+    Raises:
+        InputError: they find none at their smallest either.
+    """
     low, high = spec.side
     side = rng.uniform(low, high, count)
     room = spec.fill * spec.size**2
@@ -187,7 +195,7 @@ def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, flo
     longest = spec.size - 2.0
     width, height = np.minimum(width, longest), np.minimum(height, longest)
     order = np.argsort(-width * height)  # large ones first: small ones still find room among them
-    while True:
+    for _ in range(200):
         boxes: list[tuple[float, float, float, float]] = []
         for index in order:
             w, h = float(width[index]), float(height[index])
@@ -204,6 +212,7 @@ def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, flo
         smallest = np.minimum(low / np.where(ratio > 1, ratio, 1), np.minimum(width, height))
         shrink = np.maximum(0.95, smallest / np.minimum(width, height))
         width, height = width * shrink, height * shrink
+    raise InputError(f"{count} objects of sides {spec.side} find no room in {spec.size} px", cure="ask for fewer or smaller")
 
 
 def _apart(spec: SceneSpec, a: tuple[float, ...], b: tuple[float, ...]) -> bool:
