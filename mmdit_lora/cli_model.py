@@ -105,7 +105,7 @@ def train(
 
 def sample(
     base: BaseOption,
-    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, or a .jsonl of many.")],
+    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, a .jsonl of many, or a data set folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     adapter: AdapterOption = None,
     seed: SeedOption = 0,
@@ -115,14 +115,17 @@ def sample(
     layout_window: WindowOption = (0.0, 1.0),
     size: SizeOption = None,
     batch_size: BatchOption = 8,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Paint the first COUNT layouts only.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Paint layouts: pictures, the same with their boxes, a contact sheet, and a JSON of all settings."""
     from dataclasses import asdict
 
+    from mmdit_lora.data.records import read_dataset
     from mmdit_lora.layout import read_layouts
 
-    layouts = read_layouts(layout)
+    layouts = [item.layout for item in read_dataset(layout)] if layout.is_dir() else read_layouts(layout)
+    layouts = layouts[:count]
     _refuse_foreign(out, "sample.json")
     settings = _settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.cli_progress import ProgressLines

@@ -161,7 +161,7 @@ def parse_json(text: str, *, where: str) -> Any:
     except InputError:
         raise
     except ValueError as error:  # an int of thousands of digits
-        raise InputError(f"cannot be read: {str(error).split(';')[0]}", where=where) from None
+        raise InputError(f"is not JSON that can be read: {str(error).split(';')[0]}", where=where) from None
     except RecursionError:
         raise InputError("is nested too deeply to be a layout", where=where) from None
 
