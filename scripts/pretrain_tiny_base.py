@@ -3,7 +3,7 @@
     uv run python scripts/pretrain_tiny_base.py --work .work/tiny_base --out data/tiny_base
 
 Every stage writes to `--work` as it goes and takes up again from there after a break. About 15 minutes for the VAE and
-an 40 minutes for the transformer on two CPU cores. The classes are those of a full-size SD3; only the config is small.
+40 minutes for the transformer on two CPU cores. The classes are those of a full-size SD3; only the config is small.
 """
 
 from __future__ import annotations
