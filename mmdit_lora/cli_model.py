@@ -92,6 +92,8 @@ def train(
         result = trainer.train(
             settings, resume=resume is not None, on_progress=lambda step, scalars: tell("train", step, last, scalars)
         )
+    if not result.is_main:
+        return
     loss = result.report["held_out_loss"]
     if loss:
         interval = "" if loss["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*loss["interval"])

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.evaluate.canvas import blank, fit, largest_text, paragraph, shorten, text_width, wrap
+from mmdit_lora.evaluate.canvas import Entry, blank, fit, largest_text, legend, paragraph, shorten, text_width, wrap
 from mmdit_lora.evaluate.draw import (
     GREY,
     INK,
+    MAX_ENTRIES,
     MAX_LABELS,
+    MORE_COLORS,
+    OTHERS,
     PALETTE,
     _band,
     _common,
+    _kinds,
     _place_tags,
     _to_pixels,
     before_after,
@@ -114,6 +119,96 @@ def test_many_boxes_get_numbers_and_a_legend() -> None:
     for color in PALETTE:
         assert (legend == color).all(-1).any()
     assert draw_boxes(Image.new("RGB", (64, 64)), random_layout(25, 1), labels=False).size == (384, 384)
+
+
+CELLS = ["a red blood cell"] * 14 + ["a white blood cell"] * 2 + ["a platelet"] * 4
+
+
+def repeated(phrases: list[str]) -> Layout:
+    """A grid of boxes that do not touch, so that every colour shows."""
+    side = math.ceil(math.sqrt(len(phrases)))
+    boxes = []
+    for number, phrase in enumerate(phrases):
+        x, y = number % side / side, number // side / side
+        boxes.append(Box((x + 0.02, y + 0.02, x + 0.8 / side, y + 0.8 / side), phrase))
+    return Layout("cells", boxes)
+
+
+def test_repeated_phrases_share_a_color_and_a_line_of_the_legend() -> None:
+    layout = repeated(CELLS)
+    drawn = draw_boxes(Image.new("RGB", (64, 64)), layout)
+    assert drawn.width == 384
+    assert 384 < drawn.height < 384 + 110  # three lines, not twenty
+    picture, below = pixels(drawn)[:384], pixels(drawn)[384:]
+    ranks = {"a red blood cell": 0, "a platelet": 1, "a white blood cell": 2}  # by count
+    for box in layout.boxes:
+        left, top, right, bottom = _to_pixels(box.xyxy, (384, 384))
+        color = PALETTE[ranks[box.phrase]]
+        inside = picture[top:bottom, left:right]
+        assert (inside[0] == color).all()
+        assert (inside[:, -1] == color).all()
+        assert (inside[2:-2, 2:-2] == 0).all()  # thin lines, no number, no tag
+    for index, color in enumerate(PALETTE):
+        assert (below == color).all(-1).any() == (index < 3)
+    plain = draw_boxes(Image.new("RGB", (64, 64)), layout, labels=False)
+    assert len({plain.getpixel(_to_pixels(box.xyxy, (384, 384))[:2]) for box in layout.boxes}) == len(PALETTE)
+
+
+def test_kinds() -> None:
+    red = PALETTE[0]
+    assert _kinds(CELLS)["a red blood cell"] == Entry(red, "a red blood cell", tail="x14")
+    assert list(_kinds(CELLS)) == ["a red blood cell", "a platelet", "a white blood cell"]
+    assert _kinds(["a"] * MAX_LABELS) == {}  # so few have room for tags
+    assert _kinds(["a"] * (MAX_LABELS + 1)) == {"a": Entry(red, "a", tail="x7")}
+    assert _kinds([f"kind {number % 7}" for number in range(10)]) == {}  # hardly any repeat
+    assert len(_kinds([f"kind {number % 6}" for number in range(9)])) == 6
+
+
+@pytest.mark.parametrize(("kinds", "cut"), [(MAX_ENTRIES, 0), (MAX_ENTRIES + 1, 2), (MAX_ENTRIES + 4, 5)])
+def test_a_long_legend_is_cut(kinds: int, cut: int) -> None:
+    phrases = [f"kind {number % kinds}" for number in range(3 * kinds)]
+    entries = _kinds(phrases)
+    assert set(entries) == set(phrases)
+    lines = list(dict.fromkeys(entries.values()))
+    assert len(lines) == MAX_ENTRIES
+    assert len({line.color for line in lines}) == MAX_ENTRIES  # one colour never stands for two phrases
+    assert {line.color for line in lines} <= {*PALETTE, *MORE_COLORS, OTHERS}
+    assert [line.text for line in lines if line.color == OTHERS] == ([f"and {cut} more"] if cut else [])
+    drawn = draw_boxes(Image.new("RGB", (64, 64)), repeated(phrases))
+    assert drawn.height < 384 + 180
+    assert (pixels(drawn)[384:] == OTHERS).all(-1).any() == bool(cut)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 480), (1024, 1024), (512, 768)])
+def test_the_legend_can_be_read_in_a_contact_sheet(size: tuple[int, int]) -> None:
+    drawn = draw_boxes(Image.new("RGB", size), repeated(CELLS))
+    height = fit(Image.new("RGB", size), max(384, *size)).height
+    below = drawn.crop((0, height, drawn.width, drawn.height))
+    swatch = color_extent(below, PALETTE[0])
+    scale = 256 / max(drawn.size)
+    assert (swatch[3] - swatch[1] + 2) / 0.8 * scale >= 10  # font size after the sheet has scaled it down
+    assert drawn.height - height < 0.4 * height
+
+
+def test_a_legend_cuts_phrases_but_not_counts() -> None:
+    entries = [Entry(PALETTE[0], "a phrase far too long for so little room", tail="x14")]
+    drawn = legend(entries, 120, range(20, 13, -1))
+    short = legend([Entry(PALETTE[0], "a", tail="x14")], 120, range(14, 13, -1))
+    assert drawn.size == (120, short.height)  # the smallest size
+    tail, ink = text_width("x14", 14), pixels(drawn).sum(-1) < 200
+    assert ink[:, 120 - 8 - tail :].any()
+    assert not ink[:, 120 - 5 :].any()
+
+
+@pytest.mark.parametrize("phrases", [CELLS, [f"a phrase {number}" for number in range(20)]])
+def test_many_boxes_have_thinner_lines(phrases: list[str]) -> None:
+    def covered(layout: Layout) -> int:
+        picture = pixels(draw_boxes(Image.new("RGB", (384, 384), (255, 255, 255)), layout, labels=False))
+        left, top, right, bottom = _to_pixels(layout.boxes[0].xyxy, (384, 384))
+        return int((picture[(top + bottom) // 2, left : (left + right) // 2] != 255).any(-1).sum())
+
+    assert covered(repeated(phrases)) == 2
+    assert covered(Layout("few", repeated(phrases).boxes[:MAX_LABELS])) == 4  # with the inner hairline
 
 
 def test_no_boxes() -> None:

@@ -212,7 +212,9 @@ def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, flo
         smallest = np.minimum(low / np.where(ratio > 1, ratio, 1), np.minimum(width, height))
         shrink = np.maximum(0.95, smallest / np.minimum(width, height))
         width, height = width * shrink, height * shrink
-    raise InputError(f"{count} objects of sides {spec.side} find no room in {spec.size} px", cure="ask for fewer or smaller")
+    raise InputError(
+        f"{count} objects of sides {spec.side} find no room in {spec.size} px", cure="ask for fewer or smaller"
+    )
 
 
 def _apart(spec: SceneSpec, a: tuple[float, ...], b: tuple[float, ...]) -> bool:

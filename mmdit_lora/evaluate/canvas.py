@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 Rgb = tuple[int, int, int]
 WHITE: Rgb = (255, 255, 255)
+INK: Rgb = (28, 32, 38)
+HALO: Rgb = (20, 22, 26)
 TINY = 128  # pictures up to this side are enlarged by whole numbers without smoothing, so that one sees their pixels
 _FALLBACK_FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -22,6 +24,15 @@ _FALLBACK_FONTS = (
     "Arial Unicode.ttf",
     "arial.ttf",
 )
+
+
+class Entry(NamedTuple):
+    """One line of a legend: a swatch of `color` with `mark` in it, `text`, and `tail`, which is never cut."""
+
+    color: Rgb
+    text: str
+    mark: str = ""
+    tail: str = ""
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
@@ -159,3 +170,61 @@ def text_masks(block: Sequence[str], size: int) -> tuple[Image.Image, Image.Imag
             spot = ((shape[0] - text_width(line, size)) // 2, number * line_height(size))
             ImageDraw.Draw(mask).text(spot, line, 255, font(size, line), stroke_width=stroke)
     return masks
+
+
+def legend(entries: Sequence[Entry], width: int, sizes: range) -> Image.Image:
+    """`entries` in as many columns as fit, at the first of the font `sizes` at which none is cut, or the last.
+
+    More than 4 entries get the first size at which two columns fit, if there is one: the legend is not to outgrow the
+    picture.
+    """
+    pad, marked = 6, any(entry.mark for entry in entries)
+
+    def parts(size: int) -> tuple[int, int]:  # the widths of a swatch and of the longest entry
+        swatch = text_width("00", size) + 10 if marked else round(0.8 * size)
+        longest = max(text_width(entry.text, size) + _tail_width(entry, size) for entry in entries)
+        return swatch, longest + swatch + 3 * pad
+
+    wanted = (2, 1) if len(entries) > 4 else (1,)
+    size = next((size for columns in wanted for size in sizes if columns * parts(size)[1] <= width), sizes[-1])
+    swatch, longest = parts(size)
+    columns = max(1, min(len(entries), width // longest))
+    rows, line = math.ceil(len(entries) / columns), line_height(size)
+    side, height, down = (line + 4, line + 8, 2) if marked else (swatch, line + 2, 0)
+    canvas = blank(width, rows * height + 2 * pad)
+    draw = ImageDraw.Draw(canvas)
+    for index, entry in enumerate(entries):
+        x, y = (index // rows) * (width // columns) + pad, (index % rows) * height + pad + 2
+        top = y if marked else y + round(0.22 * size)  # level with the small letters
+        draw.rectangle((x, top, x + swatch - 1, top + side - 1), fill=entry.color, outline=HALO)
+        middle = x + (swatch - text_width(entry.mark, size)) // 2
+        draw.text((middle, y + down), entry.mark, ink_on(entry.color), font(size))
+        tail = _tail_width(entry, size)
+        shown = shorten(entry.text, size, width // columns - swatch - 3 * pad - tail)
+        x += swatch + pad
+        draw.text((x, y + down), shown, INK, font(size, shown))
+        x += text_width(shown, size) + tail - text_width(entry.tail, size)
+        draw.text((x, y + down), entry.tail, INK, font(size, entry.tail))
+    return canvas
+
+
+def _tail_width(entry: Entry, size: int) -> int:
+    return text_width(entry.tail, size) + round(0.4 * size) if entry.tail else 0
+
+
+def ink_on(color: Rgb) -> Rgb:
+    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    return HALO if light > 125 else WHITE
+
+
+def cell_width(images: Sequence[Image.Image], columns: int, room: int, gap: int) -> int:
+    """Width of a cell so that the columns fill about `room`; a multiple of the picture's own size if that is tiny."""
+    cell = max(96, min(384, room // columns - gap))
+    longest = max(max(image.size) for image in images)
+    return longest * max(1, round(cell / longest)) if longest <= TINY else cell
+
+
+def same_length(what: str, items: Sequence[Any], **others: Sequence[Any] | None) -> None:
+    for name, other in others.items():
+        if other is not None and len(other) != len(items):
+            raise ValueError(f"{len(items)} {what} but {len(other)} of {name}")

@@ -6,25 +6,30 @@ All sizes are in pixels of the figure. Rectangles are (left, top, right, bottom)
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
 from mmdit_lora.evaluate.canvas import (
-    TINY,
-    WHITE,
+    HALO,
+    INK,
+    Entry,
     Rgb,
     blank,
+    cell_width,
     enlarge,
     fit,
     font,
     framed,
+    ink_on,
     largest_text,
+    legend,
     line_height,
     one_line,
     paragraph,
+    same_length,
     shorten,
     side_by_side,
     stack,
@@ -49,9 +54,16 @@ PALETTE: tuple[Rgb, ...] = (
     (0, 114, 178),
     (240, 228, 66),
 )
-INK, GREY, FAINT, PALE, HALO = (28, 32, 38), (104, 112, 122), (214, 219, 225), (246, 247, 249), (20, 22, 26)
+MORE_COLORS: tuple[Rgb, ...] = (
+    (255, 255, 255),
+    (150, 75, 200),
+    (130, 80, 40),
+)  # for phrases, where a colour must not come twice
+OTHERS: Rgb = (150, 150, 150)
+GREY, FAINT, PALE = (104, 112, 122), (214, 219, 225), (246, 247, 249)
 SMALLEST = 13  # font size of a phrase in the figure
 MAX_LABELS = 6  # more phrases than this on one picture hide it: the boxes get numbers, the phrases a legend
+MAX_ENTRIES = len(PALETTE + MORE_COLORS)  # lines of a legend of phrases
 
 
 def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, labels: bool = True) -> Image.Image:
@@ -59,23 +71,34 @@ def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, label
 
     Args:
         image: any mode and size.
-        layout: its boxes are drawn in the order given, each in the colour `box_color(index)`.
+        layout: its boxes are drawn in the order given, each in the colour `box_color(index)`; their lines are thinner
+            where there are more than 6.
         scale_to: a picture whose longer side is shorter is enlarged to it; one of at most 128 px by the largest whole
             number that fits, so that its pixels stay squares. A larger picture keeps its size.
         labels: draw the phrases. With more than 6 boxes, or where tags would cover one another, boxes get numbers and
-            the phrases stand in a legend below, which makes the result taller; the width never changes.
+            the phrases stand in a legend below, which makes the result taller; the width never changes. If at most
+            two thirds of more than 6 phrases are distinct, boxes get no numbers but the colour of their phrase, and
+            the legend has one entry a phrase with its count, the most frequent first, at most 10 lines.
 
     Returns:
         A new RGB picture; its top left part is the enlarged picture.
     """
     canvas = enlarge(image, scale_to)
     rects = [_to_pixels(box.xyxy, canvas.size) for box in layout.boxes]
+    phrases = [one_line(box.phrase) for box in layout.boxes]
+    entries = _kinds(phrases) if labels else {}
+    crowded = len(rects) > MAX_LABELS
+    line = (3 if min(canvas.size) < 768 else 4) - crowded
     for index, rect in enumerate(rects):
-        _outline(canvas, rect, box_color(index), width=3 if min(canvas.size) < 768 else 4)
+        color = entries[phrases[index]].color if entries else box_color(index)
+        _outline(canvas, rect, color, width=line, inner=not crowded)
     if not labels or not rects:
         return canvas
+    if entries:  # the text is so large that it can still be read where the result is scaled down to 256 px
+        large = max(12, round(max(canvas.width, 1.2 * canvas.height) / 22))
+        sizes = range(large, max(11, round(0.7 * large) - 1), -1)
+        return stack([canvas, legend(list(dict.fromkeys(entries.values())), canvas.width, sizes)])
     size = max(12, min(22, round(min(canvas.size) / 28)))
-    phrases = [one_line(box.phrase) for box in layout.boxes]
     if len(rects) <= MAX_LABELS:
         places = _place_tags(phrases, rects, canvas.size, size)
         if places is not None:
@@ -83,7 +106,8 @@ def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, label
             return canvas
     numbers = [str(index + 1) for index in range(len(rects))]
     _draw_tags(canvas, numbers, _place_tags(numbers, rects, canvas.size, size, insist=True) or [], size)
-    return stack([canvas, _legend(phrases, canvas.width, size)])
+    lines = [Entry(box_color(index), phrase, mark=numbers[index]) for index, phrase in enumerate(phrases)]
+    return stack([canvas, legend(lines, canvas.width, range(size, size - 1, -1))])
 
 
 def contact_sheet(
@@ -110,7 +134,7 @@ def contact_sheet(
     """
     if not images:
         raise ValueError("a contact sheet needs at least one picture")
-    _same_length("pictures", images, layouts=layouts, captions=captions)
+    same_length("pictures", images, layouts=layouts, captions=captions)
     columns = columns or (len(images) if len(images) <= 5 else math.ceil(math.sqrt(len(images))))
     cells = []
     for index, image in enumerate(images):
@@ -157,11 +181,11 @@ def before_after(
     """
     if not layouts:
         raise ValueError("the figure needs at least one layout")
-    _same_length("layouts", layouts, before=before, after=after, truth=truth)
+    same_length("layouts", layouts, before=before, after=after, truth=truth)
     for values in scores or ():
-        _same_length("layouts", layouts, scores=values)
+        same_length("layouts", layouts, scores=values)
     gutter, gap, margin = 230, 22, 44
-    cell = _cell_width(before, len(layouts), 2040 - gutter - 2 * margin, gap)
+    cell = cell_width(before, len(layouts), 2040 - gutter - 2 * margin, gap)
     sizes = [fit(image, cell).size for image in after]
     asked = [_sketch(layout, size) for layout, size in zip(layouts, sizes, strict=True)]
     bands = [_band("layout: what is asked for", asked, gutter, gap, cell)]
@@ -203,17 +227,32 @@ def _to_pixels(xyxy: tuple[float, float, float, float], size: tuple[int, int]) -
     return left, top, max(round(xyxy[2] * width), left + 1), max(round(xyxy[3] * height), top + 1)
 
 
-def _outline(canvas: Image.Image, rect: Rect, color: Rgb, *, width: int) -> None:
-    """A coloured line just inside `rect` between two soft dark hairlines, which keep it visible on any background."""
+def _outline(canvas: Image.Image, rect: Rect, color: Rgb, *, width: int, inner: bool = True) -> None:
+    """A coloured line just inside `rect`; soft dark hairlines outside and `inner` keep it visible on any background."""
     left, top, right, bottom = rect[0], rect[1], rect[2] - 1, rect[3] - 1
     halo = Image.new("L", canvas.size, 0)
     draw = ImageDraw.Draw(halo)
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=170)
-    if min(right - left, bottom - top) > 2 * width:
+    if inner and min(right - left, bottom - top) > 2 * width:
         draw.rectangle((left + width, top + width, right - width, bottom - width), outline=170)
     canvas.paste(HALO, (0, 0), halo)
     line = max(1, min(width, right - left, bottom - top))
     ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=color, width=line)
+
+
+def _kinds(phrases: Sequence[str]) -> dict[str, Entry]:
+    """The entry of the legend for each distinct phrase, the most frequent first; empty where few or hardly any repeat."""
+    counts = Counter(phrases).most_common()
+    if len(phrases) <= MAX_LABELS or 3 * len(counts) > 2 * len(phrases):
+        return {}
+    shown = len(counts) if len(counts) <= MAX_ENTRIES else MAX_ENTRIES - 1
+    others = Entry(OTHERS, f"and {len(counts) - shown} more")
+    colors = PALETTE + MORE_COLORS
+    # The letter x: Pillow's own font has no multiplication sign.
+    return {
+        phrase: Entry(colors[rank], phrase, tail=f"x{count}") if rank < shown else others
+        for rank, (phrase, count) in enumerate(counts)
+    }
 
 
 def _sketch(layout: Layout, size: tuple[int, int]) -> Image.Image:
@@ -311,35 +350,12 @@ def _draw_tags(canvas: Image.Image, texts: Sequence[str], places: Sequence[Rect]
         color = box_color(index)
         draw.rectangle((left, top, right - 1, bottom - 1), fill=color, outline=HALO)
         shown = shorten(text, size, right - left - 10)
-        draw.text((left + 5, top + 2), shown, _ink_on(color), font(size, shown))
-
-
-def _legend(phrases: Sequence[str], width: int, size: int) -> Image.Image:
-    """Numbers and phrases, in as many columns as fit."""
-    swatch, pad = text_width("00", size) + 10, 6
-    longest = max(text_width(phrase, size) for phrase in phrases) + swatch + 3 * pad
-    columns = max(1, min(len(phrases), width // longest))
-    rows, height = math.ceil(len(phrases) / columns), line_height(size) + 8
-    canvas = Image.new("RGB", (width, rows * height + 2 * pad), WHITE)
-    draw = ImageDraw.Draw(canvas)
-    for index, phrase in enumerate(phrases):
-        x, y = (index // rows) * (width // columns) + pad, (index % rows) * height + pad + 2
-        color, number = box_color(index), str(index + 1)
-        draw.rectangle((x, y, x + swatch - 1, y + line_height(size) + 3), fill=color, outline=HALO)
-        draw.text((x + (swatch - text_width(number, size)) // 2, y + 2), number, _ink_on(color), font(size))
-        shown = shorten(phrase, size, width // columns - swatch - 3 * pad)
-        draw.text((x + swatch + pad, y + 2), shown, INK, font(size, shown))
-    return canvas
+        draw.text((left + 5, top + 2), shown, ink_on(color), font(size, shown))
 
 
 def _common(a: Rect, b: Rect) -> int:
     """Pixels that both cover."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _ink_on(color: Rgb) -> Rgb:
-    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    return HALO if light > 125 else WHITE
 
 
 # --- the figure ---
@@ -366,13 +382,6 @@ def _band(
     return side_by_side([_row_label(label, scores, gutter, height), *cells], gap=gap, first_gap=0)
 
 
-def _cell_width(images: Sequence[Image.Image], columns: int, room: int, gap: int) -> int:
-    """Width of a cell so that the columns fill about `room`; a multiple of the picture's own size if that is tiny."""
-    cell = max(96, min(384, room // columns - gap))
-    longest = max(max(image.size) for image in images)
-    return longest * max(1, round(cell / longest)) if longest <= TINY else cell
-
-
 def _row_label(label: str, scores: Sequence[float] | None, width: int, height: int) -> Image.Image:
     """ "before: the base" as a large word and a small line below, then the mean score; centred on a row `height` high."""
     head, _, tail = label.partition(":")
@@ -387,9 +396,3 @@ def _row_label(label: str, scores: Sequence[float] | None, width: int, height: i
     canvas = blank(width, max(height, text.height))
     canvas.paste(text, (0, (canvas.height - text.height) // 2))
     return canvas
-
-
-def _same_length(what: str, items: Sequence[Any], **others: Sequence[Any] | None) -> None:
-    for name, other in others.items():
-        if other is not None and len(other) != len(items):
-            raise ValueError(f"{len(items)} {what} but {len(other)} of {name}")

@@ -9,7 +9,7 @@ from mmdit_lora import __version__
 from mmdit_lora.config import Config
 from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora import save_adapter
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, quiet
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
 
 
 def save_result(pipe: LayoutStableDiffusion3Pipeline, config: Config, report: dict[str, Any]) -> Path:
@@ -60,7 +60,7 @@ of the layout stream: {report["trainable_params"]:,} of {report["total_params"]:
     mmdit-lora sample --base {config.base} --adapter . --layout layout.json --out pictures
 
     from peft import PeftModel
-    from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, quiet
+    from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
     pipe = LayoutStableDiffusion3Pipeline.from_pretrained("{config.base}")
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")
 

@@ -56,6 +56,7 @@ class TrainResult:
     pipe: LayoutStableDiffusion3Pipeline
     folder: Path
     report: dict[str, Any]
+    is_main: bool = True  # of several processes, the one that writes
 
 
 @dataclass
@@ -118,7 +119,7 @@ def train(config: Config, *, resume: bool = False, on_progress: Progress | None 
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / CONFIG, config.to_yaml())
     if run.held_out is not None:
-        run.base_losses = held_out_losses(run.model, run.held_out, run.accelerator.device)
+        run.base_losses = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
     if resume and (found := checkpoints(run.folder / CHECKPOINTS)):
         _load(run, found[-1])
     tracker = _make_tracker(run) if main else None
@@ -139,7 +140,7 @@ def train(config: Config, *, resume: bool = False, on_progress: Progress | None 
         raise
     if tracker is not None:
         tracker.finish()
-    return TrainResult(run.pipe, run.folder, report)
+    return TrainResult(run.pipe, run.folder, report, main)
 
 
 def prepare_run(config: Config, *, resume: bool = False) -> Run:
@@ -151,7 +152,8 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     folder = Path(config.output_dir)
     _check_output(folder, config, resume)
     precision = config.train.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision)
+    # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     pipe = load_pipeline(config.base, dtype=dtype)
     records, held_out = _read_data(config)
@@ -236,13 +238,16 @@ def _step(run: Run) -> dict[str, float]:
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad()
+    if world > 1:
+        total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean").item()
     return {"loss": total, "learning_rate": rate, "grad_norm": torch.as_tensor(norm).item()}
 
 
 def _validate(run: Run, tracker: Tracker | None) -> PairedLoss | None:
     if run.held_out is None or run.base_losses is None:
         return None
-    now = held_out_losses(run.model, run.held_out, run.accelerator.device)
+    # Not through DDP's wrapper: only the main process comes here, and the wrapper would wait for the others.
+    now = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
     comparison = compare_losses(run.base_losses, now)
     if tracker is not None:
         tracker.log(run.step, {"held_out/loss": comparison.trained, "held_out/loss_minus_base": comparison.difference})
