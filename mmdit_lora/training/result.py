@@ -9,7 +9,7 @@ from mmdit_lora import __version__
 from mmdit_lora.config import Config
 from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora import save_adapter
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, quiet
 
 
 def save_result(pipe: LayoutStableDiffusion3Pipeline, config: Config, report: dict[str, Any]) -> Path:
