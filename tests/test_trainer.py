@@ -14,6 +14,7 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import checkpoints
+from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.examples import epoch_order
 from mmdit_lora.training.held_out import compare_losses
 from mmdit_lora.training.split import split_records
@@ -55,10 +56,12 @@ def test_only_the_adapter_changes_and_the_rest_of_the_base_is_bit_equal(base: Pa
 
 
 def test_a_resumed_run_gives_the_bits_of_an_undisturbed_one(base: Path, data: Path, tmp_path: Path) -> None:
-    train(make_config(base, data, tmp_path / "whole"))
-    config = make_config(base, data, tmp_path / "halves")
-    stop_after(config, step=3)
-    assert [c.step for c in checkpoints(tmp_path / "halves" / "checkpoints")] == [2]
+    # Nine pictures in batches of two: epochs end within batches, and pictures come again, from the cache or not.
+    length = {"max_steps": 9, "batch_size": 2}
+    train(make_config(base, data, tmp_path / "whole", train=length))
+    config = make_config(base, data, tmp_path / "halves", train=length)
+    stop_after(config, step=5)
+    assert [c.step for c in checkpoints(tmp_path / "halves" / "checkpoints")] == [2, 4]
     train(config, resume=True)
     whole, halves = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "halves")
     assert whole.keys() == halves.keys()
@@ -173,6 +176,17 @@ def test_wandb_offline_holds_curves_fidelity_and_pictures_with_boxes(base: Path,
     assert pictures[0]["boxes"][0]["box_caption"].startswith(("a ", "an "))
     assert run.config["train"]["learning_rate"] == 1e-2
     assert list((tmp_path / "samples").glob("*.png"))
+
+
+def test_an_encoding_does_not_depend_on_what_else_is_in_the_batch(base: Path) -> None:
+    pipe = load_pipeline(str(base))
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    together = Encoder(pipe).latents(pixels)
+    assert torch.equal(together[3:4], Encoder(pipe).latents(pixels[3:4]))
+    captions = ["one", "another caption", "a third"]
+    for both, alone in zip(Encoder(pipe).prompts(captions), Encoder(pipe).prompts(captions[1:2]), strict=True):
+        assert torch.equal(both[1:2], alone)
+    assert torch.equal(Encoder(pipe).phrases(captions)["a third"], Encoder(pipe).phrases(["a third"])["a third"])
 
 
 def test_every_record_comes_once_an_epoch_and_epochs_differ() -> None:

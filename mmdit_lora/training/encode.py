@@ -1,4 +1,8 @@
-"""Pictures, captions and phrases to what the transformer takes, by the base's own VAE and text encoders."""
+"""Pictures, captions and phrases to what the transformer takes, by the base's own VAE and text encoders.
+
+Each is encoded alone: the last bits of an encoding depend on what else is in the batch, and what is missing from a cache
+depends on when the run was last started. A resumed run must see the bits of an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +69,8 @@ class Encoder:
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) fp32 on the CPU: the posterior's mode, scaled as the transformer takes it."""
         vae = self.pipe.vae
-        mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+        each = [vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in pixels.split(1)]
+        mode = torch.cat(each)
         return (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     @torch.no_grad()
@@ -73,14 +78,8 @@ class Encoder:
         """Prompt embeddings (B, S, E) and pooled ones (B, P), on the CPU, as the pipeline makes them when it samples."""
 
         def make(missing: list[int]) -> tuple[Tensor, Tensor]:
-            embeds, _, pooled, _ = self.pipe.encode_prompt(
-                [captions[i] for i in missing],
-                None,
-                None,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.pipe.config.max_sequence_length,
-            )
-            return embeds.cpu(), pooled.cpu()
+            each = [self._prompt(captions[i]) for i in missing]
+            return torch.cat([embeds for embeds, _ in each]), torch.cat([pooled for _, pooled in each])
 
         embeds, pooled = self._prompts.get(captions, make)
         return embeds, pooled
@@ -88,11 +87,19 @@ class Encoder:
     @torch.no_grad()
     def phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         """phrase -> pooled embedding (P,), on the CPU. Phrases repeat a lot and are small, so all are kept."""
-        missing = sorted(set(phrases) - self._phrases.keys())
-        for start in range(0, len(missing), 64):
-            part = missing[start : start + 64]
-            self._phrases |= dict(zip(part, self.pipe.encode_phrases(part).cpu(), strict=True))
+        for phrase in set(phrases) - self._phrases.keys():
+            self._phrases[phrase] = self.pipe.encode_phrases([phrase])[0].cpu()
         return self._phrases
+
+    def _prompt(self, caption: str) -> tuple[Tensor, Tensor]:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            caption,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.pipe.config.max_sequence_length,
+        )
+        return embeds.cpu(), pooled.cpu()
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
