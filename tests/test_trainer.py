@@ -14,7 +14,7 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import checkpoints
-from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encode import Encoder, TensorCache
 from mmdit_lora.training.examples import epoch_order
 from mmdit_lora.training.held_out import compare_losses
 from mmdit_lora.training.split import split_records
@@ -187,6 +187,26 @@ def test_an_encoding_does_not_depend_on_what_else_is_in_the_batch(base: Path) ->
     for both, alone in zip(Encoder(pipe).prompts(captions), Encoder(pipe).prompts(captions[1:2]), strict=True):
         assert torch.equal(both[1:2], alone)
     assert torch.equal(Encoder(pipe).phrases(captions)["a third"], Encoder(pipe).phrases(["a third"])["a third"])
+
+
+def test_the_cache_makes_each_entry_once_and_forgets_the_oldest() -> None:
+    made: list[str] = []
+
+    def get(*keys: str) -> list[float]:
+        def make(missing: list[int]) -> tuple[torch.Tensor]:
+            made.extend(keys[position] for position in missing)
+            return (torch.stack([torch.full((4,), float(ord(keys[position]))) for position in missing]),)
+
+        return cache.get(keys, make)[0][:, 0].tolist()
+
+    cache = TensorCache(max_bytes=3 * 16)  # three entries
+    assert get("a", "b", "a") == [97, 98, 97]
+    assert get("b", "a") == [98, 97]
+    assert made == ["a", "b"]
+    assert get("c", "d") == [99, 100]  # "b" was not used for longest
+    assert get("a", "b") == [97, 98]
+    assert made == ["a", "b", "c", "d", "b"]
+    assert cache.bytes <= cache.max_bytes
 
 
 def test_every_record_comes_once_an_epoch_and_epochs_differ() -> None:
