@@ -31,9 +31,11 @@ class TensorCache:
         Args:
             make: from the positions of the keys that are missing to their tensors, stacked; called at most once.
         """
-        missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._entries}.values())[
-            ::-1
-        ]
+        first: dict[Hashable, int] = {}
+        for position, key in enumerate(keys):
+            if key not in self._entries:
+                first.setdefault(key, position)
+        missing = list(first.values())
         fresh = make(missing) if missing else ()
         made = {
             keys[position]: tuple(stacked[row].clone() for stacked in fresh) for row, position in enumerate(missing)
