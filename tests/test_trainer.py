@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from mmdit_lora.config import Config, load_config
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Box, Layout
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.encode import Encoder, TensorCache
@@ -23,11 +25,11 @@ from tests.tiny import tiny_pipeline, tiny_transformer
 from tests.wandb_reader import read_offline_run
 
 
-def make_config(base: Path, data: Path, out: Path, **changes: dict[str, object]) -> Config:
+def make_config(base: Path, path: Path, out: Path, **changes: Any) -> Config:
     values: dict[str, object] = {
         "base": str(base),
         "output_dir": str(out),
-        "data": {"path": str(data), "validation_share": 0.25},
+        "data": {"path": str(path), "validation_share": 0.25},
         "train": {"max_steps": 4, "batch_size": 3, "learning_rate": 1e-2, "checkpoint_every": 2, "sample_every": 0}
         | {"validate_every": 0, "log_every": 1}
         | changes.pop("train", {}),
@@ -66,6 +68,27 @@ def test_a_resumed_run_gives_the_bits_of_an_undisturbed_one(base: Path, data: Pa
     whole, halves = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "halves")
     assert whole.keys() == halves.keys()
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_bf16_with_every_switch_trains_fp32_weights_and_paints(base: Path, data: Path, tmp_path: Path) -> None:
+    switches = {"mixed_precision": "bf16", "gradient_checkpointing": True, "sample_every": 4, "sample_count": 2}
+    config = make_config(
+        base,
+        data,
+        tmp_path,
+        train=switches,
+        data={"path": str(data), "validation_share": 0.25, "flip": True, "crop": "random"},
+        flow={"inside_weight": 3.0, "timesteps": "mode", "shift": 2.0},
+        sample={"steps": 2},
+    )
+    result = train(config)
+    trained = adapter_of(tmp_path)
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert all(tensor.abs().max() > 0 for name, tensor in trained.items() if "lora_B" in name)
+    assert result.pipe.transformer.dtype is torch.bfloat16
+    assert (tmp_path / "samples" / "step_0000004.png").is_file()
+    layout = result.pipe(Layout("a thing", (Box((0.1, 0.1, 0.6, 0.6), "a thing"),)), num_inference_steps=1)
+    assert layout.images[0].size == (32, 32)
 
 
 def test_another_seed_gives_another_adapter(base: Path, data: Path, tmp_path: Path) -> None:
@@ -141,7 +164,7 @@ def test_zero_gates_stop_the_method_lora_before_anything_is_written(data: Path, 
 
 def test_the_stream_alone_trains_with_the_method_layout_stream(base: Path, data: Path, tmp_path: Path) -> None:
     before = load_pipeline(str(base)).transformer.state_dict()
-    train(make_config(base, data, tmp_path, method="layout_stream"))  # type: ignore[arg-type]
+    train(make_config(base, data, tmp_path, method="layout_stream"))
     after = load_pipeline(str(tmp_path / "base")).transformer.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed

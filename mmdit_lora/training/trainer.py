@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
@@ -128,6 +129,7 @@ def train(config: Config, *, resume: bool = False, on_progress: Progress | None 
         _loop(run, tracker, on_progress or (lambda *_: None))
         comparison = _validate(run, tracker) if main else None
         run.accelerator.wait_for_everyone()
+        run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         report = _report(run, comparison)
         if main:
             save_result(run.pipe, config, report)
@@ -152,6 +154,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     folder = Path(config.output_dir)
     _check_output(folder, config, resume)
     precision = config.train.mixed_precision
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -261,7 +264,8 @@ def _show(run: Run, tracker: Tracker) -> None:
     if not layouts:
         return
     run.pipe.transformer.eval()
-    pictures = paint(run.pipe, layouts, run.settings, seed=run.config.sample.seed)
+    with run.accelerator.autocast():  # the prepared model answers in fp32, which the VAE would not take
+        pictures = paint(run.pipe, layouts, run.settings, seed=run.config.sample.seed)
     run.pipe.transformer.train()
     boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
     save_png(contact_sheet(boxed), run.folder / "samples" / f"step_{run.step:07d}.png")
