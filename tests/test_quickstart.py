@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from mmdit_lora.cli import main
 from mmdit_lora.evaluate.sides import evaluate
 from mmdit_lora.lora import add_layout_lora
-from mmdit_lora.pipelines import PaintSettings, load_pipeline
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data" / "tiny_base"
@@ -50,6 +51,13 @@ def test_the_embedded_base_obeys_layouts(tmp_path: Path) -> None:
     assert sides["shuffled"]["miou"] < 0.35
 
 
+def test_the_embedded_base_opens_in_one_dtype() -> None:
+    for dtype in (None, torch.float32, torch.bfloat16):
+        pipe = LayoutStableDiffusion3Pipeline.from_pretrained(BASE, dtype=dtype)
+        modules = [pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
+        assert {p.dtype for module in modules for p in module.parameters()} == {dtype or torch.float32}
+
+
 @pytest.mark.slow
 def test_quickstart_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -65,3 +73,10 @@ def test_quickstart_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.Monkey
     assert report["adapter_bytes"] < 500_000
     assert report["adapter_bytes"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
     assert Image.open(out / "before_after.png").width >= 1500
+
+    # The Python of the README, with the paths of this run.
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code = next(block for block in blocks if "outputs/quickstart/adapter" in block)
+    code = code.replace("outputs/quickstart", str(out)).replace("page.png", str(tmp_path / "page.png"))
+    exec(code, {})
+    assert Image.open(tmp_path / "page.png").size == (64, 64)

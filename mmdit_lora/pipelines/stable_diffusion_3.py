@@ -79,8 +79,14 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """As diffusers' `from_pretrained`; the transformer becomes ours if it is not yet."""
+        """As diffusers' `from_pretrained`; the transformer becomes ours if it is not yet.
+
+        Without `dtype` everything is fp32, as is diffusers' own default for its models. (transformers would take what the
+        file holds, and a base saved in fp16 would open as a mixture that cannot be run.)
+        """
         path = str(pretrained_model_name_or_path)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
         if kwargs.get("transformer") is None:
             passed_on = (
                 "dtype",
