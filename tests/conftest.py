@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -56,3 +57,29 @@ def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
         )
     )
     return out / "adapter"
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter folder of `tiny_transformer()`, its weights random."""
+    from mmdit_lora.lora import add_layout_lora, base_fingerprint, save_adapter
+    from tests.tiny import tiny_transformer, trained_adapter
+
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    model = tiny_transformer()
+    add_layout_lora(model)
+    trained_adapter(model)
+    save_adapter(model, folder, metadata={"base": "tiny", "fingerprint": base_fingerprint(model)}, card="# Card\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapted(tiny_adapter: Path) -> torch.Tensor:
+    """What the tiny transformer predicts with `tiny_adapter`."""
+    from mmdit_lora.lora import load_adapter
+    from tests.tiny import tiny_transformer, velocity
+
+    model = tiny_transformer()
+    load_adapter(model, tiny_adapter)
+    with torch.no_grad():
+        return velocity(model)

@@ -28,55 +28,24 @@ from mmdit_lora.lora import (
     save_adapter,
 )
 from mmdit_lora.models import LayoutSD3Transformer2DModel
-from tests.tiny import tiny_inputs, tiny_layout, tiny_transformer
+from tests.tiny import tiny_inputs, tiny_layout, tiny_transformer, trained_adapter, velocity
 
 INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
-
-
-def velocity(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
-    return model(**INPUTS, layout=LAYOUT, **kwargs).sample
-
-
-def trained_adapter(model: torch.nn.Module, adapter_name: str = "default", seed: int = 5) -> None:
-    """Stand for a training: both factors are non-zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in lora_parameters(model, adapter_name):
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter folder of the tiny transformer."""
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    model = tiny_transformer()
-    add_layout_lora(model)
-    trained_adapter(model)
-    save_adapter(model, folder, metadata={"base": "tiny", "fingerprint": base_fingerprint(model)}, card="# Card\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapted(adapter: Path) -> torch.Tensor:
-    """What the tiny transformer predicts with that adapter."""
-    model = tiny_transformer()
-    load_adapter(model, adapter)
-    with torch.no_grad():
-        return velocity(model)
 
 
 # -- adapters as files
 
 
-def test_the_folder_is_what_peft_reads(adapter: Path, adapted: torch.Tensor) -> None:
-    assert {p.name for p in adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
-    config = json.loads((adapter / CONFIG_FILE).read_text())
+def test_the_folder_is_what_peft_reads(tiny_adapter: Path, adapted: torch.Tensor) -> None:
+    assert {p.name for p in tiny_adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+    config = json.loads((tiny_adapter / CONFIG_FILE).read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("tiny", 16, 32)
-    with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
+    with safe_open(tiny_adapter / WEIGHTS_FILE, framework="pt") as file:
         assert "base_model.model.transformer_blocks.0.layout_stream.layout_mlp.fc1.lora_A.weight" in file.keys()  # noqa: SIM118
         assert file.metadata()["format"] == "pt"
-    assert read_adapter_header(adapter)["base"] == "tiny"
+    assert read_adapter_header(tiny_adapter)["base"] == "tiny"
 
-    wrapped = peft.PeftModel.from_pretrained(tiny_transformer(), str(adapter))
+    wrapped = peft.PeftModel.from_pretrained(tiny_transformer(), str(tiny_adapter))
     with torch.no_grad():
         assert torch.equal(velocity(wrapped), adapted)
         assert (velocity(tiny_transformer()) - adapted).abs().max() > 1e-2  # alpha / r = 2 counts too:
@@ -85,45 +54,45 @@ def test_the_folder_is_what_peft_reads(adapter: Path, adapted: torch.Tensor) -> 
         assert not torch.allclose(velocity(wrapped), adapted, atol=1e-4)
 
 
-def test_save_and_load_give_the_same_adapter(adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:
+def test_save_and_load_give_the_same_adapter(tiny_adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:
     model = tiny_transformer()
-    load_adapter(model, adapter, expect_fingerprint=base_fingerprint(model))
+    load_adapter(model, tiny_adapter, expect_fingerprint=base_fingerprint(model))
     assert not any(p.requires_grad for p in lora_parameters(model))
-    save_adapter(model, tmp_path / "again", metadata=read_adapter_header(adapter), card="# Card\n")
+    save_adapter(model, tmp_path / "again", metadata=read_adapter_header(tiny_adapter), card="# Card\n")
     for name in (CONFIG_FILE, "README.md"):
-        assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes(), name
-    assert read_adapter_header(tmp_path / "again") == read_adapter_header(adapter)
-    before, after = (load_file(folder / WEIGHTS_FILE) for folder in (adapter, tmp_path / "again"))
+        assert (tmp_path / "again" / name).read_bytes() == (tiny_adapter / name).read_bytes(), name
+    assert read_adapter_header(tmp_path / "again") == read_adapter_header(tiny_adapter)
+    before, after = (load_file(folder / WEIGHTS_FILE) for folder in (tiny_adapter, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     trains = tiny_transformer()
-    load_adapter(trains, adapter, trainable=True)
+    load_adapter(trains, tiny_adapter, trainable=True)
     assert {n for n, p in trains.named_parameters() if p.requires_grad} == {
         n for n, _ in trains.named_parameters() if "lora_" in n
     }
     assert torch.equal(velocity(trains).detach(), adapted)
 
     half = tiny_transformer().to(torch.bfloat16)
-    load_adapter(half, adapter, dtype=torch.bfloat16)
+    load_adapter(half, tiny_adapter, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-def test_loading_to_look_does_not_stop_what_trains(adapter: Path) -> None:
+def test_loading_to_look_does_not_stop_what_trains(tiny_adapter: Path) -> None:
     model = tiny_transformer()
     model.requires_grad_(False)
     model.proj_out.requires_grad_(True)
-    load_adapter(model, adapter)
+    load_adapter(model, tiny_adapter)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"proj_out.weight", "proj_out.bias"}
 
 
-def test_several_adapters_mix(adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:
+def test_several_adapters_mix(tiny_adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:
     other = tiny_transformer()
     add_layout_lora(other, peft.LoraConfig(r=2, target_modules=["layout_mlp.fc2"]))
     trained_adapter(other, seed=6)
     save_adapter(other, tmp_path / "other", metadata={})
     model = tiny_transformer()
-    load_adapter(model, adapter, adapter_name="one")
+    load_adapter(model, tiny_adapter, adapter_name="one")
     load_adapter(model, tmp_path / "other", adapter_name="two")
     with torch.no_grad():
         assert torch.equal(velocity(model), velocity(other))  # the last one loaded is active
@@ -137,10 +106,10 @@ def test_several_adapters_mix(adapter: Path, adapted: torch.Tensor, tmp_path: Pa
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in tiny_transformer().named_parameters()]
 
 
-def test_lora_parameters_and_state_are_in_one_order(adapter: Path) -> None:
+def test_lora_parameters_and_state_are_in_one_order(tiny_adapter: Path) -> None:
     model = tiny_transformer()
-    load_adapter(model, adapter, adapter_name="b")
-    load_adapter(model, adapter, adapter_name="a")
+    load_adapter(model, tiny_adapter, adapter_name="b")
+    load_adapter(model, tiny_adapter, adapter_name="a")
     state = lora_state_dict(model, "a")
     assert list(state) == sorted(state)
     assert [tuple(v.shape) for v in state.values()] == [tuple(p.shape) for p in lora_parameters(model, "a")]
@@ -213,11 +182,11 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_adapter_is_refused_whole(case: str, adapter: Path, tmp_path: Path) -> None:
+def test_a_malformed_adapter_is_refused_whole(case: str, tiny_adapter: Path, tmp_path: Path) -> None:
     spoil, message = MALFORMED[case]
     folder = tmp_path / "bad"
     folder.mkdir()
-    for file in adapter.iterdir():
+    for file in tiny_adapter.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     model = tiny_transformer()
     names = [name for name, _ in model.named_parameters()]
@@ -231,9 +200,9 @@ def test_a_malformed_adapter_is_refused_whole(case: str, adapter: Path, tmp_path
     assert not getattr(model, "peft_config", {})
 
 
-def test_nothing_half_written_is_left(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_half_written_is_left(tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_transformer()
-    load_adapter(model, adapter)
+    load_adapter(model, tiny_adapter)
     folder = tmp_path / "out"
     with pytest.raises(ValueError, match="JSON compliant"):
         save_adapter(model, folder, metadata={"loss": float("nan")})
@@ -265,10 +234,10 @@ def test_nothing_half_written_is_left(adapter: Path, tmp_path: Path, monkeypatch
 
 
 def test_merged_is_the_same_function_and_an_ordinary_model(
-    adapter: Path, adapted: torch.Tensor, tmp_path: Path
+    tiny_adapter: Path, adapted: torch.Tensor, tmp_path: Path
 ) -> None:
     model = tiny_transformer()
-    load_adapter(model, adapter)
+    load_adapter(model, tiny_adapter)
     merged = merge_adapter(model)
     assert [n for n, _ in merged.named_parameters()] == [n for n, _ in tiny_transformer().named_parameters()]
     merged.save_pretrained(tmp_path / "merged")

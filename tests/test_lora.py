@@ -13,7 +13,6 @@ import torch
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import (
     add_layout_lora,
-    base_fingerprint,
     default_lora_config,
     load_adapter,
     lora_parameters,
@@ -22,40 +21,9 @@ from mmdit_lora.lora import (
     save_adapter,
 )
 from mmdit_lora.models import LayoutSD3Transformer2DModel
-from tests.tiny import SD3_MEDIUM, tiny_inputs, tiny_layout, tiny_transformer
+from tests.tiny import SD3_MEDIUM, tiny_inputs, tiny_layout, tiny_transformer, trained_adapter, velocity
 
 INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
-
-
-def velocity(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
-    return model(**INPUTS, layout=LAYOUT, **kwargs).sample
-
-
-def trained_adapter(model: torch.nn.Module, adapter_name: str = "default", seed: int = 5) -> None:
-    """Stand for a training: both factors are non-zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in lora_parameters(model, adapter_name):
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter folder of the tiny transformer."""
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    model = tiny_transformer()
-    add_layout_lora(model)
-    trained_adapter(model)
-    save_adapter(model, folder, metadata={"base": "tiny", "fingerprint": base_fingerprint(model)}, card="# Card\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapted(adapter: Path) -> torch.Tensor:
-    """What the tiny transformer predicts with that adapter."""
-    model = tiny_transformer()
-    load_adapter(model, adapter)
-    with torch.no_grad():
-        return velocity(model)
 
 
 # -- trap 1: freezing after injecting
@@ -269,9 +237,9 @@ def test_a_bf16_base_gets_fp32_lora() -> None:
     assert all(p.grad.dtype is torch.float32 and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
-def test_an_eval_model_does_not_drop_out_when_an_adapter_is_added(adapter: Path) -> None:
+def test_an_eval_model_does_not_drop_out_when_an_adapter_is_added(tiny_adapter: Path) -> None:
     model = tiny_transformer()
-    load_adapter(model, adapter, trainable=True)
+    load_adapter(model, tiny_adapter, trainable=True)
     assert torch.equal(velocity(model), velocity(model))
     model.train()
     assert not torch.equal(velocity(model), velocity(model))  # the dropout of the config is there

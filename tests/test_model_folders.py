@@ -17,16 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.models import LayoutSD3Transformer2DModel
-from tests.tiny import plain_twin, tiny_inputs, tiny_layout, tiny_transformer
+from tests.tiny import VARIANTS, plain_twin, tiny_inputs, tiny_layout, tiny_transformer
 
 INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# SD3-medium has neither; SD3.5-large has qk_norm; SD3.5-medium has both (of 24 blocks, the first 13 are dual).
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sd3-medium": {},
-    "sd3.5-large": {"qk_norm": "rms_norm"},
-    "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
-}
 
 
 @torch.no_grad()

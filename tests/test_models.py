@@ -11,16 +11,10 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from mmdit_lora.lora import add_layout_lora, lora_parameters
 from mmdit_lora.models import LayoutInputs, LayoutProcessor, LayoutSD3Transformer2DModel
-from tests.tiny import SD3_CONFIG, SD3_MEDIUM, plain_twin, tiny_inputs, tiny_layout, tiny_transformer
+from tests.tiny import SD3_CONFIG, SD3_MEDIUM, VARIANTS, plain_twin, tiny_inputs, tiny_layout, tiny_transformer
 
 INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# SD3-medium has neither; SD3.5-large has qk_norm; SD3.5-medium has both (of 24 blocks, the first 13 are dual).
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sd3-medium": {},
-    "sd3.5-large": {"qk_norm": "rms_norm"},
-    "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
-}
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from mmdit_lora.lora import lora_parameters
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
 
@@ -40,6 +41,13 @@ SD3_MEDIUM: dict[str, Any] = {
     "caption_projection_dim": 1536,
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
+}
+
+# SD3-medium has neither; SD3.5-large has qk_norm; SD3.5-medium has both (of 24 blocks, the first 13 are dual).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sd3-medium": {},
+    "sd3.5-large": {"qk_norm": "rms_norm"},
+    "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
 }
 
 
@@ -154,3 +162,15 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+def velocity(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
+    """What `model` predicts for `tiny_inputs` and `tiny_layout`."""
+    return model(**tiny_inputs(), layout=tiny_layout(), **kwargs).sample
+
+
+def trained_adapter(model: torch.nn.Module, adapter_name: str = "default", seed: int = 5) -> None:
+    """Stand for a training: both factors are non-zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora_parameters(model, adapter_name):
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
