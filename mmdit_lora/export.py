@@ -139,9 +139,7 @@ def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
         "encoder_hidden_states": normal(2, 8, config.joint_attention_dim),
         "pooled_projections": normal(2, config.pooled_projection_dim),
         "timestep": torch.tensor([300.0, 800.0]),
-        "layout": LayoutInputs(
-            corners.flatten(2), normal(2, 3, config.phrase_dim or config.pooled_projection_dim), mask
-        ),
+        "layout": LayoutInputs(corners.flatten(2), normal(2, 3, model.phrase_dim), mask),
     }
 
 

@@ -79,7 +79,7 @@ def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: 
         exports = [export_adapter(out / "adapter", to=to, out=out / to, base=config.base) for to in TARGETS]
     report = {
         **{key: value for key, value in new.to_dict().items() if key != "by_boxes"},
-        "old_domain": {key: old.to_dict()[key] for key in ("base", "adapter", "ground_truth", "shuffled")},
+        "old_domain": {name: side.fidelity for name, side in old.sides.items()},
         "held_out_loss": result.report["held_out_loss"],
         "trainable_params": result.report["trainable_params"],
         "total_params": result.report["total_params"],

@@ -33,10 +33,11 @@ from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
 from mmdit_lora.evaluate.reader import measure
 from mmdit_lora.evaluate.sides import evaluate
 from mmdit_lora.files import atomic_folder, write_json
-from mmdit_lora.flow import flow_loss, interpolate, sample_timesteps, velocity
+from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline, paint, quiet
 from mmdit_lora.training.optimizer_state import load_optimizer, save_optimizer
+from mmdit_lora.training.step import Batch, losses
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TEXT_WIDTH, TEXT_TOKENS = 64, 32
@@ -433,14 +434,7 @@ def train_transformer(work: Path, steps: int, count: int, batch: int = 32, rate:
         # First the details too, then mostly where things are decided: towards noise.
         t = sample_timesteps(batch, logit_mean=0.3 if step < 0.4 * steps else 1.2, generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
-        prediction = model(
-            interpolate(x0, noise, t),
-            encoder_hidden_states=prompt,
-            pooled_projections=pooled,
-            timestep=1000 * t,
-            layout=layouts,
-        ).sample
-        loss = flow_loss(prediction, velocity(x0, noise)).mean()
+        loss = losses(model, Batch(x0, noise, t, prompt, pooled, layouts)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,6 @@ class Evaluation:
     sides: dict[str, Side]
     settings: PaintSettings
     seed: int
-    truth: list[Image.Image] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds."""
@@ -108,7 +107,7 @@ def evaluate(
         sides["base"] = painted("base")
     sides["ground_truth"] = Side(truth, per_picture(truth, layouts))
     sides["shuffled"] = Side(truth, per_picture(truth, layouts[1:] + layouts[:1]))
-    return Evaluation(layouts, sides, settings, seed, truth)
+    return Evaluation(layouts, sides, settings, seed)
 
 
 @torch.no_grad()

@@ -125,6 +125,11 @@ class LayoutModelMixin(nn.Module):
                 module.to(device=anchor.device, dtype=anchor.dtype)
         self.train(self.training)
 
+    @property
+    def phrase_dim(self) -> int:
+        """P, the width of a phrase embedding."""
+        return self.layout_processor.phrase_mlp.fc1.in_features
+
     def select_layout(self, layout: LayoutInputs | None, *, batch: int, scale: float) -> LayoutInputs | None:
         """The layouts of this call's samples.
 
@@ -136,7 +141,7 @@ class LayoutModelMixin(nn.Module):
         """
         if layout is None or scale == 0.0:
             return None
-        width = self.layout_processor.phrase_mlp.fc1.in_features
+        width = self.phrase_dim
         if layout.phrase_embeds.shape[-1] != width:
             raise ValueError(f"phrase embeddings are {layout.phrase_embeds.shape[-1]} wide, this model takes {width}")
         if len(layout) == 2 * batch:

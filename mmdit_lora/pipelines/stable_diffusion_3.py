@@ -119,12 +119,11 @@ class LayoutStableDiffusion3Pipeline(StableDiffusion3Pipeline):
         """
         phrases = sorted({box.phrase for layout in layouts for box in layout.boxes})
         embeds: Any = self.encode_phrases(phrases) if phrases else []
-        config = self.transformer.config
         inputs = collate_layouts(
             layouts,
             dict(zip(phrases, embeds, strict=True)),
-            phrase_dim=config.phrase_dim or config.pooled_projection_dim,
-            slots=config.layout_slots,
+            phrase_dim=self.transformer.phrase_dim,
+            slots=self.transformer.config.layout_slots,
         )
         return inputs.to(self._execution_device, self.transformer.dtype)
 

@@ -106,14 +106,11 @@ class Examples:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
         embeds, pooled = self.encoder.prompts(captions)
         phrases = self.encoder.phrases([box.phrase for layout in layouts for box in layout.boxes])
-        inputs = collate_layouts(layouts, phrases, phrase_dim=self.phrase_dim, slots=self.slots)
+        inputs = collate_layouts(
+            layouts, phrases, phrase_dim=self.encoder.pipe.transformer.phrase_dim, slots=self.slots
+        )
         inputs = type(inputs)(inputs.boxes, inputs.phrase_embeds, inputs.mask & ~no_layout[:, None])
         return Batch(latents, noise, torch.cat(times), embeds, pooled, inputs)
-
-    @property
-    def phrase_dim(self) -> int:
-        config = self.encoder.pipe.transformer.config
-        return config.phrase_dim or config.pooled_projection_dim
 
     def _encode(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
         if not self._fixed:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from mmdit_lora.training.examples import Examples
@@ -63,6 +63,6 @@ def compare_losses(base: Tensor, trained: Tensor) -> PairedLoss:
     mean, count = difference.mean().item(), len(difference)
     interval = None
     if count > 1:
-        margin = float(student.ppf(0.975, count - 1)) * difference.std().item() / math.sqrt(count)
+        margin = float(stdtrit(count - 1, 0.975)) * difference.std().item() / math.sqrt(count)
         interval = (mean - margin, mean + margin)
     return PairedLoss(base.mean().item(), trained.mean().item(), mean, interval, count)

@@ -5,6 +5,7 @@ So a run that was killed and resumed makes the same draws as one that was not, s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -231,11 +232,12 @@ def _step(run: Run) -> dict[str, float]:
         is_last = micro == settings.gradient_accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(run.model), accelerator.autocast():
             loss = losses(run.model, batch, inside=run.config.flow.inside_weight).mean()
-        if not torch.isfinite(loss):
+        value = loss.item()
+        if not math.isfinite(value):
             names = [str(run.examples.record_at(p).image) for p in range(first, first + per_process)]
-            raise RuntimeError(f"the loss is {loss.item()} at step {run.step}, on {', '.join(names)}")
+            raise RuntimeError(f"the loss is {value} at step {run.step}, on {', '.join(names)}")
         accelerator.backward(loss / settings.gradient_accumulation)
-        total += loss.item() / settings.gradient_accumulation
+        total += value / settings.gradient_accumulation
     norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
     rate = float(run.schedule.get_last_lr()[0])
     run.optimizer.step()
@@ -299,8 +301,9 @@ def _save(run: Run) -> None:
         "seconds": run.seconds,
     }
     model = run.accelerator.unwrap_model(run.model)
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    save_checkpoint(run.folder / CHECKPOINTS, run.step, model, optimizer, state, keep=run.config.train.keep_checkpoints)
+    save_checkpoint(
+        run.folder / CHECKPOINTS, run.step, model, run.optimizer, state, keep=run.config.train.keep_checkpoints
+    )
 
 
 def _load(run: Run, checkpoint: Checkpoint) -> None:
@@ -313,7 +316,7 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
                 cure="start a new run",
             )
     model = run.accelerator.unwrap_model(run.model)
-    checkpoint.load(model, getattr(run.optimizer, "optimizer", run.optimizer))
+    checkpoint.load(model, run.optimizer)
     run.schedule.last_epoch = state["schedule_step"]
     for group, base, factor in zip(
         run.optimizer.param_groups, run.schedule.base_lrs, run.schedule.lr_lambdas, strict=True
