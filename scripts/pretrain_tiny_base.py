@@ -421,7 +421,7 @@ def train_transformer(work: Path, steps: int, count: int, batch: int = 32, rate:
     log("transformer: encoding scenes")
     scenes = Scenes(pipe, count)
     held_out = [make_scene(DOMAINS["mixed"], HELD_OUT_SEED, index)[1] for index in range(64)]
-    losses: list[float] = []
+    recent: list[float] = []
     log(f"transformer: {count} scenes, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     while step < steps:
         for group in optimizer.param_groups:  # warm-up, constant, then a cosine to 2 % over the second half
@@ -443,10 +443,10 @@ def train_transformer(work: Path, steps: int, count: int, batch: int = 32, rate:
         with torch.no_grad():
             decay = min(0.999, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        losses.append(loss.item())
+        recent.append(loss.item())
         if step % 100 == 0:
-            entry = {"step": step, "loss": float(np.mean(losses))}
-            losses.clear()
+            entry = {"step": step, "loss": float(np.mean(recent))}
+            recent.clear()
             if step % 1500 == 0 or step == steps:
                 entry |= measure(paint(pipe, held_out, PaintSettings(steps=20, guidance_scale=2.5)), held_out).to_dict()
             curve.append(entry)
