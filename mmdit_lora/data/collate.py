@@ -13,13 +13,18 @@ from mmdit_lora.models.layout_stream import LayoutInputs
 
 
 def collate_layouts(
-    layouts: Sequence[Layout], phrase_embeds: Mapping[str, Tensor], *, phrase_dim: int, slots: int | None = None
+    layouts: Sequence[Layout],
+    phrase_embeds: Mapping[str, Tensor],
+    *,
+    phrase_dim: int,
+    phrase_tokens: int | None = None,
+    slots: int | None = None,
 ) -> LayoutInputs:
     """Layouts with different numbers of boxes as one padded, masked batch.
 
     Args:
-        phrase_embeds: phrase -> (P,) pooled text embedding, for every phrase that occurs.
-        phrase_dim: P; needed where no layout has a box.
+        phrase_embeds: phrase -> (P,) pooled text embedding, or (K, P) token embeddings, for every phrase that occurs.
+        phrase_dim: P, phrase_tokens: K or None; needed where no layout has a box.
         slots: N; None = as many as the fullest layout needs, at least one.
 
     Raises:
@@ -30,7 +35,8 @@ def collate_layouts(
         raise InputError(f"a layout has {needed} boxes, this base takes {slots}", cure=f"keep at most {slots} boxes")
     slots = slots or max(needed, 1)
     boxes = torch.zeros(len(layouts), slots, 4)
-    embeds = torch.zeros(len(layouts), slots, phrase_dim)
+    phrase_shape = (phrase_dim,) if phrase_tokens is None else (phrase_tokens, phrase_dim)
+    embeds = torch.zeros(len(layouts), slots, *phrase_shape)
     mask = torch.zeros(len(layouts), slots, dtype=torch.bool)
     for row, layout in enumerate(layouts):
         for column, box in enumerate(layout.boxes):
