@@ -16,7 +16,7 @@ from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.errors import InputError
 from mmdit_lora.models import LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
-from mmdit_lora.pipelines.stable_diffusion_3 import LayoutSchedule
+from mmdit_lora.pipelines.base import LayoutSchedule
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer
 
 RED = Layout("a red circle", [Box((0.1, 0.1, 0.4, 0.5), "red circle")])

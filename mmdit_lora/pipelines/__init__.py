@@ -1,7 +1,30 @@
 """Layout in, picture out: thin subclasses of the diffusers pipelines."""
 
+from mmdit_lora.pipelines.base import LayoutPipeline
+from mmdit_lora.pipelines.flux import LayoutFluxImg2ImgPipeline, LayoutFluxInpaintPipeline, LayoutFluxPipeline
 from mmdit_lora.pipelines.loading import load_pipeline, quiet
 from mmdit_lora.pipelines.painting import PaintSettings, check_side, paint
-from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
+from mmdit_lora.pipelines.stable_diffusion_3 import (
+    LayoutStableDiffusion3Img2ImgPipeline,
+    LayoutStableDiffusion3InpaintPipeline,
+    LayoutStableDiffusion3Pipeline,
+)
 
-__all__ = ["LayoutStableDiffusion3Pipeline", "PaintSettings", "check_side", "load_pipeline", "paint", "quiet"]
+# The families: what `load_pipeline` opens.
+PIPELINES: tuple[type[LayoutPipeline], ...] = (LayoutStableDiffusion3Pipeline, LayoutFluxPipeline)
+
+__all__ = [
+    "PIPELINES",
+    "LayoutFluxImg2ImgPipeline",
+    "LayoutFluxInpaintPipeline",
+    "LayoutFluxPipeline",
+    "LayoutPipeline",
+    "LayoutStableDiffusion3Img2ImgPipeline",
+    "LayoutStableDiffusion3InpaintPipeline",
+    "LayoutStableDiffusion3Pipeline",
+    "PaintSettings",
+    "check_side",
+    "load_pipeline",
+    "paint",
+    "quiet",
+]

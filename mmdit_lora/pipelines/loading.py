@@ -11,26 +11,38 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
-
-KNOWN_PIPELINES = ("LayoutStableDiffusion3Pipeline", "StableDiffusion3Pipeline")
+from mmdit_lora.pipelines.base import LayoutPipeline
 
 
-def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32) -> LayoutStableDiffusion3Pipeline:
-    """The pipeline of a folder or hub id, in evaluation mode, its progress bar off.
+def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32, **transformer_options: Any) -> LayoutPipeline:
+    """The pipeline of a folder or hub id, in evaluation mode, its progress bar off. The family is the one that its
+    model_index.json names.
+
+    Args:
+        transformer_options: for the transformer's `from_pretrained`: `layout_init`, `layout_seed`, `layout_attention`,
+            `quantization_config`, ...
 
     Raises:
         InputError: there is no such folder or repository, it is no pipeline folder, of another family, or its weights
             are not those of its config.
     """
+    from mmdit_lora.pipelines import PIPELINES
+
     folder = Path(base)
     if folder.exists():
         _check_folder(folder)
     try:
         with quiet():
-            pipe = LayoutStableDiffusion3Pipeline.from_pretrained(base, dtype=dtype)
+            index: Any = DiffusionPipeline.load_config(base)
+            name = index["_class_name"]
+            by_name = {opened: pipeline for pipeline in PIPELINES for opened in pipeline.opens}
+            if name in by_name:
+                pipe = by_name[name].from_pretrained(base, dtype=dtype, transformer_options=transformer_options)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(
             f"cannot be opened as a base: {_first_line(error)}",
@@ -46,6 +58,12 @@ def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32) -> LayoutSta
         ):
             raise
         raise InputError(f"cannot be opened as a base: {_first_line(error)}", where=base) from error
+    if name not in by_name:
+        raise InputError(
+            f"is a {name}; known are {', '.join(by_name)}",
+            where=str(folder / "model_index.json") if folder.exists() else base,
+            cure="give a base of one of these families",
+        )
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
@@ -77,13 +95,9 @@ def _check_folder(folder: Path) -> None:
         raise InputError("is not a base: it has no model_index.json", where=str(folder), cure=cure)
     try:
         content: Any = json.loads(index.read_text(encoding="utf-8"))
-        name = content["_class_name"]
+        content["_class_name"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"is no pipeline description ({_first_line(error)})", where=str(index)) from None
-    if name not in KNOWN_PIPELINES:
-        raise InputError(
-            f"is a {name}; known are {', '.join(KNOWN_PIPELINES)}", where=str(index), cure="give an SD3 or SD3.5 base"
-        )
     # transformers makes an empty tokenizer of a folder that is not there.
     parts = [part for part, source in content.items() if isinstance(source, list) and source[0] is not None]
     absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
-from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
+from mmdit_lora.pipelines.base import LayoutPipeline
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,9 @@ class PaintSettings:
     """How pictures are sampled.
 
     Args:
-        steps: sampling steps; guidance_scale: by the caption, 1 = off. None = what the base states.
-        layout_scale, layout_window: see `LayoutStableDiffusion3Pipeline`.
+        steps: sampling steps; guidance_scale: by the caption, 1 = off (embedded, where a base is guidance-distilled).
+            None = what the base states.
+        layout_scale, layout_window: see `LayoutPipeline`.
         size: (height, width) in pixels; None = the base's own.
         batch_size: pictures at a time; does not change what is painted beyond rounding.
     """
@@ -33,25 +33,13 @@ class PaintSettings:
     batch_size: int = 32
 
 
-def check_side(pipe: LayoutStableDiffusion3Pipeline, side: int) -> None:
-    """Whether `pipe` can paint `side` pixels.
-
-    Raises:
-        InputError: no multiple of what a patch covers, or more than there are position embeddings for.
-    """
-    transformer = pipe.transformer.config
-    patch = pipe.vae_scale_factor * transformer.patch_size
-    largest = transformer.pos_embed_max_size * patch
-    if side % patch or side > largest:
-        raise InputError(
-            f"is {side} pixels; this base takes multiples of {patch} up to {largest}",
-            where="the size",
-            cure=f"give {min(max(side // patch, 1) * patch, largest)}, or leave it out",
-        )
+def check_side(pipe: LayoutPipeline, side: int) -> None:
+    """Whether `pipe` can paint `side` pixels; see `LayoutPipeline.check_side`."""
+    pipe.check_side(side)
 
 
 def paint(
-    pipe: LayoutStableDiffusion3Pipeline,
+    pipe: LayoutPipeline,
     layouts: Sequence[Layout],
     settings: PaintSettings,
     *,

@@ -1,0 +1,281 @@
+"""What every family's pipeline with a layout shares: layouts in, schedules, the defaults that a base states.
+
+The sampling loops are diffusers' own. They hand `joint_attention_kwargs` to the transformer on every step, where the
+layout rides, and call back after every step, which is where the layout scale changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from mmdit_lora.data.collate import collate_layouts
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Layout
+from mmdit_lora.models.base import LayoutModelMixin
+from mmdit_lora.models.layout_stream import LayoutInputs
+
+# What `from_pretrained` of a pipeline and of its transformer both take.
+_SHARED_OPTIONS = (
+    "dtype",
+    "torch_dtype",
+    "variant",
+    "revision",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "use_safetensors",
+)
+
+
+class LayoutPipeline(DiffusionPipeline):
+    """Mixed into a diffusers pipeline, in front of it: `pipe(layout=...)` paints pictures that obey layouts.
+
+    `from_pretrained` opens a folder or hub id with a layout stream, and a plain one, whose transformer gets a fresh stream
+    with zero gates (so it paints as before until the stream is trained).
+
+    A base can state in its model_index.json how it wants to be sampled (`num_inference_steps`, `guidance_scale`,
+    `max_sequence_length`); a call's own arguments win. Offloading, VAE tiling and slicing, schedulers and LoRA loading
+    are diffusers' own.
+    """
+
+    transformer_class: ClassVar[type[LayoutModelMixin]]
+    opens: ClassVar[tuple[str, ...]]  # the `_class_name` of the folders it opens
+
+    transformer: Any  # a `LayoutModelMixin`
+    vae: Any
+    scheduler: Any
+    vae_scale_factor: int
+    config: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        transformer_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """As diffusers' `from_pretrained`; the transformer becomes ours if it is not yet.
+
+        Without `dtype` everything is fp32, as is diffusers' own default for its models. (transformers would take what the
+        file holds, and a base saved in fp16 would open as a mixture that cannot be run.)
+
+        Args:
+            transformer_options: for the transformer's own `from_pretrained`: `layout_seed`, `layout_init`,
+                `layout_attention`, `quantization_config`, ...
+        """
+        path = str(pretrained_model_name_or_path)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
+        if kwargs.get("transformer") is None:
+            shared = {key: kwargs[key] for key in _SHARED_OPTIONS if key in kwargs}
+            kwargs["transformer"] = cls.transformer_class.from_pretrained(
+                path, subfolder="transformer", **shared, **(transformer_options or {})
+            )
+        elif transformer_options:
+            raise ValueError("transformer_options belong to a transformer that is opened, and one is given")
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """A pipeline of this class (image to image, inpainting, ...) on the components of another one, weights shared.
+
+        Args:
+            kwargs: components and settings to change. With `dtype`, diffusers' own `from_pipe` casts all components in
+                place; without, they keep their dtypes (there, all would become fp32).
+
+        Raises:
+            ValueError: `pipeline` has a transformer without a layout stream.
+        """
+        transformer = kwargs.get("transformer", getattr(pipeline, "transformer", None))
+        if not isinstance(transformer, cls.transformer_class):
+            raise ValueError(
+                f"the transformer is a {type(transformer).__name__}, not a {cls.transformer_class.__name__}"
+            )
+        if kwargs.get("dtype") is not None or kwargs.get("torch_dtype") is not None:
+            return super().from_pipe(pipeline, **kwargs)
+        components, settings = cls._get_signature_keys(cls)
+        known = {**{key: pipeline.config[key] for key in settings if key in pipeline.config}, **pipeline.components}
+        return cls(**{**{key: value for key, value in known.items() if key in {*components, *settings}}, **kwargs})
+
+    # -- sizes
+
+    @property
+    def default_side(self) -> int:
+        """Side in pixels of the square pictures that are painted where no size is given."""
+        return self.default_sample_size * self.vae_scale_factor
+
+    def check_side(self, side: int) -> None:
+        """Whether this base can paint `side` pixels.
+
+        Raises:
+            InputError: no multiple of what an image token covers, or more than there are position embeddings for.
+        """
+        multiple = self.vae_scale_factor * self.transformer.latent_multiple
+        cells = self.transformer.max_latent_side
+        largest = None if cells is None else cells * self.vae_scale_factor
+        if side < multiple or side % multiple or (largest is not None and side > largest):
+            nearest = max(side // multiple, 1) * multiple
+            limit = "" if largest is None else f" up to {largest}"
+            raise InputError(
+                f"is {side} pixels; this base takes multiples of {multiple}{limit}",
+                where="the size",
+                cure=f"give {nearest if largest is None else min(nearest, largest)}, or leave it out",
+            )
+
+    # -- texts and layouts
+
+    def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
+        """Phrases as this base's transformer takes them: pooled embeddings (n, P), or token embeddings (n, K, P)."""
+        raise NotImplementedError
+
+    def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
+        """The text of one picture as this pipeline samples with it: prompt embeddings (1, S, E), pooled ones (1, P)."""
+        raise NotImplementedError
+
+    def prepare_layout(self, layouts: Sequence[Layout]) -> LayoutInputs:
+        """A batch of layouts on the pipeline's device, phrases encoded, padded to the base's `layout_slots` if it states them.
+
+        Raises:
+            InputError: a layout has more boxes than the base has slots.
+        """
+        phrases = sorted({box.phrase for layout in layouts for box in layout.boxes})
+        embeds: Any = self.encode_phrases(phrases) if phrases else []
+        inputs = collate_layouts(
+            layouts,
+            dict(zip(phrases, embeds, strict=True)),
+            phrase_dim=self.transformer.phrase_dim,
+            phrase_tokens=self.transformer.phrase_tokens,
+            slots=self.transformer.config.layout_slots,
+        )
+        return inputs.to(self._execution_device, self.transformer.dtype)
+
+    def layout_under_guidance(self, inputs: LayoutInputs, guidance_scale: float) -> LayoutInputs:
+        """The layouts as the sampling loop's batches need them; where guidance doubles a batch, both halves."""
+        del guidance_scale
+        return inputs
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        layout: Layout | Sequence[Layout] | None = None,
+        prompt: str | list[str] | None = None,
+        *,
+        layout_scale: float = 1.0,
+        layout_window: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        sigmas: list[float] | None = None,
+        max_sequence_length: int | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **kwargs: Any,
+    ) -> Any:
+        """Pictures that obey layouts. Every argument of diffusers' pipeline is taken too.
+
+        Args:
+            layout: one layout, a list (one picture each), or None: text to image, with the base's own result.
+            prompt: texts instead of the layouts' captions, as many as there are layouts.
+            layout_scale: factor of the layout residual; 0 = off.
+            layout_window: the part of the sampling steps where the layout acts, (start, end) in [0, 1]; with a `strength`
+                below 1, the part of the steps that are run. CreatiLayout samples with (0, 0.3); an adapter is best
+                sampled as it was trained, over all steps.
+
+        Returns:
+            diffusers' pipeline output, its pictures in `.images`; with `return_dict=False`, a tuple.
+
+        Raises:
+            InputError: a layout has more boxes than the base has slots, or the window is empty or covers no step.
+            ValueError: the numbers of prompts and layouts differ.
+        """
+        stock_call = super().__call__
+        num_inference_steps = num_inference_steps or self.config.num_inference_steps
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        layouts = [layout] if isinstance(layout, Layout) else layout
+        if layouts is not None:
+            if not layouts:
+                raise ValueError("no layout: give at least one, or None for text to image")
+            # Encoded texts may stand for the captions; diffusers takes only one of the two.
+            if kwargs.get("prompt_embeds") is not None:
+                given = len(kwargs["prompt_embeds"])
+            else:
+                texts = [item.caption for item in layouts] if prompt is None else prompt
+                prompt = [texts] if isinstance(texts, str) else list(texts)
+                given = len(prompt)
+            if given != len(layouts):
+                raise ValueError(f"{given} prompts for {len(layouts)} layouts")
+            if isinstance(kwargs.get("negative_prompt"), str):  # not every stock pipeline repeats it
+                kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(layouts)
+            inputs = self.prepare_layout(layouts).repeat_interleave(num_images_per_prompt)
+            inputs = self.layout_under_guidance(inputs, guidance_scale)
+
+            steps = len(sigmas) if sigmas is not None else num_inference_steps
+            strength = inspect.signature(stock_call).parameters.get("strength")
+            if strength is not None:  # image to image, inpainting: the first, noisiest steps are left out
+                steps = steps_that_run(steps, kwargs.get("strength", strength.default))
+            schedule = LayoutSchedule(layout_scale, layout_window, steps)
+            joint_attention_kwargs = {**(joint_attention_kwargs or {}), "layout": inputs, "layout_scale": schedule(0)}
+            user_callback = callback_on_step_end
+            callback_on_step_end_tensor_inputs = getattr(
+                user_callback, "tensor_inputs", callback_on_step_end_tensor_inputs
+            )
+
+            def callback_on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                # Schedulers of higher order call the model more often than there are steps: share out what is there.
+                pipe._joint_attention_kwargs["layout_scale"] = schedule((step + 1) * steps / pipe.num_timesteps)
+                return tensors if user_callback is None else user_callback(pipe, step, timestep, tensors)
+
+        return stock_call(
+            prompt=prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            sigmas=sigmas,
+            max_sequence_length=max_sequence_length or self.config.max_sequence_length,
+            joint_attention_kwargs=joint_attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+            **kwargs,
+        )
+
+
+def steps_that_run(steps: int, strength: float) -> int:
+    """How many of `steps` diffusers runs when it starts from a picture, noised to `strength` in [0, 1].
+
+    As `get_timesteps` of its image-to-image pipelines (diffusers 0.42.1).
+    """
+    return steps - int(max(steps - min(steps * strength, steps), 0))
+
+
+class LayoutSchedule:
+    """Layout scale as a function of the sampling step: `scale` inside the window, 0 outside, where the stream is skipped.
+
+    Raises:
+        InputError: the window is not 0 <= start < end <= 1, or rounds to no step at all (`int(0.3 * 3)` is 0).
+    """
+
+    def __init__(self, scale: float, window: tuple[float, float], steps: int) -> None:
+        start, end = window
+        if not 0 <= start < end <= 1:
+            raise InputError(f"is {window}", where="layout_window", cure="give 0 <= start < end <= 1")
+        self.scale = scale
+        self.first, self.last = int(start * steps), int(end * steps)
+        if self.first == self.last:
+            raise InputError(
+                f"{window} covers none of {steps} steps",
+                where="layout_window",
+                cure="take more steps or a wider window",
+            )
+
+    def __call__(self, step: float) -> float:
+        """Scale at `step` (0 = the first, the noisiest)."""
+        return self.scale if self.first <= step < self.last else 0.0
