@@ -54,7 +54,7 @@ def test_a_plain_base_gets_a_seeded_stream_of_one_dtype(plain_folder: Path, dtyp
         str(plain_folder), torch_dtype=dtype, layout_seed=1
     ).state_dict()
     differ = {name for name, value in first.state_dict().items() if not torch.equal(value, other[name])}
-    assert "transformer_blocks.0.layout_stream.layout_mlp.fc1.weight" in differ
+    assert "layout_processor.layout_mlp.fc1.weight" in differ
     assert all("layout" in name for name in differ)
     assert not any(b.layout_stream.out_proj.weight.any() for b in first.transformer_blocks)
     if dtype is torch.float32:

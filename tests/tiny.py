@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mmdit_lora.lora import lora_parameters
@@ -65,14 +66,11 @@ def tiny_transformer(*, open_gates: bool = True, seed: int = 0, **changes: Any) 
     return model.eval()
 
 
-def plain_twin(model: LayoutSD3Transformer2DModel) -> SD3Transformer2DModel:
-    """diffusers' own class with the weights of `model`."""
-    config = {
-        k: v
-        for k, v in model.config.items()
-        if k not in ("phrase_dim", "mask_padding", "layout_slots", "layout_attention")
-    }
-    twin = SD3Transformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+def plain_twin(model: Any) -> Any:
+    """diffusers' own class with the weights of `model`, whose subclass that is."""
+    stock: Any = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("diffusers."))
+    known = inspect.signature(stock).parameters
+    twin = stock(**{key: value for key, value in model.config.items() if key in known})
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if "layout" not in k})
     return twin.eval()
 

@@ -1,6 +1,29 @@
-"""Layout-conditioned MM-DiT models: the layout stream and one file per family."""
+"""Layout-conditioned MM-DiT models: the layout stream, and the families that carry it."""
 
-from mmdit_lora.models.layout_stream import LayoutInputs, LayoutMLP, LayoutProcessor, LayoutStream
+from mmdit_lora.models.base import Family, LayoutModelMixin
+from mmdit_lora.models.families import FAMILIES
+from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
+from mmdit_lora.models.layout_stream import (
+    LayoutInputs,
+    LayoutMLP,
+    LayoutProcessor,
+    LayoutStream,
+    SingleLayoutStream,
+)
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
+from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit
 
-__all__ = ["LayoutInputs", "LayoutMLP", "LayoutProcessor", "LayoutSD3Transformer2DModel", "LayoutStream"]
+__all__ = [
+    "FAMILIES",
+    "STREAM_INITS",
+    "Family",
+    "LayoutFluxTransformer2DModel",
+    "LayoutInputs",
+    "LayoutMLP",
+    "LayoutModelMixin",
+    "LayoutProcessor",
+    "LayoutSD3Transformer2DModel",
+    "LayoutStream",
+    "SingleLayoutStream",
+    "StreamInit",
+]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -13,8 +14,28 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.models.layout_stream import LayoutInputs, LayoutProcessor
+from mmdit_lora.models.stream_init import StreamInit, copy_from_block
 
 logger = logging.getLogger("mmdit_lora")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the package may know of a model family; one value a family, collected in `families.FAMILIES`.
+
+    Args:
+        transformer: our class; its first diffusers base is the class that a plain base folder names.
+        stock_class: name of that diffusers class, as in `transformer/config.json`.
+        vae_scale_factor: pixels a latent cell covers, along a side, in the published checkpoints.
+        text_tokens: length of the text sequence that the published pipelines give the transformer by default.
+        presets: name of a published checkpoint -> the arguments of its transformer (its config.json).
+    """
+
+    transformer: type[LayoutModelMixin]
+    stock_class: str
+    vae_scale_factor: int
+    text_tokens: int
+    presets: Mapping[str, Mapping[str, Any]]
 
 
 def take_layout(
@@ -32,6 +53,12 @@ def take_layout(
     if riding is not None and layout is not None:
         raise ValueError("the layout is given both as `layout` and in the attention kwargs; give it once")
     return rest, riding if layout is None else layout, attention_kwargs.get("layout_scale", layout_scale)
+
+
+def check_layout_attention(value: str) -> None:
+    """Raises ValueError for an attention that `LayoutStream` does not know."""
+    if value not in ("siamese", "cross"):
+        raise ValueError(f"layout_attention is {value!r}; known: 'siamese', 'cross'")
 
 
 @contextmanager
@@ -55,6 +82,8 @@ class LayoutModelMixin(nn.Module):
 
     config: Any
     layout_processor: LayoutProcessor
+    family: ClassVar[str]  # its key in `families.FAMILIES`
+    gradient_checkpointing_every: int = 1
 
     if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
 
@@ -65,14 +94,22 @@ class LayoutModelMixin(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *, layout_seed: int = 0, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        layout_seed: int = 0,
+        layout_init: StreamInit = "copy_text",
+        **kwargs: Any,
+    ) -> Self:
         """diffusers' `from_pretrained` that also opens a plain base, and lets nothing pass silently.
 
-        A base without a layout stream gets a fresh one (initialised from `layout_seed`, every gate zero, the dtype of
-        the base) and that is logged once. Loading is set equality for every other name.
+        A base without a layout stream gets a fresh one (every gate zero, the dtype of the base) and that is logged once.
+        Loading is set equality for every other name. Config keys, such as `layout_attention`, may be given too.
 
         Args:
-            layout_seed: seeds the initialisation of a missing stream; two loads are equal.
+            layout_seed: seeds what is random in a missing stream; two loads are equal.
+            layout_init: what a missing stream starts from: copies of the text or image stream, or random weights.
 
         Raises:
             InputError: names are missing, unexpected or of another shape (they are listed), or there is no
@@ -102,11 +139,12 @@ class LayoutModelMixin(nn.Module):
             )
             raise InputError(f"does not hold this model: {listed}", where=where)
         if missing:
-            model.reset_layout_stream(seed=layout_seed)
+            model.reset_layout_stream(seed=layout_seed, init=layout_init)
             logger.warning(
-                "%s has no layout stream: a new one of %.2f M parameters was initialised (seed %d), its gates zero.",
+                "%s has no layout stream: a new one of %.2f M parameters was initialised (%s, seed %d), its gates zero.",
                 where,
                 sum(p.numel() for n, p in model.named_parameters() if "layout" in n) / 1e6,
+                layout_init,
                 layout_seed,
             )
         on_meta = [name for name, p in model.named_parameters() if p.is_meta]
@@ -114,21 +152,71 @@ class LayoutModelMixin(nn.Module):
             raise RuntimeError(f"weights left on the meta device: {', '.join(on_meta[:8])}")
         return (model, info) if want_info else model  # type: ignore[return-value]
 
-    def reset_layout_stream(self, *, seed: int) -> None:
-        """Give the model a fresh layout stream in its own dtype and on its own device, seeded, every gate zero."""
-        anchor = next(p for n, p in self.named_parameters() if "layout" not in n)
+    def reset_layout_stream(self, *, seed: int, init: StreamInit = "copy_text") -> None:
+        """Give the model a fresh layout stream in its own dtype and on its own device, every gate zero.
+
+        Args:
+            seed: of what is random in it; the caller's random numbers are not used up.
+            init: see `from_pretrained`. The layout processor is random in any case: the base has nothing like it.
+        """
+        anchor = next(p for n, p in self.named_parameters() if "layout" not in n and p.is_floating_point())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.build_layout_stream()
-        for name, module in self.named_modules():
-            if name.rpartition(".")[2] in ("layout_stream", "layout_processor"):
-                module.to(device=anchor.device, dtype=anchor.dtype)
+        self.layout_processor.to(device=anchor.device, dtype=anchor.dtype)
+        for block in self.layout_blocks():
+            block.layout_stream.to(device=anchor.device, dtype=anchor.dtype)
+            copy_from_block(block.layout_stream, block, init)
         self.train(self.training)
+
+    def layout_blocks(self) -> list[Any]:
+        """The blocks that have a layout stream, in the order of the forward pass."""
+        return [module for module in self.modules() if hasattr(module, "layout_stream")]
 
     @property
     def phrase_dim(self) -> int:
         """P, the width of a phrase embedding."""
-        return self.layout_processor.phrase_mlp.fc1.in_features
+        config = self.config
+        return config.phrase_dim or (config.joint_attention_dim if self.phrase_tokens else config.pooled_projection_dim)
+
+    @property
+    def phrase_tokens(self) -> int | None:
+        """K, the text tokens that stand for a phrase, (B, N, K, P); None = one pooled embedding, (B, N, P)."""
+        return getattr(self.config, "phrase_tokens", None)
+
+    # -- what trainer, evaluation and export need of a family: from latents to `forward` and back
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the VAE's latents."""
+        raise NotImplementedError
+
+    @property
+    def latent_multiple(self) -> int:
+        """Sides of the latents must be multiples of this."""
+        raise NotImplementedError
+
+    @property
+    def max_latent_side(self) -> int | None:
+        """Largest side of the latents that there are position embeddings for; None = any."""
+        return None
+
+    def model_inputs(
+        self, latents: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, guidance: float = 1.0
+    ) -> dict[str, Any]:
+        """Keyword arguments of `forward`, all but the layout.
+
+        Args:
+            latents: (B, C, h, w) noisy latents.
+            t: (B,) in [0, 1], 1 = noise.
+            prompt_embeds: (B, S, E); pooled: (B, P).
+            guidance: the embedded guidance of a guidance-distilled base; others have no such input.
+        """
+        raise NotImplementedError
+
+    def as_latents(self, sample: Tensor, height: int, width: int) -> Tensor:
+        """`forward`'s answer as (B, C, height, width), the sides those of the latents."""
+        raise NotImplementedError
 
     def select_layout(self, layout: LayoutInputs | None, *, batch: int, scale: float) -> LayoutInputs | None:
         """The layouts of this call's samples.
@@ -141,9 +229,10 @@ class LayoutModelMixin(nn.Module):
         """
         if layout is None or scale == 0.0:
             return None
-        width = self.phrase_dim
-        if layout.phrase_embeds.shape[-1] != width:
-            raise ValueError(f"phrase embeddings are {layout.phrase_embeds.shape[-1]} wide, this model takes {width}")
+        wanted = (self.phrase_dim,) if self.phrase_tokens is None else (self.phrase_tokens, self.phrase_dim)
+        given = tuple(layout.phrase_embeds.shape[2:])
+        if given != wanted:
+            raise ValueError(f"a phrase is {_times(given)} wide, this model takes {_times(wanted)}")
         if len(layout) == 2 * batch:
             return layout[batch:]
         if len(layout) != batch:
@@ -155,18 +244,59 @@ class LayoutModelMixin(nn.Module):
     def begin_layout(
         self, layout: LayoutInputs | None, scale: float
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the blocks take: layout tokens (B, N, D), key mask (B, N) or None, residual gain (B, 1, 1)."""
+        """What the blocks take: layout tokens (B, N, D), key mask (B, N) or None, residual gain (B, 1, 1).
+
+        N counts tokens: the slots, or K times as many where a phrase is K text tokens.
+        """
         if layout is None:
             return None, None, None
-        layout = layout.to(self.layout_processor.null_box.device)
-        tokens = self.layout_processor(layout)
+        anchor = self.layout_processor.null_box
+        layout = layout.to(anchor.device)
+        phrase_states = None
+        if self.phrase_tokens is not None:
+            # The base's own projection of text tokens, frozen with it, as in CreatiLayout.
+            phrase_states = self.context_embedder(layout.phrase_embeds.to(anchor.dtype))
+        tokens = self.layout_processor(layout, phrase_states)
         if not self.config.mask_padding:
             return tokens, None, tokens.new_full((len(layout), 1, 1), scale)
-        # Image tokens attend to one another in the layout branch too, so masking the keys is not enough for a sample
-        # without a box to be the base model: its residual is zeroed as well.
-        has_layout = layout.mask.any(dim=1)[:, None, None]
-        return tokens, layout.mask, scale * has_layout.to(tokens.dtype)
+        # Image tokens attend to one another in the siamese branch too, so masking the keys is not enough for a sample
+        # without a box to be the base model: its residual is zeroed as well. Its keys are let through: in the cross branch
+        # a softmax over none would be NaN, which times zero is NaN.
+        has_layout = layout.mask.any(dim=1, keepdim=True)
+        key_mask = (layout.mask | ~has_layout).repeat_interleave(self.phrase_tokens or 1, dim=1)
+        return tokens, key_mask, scale * has_layout.unsqueeze(-1).to(tokens.dtype)
+
+    # -- switches that save memory or time and change no result
+
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func: Callable[..., Any] | None = None, *, every: int = 1
+    ) -> None:
+        """diffusers' gradient checkpointing, on every block or on every `every`-th one (less recomputing, more memory)."""
+        if every < 1:
+            raise ValueError(f"every is {every}; give 1 (all blocks) or more")
+        super().enable_gradient_checkpointing(gradient_checkpointing_func)  # type: ignore[misc]
+        self.gradient_checkpointing_every = every
+
+    def run_block(self, index: int, block: nn.Module, *inputs: Any) -> Any:
+        """Call the `index`-th block, checkpointed where that is on. Positional: so the checkpointing function hands on."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.gradient_checkpointing_every == 0:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def enable_cache(self, config: Any) -> None:
+        """Not supported: diffusers' caches (FirstBlockCache and others) know two streams.
+
+        Seen in 0.42.1: FirstBlockCache fails at the first step that it skips, "not enough values to unpack (expected 3,
+        got 2)".
+        """
+        raise NotImplementedError(
+            f"{type(config).__name__} is not supported with a layout stream: it restores two streams where there are three"
+        )
 
     def fuse_qkv_projections(self) -> None:
         """Not supported: diffusers' fused processors know two streams."""
         raise NotImplementedError("fused q/k/v projections are not supported with a layout stream")
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))

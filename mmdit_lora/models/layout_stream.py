@@ -3,7 +3,8 @@
 Numerically the SiamLayout stream of CreatiLayout (arXiv 2412.03859; HuiZhang0812/CreatiLayout at 860d8bd,
 src/models/attention_sd3_SiamLayout.py), plus a key mask for padding boxes, which it lacks.
 
-Shape letters: B batch, N layout slots, L image tokens, D model width, P phrase width.
+Shape letters: B batch, N layout slots, K text tokens of a phrase, L image tokens, D model width, P phrase width. Inside the
+blocks N counts layout tokens, slots x K.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
+
+from mmdit_lora.models.layout_attention import JointAttnProcessor, LayoutCrossAttention, RotaryEmbedding
 
 FOURIER_FREQUENCIES = 8
 FOURIER_DIM = FOURIER_FREQUENCIES * 2 * 4  # sine and cosine of four coordinates
@@ -28,7 +30,7 @@ class LayoutInputs:
 
     Args:
         boxes: (B, N, 4) float, xyxy in [0, 1]. Padding slots hold anything finite.
-        phrase_embeds: (B, N, P) float, one pooled text embedding a box.
+        phrase_embeds: (B, N, P) float, one pooled text embedding a box; or (B, N, K, P), K text tokens a box.
         mask: (B, N) bool, True = a real box.
 
     Raises:
@@ -47,9 +49,10 @@ class LayoutInputs:
             raise ValueError(
                 f"boxes must be {(*batch_slots, 4)} for a mask of {batch_slots}, is {tuple(self.boxes.shape)}"
             )
-        if self.phrase_embeds.ndim != 3 or tuple(self.phrase_embeds.shape[:2]) != batch_slots:
+        if self.phrase_embeds.ndim not in (3, 4) or tuple(self.phrase_embeds.shape[:2]) != batch_slots:
             raise ValueError(
-                f"phrase_embeds must be {(*batch_slots, 'P')} for that mask, is {tuple(self.phrase_embeds.shape)}"
+                f"phrase_embeds must be {(*batch_slots, 'P')} or {(*batch_slots, 'K', 'P')} for that mask, "
+                f"is {tuple(self.phrase_embeds.shape)}"
             )
 
     def __len__(self) -> int:
@@ -108,39 +111,64 @@ class LayoutMLP(nn.Module):
 
 
 class LayoutProcessor(nn.Module):
-    """Boxes and phrases to layout tokens, (B, N, 4) and (B, N, P) -> (B, N, D).
+    """Boxes and phrases to layout tokens.
 
     Fourier features of the box beside the projected phrase, through an MLP (GLIGEN, arXiv 2301.07093, eq. 5). Padding
     slots take learned null features, which only count where padding is attended to (`mask_padding: false`).
+
+    Args:
+        phrase_dim: P of pooled phrases, projected by `phrase_mlp`; None = phrases come as tokens of the base's own text
+            stream, already D wide, and there is no `phrase_mlp`.
     """
 
-    def __init__(self, phrase_dim: int, dim: int) -> None:
+    def __init__(self, phrase_dim: int | None, dim: int) -> None:
         super().__init__()
-        self.phrase_mlp = LayoutMLP(phrase_dim, dim, dim, act="silu")
+        self.phrase_mlp = None if phrase_dim is None else LayoutMLP(phrase_dim, dim, dim, act="silu")
         self.layout_mlp = LayoutMLP(dim + FOURIER_DIM, dim // 2, dim, act="silu")
         self.null_phrase = nn.Parameter(torch.zeros(dim))
         self.null_box = nn.Parameter(torch.zeros(FOURIER_DIM))
 
-    def forward(self, layout: LayoutInputs) -> Tensor:
+    def forward(self, layout: LayoutInputs, phrase_states: Tensor | None = None) -> Tensor:
+        """Layout tokens, (B, N, D), or (B, N K, D) of `phrase_states` (B, N, K, D), the text tokens of the phrases."""
         dtype = self.null_box.dtype
         # In fp32 whatever the model's dtype: at 56 rad/unit, bf16 coordinates are wrong by up to 0.24 in the features.
         box = get_fourier_embeds_from_boundingbox(FOURIER_FREQUENCIES, layout.boxes.float()).to(dtype)  # (B, N, 64)
-        phrase = self.phrase_mlp(layout.phrase_embeds.to(dtype))  # (B, N, D)
-        real = layout.mask.unsqueeze(-1)
-        phrase = torch.where(real, phrase, self.null_phrase)
-        box = torch.where(real, box, self.null_box)
-        return self.layout_mlp(torch.cat([phrase, box], dim=-1))
+        if self.phrase_mlp is not None:
+            phrase_states = self.phrase_mlp(layout.phrase_embeds.to(dtype)).unsqueeze(2)  # (B, N, 1, D)
+        assert phrase_states is not None
+        real = layout.mask[..., None, None]
+        phrase = torch.where(real, phrase_states, self.null_phrase)
+        box = torch.where(real, box.unsqueeze(2), self.null_box).expand(-1, -1, phrase.shape[2], -1)
+        return self.layout_mlp(torch.cat([phrase, box], dim=-1).flatten(1, 2))
 
 
 class LayoutStream(nn.Module):
-    """The layout's part of one block: image tokens and layout tokens attend to one another, then the layout MLP.
+    """The layout's part of one block with streams of its own for image and text.
 
     The image side gives a residual that leaves through the zero-initialised `out_proj` (the *gate*); the layout side
-    goes on to the next block. After the last joint attention no layout output is read, so that block has no
-    `layout_mlp` (`last=True`): an MLP there would never get a gradient.
+    goes on to the next block. Where no later block reads the layout tokens (`last=True`) there is no `layout_mlp`: it
+    would never get a gradient.
+
+    Args:
+        attention: "siamese": image and layout tokens attend to one another in an attention of their own (CreatiLayout).
+            "cross": image tokens read the layout tokens, with the queries of the block's own attention, and layout tokens
+            read one another; on the image's side only `out_proj` is left to compute.
+        mlp_dim: hidden width of `layout_mlp`; None = 4 x `dim`.
     """
 
-    def __init__(self, *, dim: int, num_heads: int, head_dim: int, qk_norm: str | None, last: bool) -> None:
+    mlp_feeds_own_gate = False  # the MLP's output is read by the next block's gate
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        qk_norm: str | None,
+        last: bool,
+        attention: str = "siamese",
+        mlp_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.last = last
         self.norm1: nn.Module
@@ -148,27 +176,38 @@ class LayoutStream(nn.Module):
             self.norm1 = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         else:
             self.norm1 = AdaLayerNormZero(dim)
-        self.attn = Attention(
-            query_dim=dim,
-            added_kv_proj_dim=dim,
-            heads=num_heads,
-            dim_head=head_dim,
-            out_dim=dim,
-            context_pre_only=last,
-            bias=True,
-            qk_norm=qk_norm,
-            eps=1e-6,
-            processor=JointAttnProcessor(),
-        )
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.zeros_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
+        self.attn: nn.Module
+        if attention == "cross":
+            self.attn = LayoutCrossAttention(
+                dim=dim, num_heads=num_heads, head_dim=head_dim, qk_norm=qk_norm, last=last
+            )
+        else:
+            self.attn = Attention(
+                query_dim=dim,
+                added_kv_proj_dim=dim,
+                heads=num_heads,
+                dim_head=head_dim,
+                out_dim=dim,
+                context_pre_only=last,
+                bias=True,
+                qk_norm=qk_norm,
+                eps=1e-6,
+                processor=JointAttnProcessor(),
+            )
+        self.out_proj = zero_linear(dim)
         if not last:
             self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-            self.layout_mlp = LayoutMLP(dim, 4 * dim, dim, act="gelu_tanh")
+            self.layout_mlp = LayoutMLP(dim, mlp_dim or 4 * dim, dim, act="gelu_tanh")
 
     def forward(
-        self, norm_hidden_states: Tensor, layout_states: Tensor, temb: Tensor, key_mask: Tensor | None
+        self,
+        norm_hidden_states: Tensor,
+        layout_states: Tensor,
+        temb: Tensor,
+        key_mask: Tensor | None,
+        *,
+        image_query: Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block of the stream.
 
@@ -176,7 +215,9 @@ class LayoutStream(nn.Module):
             norm_hidden_states: (B, L, D) image tokens behind the block's own first norm.
             layout_states: (B, N, D) layout tokens.
             temb: (B, D) time and text embedding.
-            key_mask: (B, N) bool, True = a slot that may be attended to; None = all.
+            key_mask: (B, N) bool, True = a token that may be attended to; None = all.
+            image_query: (B, L, heads, head_dim), of the block's own attention; only "cross" reads it.
+            rotary_emb: of L image and N layout tokens, in this order; only "siamese" reads it.
 
         Returns:
             The image residual (B, L, D), and the layout tokens for the next block (B, N, D), None after the last one.
@@ -185,66 +226,112 @@ class LayoutStream(nn.Module):
             norm_layout = self.norm1(layout_states, temb)
         else:
             norm_layout, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(layout_states, emb=temb)
-
-        attention_mask = None
-        if key_mask is not None:
-            image_keys = key_mask.new_ones(key_mask.shape[0], norm_hidden_states.shape[1])
-            # Image first, layout second: the order in which the attention joins its keys. Broadcast over heads, queries.
-            attention_mask = torch.cat([image_keys, key_mask], dim=1)[:, None, None, :]
-        image_out, layout_out = self.attn(
-            hidden_states=norm_hidden_states, encoder_hidden_states=norm_layout, attention_mask=attention_mask
-        )
+        if isinstance(self.attn, LayoutCrossAttention):
+            image_out, layout_out = self.attn(norm_layout, image_query, key_mask)
+        else:
+            image_out, layout_out = self.attn(
+                hidden_states=norm_hidden_states,
+                encoder_hidden_states=norm_layout,
+                attention_mask=joint_mask(key_mask, norm_hidden_states.shape[1]),
+                image_rotary_emb=rotary_emb,
+            )
         residual = self.out_proj(image_out)
         if self.last:
             return residual, None
 
         layout_states = layout_states + gate_msa.unsqueeze(1) * layout_out
         norm_layout = self.norm2(layout_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        return residual, layout_states + gate_mlp.unsqueeze(1) * self.layout_mlp(norm_layout)
+        layout_states = layout_states + gate_mlp.unsqueeze(1) * self.layout_mlp(norm_layout)
+        return residual, within_fp16(layout_states)
 
 
-class JointAttnProcessor:
-    """Joint attention of one or two token streams with an optional key mask, through diffusers' attention dispatcher.
+class SingleLayoutStream(nn.Module):
+    """The layout's part of a block whose tokens share one set of weights, attention and MLP side by side.
 
-    What diffusers' `JointAttnProcessor2_0` computes, which knows no mask and ignores `set_attention_backend`
-    (diffusers 0.42.1, models/attention_processor.py:1484).
+    "siamese": image and layout tokens together pass a whole copy of such a block; the image side leaves through `out_proj`
+    (HuiZhang0812/CreatiLayout at 860d8bd, src/models/transformer_flux_SiamLayout.py). The block's fused output
+    projection is split in two, `attn.to_out` and `layout_mlp.fc2`, so that the LoRA's targets are what they are elsewhere.
+    "cross": only layout tokens pass the copy; image tokens read their keys and values.
     """
 
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
+    def __init__(
         self,
-        attn: Attention,
+        *,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        last: bool,
+        attention: str = "siamese",
+        mlp_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.mlp_feeds_own_gate = attention != "cross"
+        self.norm1 = AdaLayerNormZeroSingle(dim)
+        self.attn: nn.Module
+        # In "siamese" the image's own way to the gate passes the MLP, in the last block too.
+        self.last = last and attention == "cross"
+        if attention == "cross":
+            self.attn = LayoutCrossAttention(
+                dim=dim, num_heads=num_heads, head_dim=head_dim, qk_norm="rms_norm", last=self.last
+            )
+        else:
+            self.attn = Attention(
+                query_dim=dim,
+                heads=num_heads,
+                dim_head=head_dim,
+                out_dim=dim,
+                bias=True,
+                out_bias=False,  # the bias of the fused projection is that of `layout_mlp.fc2`
+                qk_norm="rms_norm",
+                eps=1e-6,
+                processor=JointAttnProcessor(),
+            )
+        self.out_proj = zero_linear(dim)
+        if not self.last:
+            self.layout_mlp = LayoutMLP(dim, mlp_dim or 4 * dim, dim, act="gelu_tanh")
+
+    def forward(
+        self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, L, D), (B, N, D) -> the same shapes; `attention_mask` broadcasts to (B, heads, L + N, L + N), True = attend."""
+        layout_states: Tensor,
+        temb: Tensor,
+        key_mask: Tensor | None,
+        *,
+        image_query: Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `LayoutStream.forward`, but `hidden_states` are the image tokens before the block's norm, (B, L, D)."""
+        if isinstance(self.attn, LayoutCrossAttention):
+            norm_layout, gate = self.norm1(layout_states, emb=temb)
+            image_out, layout_out = self.attn(norm_layout, image_query, key_mask)
+            residual = self.out_proj(image_out)
+            if self.last:
+                return residual, None
+            layout_states = layout_states + gate.unsqueeze(1) * (layout_out + self.layout_mlp(norm_layout))
+            return residual, within_fp16(layout_states)
+        count = hidden_states.shape[1]
+        norm_states, gate = self.norm1(torch.cat([hidden_states, layout_states], dim=1), emb=temb)
+        out = self.attn(norm_states, attention_mask=joint_mask(key_mask, count), image_rotary_emb=rotary_emb)
+        out = gate.unsqueeze(1) * (out + self.layout_mlp(norm_states))
+        return self.out_proj(out[:, :count]), within_fp16(layout_states + out[:, count:])
 
-        def heads(x: Tensor, norm: nn.Module | None) -> Tensor:  # (B, S, D) -> (B, S, heads, head_dim)
-            x = x.unflatten(-1, (attn.heads, -1))
-            return x if norm is None else norm(x)
 
-        query = heads(attn.to_q(hidden_states), attn.norm_q)
-        key = heads(attn.to_k(hidden_states), attn.norm_k)
-        value = heads(attn.to_v(hidden_states), None)
-        if encoder_hidden_states is not None:
-            query = torch.cat([query, heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)], dim=1)
-            key = torch.cat([key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], dim=1)
-            value = torch.cat([value, heads(attn.add_v_proj(encoder_hidden_states), None)], dim=1)
+def zero_linear(dim: int) -> nn.Linear:
+    """A gate: (..., dim) -> (..., dim), all zero."""
+    linear = nn.Linear(dim, dim)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        out = out.flatten(2).to(query.dtype)
-        image_out = attn.to_out[1](attn.to_out[0](out[:, : hidden_states.shape[1]]))
-        if encoder_hidden_states is None:
-            return image_out
-        other_out = out[:, hidden_states.shape[1] :]
-        return image_out, other_out if attn.context_pre_only else attn.to_add_out(other_out)
+
+def joint_mask(key_mask: Tensor | None, image_tokens: int) -> Tensor | None:
+    """(B, N) -> (B, 1, 1, L + N): image first, layout second; broadcasts over heads and queries."""
+    if key_mask is None:
+        return None
+    image_keys = key_mask.new_ones(key_mask.shape[0], image_tokens)
+    return torch.cat([image_keys, key_mask], dim=1)[:, None, None, :]
+
+
+def within_fp16(x: Tensor) -> Tensor:
+    """Clipped to what fp16 holds, as the base does with its own streams where its activations grow that large."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

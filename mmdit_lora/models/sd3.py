@@ -19,8 +19,9 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from mmdit_lora.models.base import LayoutModelMixin, take_layout
-from mmdit_lora.models.layout_stream import JointAttnProcessor, LayoutInputs, LayoutProcessor, LayoutStream
+from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
+from mmdit_lora.models.layout_attention import JointAttnProcessor, LayoutCrossAttention
+from mmdit_lora.models.layout_stream import LayoutInputs, LayoutProcessor, LayoutStream
 
 __all__ = ["LayoutSD3Transformer2DModel", "LayoutSD3TransformerBlock", "ModelMixin"]
 
@@ -70,12 +71,15 @@ class LayoutSD3TransformerBlock(JointTransformerBlock):
                 encoder_hidden_states, emb=temb
             )
         attention_kwargs = joint_attention_kwargs or {}
-        attn_out, text_attn_out = self.attn(
-            hidden_states=norm_hidden_states, encoder_hidden_states=norm_text, **attention_kwargs
+        query_kwargs = {"return_query": True} if isinstance(self.layout_stream.attn, LayoutCrossAttention) else {}
+        attn_out, text_attn_out, *queries = self.attn(
+            hidden_states=norm_hidden_states, encoder_hidden_states=norm_text, **attention_kwargs, **query_kwargs
         )
 
         # Image and layout. The residual has no time gate, and the text never sees the layout.
-        residual, layout_states = self.layout_stream(norm_hidden_states, layout_states, temb, layout_key_mask)
+        residual, layout_states = self.layout_stream(
+            norm_hidden_states, layout_states, temb, layout_key_mask, image_query=queries[0] if queries else None
+        )
         hidden_states = hidden_states + (gate_msa.unsqueeze(1) * attn_out + layout_gain * residual)
 
         if self.use_dual_attention:
@@ -110,9 +114,11 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
             null tokens fill the slots and are attended to, as in CreatiLayout.
         layout_slots: pad every layout to this many slots (done by collate and pipeline, never by the model); None = as
             many as the batch needs.
-        layout_attention: "siamese": image and layout tokens attend to one another in an attention of their own.
+        layout_attention: "siamese" or "cross", see `LayoutStream`.
+        layout_mlp_dim: hidden width of the blocks' `layout_mlp`; None = 4 x the model's width.
     """
 
+    family: ClassVar[str] = "sd3"
     _no_split_modules: ClassVar[list[str]] = ["LayoutSD3TransformerBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["LayoutSD3TransformerBlock"]
 
@@ -136,9 +142,9 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         mask_padding: bool = True,  # noqa: ARG002 - read from the config
         layout_slots: int | None = None,  # noqa: ARG002 - read from the config
         layout_attention: str = "siamese",
+        layout_mlp_dim: int | None = None,  # noqa: ARG002 - read from the config
     ) -> None:
-        if layout_attention != "siamese":
-            raise ValueError(f"layout_attention is {layout_attention!r}; known: 'siamese'")
+        check_layout_attention(layout_attention)
         super().__init__(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -180,7 +186,36 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
                 head_dim=config.attention_head_dim,
                 qk_norm=config.qk_norm,
                 last=block.context_pre_only,
+                attention=config.layout_attention,
+                mlp_dim=config.layout_mlp_dim,
             )
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.in_channels
+
+    @property
+    def latent_multiple(self) -> int:
+        return self.config.patch_size
+
+    @property
+    def max_latent_side(self) -> int | None:
+        return self.config.pos_embed_max_size * self.config.patch_size
+
+    def model_inputs(
+        self, latents: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, guidance: float = 1.0
+    ) -> dict[str, Any]:
+        del guidance  # no base of this family is guidance-distilled
+        return {
+            "hidden_states": latents,
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": pooled,
+            "timestep": 1000 * t,
+        }
+
+    def as_latents(self, sample: Tensor, height: int, width: int) -> Tensor:
+        assert sample.shape[-2:] == (height, width)
+        return sample
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -223,14 +258,17 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
 
         for index, block in enumerate(self.transformer_blocks):
             if skip_layers is None or index not in skip_layers:
-                # Positional: that is how the checkpointing function hands arguments on.
-                inputs: tuple[Any, ...] = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-                inputs += (layout_states, layout_key_mask, layout_gain)
-                if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    outputs = self._gradient_checkpointing_func(block, *inputs)
-                else:
-                    outputs = block(*inputs)
-                encoder_hidden_states, hidden_states, layout_states = outputs
+                encoder_hidden_states, hidden_states, layout_states = self.run_block(
+                    index,
+                    block,
+                    hidden_states,
+                    encoder_hidden_states,
+                    temb,
+                    joint_attention_kwargs,
+                    layout_states,
+                    layout_key_mask,
+                    layout_gain,
+                )
             if block_controlnet_hidden_states is not None and not block.context_pre_only:
                 interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
                 hidden_states = hidden_states + block_controlnet_hidden_states[int(index / interval)]
@@ -241,3 +279,33 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         hidden_states = hidden_states.unflatten(-1, (patch, patch, self.out_channels))
         sample = torch.einsum("nhwpqc->nchpwq", hidden_states).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+# transformer/config.json of stabilityai/stable-diffusion-3-medium-diffusers, -3.5-medium and -3.5-large.
+_MEDIUM: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+
+FAMILY = Family(
+    transformer=LayoutSD3Transformer2DModel,
+    stock_class="SD3Transformer2DModel",
+    vae_scale_factor=8,
+    text_tokens=77 + 256,  # CLIP and T5
+    presets={
+        "sd3-medium": _MEDIUM,
+        "sd3.5-medium": _MEDIUM
+        | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+        "sd3.5-large": _MEDIUM
+        | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
+    },
+)

@@ -1,0 +1,280 @@
+"""FLUX.1 (dev and schnell) with a layout stream: a subclass of diffusers' transformer; its blocks are in `flux_blocks`.
+
+Only the forward that must carry the third stream is restated (diffusers 0.42.1,
+models/transformers/transformer_flux.py). With `phrase_tokens`, `layout_single_blocks` and `mask_padding=False` the stream
+is numerically that of CreatiLayout (HuiZhang0812/CreatiLayout at 860d8bd, src/models/transformer_flux_SiamLayout.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import ceil
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+# `ModelMixin` must be in this namespace: diffusers' loader looks for it in the module that model_index.json names.
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
+from mmdit_lora.models.flux_blocks import LayoutFluxSingleTransformerBlock, LayoutFluxTransformerBlock
+from mmdit_lora.models.layout_attention import JointAttnProcessor
+from mmdit_lora.models.layout_stream import LayoutInputs, LayoutProcessor, LayoutStream, SingleLayoutStream
+
+__all__ = ["LayoutFluxTransformer2DModel", "ModelMixin"]
+
+LAYOUT_POSITION = -1.0  # all three rotary ids of every layout token, as in CreatiLayout (`fix_bbox_ids`)
+
+
+class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
+    """diffusers' `FluxTransformer2DModel` with a layout stream.
+
+    All arguments of the base are restated, so that a saved config is complete. Added:
+
+    Args:
+        phrase_dim: P, the width of a phrase embedding; default `pooled_projection_dim`, or `joint_attention_dim` with
+            `phrase_tokens`.
+        phrase_tokens: K, the T5 tokens that stand for a phrase, projected by the base's own `context_embedder` (CreatiLayout:
+            30); None = one pooled CLIP embedding a phrase.
+        mask_padding, layout_slots, layout_attention, layout_mlp_dim: as in `LayoutSD3Transformer2DModel`.
+        layout_single_blocks: the single-stream blocks have a layout stream too, as in CreatiLayout.
+    """
+
+    family: ClassVar[str] = "flux"
+    _no_split_modules: ClassVar[list[str]] = ["LayoutFluxTransformerBlock", "LayoutFluxSingleTransformerBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["LayoutFluxTransformerBlock", "LayoutFluxSingleTransformerBlock"]
+    # The base's plans split image tokens and heads over devices, and know nothing of layout tokens.
+    _cp_plan = None
+    _tp_plan = None
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        phrase_dim: int | None = None,  # noqa: ARG002 - read from the config
+        phrase_tokens: int | None = None,  # noqa: ARG002 - read from the config
+        mask_padding: bool = True,  # noqa: ARG002 - read from the config
+        layout_slots: int | None = None,  # noqa: ARG002 - read from the config
+        layout_attention: str = "siamese",
+        layout_mlp_dim: int | None = None,  # noqa: ARG002 - read from the config
+        layout_single_blocks: bool = False,  # noqa: ARG002 - read from the config
+    ) -> None:
+        check_layout_attention(layout_attention)
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=0,  # the base's blocks would be built only to be replaced
+            num_single_layers=0,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers)
+        sizes = {
+            "dim": self.inner_dim,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+        }
+        self.transformer_blocks = nn.ModuleList(LayoutFluxTransformerBlock(**sizes) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            LayoutFluxSingleTransformerBlock(**sizes) for _ in range(num_single_layers)
+        )
+        if layout_attention == "cross":
+            for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+                block.attn.set_processor(JointAttnProcessor(image_first=False))
+        self.build_layout_stream()
+        self._guidance_branch = "cond"
+
+    def build_layout_stream(self) -> None:
+        """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
+        config = self.config
+        self.layout_processor = LayoutProcessor(None if self.phrase_tokens else self.phrase_dim, self.inner_dim)
+        sizes = {"dim": self.inner_dim, "num_heads": config.num_attention_heads, "head_dim": config.attention_head_dim}
+        options = {"attention": config.layout_attention, "mlp_dim": config.layout_mlp_dim}
+        singles: list[Any] = list(self.single_transformer_blocks) if config.layout_single_blocks else []
+        doubles: list[Any] = list(self.transformer_blocks)
+        for index, block in enumerate(doubles):
+            last = not singles and index == len(doubles) - 1
+            block.layout_stream = LayoutStream(**sizes, **options, qk_norm="rms_norm", last=last)
+        for index, block in enumerate(singles):
+            block.layout_stream = SingleLayoutStream(**sizes, **options, last=index == len(singles) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.in_channels // 4  # a token is 2 x 2 cells
+
+    @property
+    def latent_multiple(self) -> int:
+        return 2
+
+    def model_inputs(
+        self, latents: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, guidance: float = 1.0
+    ) -> dict[str, Any]:
+        height, width = (side // 2 for side in latents.shape[-2:])
+        # (B, C, 2 h, 2 w) -> (B, h w, 4 C), as diffusers' FluxPipeline packs and numbers them.
+        patches = latents.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+        inputs: dict[str, Any] = {
+            "hidden_states": patches.reshape(len(latents), height * width, -1),
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": pooled,
+            "timestep": t,
+            "img_ids": image_ids.to(latents),
+            "txt_ids": latents.new_zeros(prompt_embeds.shape[1], 3),
+        }
+        if self.config.guidance_embeds:
+            inputs["guidance"] = torch.full_like(t, guidance)
+        return inputs
+
+    def as_latents(self, sample: Tensor, height: int, width: int) -> Tensor:
+        patches = sample.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(sample), -1, height, width)
+
+    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
+        """Run the MLPs in chunks along `dim`, 0 = batch, 1 = tokens, as diffusers' other transformers do."""
+        if dim not in (0, 1):
+            raise ValueError(f"dim is {dim}; give 0 (batch) or 1 (tokens)")
+        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+            block.set_chunk_feed_forward(chunk_size or 1, dim)
+
+    def disable_forward_chunking(self) -> None:
+        """Run the MLPs whole again."""
+        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+            block.set_chunk_feed_forward(None)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """diffusers' pipelines say with it which call of true classifier-free guidance follows, "cond" or "uncond".
+
+        Both calls get the same attention kwargs, in which the layout rides; "uncond" is meant without it.
+        """
+        before, self._guidance_branch = self._guidance_branch, name
+        try:
+            with super().cache_context(name, **kwargs):
+                yield
+        finally:
+            self._guidance_branch = before
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: list[Tensor] | None = None,
+        controlnet_single_block_samples: list[Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+        layout: LayoutInputs | None = None,
+        layout_scale: float = 1.0,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity; what diffusers' class has is as there.
+
+        Args:
+            hidden_states: (B, L, 4 C) packed noisy latents.
+            layout, layout_scale: see `LayoutSD3Transformer2DModel.forward`.
+
+        Raises:
+            ValueError: the layout is given twice, its batch fits neither B nor 2B, or its phrases are of another size.
+        """
+        joint_attention_kwargs, layout, layout_scale = take_layout(joint_attention_kwargs, layout, layout_scale)
+        layout = self.select_layout(layout, batch=hidden_states.shape[0], scale=layout_scale)
+        if layout is not None and self._guidance_branch == "uncond":
+            layout = layout.dropped()
+        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale)
+
+        hidden_states = self.x_embedder(hidden_states)
+        assert timestep is not None
+        timestep = timestep.to(hidden_states.dtype) * 1000
+        embedded = (timestep,) if guidance is None else (timestep, guidance.to(hidden_states.dtype) * 1000)
+        temb = self.time_text_embed(*embedded, pooled_projections)
+        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        assert img_ids is not None
+        assert txt_ids is not None
+        img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
+        image_rotary_emb = self.pos_embed(torch.cat([txt_ids, img_ids]))
+        layout_rotary_emb = None
+        if layout_states is not None:
+            layout_ids = img_ids.new_full((layout_states.shape[1], 3), LAYOUT_POSITION)
+            layout_rotary_emb = self.pos_embed(torch.cat([img_ids, layout_ids]))
+
+        if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
+            ip_embeds = joint_attention_kwargs.pop("ip_adapter_image_embeds")
+            joint_attention_kwargs.update(ip_hidden_states=self.encoder_hid_proj(ip_embeds))
+
+        doubles = len(self.transformer_blocks)
+        for index, block in enumerate([*self.transformer_blocks, *self.single_transformer_blocks]):
+            third: tuple[Any, ...] = (layout_states, layout_key_mask, layout_gain, layout_rotary_emb)
+            if layout_states is None or not hasattr(block, "layout_stream"):
+                third = ()
+            encoder_hidden_states, hidden_states, layout_states = self.run_block(
+                index,
+                block,
+                hidden_states,
+                encoder_hidden_states,
+                temb,
+                image_rotary_emb,
+                joint_attention_kwargs,
+                *third,
+            )
+            if index < doubles and controlnet_block_samples is not None:
+                samples, place, blocks = controlnet_block_samples, index, doubles
+            elif index >= doubles and controlnet_single_block_samples is not None:
+                samples, place = controlnet_single_block_samples, index - doubles
+                blocks = len(self.single_transformer_blocks)
+            else:
+                continue
+            repeat = controlnet_blocks_repeat and index < doubles  # for XLabs' ControlNet
+            place = place % len(samples) if repeat else place // ceil(blocks / len(samples))
+            hidden_states = hidden_states + samples[place]
+
+        output = self.proj_out(self.norm_out(hidden_states, temb))
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+# transformer/config.json of black-forest-labs/FLUX.1-dev and FLUX.1-schnell.
+_SCHNELL: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+}
+
+FAMILY = Family(
+    transformer=LayoutFluxTransformer2DModel,
+    stock_class="FluxTransformer2DModel",
+    vae_scale_factor=8,
+    text_tokens=512,
+    presets={"flux-dev": _SCHNELL | {"guidance_embeds": True}, "flux-schnell": _SCHNELL},
+)
