@@ -80,6 +80,28 @@ class LoraSection(Section):
     dora: bool = Field(default=False, description="DoRA: magnitude and direction are trained apart")
 
 
+class StreamSection(Section):
+    attention: Literal["siamese", "cross"] | None = Field(
+        default=None,
+        description="how image tokens read the layout: siamese | cross (cheaper); null = as the base has it, siamese in a new one",
+    )
+    init: Literal["copy_text", "copy_image", "random"] | None = Field(
+        default=None, description="what a new stream starts from: copy_text | copy_image | random; null = copy_text"
+    )
+    seed: int | None = Field(
+        default=None, description="seed of what is random in a new stream; null = train.seed", ge=0, le=MAX_SEED
+    )
+    single_blocks: bool | None = Field(
+        default=None,
+        description="a stream in the single-stream blocks too; null = as the base has it, false in a new one",
+    )
+    phrase_tokens: int | None = Field(
+        default=None,
+        description="text tokens that stand for a phrase; null = as the base has it, one pooled embedding in a new one",
+        ge=1,
+    )
+
+
 class FlowSection(Section):
     timesteps: Literal["logit_normal", "mode", "uniform"] = Field(
         default="logit_normal", description="how t is drawn in training: logit_normal | mode | uniform"
@@ -92,6 +114,11 @@ class FlowSection(Section):
     )
     inside_weight: float = Field(
         default=1.0, description="weight of the loss inside boxes, relative to outside (1 = off)", gt=0
+    )
+    guidance: float = Field(
+        default=1.0,
+        description="embedded guidance that a guidance-distilled base is trained with; others take 1.0",
+        ge=0,
     )
 
 
@@ -115,7 +142,17 @@ class TrainSection(Section):
     layout_dropout: float = Field(
         default=0.0, description="share of samples trained without their layout (method full only)", ge=0, le=1
     )
-    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        default=False, description="less memory, up to a third more time: false | true | k (every k-th block)"
+    )
+    attention_backend: str | None = Field(
+        default=None, description="diffusers' name of an attention backend, e.g. _native_cudnn; null = its default"
+    )
+    compile: bool = Field(default=False, description="compile the blocks: minutes at the start, then faster steps")
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none",
+        description="the frozen base's linears: none | int8 (torchao) | nf4 (bitsandbytes, on a GPU); the stream stays as it is",
+    )
     checkpoint_every: int = Field(
         default=500, description="steps between checkpoints that a run can resume from; 0 = none", ge=0
     )
@@ -164,6 +201,9 @@ class Config(Section):
     )
     data: DataSection = Field(description="the data set")
     lora: LoraSection = Field(default=LoraSection(), description="the adapter (method lora)")
+    stream: StreamSection = Field(
+        default=StreamSection(), description="the layout stream of a base that has none; or a check of one that has it"
+    )
     flow: FlowSection = Field(default=FlowSection(), description="the rectified-flow objective")
     train: TrainSection = Field(default=TrainSection(), description="the training loop")
     tracking: TrackingSection = Field(default=TrackingSection(), description="where the curves go")
@@ -177,6 +217,12 @@ class Config(Section):
                 f"is {train.layout_dropout} with method {self.method}: without a layout a frozen base trains nothing",
                 where="train.layout_dropout",
                 cure="set it to 0, or train with method full",
+            )
+        if self.method == "full" and train.quantization != "none":
+            raise InputError(
+                f"is {train.quantization} with method full: a quantised base stays frozen",
+                where="train.quantization",
+                cure="set it to none, or train with method lora or layout_stream",
             )
         if data.validation is not None and _same_path(data.path, data.validation):
             raise InputError(
@@ -203,6 +249,7 @@ class Config(Section):
 SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "lora": LoraSection,
+    "stream": StreamSection,
     "flow": FlowSection,
     "train": TrainSection,
     "tracking": TrackingSection,
@@ -296,7 +343,8 @@ def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str
     if isinstance(own, InputError):
         keys = tuple((own.where or "").split("."))
         return own.at(_place(keys, places, file))
-    keys = tuple(key for key in first["loc"] if isinstance(key, str))
+    # Behind the field's own name come places in a list, and the members of a union that were tried.
+    keys = tuple(str(key) for key in first["loc"][: 2 if first["loc"] and first["loc"][0] in SECTIONS else 1])
     name = ".".join(keys)
     if first["type"] == "missing":
         return InputError(f"{name!r} is missing", where=_place(keys[:-1], places, file), cure=_meaning(keys))
