@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -188,21 +189,59 @@ def lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[n
 
 
 def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
-    """Take an adapter off; with the last one the model has its plain linears back."""
+    """Take an adapter off. Others stay as they are: active or not, with their weights; linears that carry none are plain again."""
     if set(model.peft_config) == {adapter_name}:  # type: ignore[arg-type]
         model.unload_lora()  # type: ignore[operator]
-    else:
+        return
+    with keep_active(model), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Adapter .* was active which is now deleted"
+        )  # PEFT would take another
         model.delete_adapters(adapter_name)  # type: ignore[operator]
+    for name, layer in list(_tuner_layers(model)):
+        if not _adapters_of(layer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+
+
+@contextmanager
+def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) -> Iterator[None]:
+    """Adapters that are active stay active beside those that join in this context, at their weights, frozen or not as before.
+
+    PEFT switches off all others when an adapter is added, and may switch one on when another is deleted.
+
+    Args:
+        keep: which of the active adapters, by name.
+    """
+    active = {layer: list(layer.active_adapters) for _, layer in _tuner_layers(model)}
+    trained = {p: p.requires_grad for p in model.parameters()}
+    before = set(getattr(model, "peft_config", {}))
+    everywhere = next(iter(active.values()), [])  # layers that an adapter brings have the same ones active
+    try:
+        yield
+    finally:
+        now = getattr(model, "peft_config", {})
+        for _, layer in _tuner_layers(model):
+            kept = [name for name in active.get(layer, everywhere) if name in now and keep(name)]
+            layer.set_adapter(kept + [name for name in now if name not in before])
+        for parameter in model.parameters():
+            if parameter in trained:
+                parameter.requires_grad_(trained[parameter])
+
+
+def is_layout_adapter(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter of the model adapts any part of the layout stream."""
+    return any("layout" in name and adapter_name in _adapters_of(layer) for name, layer in _tuner_layers(model))
 
 
 def inject(model: nn.Module, config: peft.LoraConfig, adapter_name: str) -> None:
-    """diffusers' `add_adapter`, quietly, and in the model's mode: PEFT's layers start in training mode, and would drop out."""
-    with warnings.catch_warnings():
+    """diffusers' `add_adapter`, quietly, beside the active adapters, and in the model's mode: PEFT's layers start in
+    training mode, and would drop out."""
+    with keep_active(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         model.add_adapter(config, adapter_name)  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            cast(nn.Module, module).train(model.training)
+    for _, layer in _tuner_layers(model):
+        cast(nn.Module, layer).train(model.training)
 
 
 def merge_adapter(model: Any, *, in_place: bool = False) -> Any:
@@ -264,6 +303,14 @@ def _refuse_impure(config: peft.LoraConfig) -> None:
         )
 
 
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+
+
+def _adapters_of(layer: Any) -> list[str]:
+    return list(getattr(layer, "r", ()))
+
+
 def _inside_tuner(name: str) -> bool:
     """Whether a module is part of a LoRA layer that an earlier adapter made."""
     return any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
@@ -279,6 +326,7 @@ def _dead_targets(model: nn.Module, targets: Iterable[str], zero_gates: list[str
     targets = list(targets)
     gates = [name for name, _ in model.named_modules() if name.endswith("layout_stream.out_proj")]
     streams = [name.removesuffix(".out_proj") for name in gates]
+    feeds_own_gate = [model.get_submodule(name).mlp_feeds_own_gate for name in streams]
     # A gate that is itself a target opens in the first step.
     open_at = [i for i, gate in enumerate(gates) if gate not in zero_gates or gate in targets]
     last_open = open_at[-1] if open_at else -1
@@ -292,8 +340,9 @@ def _dead_targets(model: nn.Module, targets: Iterable[str], zero_gates: list[str
             return bool(gates) and last_open < 0
         for index, stream in enumerate(streams):
             if name.startswith(f"{stream}."):
-                # The MLP's output is read by the next block's gate; all else of a stream by its own one too.
-                return last_open < index + name.startswith(f"{stream}.layout_mlp.")
+                # All of a stream is read by its own gate, but an MLP that works on layout tokens only: by the next one.
+                next_gate = name.startswith(f"{stream}.layout_mlp.") and not feeds_own_gate[index]
+                return last_open < index + next_gate
         return False
 
     return [name for name in targets if dead(name)]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.models.layout_stream import LayoutInputs, LayoutProcessor
+from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import StreamInit, copy_from_block
 
 logger = logging.getLogger("mmdit_lora")
@@ -282,6 +282,21 @@ class LayoutModelMixin(nn.Module):
         if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.gradient_checkpointing_every == 0:
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
+
+    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
+        """Run the MLPs in chunks of `chunk_size` (default 1) along `dim`, 0 = batch, 1 = tokens."""
+        if dim not in (0, 1):
+            raise ValueError(f"dim is {dim}; give 0 (batch) or 1 (tokens)")
+        self._set_chunks(chunk_size or 1, dim)
+
+    def disable_forward_chunking(self) -> None:
+        """Run the MLPs whole again."""
+        self._set_chunks(None, 0)
+
+    def _set_chunks(self, chunk_size: int | None, dim: int) -> None:
+        for module in self.modules():
+            if isinstance(module, ChunkedFeedForward):
+                module.set_chunk_feed_forward(chunk_size, dim)
 
     def enable_cache(self, config: Any) -> None:
         """Not supported: diffusers' caches (FirstBlockCache and others) know two streams.

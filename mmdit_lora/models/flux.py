@@ -151,18 +151,6 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         patches = sample.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(sample), -1, height, width)
 
-    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
-        """Run the MLPs in chunks along `dim`, 0 = batch, 1 = tokens, as diffusers' other transformers do."""
-        if dim not in (0, 1):
-            raise ValueError(f"dim is {dim}; give 0 (batch) or 1 (tokens)")
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
-            block.set_chunk_feed_forward(chunk_size or 1, dim)
-
-    def disable_forward_chunking(self) -> None:
-        """Run the MLPs whole again."""
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
-            block.set_chunk_feed_forward(None)
-
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """diffusers' pipelines say with it which call of true classifier-free guidance follows, "cond" or "uncond".

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers.models.attention import _chunked_feed_forward
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdit_lora.models.layout_attention import LayoutCrossAttention, RotaryEmbedding
-from mmdit_lora.models.layout_stream import LayoutStream, SingleLayoutStream, within_fp16
+from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutStream, SingleLayoutStream, within_fp16
 
 
-class _ThirdStream(nn.Module):
+class _ThirdStream(ChunkedFeedForward):
     """What both kinds of blocks share."""
-
-    _chunk_size: int | None = None
-    _chunk_dim: int = 0
-
-    if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
-        """Run the MLPs in chunks of `chunk_size` along `dim`, 0 = batch, 1 = tokens; None = whole."""
-        self._chunk_size, self._chunk_dim = chunk_size, dim
-
-    def chunked(self, feed_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self._chunk_size is None:
-            return feed_forward(x)
-        return _chunked_feed_forward(feed_forward, x, self._chunk_dim, self._chunk_size)
 
     def share_queries(self) -> dict[str, Any]:
         """Arguments that make the block's attention answer its queries too, where the layout stream reads them."""
@@ -94,13 +76,13 @@ class LayoutFluxTransformerBlock(_ThirdStream, FluxTransformerBlock):
         hidden_states = hidden_states + attn_out
 
         norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * self.chunked(self.ff, norm_hidden_states)
+        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * self.in_chunks(self.ff, norm_hidden_states)
         if others:  # of an IP-Adapter
             hidden_states = hidden_states + others[0]
 
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * text_attn_out
         norm_text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
-        text_ff = self.chunked(self.ff_context, norm_text)
+        text_ff = self.in_chunks(self.ff_context, norm_text)
         encoder_hidden_states = within_fp16(encoder_hidden_states + text_gate_mlp.unsqueeze(1) * text_ff)
         return encoder_hidden_states, hidden_states, layout_states
 
@@ -161,4 +143,4 @@ class LayoutFluxSingleTransformerBlock(_ThirdStream, FluxSingleTransformerBlock)
             mlp = self.act_mlp(self.proj_mlp(both[..., dim:]))
             return self.proj_out(torch.cat([both[..., :dim], mlp], dim=2))
 
-        return self.chunked(project, torch.cat([attn_out, norm_hidden_states], dim=2))
+        return self.in_chunks(project, torch.cat([attn_out, norm_hidden_states], dim=2))

@@ -97,7 +97,7 @@ class JointAttnProcessor:
         return torch.cat([image, other] if self.image_first else [other, image], dim=1)
 
 
-class LayoutCrossAttention(nn.Module, AttentionModuleMixin):
+class LayoutCrossAttention(AttentionModuleMixin, nn.Module):
     """Image tokens read the layout tokens, with queries that the block's own attention made already; layout tokens read
     one another, through the same keys and values.
 

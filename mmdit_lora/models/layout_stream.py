@@ -9,8 +9,9 @@ blocks N counts layout tokens, slots x K.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -245,7 +246,29 @@ class LayoutStream(nn.Module):
         return residual, within_fp16(layout_states)
 
 
-class SingleLayoutStream(nn.Module):
+class ChunkedFeedForward(nn.Module):
+    """A block whose MLPs can run in chunks, to save memory: diffusers' `set_chunk_feed_forward`."""
+
+    _chunk_size: int | None = None
+    _chunk_dim: int = 0
+
+    if TYPE_CHECKING:  # what a diffusers block brings; nn.Module's own answer, "Tensor | Module", fits nothing
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
+        """Chunks of `chunk_size` along `dim`, 0 = batch, 1 = tokens; None = whole. The last chunk may be smaller."""
+        self._chunk_size, self._chunk_dim = chunk_size, dim
+
+    def in_chunks(self, feed_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`feed_forward(x)`; x (B, S, D)."""
+        if self._chunk_size is None:
+            return feed_forward(x)
+        parts = x.split(self._chunk_size, dim=self._chunk_dim)
+        return torch.cat([feed_forward(part) for part in parts], dim=self._chunk_dim)
+
+
+class SingleLayoutStream(ChunkedFeedForward):
     """The layout's part of a block whose tokens share one set of weights, attention and MLP side by side.
 
     "siamese": image and layout tokens together pass a whole copy of such a block; the image side leaves through `out_proj`
@@ -312,7 +335,7 @@ class SingleLayoutStream(nn.Module):
         count = hidden_states.shape[1]
         norm_states, gate = self.norm1(torch.cat([hidden_states, layout_states], dim=1), emb=temb)
         out = self.attn(norm_states, attention_mask=joint_mask(key_mask, count), image_rotary_emb=rotary_emb)
-        out = gate.unsqueeze(1) * (out + self.layout_mlp(norm_states))
+        out = gate.unsqueeze(1) * (out + self.in_chunks(self.layout_mlp, norm_states))
         return self.out_proj(out[:, :count]), within_fp16(layout_states + out[:, count:])
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 # `ModelMixin` must be in this namespace: diffusers' loader looks for it in the module that model_index.json names.
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
 from mmdit_lora.models.layout_attention import JointAttnProcessor, LayoutCrossAttention
-from mmdit_lora.models.layout_stream import LayoutInputs, LayoutProcessor, LayoutStream
+from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor, LayoutStream
 
 __all__ = ["LayoutSD3Transformer2DModel", "LayoutSD3TransformerBlock", "ModelMixin"]
 
 
-class LayoutSD3TransformerBlock(JointTransformerBlock):
+class LayoutSD3TransformerBlock(ChunkedFeedForward, JointTransformerBlock):
     """diffusers' `JointTransformerBlock` with a third stream, `layout_stream`."""
 
     layout_stream: LayoutStream
@@ -88,19 +88,14 @@ class LayoutSD3TransformerBlock(JointTransformerBlock):
             hidden_states = hidden_states + gate_msa2.unsqueeze(1) * attn_out2
 
         norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * self._feed_forward(self.ff, norm_hidden_states)
+        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * self.in_chunks(self.ff, norm_hidden_states)
 
         if self.context_pre_only:
             return None, hidden_states, layout_states
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * text_attn_out
         norm_text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
-        text_ff = self._feed_forward(self.ff_context, norm_text)
+        text_ff = self.in_chunks(self.ff_context, norm_text)
         return encoder_hidden_states + text_gate_mlp.unsqueeze(1) * text_ff, hidden_states, layout_states
-
-    def _feed_forward(self, feed_forward: nn.Module, x: Tensor) -> Tensor:
-        if self._chunk_size is None:
-            return feed_forward(x)
-        return _chunked_feed_forward(feed_forward, x, self._chunk_dim, self._chunk_size)
 
 
 class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
