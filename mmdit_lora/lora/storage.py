@@ -102,7 +102,8 @@ def load_adapter(
     dtype: torch.dtype | None = None,
     expect_fingerprint: str | None = None,
 ) -> None:
-    """Add an adapter from a PEFT folder; it becomes the active one (`model.set_adapters([...], weights)` mixes several).
+    """Add an adapter from a PEFT folder. It acts beside the adapters that are active, whose weights stay as they are
+    (`model.set_adapters([...], weights)` chooses and mixes).
 
     Args:
         trainable: its weights train, in fp32, and all else is frozen; else it is frozen too.
