@@ -208,7 +208,7 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
 def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) -> Iterator[None]:
     """Adapters that are active stay active beside those that join in this context, at their weights, frozen or not as before.
 
-    PEFT switches off all others when an adapter is added, and may switch one on when another is deleted.
+    PEFT switches off all others when an adapter is added, and may switch one on when another is deleted, and warns of both.
 
     Args:
         keep: which of the active adapters, by name.
@@ -218,7 +218,10 @@ def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) 
     before = set(getattr(model, "peft_config", {}))
     everywhere = next(iter(active.values()), [])  # layers that an adapter brings have the same ones active
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+            yield
     finally:
         now = getattr(model, "peft_config", {})
         for _, layer in _tuner_layers(model):
@@ -237,8 +240,7 @@ def is_layout_adapter(model: nn.Module, adapter_name: str) -> bool:
 def inject(model: nn.Module, config: peft.LoraConfig, adapter_name: str) -> None:
     """diffusers' `add_adapter`, quietly, beside the active adapters, and in the model's mode: PEFT's layers start in
     training mode, and would drop out."""
-    with keep_active(model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+    with keep_active(model):
         model.add_adapter(config, adapter_name)  # type: ignore[operator]
     for _, layer in _tuner_layers(model):
         cast(nn.Module, layer).train(model.training)

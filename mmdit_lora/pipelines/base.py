@@ -18,6 +18,7 @@ from torch import Tensor
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
+from mmdit_lora.lora import is_layout_adapter, keep_active
 from mmdit_lora.models.base import LayoutModelMixin
 from mmdit_lora.models.layout_stream import LayoutInputs
 
@@ -32,6 +33,9 @@ _SHARED_OPTIONS = (
     "local_files_only",
     "use_safetensors",
 )
+
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class LayoutPipeline(DiffusionPipeline):
@@ -104,6 +108,29 @@ class LayoutPipeline(DiffusionPipeline):
         components, settings = cls._get_signature_keys(cls)
         known = {**{key: pipeline.config[key] for key in settings if key in pipeline.config}, **pipeline.components}
         return cls(**{**{key: value for key, value in known.items() if key in {*components, *settings}}, **kwargs})
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> None:
+        """As diffusers'; layout adapters that are active stay active beside the new LoRA (there, it would switch them off).
+
+        Raises:
+            InputError: the file is a pickle (only safetensors are read), or nothing in it is for this pipeline.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        file = str(source) if isinstance(source, str | Path) else None
+        for name in (kwargs.get("weight_name"), file):
+            if name is not None and Path(name).suffix in _PICKLES:
+                raise InputError("is a pickle, which may run code", where=str(name), cure="get it as .safetensors")
+        kwargs["use_safetensors"] = True
+        before = self.get_list_adapters()
+        layout = [name for name in before.get("transformer", ()) if is_layout_adapter(self.transformer, name)]
+        with keep_active(self.transformer, layout.__contains__):
+            super().load_lora_weights(source, **kwargs)
+        if self.get_list_adapters() == before and not kwargs.get("hotswap"):
+            raise InputError(
+                "holds no LoRA for this pipeline",
+                where=file,
+                cure="give one of this family, in the names of diffusers or of kohya-ss/sd-scripts",
+            )
 
     # -- sizes
 

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mmdit_lora.lora.kohya import from_kohya, is_kohya
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines.base import LayoutPipeline
@@ -70,6 +71,19 @@ class _StableDiffusion3(LayoutPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """As diffusers', and it also reads files in the names of kohya-ss/sd-scripts, which diffusers does not convert here.
+
+        Raises:
+            InputError: such a file has parts that have no place in this family.
+        """
+        loaded = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        state, *metadata = loaded if isinstance(loaded, tuple) else (loaded,)
+        if is_kohya(state):
+            state = from_kohya(state)
+        return (state, *metadata) if metadata else state
 
     @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
