@@ -17,7 +17,7 @@ from mmdit_lora.evaluate.draw import before_after, save_png
 from mmdit_lora.evaluate.sides import Evaluation, evaluate
 from mmdit_lora.export import TARGETS, export_adapter
 from mmdit_lora.files import write_json
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings
+from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 from mmdit_lora.training.trainer import train
 
 CONFIG = "configs/quickstart.yaml"
@@ -106,7 +106,7 @@ def find_file(name: str) -> Path:
     )
 
 
-def _evaluate(pipe: LayoutStableDiffusion3Pipeline, folder: Path, name: str, tell: Tell) -> Evaluation:
+def _evaluate(pipe: LayoutPipeline, folder: Path, name: str, tell: Tell) -> Evaluation:
     pipe.transformer.eval()
     records = read_dataset(folder)
     return evaluate(

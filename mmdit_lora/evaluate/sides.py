@@ -15,7 +15,7 @@ from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.reader import BoxReading, per_picture, readable, summarise
 from mmdit_lora.layout import Layout
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, paint
+from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 
 BOX_GROUPS = ((1, 4), (5, 10))  # numbers of boxes a picture that are also reported apart
 
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def evaluate(
-    pipe: LayoutStableDiffusion3Pipeline,
+    pipe: LayoutPipeline,
     records: Sequence[Record],
     settings: PaintSettings,
     *,
@@ -84,7 +84,7 @@ def evaluate(
             where=records[0].where if records else None,
             cure="for photographs, compare the held-out denoising loss that `train` writes into report.json",
         )
-    size = settings.size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+    size = settings.size or (pipe.default_side,) * 2
     prepared = [prepare(record.load(), record.layout, size) for record in records]
     layouts = [layout for _, layout in prepared]
     truth = through_vae(pipe, [pixels for pixels, _ in prepared], batch_size=settings.batch_size)
@@ -111,9 +111,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def through_vae(
-    pipe: LayoutStableDiffusion3Pipeline, pixels: Sequence[torch.Tensor], *, batch_size: int
-) -> list[Image.Image]:
+def through_vae(pipe: LayoutPipeline, pixels: Sequence[torch.Tensor], *, batch_size: int) -> list[Image.Image]:
     """(3, H, W) pictures in [-1, 1], encoded and decoded: the best that this base could paint."""
     out: list[Image.Image] = []
     for start in range(0, len(pixels), batch_size):

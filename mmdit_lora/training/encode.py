@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
+from mmdit_lora.pipelines import LayoutPipeline
 
 CACHE_BYTES = 4 * 2**30
 
@@ -62,7 +62,7 @@ class Encoder:
         pipe: its VAE and text encoders are used where they lie.
     """
 
-    def __init__(self, pipe: LayoutStableDiffusion3Pipeline) -> None:
+    def __init__(self, pipe: LayoutPipeline) -> None:
         self.pipe = pipe
         self._prompts = TensorCache()
         self._phrases: dict[str, Tensor] = {}
@@ -88,19 +88,13 @@ class Encoder:
 
     @torch.no_grad()
     def phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
-        """phrase -> pooled embedding (P,), on the CPU. Phrases repeat a lot and are small, so all are kept."""
+        """phrase -> embedding, pooled (P,) or of tokens (K, P), on the CPU. Phrases repeat a lot: all are kept."""
         for phrase in set(phrases) - self._phrases.keys():
             self._phrases[phrase] = self.pipe.encode_phrases([phrase])[0].cpu()
         return self._phrases
 
     def _prompt(self, caption: str) -> tuple[Tensor, Tensor]:
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            caption,
-            None,
-            None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.pipe.config.max_sequence_length,
-        )
+        embeds, pooled = self.pipe.encode_caption(caption)
         return embeds.cpu(), pooled.cpu()
 
 

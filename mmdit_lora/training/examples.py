@@ -106,8 +106,13 @@ class Examples:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
         embeds, pooled = self.encoder.prompts(captions)
         phrases = self.encoder.phrases([box.phrase for layout in layouts for box in layout.boxes])
+        transformer = self.encoder.pipe.transformer
         inputs = collate_layouts(
-            layouts, phrases, phrase_dim=self.encoder.pipe.transformer.phrase_dim, slots=self.slots
+            layouts,
+            phrases,
+            phrase_dim=transformer.phrase_dim,
+            phrase_tokens=transformer.phrase_tokens,
+            slots=self.slots,
         )
         inputs = type(inputs)(inputs.boxes, inputs.phrase_embeds, inputs.mask & ~no_layout[:, None])
         return Batch(latents, noise, torch.cat(times), embeds, pooled, inputs)

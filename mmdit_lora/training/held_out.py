@@ -31,7 +31,7 @@ def held_out_losses(model: nn.Module, examples: Examples, device: torch.device, 
         for start in range(0, count, batch_size):
             indices = list(range(start, min(start + batch_size, count)))
             batch = examples.held_out_batch(indices, draw)
-            out[indices] += losses(model, batch.to(device)).cpu() / _DRAWS
+            out[indices] += losses(model, batch.to(device), guidance=examples.config.flow.guidance).cpu() / _DRAWS
     model.train(was_training)
     return out
 

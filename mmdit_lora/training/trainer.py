@@ -25,12 +25,10 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
 from mmdit_lora.files import write_json, write_text
-from mmdit_lora.lora import base_fingerprint
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, check_side, load_pipeline, paint
+from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 from mmdit_lora.training.checkpoint import (
     Checkpoint,
     checkpoints,
-    remove_leftovers,
     save_checkpoint,
     trainable_parameters,
 )
@@ -38,15 +36,13 @@ from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.examples import Examples, seeded
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses
 from mmdit_lora.training.method import TrainableReport, set_trainable
+from mmdit_lora.training.opening import open_base
+from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT, check_output
 from mmdit_lora.training.result import save_result
 from mmdit_lora.training.split import fingerprint_records, split_records
 from mmdit_lora.training.step import losses
+from mmdit_lora.training.switches import apply_switches
 from mmdit_lora.training.tracking import Tracker, make_tracker
-
-CHECKPOINTS, CONFIG, REPORT = "checkpoints", "config.yaml", "report.json"
-# What may differ between a run and its resumption without changing what is trained.
-_FREE_ON_RESUME = {"output_dir", "tracking", "sample", "train.checkpoint_every", "train.keep_checkpoints"}
-_FREE_ON_RESUME |= {"train.validate_every", "train.sample_every", "train.sample_count", "train.log_every"}
 
 Progress = Callable[[int, dict[str, float]], None]
 
@@ -55,7 +51,7 @@ Progress = Callable[[int, dict[str, float]], None]
 class TrainResult:
     """What a finished run leaves. `report` is what `report.json` holds."""
 
-    pipe: LayoutStableDiffusion3Pipeline
+    pipe: LayoutPipeline
     folder: Path
     report: dict[str, Any]
     is_main: bool = True  # of several processes, the one that writes
@@ -67,7 +63,7 @@ class Run:
 
     config: Config
     accelerator: Accelerator
-    pipe: LayoutStableDiffusion3Pipeline
+    pipe: LayoutPipeline
     model: nn.Module
     trainable: TrainableReport
     optimizer: torch.optim.Optimizer
@@ -75,6 +71,7 @@ class Run:
     examples: Examples
     held_out: Examples | None
     fingerprints: dict[str, str]
+    dtype: torch.dtype
     step: int = 0
     tracker_run_id: str | None = None
     base_losses: Tensor | None = None
@@ -134,6 +131,7 @@ def train(config: Config, *, resume: bool = False, on_progress: Progress | None 
         report = _report(run, comparison)
         if main:
             save_result(run.pipe, config, report)
+            _settle(run)
             write_json(run.folder / REPORT, report)
         if tracker is not None:
             tracker.summary({key: value for key, value in report.items() if isinstance(value, int | float | str)})
@@ -153,24 +151,24 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         InputError: see `train`.
     """
     folder = Path(config.output_dir)
-    _check_output(folder, config, resume)
+    check_output(folder, config, resume)
     precision = config.train.mixed_precision
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    pipe = load_pipeline(config.base, dtype=dtype)
     records, held_out = _read_data(config)
+    pipe, base_fingerprint = open_base(config, dtype)
     size = _picture_size(config, pipe)
-    fingerprints = {"base": base_fingerprint(pipe.transformer), "data": fingerprint_records(records)}
+    _check_guidance(config, pipe)
+    fingerprints = {"base": base_fingerprint, "data": fingerprint_records(records)}
     pipe.to(accelerator.device)
 
     torch.manual_seed(config.train.seed)  # the adapter's initial weights
     trainable = set_trainable(pipe.transformer, config)
     pipe.transformer.train()
-    if config.train.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
     settings = config.train
+    apply_switches(pipe.transformer, settings, device=accelerator.device, dtype=dtype)
     optimizer = torch.optim.AdamW(
         trainable_parameters(pipe.transformer).values(),
         lr=settings.learning_rate,
@@ -197,7 +195,15 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         examples=Examples(records, encoder, config, size=size, slots=slots),
         held_out=Examples(held_out, encoder, config, size=size, slots=slots) if held_out else None,
         fingerprints=fingerprints,
+        dtype=dtype,
     )
+
+
+def _settle(run: Run) -> None:
+    """What trained in fp32 goes back to the dtype of the rest, so that the pipeline can be used as it is."""
+    if run.config.method != "lora":
+        for parameter in trainable_parameters(run.pipe.transformer).values():
+            parameter.data = parameter.data.to(run.dtype)
 
 
 def _loop(run: Run, tracker: Tracker | None, on_progress: Progress) -> None:
@@ -231,7 +237,8 @@ def _step(run: Run) -> dict[str, float]:
         torch.manual_seed(seeded("dropout", settings.seed, first).initial_seed())
         is_last = micro == settings.gradient_accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(run.model), accelerator.autocast():
-            loss = losses(run.model, batch, inside=run.config.flow.inside_weight).mean()
+            flow = run.config.flow
+            loss = losses(run.model, batch, inside=flow.inside_weight, guidance=flow.guidance).mean()
         value = loss.item()
         if not math.isfinite(value):
             names = [str(run.examples.record_at(p).image) for p in range(first, first + per_process)]
@@ -329,37 +336,6 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     run.seconds_before = state["seconds"]
 
 
-def _check_output(folder: Path, config: Config, resume: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError("is a file", where=f"output_dir {folder}", cure="give a folder")
-    found = checkpoints(folder / CHECKPOINTS)
-    if resume:
-        remove_leftovers(folder / CHECKPOINTS)
-        if found:
-            _check_same_config(found[-1], config)
-    elif found or (folder / CONFIG).exists():
-        raise InputError(
-            "already holds a run",
-            where=f"output_dir {folder}",
-            cure="go on with it by `--resume latest`, or give another output_dir",
-        )
-
-
-def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
-    before, now = checkpoint.state()["config"], config.model_dump(mode="json")
-    for section, value in now.items():
-        pairs = value.items() if isinstance(value, dict) else [(None, value)]
-        for key, new in pairs:
-            name = section if key is None else f"{section}.{key}"
-            old = before.get(section) if key is None else (before.get(section) or {}).get(key)
-            if old != new and section not in _FREE_ON_RESUME and name not in _FREE_ON_RESUME:
-                raise InputError(
-                    f"{name} is {new!r}, and was {old!r} when the run was started",
-                    where=str(checkpoint.folder),
-                    cure=f"resume with {name}={old}, or start a new run in another output_dir",
-                )
-
-
 def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
     data = config.data
     records = read_dataset(data.path, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
@@ -368,19 +344,29 @@ def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
     return split_records(records, data.validation_share)
 
 
-def _picture_size(config: Config, pipe: LayoutStableDiffusion3Pipeline) -> tuple[int, int]:
-    side = config.data.resolution or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+def _picture_size(config: Config, pipe: LayoutPipeline) -> tuple[int, int]:
+    side = config.data.resolution or pipe.default_side
     try:
-        check_side(pipe, side)
+        pipe.check_side(side)
     except InputError as error:
         raise InputError(error.what, where="data.resolution", cure=error.cure) from None
     return side, side
+
+
+def _check_guidance(config: Config, pipe: LayoutPipeline) -> None:
+    if config.flow.guidance != 1.0 and not getattr(pipe.transformer.config, "guidance_embeds", False):
+        raise InputError(
+            f"is {config.flow.guidance:g}, and {config.base} has no such input: it is not guidance-distilled",
+            where="flow.guidance",
+            cure="leave it at 1.0; sample.guidance_scale is the guidance of sampling",
+        )
 
 
 def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
     return {
         "method": run.config.method,
         "base": run.config.base,
+        "family": run.pipe.transformer.family,
         "fingerprints": run.fingerprints,
         "steps": run.step,
         "seconds": run.seconds,
