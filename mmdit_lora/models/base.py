@@ -242,16 +242,19 @@ class LayoutModelMixin(nn.Module):
         return layout
 
     def begin_layout(
-        self, layout: LayoutInputs | None, scale: float
+        self, layout: LayoutInputs | None, scale: float, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What the blocks take: layout tokens (B, N, D), key mask (B, N) or None, residual gain (B, 1, 1).
 
         N counts tokens: the slots, or K times as many where a phrase is K text tokens.
+
+        Args:
+            device: of the image tokens. Where weights lie says nothing: offloading keeps them elsewhere, or on meta.
         """
         if layout is None:
             return None, None, None
         anchor = self.layout_processor.null_box
-        layout = layout.to(anchor.device)
+        layout = layout.to(device)
         phrase_states = None
         if self.phrase_tokens is not None:
             # The base's own projection of text tokens, frozen with it, as in CreatiLayout.

@@ -195,7 +195,7 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         layout = self.select_layout(layout, batch=hidden_states.shape[0], scale=layout_scale)
         if layout is not None and self._guidance_branch == "uncond":
             layout = layout.dropped()
-        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale)
+        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale, hidden_states.device)
 
         hidden_states = self.x_embedder(hidden_states)
         assert timestep is not None

@@ -239,7 +239,7 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         """
         joint_attention_kwargs, layout, layout_scale = take_layout(joint_attention_kwargs, layout, layout_scale)
         layout = self.select_layout(layout, batch=hidden_states.shape[0], scale=layout_scale)
-        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale)
+        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale, hidden_states.device)
 
         height, width = hidden_states.shape[-2:]
         hidden_states = self.pos_embed(hidden_states).contiguous()
