@@ -76,19 +76,25 @@ def plain_twin(model: Any) -> Any:
 
 
 def tiny_layout(
-    counts: tuple[int, ...] = (3, 2), *, slots: int | None = None, seed: int = 1, width: int = 48
+    counts: tuple[int, ...] = (3, 2),
+    *,
+    slots: int | None = None,
+    seed: int = 1,
+    width: int = 48,
+    tokens: int | None = None,
 ) -> LayoutInputs:
     """Layouts with `counts` boxes, padded to `slots`. A layout's numbers do not depend on the padding or on the others."""
     slots = slots or max(*counts, 1)
+    phrase = (width,) if tokens is None else (tokens, width)
     boxes = torch.full((len(counts), slots, 4), 0.5)
-    phrases = torch.full((len(counts), slots, width), 7.0)  # visible rubbish in the padding
+    phrases = torch.full((len(counts), slots, *phrase), 7.0)  # visible rubbish in the padding
     mask = torch.zeros(len(counts), slots, dtype=torch.bool)
     for row, count in enumerate(counts):
         generator = torch.Generator().manual_seed(seed * 1000 + row)
         for column in range(count):
             corner = torch.rand(2, generator=generator) * 0.5
             boxes[row, column] = torch.cat([corner, corner + 0.1 + torch.rand(2, generator=generator) * 0.4])
-            phrases[row, column] = torch.randn(width, generator=generator)
+            phrases[row, column] = torch.randn(phrase, generator=generator)
             mask[row, column] = True
     return LayoutInputs(boxes, phrases, mask)
 

@@ -125,7 +125,7 @@ class LayoutCrossAttention(AttentionModuleMixin, nn.Module):
             self.add_q_proj = nn.Linear(dim, inner)
             self.norm_added_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
             self.to_add_out = nn.Linear(inner, dim)
-        self.set_processor(JointAttnProcessor())
+        self.processor = JointAttnProcessor()
 
     def forward(
         self, layout_states: Tensor, image_query: Tensor, key_mask: Tensor | None
