@@ -10,17 +10,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.training_utils import _collate_lora_metadata
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdit_lora import Box, Layout
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import (
     add_layout_lora,
+    base_fingerprint,
     is_layout_adapter,
     load_adapter,
     merge_adapter,
@@ -28,42 +27,10 @@ from mmdit_lora.lora import (
     save_adapter,
 )
 from mmdit_lora.lora.kohya import from_kohya, is_kohya
-from mmdit_lora.pipelines import LayoutPipeline
+from tests.pipeline_makers import FAMILIES, RED, differ, open_pipeline, paint, stock_of
 from tests.tiny import VARIANTS, plain_twin, tiny_pipeline, tiny_transformer, trained_adapter
-from tests.tiny_flux import plain_flux_twin, tiny_flux_pipeline, tiny_flux_transformer
 
-RED = Layout("a red circle", [Box((0.1, 0.1, 0.4, 0.5), "red circle")])
-FAMILIES = ("sd3", "flux")
 SHORT_NAMES = ["to_q", "to_k", "to_v", "to_out.0"]  # as training scripts write them: they fit the layout stream's too
-
-
-def open_pipeline(family: str, folder: Path) -> Any:
-    if family == "sd3":
-        pipe: Any = tiny_pipeline(folder, tiny_transformer(num_layers=2))
-    else:
-        pipe = tiny_flux_pipeline(folder, tiny_flux_transformer(layout_single_blocks=True))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def stock_of(pipe: Any) -> Any:
-    """diffusers' own pipeline with copies of the same weights."""
-    components = {name: copy.deepcopy(part) for name, part in pipe.components.items() if name != "transformer"}
-    if isinstance(pipe, StableDiffusion3Pipeline):
-        stock: Any = StableDiffusion3Pipeline(**components, transformer=plain_twin(pipe.transformer))
-    else:
-        stock = FluxPipeline(**components, transformer=plain_flux_twin(pipe.transformer))
-    stock.set_progress_bar_config(disable=True)
-    return stock
-
-
-def paint(pipe: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-    settings = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32, "max_sequence_length": 8}
-    return pipe(*args, generator=torch.Generator().manual_seed(0), **{**settings, **kwargs}).images
-
-
-def differ(a: np.ndarray, b: np.ndarray) -> bool:
-    return not np.allclose(a, b, atol=5e-3)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -139,6 +106,7 @@ def test_both_act_and_the_style_is_left_as_it_was(pipe: Any, files: dict[str, Pa
     pipe.load_lora_weights(files["style"], adapter_name="style")
     pipe.set_adapters("style", 0.6)
     style_alone = paint(pipe, RED)
+    assert base_fingerprint(transformer) == base_fingerprint(open_pipeline_again(pipe).transformer)
     before, names = adapter_state(transformer, "style"), [n for n, _ in transformer.named_parameters()]
     assert all(state[:2] == (1.2, True) for state in before.values())  # 0.6 x alpha / r
 
@@ -416,7 +384,3 @@ def test_kohya_flux_is_what_the_stock_pipeline_makes_of_it(tmp_path: Path) -> No
     places = {name for name, m in pipe.transformer.named_modules() if isinstance(m, BaseTunerLayer)}
     assert len(places) == 5
     assert not any("layout" in name for name in places)
-
-
-def test_our_pipelines_are_layout_pipelines(pipe: Any) -> None:
-    assert isinstance(pipe, LayoutPipeline)

@@ -1,0 +1,376 @@
+"""What the diffusers pipelines bring works with a layout too: guidance, batches, pictures as input, schedulers, offloading."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+)
+from PIL import Image
+
+from mmdit_lora import Layout
+from mmdit_lora.errors import InputError
+from mmdit_lora.lora import add_layout_lora
+from mmdit_lora.pipelines import (
+    PIPELINES,
+    LayoutFluxImg2ImgPipeline,
+    LayoutFluxInpaintPipeline,
+    LayoutPipeline,
+    LayoutStableDiffusion3Img2ImgPipeline,
+    LayoutStableDiffusion3InpaintPipeline,
+    PaintSettings,
+)
+from mmdit_lora.pipelines import paint as paint_layouts
+from mmdit_lora.pipelines.base import steps_that_run
+from tests.pipeline_makers import (
+    FAMILIES,
+    RED,
+    TWO,
+    attention_kwargs_seen,
+    differ,
+    open_pipeline,
+    paint,
+    scales_seen,
+    stock_of,
+)
+
+# Guidance by two calls, or by one call of a doubled batch; the negative text is part of it.
+GUIDED = {
+    "sd3": {"guidance_scale": 4.0, "negative_prompt": "a blur"},
+    "flux": {"true_cfg_scale": 4.0, "negative_prompt": "a blur"},
+}
+FROM_PICTURE: dict[tuple[str, str], tuple[Any, Any]] = {
+    ("sd3", "img2img"): (LayoutStableDiffusion3Img2ImgPipeline, StableDiffusion3Img2ImgPipeline),
+    ("sd3", "inpaint"): (LayoutStableDiffusion3InpaintPipeline, StableDiffusion3InpaintPipeline),
+    ("flux", "img2img"): (LayoutFluxImg2ImgPipeline, FluxImg2ImgPipeline),
+    ("flux", "inpaint"): (LayoutFluxInpaintPipeline, FluxInpaintPipeline),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(family: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return open_pipeline(family, tmp_path_factory.mktemp(family))
+
+
+@pytest.fixture(scope="module")
+def stock(pipe: Any) -> Any:
+    return stock_of(pipe)
+
+
+@pytest.fixture
+def own(family: str, tmp_path: Path) -> Any:
+    """A pipeline that a test may change."""
+    return open_pipeline(family, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    left = np.zeros((32, 32), dtype=np.uint8)
+    left[:, :16] = 255
+    return Image.fromarray(left)
+
+
+def test_both_families_are_listed(family: str, pipe: Any) -> None:
+    assert type(pipe) in PIPELINES
+    assert isinstance(pipe, LayoutPipeline)
+    assert pipe.transformer.family == family
+
+
+# -- guidance and batches
+
+
+def test_no_layout_is_the_stock_pipeline_bit_for_bit(family: str, pipe: Any, stock: Any) -> None:
+    for guidance in ({}, GUIDED[family]):
+        base = paint(stock, "a red circle", **guidance)
+        assert np.array_equal(paint(pipe, prompt="a red circle", **guidance), base)
+        assert np.array_equal(paint(pipe, Layout("a red circle"), **guidance), base)
+        assert np.array_equal(paint(pipe, RED, layout_scale=0.0, **guidance), base)
+        assert differ(paint(pipe, RED, **guidance), base)
+
+
+def test_the_unguided_call_sees_no_layout(family: str, pipe: Any, stock: Any) -> None:
+    # Guidance g is v0 + g (v1 - v0): with the same text on both sides only the layout makes a difference.
+    def guided(scale: float, target: Any = pipe, *layout: Layout) -> np.ndarray:
+        prompts = {"prompt": "x", "negative_prompt": "x"}
+        return paint(target, *layout, **prompts, **{key: scale for key in GUIDED[family] if key.endswith("_scale")})
+
+    assert differ(guided(1.5, pipe, RED), guided(6.0, pipe, RED))
+    np.testing.assert_allclose(guided(1.5, stock), guided(6.0, stock), atol=1e-4)
+    np.testing.assert_allclose(guided(1.5), guided(6.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_batch_of_layouts_paints_what_each_alone_paints(family: str, pipe: Any, guided: bool) -> None:
+    guidance = GUIDED[family] if guided else {}
+    layouts = [RED, TWO, Layout("nothing")]
+    batch = paint(pipe, layouts, seeds=[1, 2, 3], **guidance)
+    for row, layout in enumerate(layouts):
+        np.testing.assert_allclose(paint(pipe, layout, seeds=row + 1, **guidance)[0], batch[row], atol=5e-4)
+    assert differ(paint(pipe, TWO, seeds=1, **guidance)[0], batch[0])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_several_images_a_prompt_keep_their_own_layout(family: str, pipe: Any, guided: bool) -> None:
+    guidance = GUIDED[family] if guided else {}
+    batch = paint(pipe, [RED, TWO], seeds=[1, 2, 3, 4], num_images_per_prompt=2, **guidance)
+    for row, layout in enumerate([RED, RED, TWO, TWO]):
+        np.testing.assert_allclose(paint(pipe, layout, seeds=row + 1, **guidance)[0], batch[row], atol=5e-4)
+
+
+def test_many_layouts_are_painted_whatever_the_batch(pipe: Any) -> None:
+    settings = PaintSettings(steps=2, size=(32, 32), batch_size=2)
+    done: list[int] = []
+    pictures = paint_layouts(pipe, [RED, TWO, RED], settings, seed=5, on_progress=done.append)
+    assert done == [2, 3]
+    alone = paint_layouts(pipe, [TWO], settings, seed=6)
+    assert np.abs(np.asarray(alone[0], int) - np.asarray(pictures[1], int)).max() <= 1
+    assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[2], int)).max() > 10  # another seed
+
+
+# -- schedules
+
+
+def test_scale_window_and_the_users_callback_go_together(pipe: Any) -> None:
+    steps: list[int] = []
+
+    def mine(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert set(tensors) == {"latents", "prompt_embeds"}
+        steps.append(step)
+        return {"latents": tensors["latents"] * 0.5}
+
+    call = {"num_inference_steps": 4, "layout_scale": 0.7, "layout_window": (0.0, 0.5)}
+    mine_too = {
+        **call,
+        "callback_on_step_end": mine,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    }
+    assert scales_seen(pipe, RED, **mine_too) == [0.7, 0.7, 0.0, 0.0]
+    assert steps == [0, 1, 2, 3]
+    assert differ(paint(pipe, RED, **mine_too), paint(pipe, RED, **call))
+    assert scales_seen(pipe, prompt="x", num_inference_steps=2) == [None, None]
+
+
+def test_a_second_scheduler_and_its_window(family: str, own: Any) -> None:
+    euler = paint(own, RED, num_inference_steps=4)
+    if family == "sd3":  # calls the model twice a step but in the last
+        own.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+        expected = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    else:  # the stock pipeline gives `mu` and sigmas, which Heun does not take
+        own.scheduler = DPMSolverMultistepScheduler(
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+            use_dynamic_shifting=True,
+            time_shift_type="exponential",
+        )
+        expected = [1.0, 1.0, 0.0, 0.0]
+    assert differ(paint(own, RED, num_inference_steps=4), euler)
+    assert differ(paint(own, RED, num_inference_steps=4), paint(own, prompt="a red circle", num_inference_steps=4))
+    assert scales_seen(own, RED, num_inference_steps=4, layout_window=(0.0, 0.5)) == expected
+    stock = stock_of(own)
+    assert np.array_equal(paint(own, prompt="a red circle"), paint(stock, "a red circle"))
+
+
+# -- from a picture
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (10, 0.6), (3, 1.0), (7, 0.3), (28, 0.85)])
+def test_the_number_of_steps_that_run_is_diffusers(steps: int, strength: float) -> None:
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+
+    class Stock:
+        pass
+
+    stock: Any = Stock()
+    stock.scheduler = scheduler
+    timesteps, running = StableDiffusion3Img2ImgPipeline.get_timesteps(stock, steps, strength, "cpu")
+    assert steps_that_run(steps, strength) == running
+    assert len(timesteps) == 2 * running - 1
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+def test_from_a_picture(family: str, pipe: Any, kind: str, picture: Image.Image, mask: Image.Image) -> None:
+    ours, stock_class = FROM_PICTURE[family, kind]
+    made = ours.from_pipe(pipe)
+    made.set_progress_bar_config(disable=True)
+    assert made.transformer is pipe.transformer  # the weights are shared, and untouched
+    assert made.config.max_sequence_length == pipe.config.max_sequence_length
+    stock = stock_class.from_pipe(stock_of(pipe))
+    stock.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"image": picture, "strength": 0.5, "num_inference_steps": 8}
+    if kind == "inpaint":
+        given["mask_image"] = mask
+
+    for guidance in ({}, GUIDED[family]):
+        base = paint(stock, "a red circle", **given, **({"guidance_scale": 5.0} | guidance))
+        call = given | {"guidance_scale": 5.0} | guidance
+        assert np.array_equal(paint(made, prompt="a red circle", **call), base)
+        assert np.array_equal(paint(made, Layout("a red circle"), **call), base)
+        painted = paint(made, RED, **call)
+        assert differ(painted, base)
+        pictures = {name: [value] * 2 for name, value in given.items() if name in ("image", "mask_image")}
+        batch = paint(made, [RED, TWO], seeds=[0, 1], **{**call, **pictures})
+        np.testing.assert_allclose(batch[0], painted[0], atol=5e-4)
+        np.testing.assert_allclose(batch[1], paint(made, TWO, seeds=1, **call)[0], atol=5e-4)
+
+    # The window is a part of the steps that run: 4 of 8.
+    calls = 2 if family == "flux" else 1
+    half = scales_seen(made, RED, layout_window=(0.0, 0.5), **given, **GUIDED[family])
+    assert half == [1.0] * 2 * calls + [0.0] * 2 * calls
+    assert len(scales_seen(made, RED, **{**given, "strength": 0.25})) == 2
+    with pytest.raises(InputError, match="covers none of 2 steps"):
+        paint(made, RED, layout_window=(0.0, 0.3), **{**given, "strength": 0.25})
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+def test_from_a_picture_the_unguided_half_sees_no_layout(
+    family: str, pipe: Any, kind: str, picture: Image.Image, mask: Image.Image
+) -> None:
+    made = FROM_PICTURE[family, kind][0].from_pipe(pipe)
+    made.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"image": [picture] * 2, "strength": 0.5, "num_inference_steps": 4} | GUIDED[family]
+    if kind == "inpaint":
+        given["mask_image"] = [mask] * 2
+    seen: list[list[bool]] = []
+    begin = pipe.transformer.begin_layout
+
+    def spy(layout: Any, *rest: Any) -> Any:
+        seen.append(layout.mask.any(dim=1).tolist())
+        return begin(layout, *rest)
+
+    pipe.transformer.begin_layout = spy
+    try:
+        paint(made, [RED, TWO], seeds=[0, 1], **given)
+    finally:
+        del pipe.transformer.begin_layout
+    doubled = [[False, False, True, True]] * 2
+    assert seen == (doubled if family == "sd3" else [[True, True], [False, False]] * 2)
+    assert not pipe.transformer._forward_pre_hooks  # nothing stays on the transformer
+    seen_layouts = [kwargs["layout"].mask.any().item() for kwargs in attention_kwargs_seen(pipe, RED)]
+    assert seen_layouts == [True, True]
+
+
+def test_a_pipe_keeps_its_dtypes_and_refuses_another_transformer(family: str, own: Any, stock: Any) -> None:
+    own.transformer.to(torch.bfloat16)
+    add_layout_lora(own.transformer)
+    made = FROM_PICTURE[family, "img2img"][0].from_pipe(own)
+    assert {p.dtype for p in made.vae.parameters()} == {torch.float32}
+    dtypes = {"lora" in name: p.dtype for name, p in made.transformer.named_parameters()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    made = FROM_PICTURE[family, "img2img"][0].from_pipe(own, num_inference_steps=3)
+    assert made.config.num_inference_steps == 3
+    with pytest.raises(ValueError, match="Transformer2DModel, not a Layout"):
+        FROM_PICTURE[family, "img2img"][0].from_pipe(stock)
+
+
+# -- memory
+
+
+def test_tiling_and_slicing_of_the_vae(own: Any) -> None:
+    whole = paint(own, [RED, TWO], seeds=[1, 2])
+    own.vae.enable_slicing()
+    np.testing.assert_allclose(paint(own, [RED, TWO], seeds=[1, 2]), whole, atol=1e-4)
+    own.vae.enable_tiling()
+    own.vae.tile_sample_min_size, own.vae.tile_latent_min_size = 16, 8
+    tiled = paint(own, [RED, TWO], seeds=[1, 2])
+    assert tiled.shape == whole.shape
+    assert differ(tiled, whole)  # it did tile
+    assert np.abs(tiled - whole).mean() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload_changes_nothing(own: Any, kind: str) -> None:
+    before = paint(own, RED)
+    own.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type=kind,
+        num_blocks_per_group=1 if kind == "block_level" else None,
+    )
+    assert np.array_equal(paint(own, RED), before)
+
+
+def test_sequential_offload_changes_nothing(own: Any) -> None:
+    before = paint(own, RED)
+    for part in own.components.values():  # as `enable_sequential_cpu_offload`, which does not take "cpu"
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    # Every weight is on the meta device but while its module runs, that of the layout processor's null features too.
+    assert {p.device.type for p in own.transformer.parameters()} == {"meta"}
+    assert np.array_equal(paint(own, RED), before)
+    assert np.array_equal(paint(own, [RED, TWO], seeds=[0, 1])[:1].shape, before.shape)
+
+
+def test_model_offload_takes_every_model_in_turn(own: Any) -> None:
+    before = paint(own, RED)
+    own.enable_model_cpu_offload(device="cpu")
+    models = [name for name, part in own.components.items() if isinstance(part, torch.nn.Module)]
+    assert len(own._all_hooks) == len(models)
+    assert own.model_cpu_offload_seq.endswith("transformer->vae")
+    assert np.array_equal(paint(own, RED), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves weights only where there is an accelerator")
+@pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
+def test_offloading_on_an_accelerator(own: Any, kind: str) -> None:
+    before = paint(copy.deepcopy(own).to("cuda"), RED)
+    if kind == "model":
+        own.enable_model_cpu_offload()
+    elif kind == "sequential":
+        own.enable_sequential_cpu_offload()
+    else:
+        own.enable_group_offload(
+            onload_device=torch.device("cuda"),
+            offload_type=kind,
+            num_blocks_per_group=1 if kind == "block_level" else None,
+        )
+    np.testing.assert_allclose(paint(own, RED), before, atol=1e-4)
+    resident = {p.device.type for p in own.transformer.parameters()}
+    assert resident <= ({"meta"} if kind == "sequential" else {"cpu"})
+
+
+# -- training and sampling see the same
+
+
+def test_the_transformer_is_called_as_in_training(family: str, pipe: Any) -> None:
+    calls: list[dict[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs), with_kwargs=True)
+    try:
+        guidance = {"guidance_scale": 1.0} if family == "sd3" else {"guidance_scale": 3.5}
+        length = pipe.config.max_sequence_length
+        paint(pipe, RED, num_inference_steps=3, max_sequence_length=length, **guidance)
+    finally:
+        hook.remove()
+    sampled = {name: value for name, value in calls[1].items() if isinstance(value, torch.Tensor)}
+    hidden, t = sampled["hidden_states"], pipe.scheduler.timesteps[1:2] / 1000
+    latents = hidden if family == "sd3" else pipe._unpack_latents(hidden, 32, 32, pipe.vae_scale_factor)
+    assert latents.shape[1] == pipe.transformer.latent_channels
+    embeds, pooled = pipe.encode_caption("a red circle")
+    trained = pipe.transformer.model_inputs(latents, t, embeds, pooled, guidance=3.5)
+    assert trained.keys() == sampled.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(value, sampled[name])
+    torch.testing.assert_close(pipe.transformer.as_latents(hidden, *latents.shape[2:]), latents)
