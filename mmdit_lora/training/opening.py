@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import safe_open
 
@@ -62,10 +61,10 @@ def stream_options(config: Config) -> dict[str, Any]:
     if not wanted and stream.init is None and stream.seed is None:
         return options
     try:
-        stored = ModelMixin.load_config(config.base, subfolder="transformer")
+        reader: Any = next(iter(FAMILIES.values())).transformer  # any will do: it reads the file as it is
+        stored = reader.load_config(config.base, subfolder="transformer")
     except OSError:
         return options  # no base at all: `load_pipeline` says so better
-    assert isinstance(stored, dict)
     name = stored.get("_class_name")
     transformer = next(
         (f.transformer for f in FAMILIES.values() if name in (f.stock_class, f.transformer.__name__)), None
