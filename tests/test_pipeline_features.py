@@ -22,7 +22,7 @@ from PIL import Image
 
 from mmdit_lora import Layout
 from mmdit_lora.errors import InputError
-from mmdit_lora.lora import add_layout_lora
+from mmdit_lora.lora import add_layout_lora, load_adapter, remove_adapter, save_adapter
 from mmdit_lora.pipelines import (
     PIPELINES,
     LayoutFluxImg2ImgPipeline,
@@ -45,6 +45,7 @@ from tests.pipeline_makers import (
     scales_seen,
     stock_of,
 )
+from tests.tiny import trained_adapter
 
 # Guidance by two calls, or by one call of a doubled batch; the negative text is part of it.
 GUIDED = {
@@ -129,6 +130,13 @@ def test_a_batch_of_layouts_paints_what_each_alone_paints(family: str, pipe: Any
     for row, layout in enumerate(layouts):
         np.testing.assert_allclose(paint(pipe, layout, seeds=row + 1, **guidance)[0], batch[row], atol=5e-4)
     assert differ(paint(pipe, TWO, seeds=1, **guidance)[0], batch[0])
+
+
+def test_one_further_text_is_meant_for_all(family: str, pipe: Any) -> None:
+    texts = {"prompt_2": "in the style of x", "negative_prompt_2": "y"} | GUIDED[family]
+    batch = paint(pipe, [RED, TWO], seeds=[1, 2], **texts)
+    np.testing.assert_allclose(paint(pipe, TWO, seeds=2, **texts)[0], batch[1], atol=5e-4)
+    assert differ(paint(pipe, TWO, seeds=2, **GUIDED[family])[0], batch[1])
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -300,9 +308,21 @@ def test_tiling_and_slicing_of_the_vae(own: Any) -> None:
     assert np.abs(tiled - whole).mean() < 0.1
 
 
+@pytest.fixture
+def adapter(own: Any, tmp_path: Path) -> Path:
+    add_layout_lora(own.transformer)
+    trained_adapter(own.transformer)
+    save_adapter(own.transformer, tmp_path / "adapter", metadata={})
+    remove_adapter(own.transformer)
+    return tmp_path / "adapter"
+
+
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
-def test_group_offload_changes_nothing(own: Any, kind: str) -> None:
+def test_group_offload_changes_nothing(own: Any, adapter: Path, kind: str) -> None:
+    bare = paint(own, RED)
+    load_adapter(own.transformer, adapter)
     before = paint(own, RED)
+    assert differ(before, bare)
     own.enable_group_offload(
         onload_device=torch.device("cpu"),
         offload_device=torch.device("cpu"),
@@ -312,15 +332,30 @@ def test_group_offload_changes_nothing(own: Any, kind: str) -> None:
     assert np.array_equal(paint(own, RED), before)
 
 
-def test_sequential_offload_changes_nothing(own: Any) -> None:
+def test_sequential_offload_changes_nothing(own: Any, adapter: Path) -> None:
+    bare = paint(own, RED)
+    load_adapter(own.transformer, adapter)
     before = paint(own, RED)
-    for part in own.components.values():  # as `enable_sequential_cpu_offload`, which does not take "cpu"
-        if isinstance(part, torch.nn.Module):
-            cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    assert differ(before, bare)
+    offload_sequentially(own)
     # Every weight is on the meta device but while its module runs, that of the layout processor's null features too.
     assert {p.device.type for p in own.transformer.parameters()} == {"meta"}
     assert np.array_equal(paint(own, RED), before)
-    assert np.array_equal(paint(own, [RED, TWO], seeds=[0, 1])[:1].shape, before.shape)
+
+
+def test_an_adapter_for_offloaded_weights_is_refused(own: Any, adapter: Path) -> None:
+    bare = paint(own, RED)
+    offload_sequentially(own)
+    with pytest.raises(InputError, match="offloading"):  # PEFT would load nothing, with a mere warning
+        load_adapter(own.transformer, adapter)
+    assert np.array_equal(paint(own, RED), bare)
+
+
+def offload_sequentially(pipe: Any) -> None:
+    """As `enable_sequential_cpu_offload`, which does not take the CPU."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
 
 
 def test_model_offload_takes_every_model_in_turn(own: Any) -> None:

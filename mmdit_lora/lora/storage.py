@@ -112,7 +112,7 @@ def load_adapter(
 
     Raises:
         InputError: the folder is no adapter, is damaged, or fits another base: names and shapes must be equal as sets, and
-            all are listed. The model is then as it was.
+            all are listed. Or the model's weights are offloaded. The model is then as it was.
     """
     path = Path(folder) / WEIGHTS_FILE
     config = read_adapter_config(folder)
@@ -123,6 +123,12 @@ def load_adapter(
         targets = find_targets(model, config)
     except InputError as error:
         raise error.at(f"{folder} does not fit this base") from None
+    if any(p.is_meta for target in targets.values() for p in target.parameters()):
+        raise InputError(
+            "cannot be loaded: the model's weights are on the meta device, where sequential offloading keeps them",
+            where=str(path),
+            cure="load adapters first, then switch offloading on",
+        )
     expected = {KEY_PREFIX + name: shape for name, shape in adapter_shapes(targets, config).items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     faults = {

@@ -240,8 +240,9 @@ class LayoutPipeline(DiffusionPipeline):
                 given = len(prompt)
             if given != len(layouts):
                 raise ValueError(f"{given} prompts for {len(layouts)} layouts")
-            if isinstance(kwargs.get("negative_prompt"), str):  # not every stock pipeline repeats it
-                kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(layouts)
+            for name in ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"):
+                if isinstance(kwargs.get(name), str):  # one text for all; not every stock pipeline repeats it
+                    kwargs[name] = [kwargs[name]] * len(layouts)
             inputs = self.prepare_layout(layouts).repeat_interleave(num_images_per_prompt)
             inputs = self.layout_under_guidance(inputs, guidance_scale)
 
