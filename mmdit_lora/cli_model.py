@@ -11,7 +11,7 @@ from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
-    from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings
+    from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 
 _SIDES = ("base", "adapter", "ground_truth", "shuffled")
 _FIGURES = ("miou", "iou50", "color_acc", "shape_acc")
@@ -215,16 +215,27 @@ def evaluate(
 
 
 def export(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
-    to: Annotated[Literal["peft", "merged"], typer.Option(help="peft: a PEFT folder. merged: a whole base.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder; with --to creatilayout also a base, for its stream.")],
+    to: Annotated[
+        Literal["peft", "diffusers", "kohya", "creatilayout", "merged"],
+        typer.Option(
+            help="peft: a PEFT folder. diffusers: for pipe.load_lora_weights. kohya: one file in sd-scripts' names. "
+            "creatilayout: under CreatiLayout's names. merged: a whole base."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; for kohya a .safetensors file.")],
     base: Annotated[str | None, typer.Option(help="Its base; default: the one that it names.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="creatilayout: the whole stream, with the adapter in its weights.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write an adapter for other tools, read it back in a fresh process, and compare."""
+    if merge and to != "creatilayout":
+        raise InputError("is for --to creatilayout", where="--merge", cure="--to merged writes a whole base")
     from mmdit_lora.export import export_adapter
 
-    report = export_adapter(adapter, to=to, out=out, base=base)
+    report = export_adapter(adapter, to=to, out=out, base=base, merge=merge)
     say(f"wrote {report.out} ({report.bytes / 2**20:.2f} MiB); read back, it differs by {report.max_abs_diff:.1e}")
     if as_json:
         emit(report.to_dict())
@@ -261,7 +272,7 @@ def _settings(
     )
 
 
-def _open(base: str, adapters: list[str] | None) -> LayoutStableDiffusion3Pipeline:
+def _open(base: str, adapters: list[str] | None) -> LayoutPipeline:
     """The base with its adapters on it, all active, on the GPU where there is one."""
     import torch
 

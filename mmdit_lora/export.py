@@ -6,22 +6,34 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.files import atomic_folder
-from mmdit_lora.lora import base_fingerprint, load_adapter, merge_adapter, read_adapter_header, save_adapter
-from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, load_pipeline, quiet
+from mmdit_lora.export_read import DIFFUSERS_FILE, outputs
+from mmdit_lora.files import atomic_file, atomic_folder
+from mmdit_lora.lora import (
+    HEADER_KEY,
+    base_fingerprint,
+    load_adapter,
+    lora_state_dict,
+    merge_adapter,
+    read_adapter_header,
+    save_adapter,
+)
+from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
-Target = Literal["peft", "merged"]
-TARGETS: tuple[Target, ...] = ("peft", "merged")
+Target = Literal["peft", "diffusers", "kohya", "creatilayout", "merged"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 TOLERANCE = 1e-4
 
 
@@ -44,37 +56,32 @@ class ExportReport:
         return asdict(self)
 
 
-def export_adapter(adapter: str | Path, *, to: Target, out: str | Path, base: str | None = None) -> ExportReport:
-    """Write `out`: "peft" a PEFT folder, "merged" a whole base with the adapter in its weights (fp32).
+def export_adapter(
+    adapter: str | Path, *, to: Target, out: str | Path, base: str | None = None, merge: bool = False
+) -> ExportReport:
+    """Write `out`, read it back in a fresh process, compare.
 
     Args:
+        to: "peft" a PEFT folder; "diffusers" a folder for `pipe.load_lora_weights`; "kohya" one .safetensors file in the
+            names of kohya-ss/sd-scripts; "merged" a whole base with the adapter in its weights (fp32).
         base: folder or hub id; None = the one that the adapter names.
+        merge: "creatilayout" only: the whole layout stream with the adapter in its weights.
 
     Raises:
-        InputError: `adapter` is none, does not fit the base, or `out` exists and is not an export.
+        InputError: `adapter` is none, does not fit the base or the format, or `out` exists and is not an export.
         RuntimeError: what was written does not give the same outputs; it is removed again.
     """
     out = Path(out)
-    _check_out(out)
+    _check_out(to, out)
     base = base or base_of(adapter)
     pipe, header = _open(adapter, base)
-    model = pipe.transformer
-    with tempfile.TemporaryDirectory() as scratch:
-        expected, effect = _reference(model)
-        with atomic_folder(out) as temporary:
-            if to == "peft":
-                card = Path(adapter) / "README.md"
-                text = card.read_text(encoding="utf-8") if card.is_file() else None
-                save_adapter(model, temporary, metadata=header, card=text)
-            else:
-                pipe.transformer = merge_adapter(model, in_place=True)
-                with quiet():
-                    pipe.save_pretrained(temporary)
-            difference = _read_back(to, temporary, base, Path(scratch), expected)
-            if difference > TOLERANCE:
-                raise RuntimeError(f"the export differs from base + adapter by {difference:.1e}; nothing was written")
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return ExportReport(to, str(out), size, difference, effect)
+    expected, effect = _reference(pipe.transformer)
+    with _place(to, out) as temporary:
+        _write(to, pipe, temporary, adapter, header)
+        difference = _read_back(to, temporary, base, expected)
+        if difference > TOLERANCE:
+            raise RuntimeError(f"the export differs from base + adapter by {difference:.1e}; nothing was written")
+    return ExportReport(to, str(out), _bytes(out), difference, effect)
 
 
 def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str, Any]:
@@ -88,9 +95,8 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
     """
     base = base or base_of(adapter)
     pipe, header = _open(adapter, base)
-    with tempfile.TemporaryDirectory() as scratch:
-        expected, effect = _reference(pipe.transformer)
-        difference = _read_back("peft", Path(adapter), base, Path(scratch), expected)
+    expected, effect = _reference(pipe.transformer)
+    difference = _read_back("peft", Path(adapter), base, expected)
     if effect == 0:
         raise InputError("changes nothing: its weights are all zero", where=str(adapter), cure="train it for longer")
     if difference > TOLERANCE:
@@ -123,27 +129,7 @@ def base_of(adapter: str | Path) -> str:
     return str(name)
 
 
-def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
-    """Random inputs of `forward` that reach every layer of `model`: two samples, three boxes each, the last one masked once."""
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    corners = torch.rand(2, 3, 2, 2, generator=generator).sort(dim=2).values
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    side = min(config.sample_size, 64)
-    return {
-        "hidden_states": normal(2, config.in_channels, side, side),
-        "encoder_hidden_states": normal(2, 8, config.joint_attention_dim),
-        "pooled_projections": normal(2, config.pooled_projection_dim),
-        "timestep": torch.tensor([300.0, 800.0]),
-        "layout": LayoutInputs(corners.flatten(2), normal(2, 3, model.phrase_dim), mask),
-    }
-
-
-def _open(adapter: str | Path, base: str) -> tuple[LayoutStableDiffusion3Pipeline, dict[str, Any]]:
+def _open(adapter: str | Path, base: str) -> tuple[LayoutPipeline, dict[str, Any]]:
     header = read_adapter_header(adapter)
     pipe = load_pipeline(base)
     load_adapter(pipe.transformer, adapter, expect_fingerprint=base_fingerprint(pipe.transformer))
@@ -151,49 +137,113 @@ def _open(adapter: str | Path, base: str) -> tuple[LayoutStableDiffusion3Pipelin
     return pipe, header
 
 
+def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, header: dict[str, Any]) -> None:
+    model = pipe.transformer
+    if to == "peft":
+        card = Path(adapter) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else None
+        save_adapter(model, path, metadata=header, card=text)
+    elif to == "diffusers":
+        _write_diffusers(pipe, path)
+    elif to == "kohya":
+        _write_kohya(model, path, header)
+    else:
+        pipe.transformer = merge_adapter(model, in_place=True)
+        with quiet():
+            pipe.save_pretrained(path)
+
+
+def _write_diffusers(pipe: LayoutPipeline, folder: Path) -> None:
+    """What `pipe.load_lora_weights` reads; rank, alpha and targets are in the file's header."""
+    writer: Any = type(pipe)
+    writer.save_lora_weights(
+        folder,
+        transformer_lora_layers=_for_file(lora_state_dict(pipe.transformer)),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+    )
+
+
+def _write_kohya(model: Any, file: Path, header: dict[str, Any]) -> None:
+    """One file in the names of kohya-ss/sd-scripts: `lora_<module, dots as underscores>.lora_down.weight`, ...
+
+    Their update is alpha / rank * up @ down, whatever scaling PEFT was told to use.
+    """
+    config = model.peft_config["default"]
+    if config.use_dora or config.lora_bias:
+        raise InputError(
+            "is a DoRA or has biases, which these names cannot hold", cure="export it --to peft or diffusers"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.scaling:
+            flat = "lora_" + name.replace(".", "_")
+            tensors[f"{flat}.lora_down.weight"] = module.lora_A["default"].weight
+            tensors[f"{flat}.lora_up.weight"] = module.lora_B["default"].weight
+            tensors[f"{flat}.alpha"] = torch.tensor(module.scaling["default"] * module.r["default"])
+    metadata = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(config.lora_alpha),
+        "ss_base_model_version": model.family,
+        "ss_sd_model_name": str(header.get("base", "")),
+        HEADER_KEY: json.dumps(header, sort_keys=True),
+    }
+    save_file(_for_file(tensors), file, metadata=metadata)
+
+
+def _for_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+
+
 @torch.no_grad()
 def _reference(model: Any) -> tuple[Tensor, float]:
     """Outputs with the adapter, and how much it changes them."""
-    inputs = probe(model)
-    expected = model(**inputs).sample
+    expected = outputs(model)
     model.disable_lora()
-    effect = (expected - model(**inputs).sample).abs().max().item()
+    effect = (expected - outputs(model)).abs().max().item()
     model.enable_lora()
     return expected, effect
 
 
-def _read_back(to: str, folder: Path, base: str, scratch: Path, expected: Tensor) -> float:
+def _read_back(to: str, written: Path, base: str, expected: Tensor) -> float:
     """Largest difference of outputs, from a process that has only the files."""
-    answer = scratch / "outputs.safetensors"
-    command = [sys.executable, "-m", "mmdit_lora.export", to, str(folder), base, str(answer)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the export cannot be read back: {done.stderr.strip().splitlines()[-1]}")
-    return (load_file(answer)["sample"] - expected).abs().max().item()
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "outputs.safetensors"
+        command = [sys.executable, "-m", "mmdit_lora.export_read", to, str(written), base, str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"the export cannot be read back: {done.stderr.strip().splitlines()[-1]}")
+        return (load_file(answer)["sample"] - expected).abs().max().item()
 
 
-def _main(to: str, folder: str, base: str, answer: str) -> None:
-    """The fresh process: diffusers and PEFT read the files; nothing of this module's writing side is used."""
-    model: Any
-    if to == "peft":
-        from peft import PeftModel
-
-        transformer = LayoutSD3Transformer2DModel.from_pretrained(base, subfolder="transformer", dtype=torch.float32)
-        model = PeftModel.from_pretrained(transformer, folder)
-        inputs = probe(transformer)
-    else:
-        model = LayoutStableDiffusion3Pipeline.from_pretrained(folder).transformer
-        inputs = probe(model)
-    model.eval()
-    with torch.no_grad():
-        save_file({"sample": model(**inputs).sample.contiguous()}, answer)
+@contextmanager
+def _place(to: Target, out: Path) -> Iterator[Path]:
+    """Where the export is written before it counts."""
+    with atomic_file(out) if to == "kohya" else atomic_folder(out) as temporary:
+        yield temporary
 
 
-def _check_out(out: Path) -> None:
-    ours = ("adapter_config.json", "model_index.json")
+def _check_out(to: Target, out: Path) -> None:
+    """Before any work: `out` is free, or an earlier export."""
+    if to == "kohya":
+        if out.suffix != ".safetensors":
+            raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
+        if out.exists() and not _is_own_file(out):
+            raise InputError("exists and is not an export", where=str(out), cure="give another --out")
+        return
+    ours = ("adapter_config.json", "model_index.json", DIFFUSERS_FILE)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in ours)):
         raise InputError("exists and is not an export", where=str(out), cure="give another --out")
 
 
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+def _is_own_file(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return HEADER_KEY in (tensors.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _bytes(out: Path) -> int:
+    return sum(file.stat().st_size for file in ([out] if out.is_file() else out.rglob("*")) if file.is_file())

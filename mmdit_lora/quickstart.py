@@ -15,7 +15,7 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.draw import before_after, save_png
 from mmdit_lora.evaluate.sides import Evaluation, evaluate
-from mmdit_lora.export import TARGETS, export_adapter
+from mmdit_lora.export import Target, export_adapter
 from mmdit_lora.files import write_json
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 from mmdit_lora.training.trainer import train
@@ -24,6 +24,7 @@ CONFIG = "configs/quickstart.yaml"
 NEW, OLD = "page", "basic"  # the new domain, and one that the base was trained on
 TRAIN_PICTURES, HELD_OUT_PICTURES = 2000, 96
 TRAIN_SEED, HELD_OUT_SEED, OLD_SEED = 11, 12, 13
+EXPORTS: tuple[Target, ...] = ("peft", "merged")
 SHOWN = 6  # pictures in the figure: the first ones, not the best ones
 _MARK = "quickstart.yaml"
 _OWN = ("data", "adapter", "peft", "merged", "samples", "checkpoints", "tensorboard", "wandb")
@@ -76,7 +77,7 @@ def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: 
     with phase("figure"):
         save_png(_figure(new), out / "before_after.png")
     with phase("export"):
-        exports = [export_adapter(out / "adapter", to=to, out=out / to, base=config.base) for to in TARGETS]
+        exports = [export_adapter(out / "adapter", to=to, out=out / to, base=config.base) for to in EXPORTS]
     report = {
         **{key: value for key, value in new.to_dict().items() if key != "by_boxes"},
         "old_domain": {name: side.fidelity for name, side in old.sides.items()},

@@ -26,7 +26,7 @@ ROOMS = (
     ("pipelines",),
     ("evaluate",),
     ("training",),
-    ("export",),
+    ("export", "export_read", "export_creatilayout"),
     ("analysis",),
     ("quickstart",),
     ("cli", "studio"),

@@ -1,0 +1,169 @@
+"""`export`: every format of every family gives the outputs of base + adapter, read by the tool that the format is for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mmdit_lora.cli import main
+from mmdit_lora.errors import InputError
+from mmdit_lora.export import Target, export_adapter
+from mmdit_lora.export_read import from_flat_names, outputs, probe, read
+from mmdit_lora.lora import add_layout_lora, base_fingerprint, load_adapter, save_adapter
+from mmdit_lora.pipelines import load_pipeline
+from tests.tiny import tiny_pipeline, tiny_transformer, trained_adapter
+from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
+
+FORMATS: tuple[Target, ...] = ("peft", "diffusers", "kohya", "merged")
+BASES: dict[str, Callable[[Path], Any]] = {
+    "two streams": lambda folder: tiny_pipeline(folder, tiny_transformer(qk_norm="rms_norm", layout_attention="cross")),
+    "single blocks": lambda folder: tiny_flux_pipeline(
+        folder, tiny_flux_transformer(layout_single_blocks=True, phrase_tokens=4)
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A base folder, and an adapter for it whose linears differ in rank and strength."""
+    folder = tmp_path_factory.mktemp("export")
+    pipe = BASES[request.param](folder / "vocabulary")
+    pipe.save_pretrained(folder / "base")
+    model = pipe.transformer
+    fingerprint = base_fingerprint(model)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["layout_mlp.fc1", "layout_mlp.fc2", "layout_stream.out_proj"],
+        rank_pattern={"fc2": 2},
+        alpha_pattern={"out_proj": 1},
+        use_rslora=True,
+    )
+    add_layout_lora(model, config)
+    trained_adapter(model)
+    metadata = {"base": str(folder / "base"), "fingerprint": fingerprint}
+    save_adapter(model, folder / "adapter", metadata=metadata, card="# A card\n")
+    return str(folder / "base"), folder / "adapter"
+
+
+def expected(base: str, adapter: Path) -> torch.Tensor:
+    model = load_pipeline(base).transformer
+    load_adapter(model, adapter)
+    return outputs(model.eval())
+
+
+def out_of(to: str, folder: Path) -> Path:
+    return folder / (f"{to}.safetensors" if to == "kohya" else to)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reading side runs here: a fresh process costs seconds. `-m slow` and the command line's tests have it."""
+
+    def read_back(to: str, written: Path, base: str, want: torch.Tensor) -> float:
+        return (outputs(read(to, str(written), base)) - want).abs().max().item()
+
+    monkeypatch.setattr("mmdit_lora.export._read_back", read_back)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_fresh_process_reads_each_format(pair: tuple[str, Path], tmp_path: Path, to: Target) -> None:
+    assert export_adapter(pair[1], to=to, out=out_of(to, tmp_path)).max_abs_diff <= 1e-5
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("to", FORMATS)
+def test_each_format_gives_the_outputs_of_base_and_adapter(pair: tuple[str, Path], tmp_path: Path, to: Target) -> None:
+    base, adapter = pair
+    out = out_of(to, tmp_path)
+    report = export_adapter(adapter, to=to, out=out)
+    assert report.max_abs_diff <= 1e-5 < 1e-3 < report.effect
+    assert report.bytes == sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file())
+    # Once more here, and not by the same code where the format is somebody else's.
+    want = expected(base, adapter)
+    if to == "diffusers":
+        pipe: Any = load_pipeline(base)
+        pipe.load_lora_weights(str(out), weight_name="pytorch_lora_weights.safetensors")
+        model = pipe.transformer
+    else:
+        model = read(to, str(out), base)
+    torch.testing.assert_close(outputs(model.eval()), want, atol=1e-5, rtol=0)
+    # A second time over its own result is fine.
+    assert export_adapter(adapter, to=to, out=out).max_abs_diff == report.max_abs_diff
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_names_and_metadata_of_kohya(pair: tuple[str, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    file = tmp_path / "lora.safetensors"
+    export_adapter(adapter, to="kohya", out=file)
+    state = load_file(file)
+    first = "lora_transformer_blocks_0_layout_stream_layout_mlp_fc1"
+    assert {f"{first}.lora_down.weight", f"{first}.lora_up.weight", f"{first}.alpha"} <= state.keys()
+    # Their scaling is alpha / rank; rslora's was 6 / sqrt(4) here.
+    assert state[f"{first}.alpha"].item() == pytest.approx(6 / 4**0.5 * 4)
+    with safe_open(file, framework="pt") as tensors:
+        metadata = tensors.metadata()
+    assert metadata["ss_network_dim"] == "4"
+    assert json.loads(metadata["mmdit_lora"])["base"] == base
+    state["lora_nothing.alpha"] = torch.tensor(1.0)
+    with pytest.raises(InputError, match="lora_nothing"):
+        from_flat_names(state, load_pipeline(base).transformer)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_dora_has_no_place_in_the_names_of_kohya(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path / "vocabulary")
+    pipe.save_pretrained(tmp_path / "base")
+    add_layout_lora(pipe.transformer, peft.LoraConfig(target_modules=["layout_mlp.fc1"], use_dora=True))
+    trained_adapter(pipe.transformer)
+    save_adapter(pipe.transformer, tmp_path / "adapter", metadata={"base": str(tmp_path / "base")})
+    with pytest.raises(InputError, match="DoRA"):
+        export_adapter(tmp_path / "adapter", to="kohya", out=tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    report = export_adapter(tmp_path / "adapter", to="diffusers", out=tmp_path / "out")
+    assert report.max_abs_diff <= 1e-5
+
+
+def test_the_probe_reaches_every_layer_that_carries_lora(pair: tuple[str, Path]) -> None:
+    base, adapter = pair
+    model = load_pipeline(base).transformer
+    load_adapter(model, adapter, trainable=True)
+    model(**probe(model)).sample.square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "says"),
+    [
+        ("kohya", "folder", "ends in .safetensors"),
+        ("kohya", "taken.safetensors", "not an export"),
+        ("diffusers", "taken", "not an export"),
+        ("peft", "taken.safetensors", "not an export"),
+    ],
+)
+def test_a_place_that_is_taken_or_of_the_wrong_kind_is_refused(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, out: str, says: str
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    (tmp_path / "taken.safetensors").write_text("mine")
+    assert main(["export", str(adapter), "--to", to, "--out", str(tmp_path / out)]) == 2
+    assert says in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine.txt", "taken", "taken.safetensors"]
+
+
+def test_merge_is_for_creatilayout_only(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(adapter), "--to", "peft", "--merge", "--out", str(tmp_path / "out")]) == 2
+    assert "--merge" in capsys.readouterr().err
