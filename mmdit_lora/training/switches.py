@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 
 from mmdit_lora.config import TrainSection
 from mmdit_lora.errors import InputError
@@ -41,8 +41,9 @@ def _set_attention_backend(model: Any, name: str, device: torch.device, dtype: t
             f"is {name!r}, which has no backward pass: it samples, it cannot train", where=where, cure="set it to null"
         )
     try:
-        model.set_attention_backend(name)
-        _try_out(model, name, device, dtype)
+        with attention_backend(name):  # puts the process's default back, which `set_attention_backend` changes too
+            model.set_attention_backend(name)
+            _try_out(model, name, device, dtype)
     except (RuntimeError, ImportError, ValueError, NotImplementedError, AssertionError, TypeError) as error:
         model.reset_attention_backend()
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
