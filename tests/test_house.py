@@ -31,6 +31,10 @@ ROOMS = (
     ("quickstart",),
     ("cli", "studio"),
 )
+# Only the families' own files and the places that list them know their names.
+FAMILY_NAME = re.compile(r"sd3|stable_?diffusion|flux", re.IGNORECASE)
+KNOW_FAMILIES = {f"models/{name}.py" for name in ("__init__", "families", "sd3", "flux", "flux_blocks", "creatilayout")}
+KNOW_FAMILIES |= {f"pipelines/{name}.py" for name in ("__init__", "stable_diffusion_3", "flux")}
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "wandb", "gradio", "scipy")
 
 
@@ -73,6 +77,32 @@ def test_rooms_import_leftwards_only(file: Path) -> None:
     own = room_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
     wrong = [module for module in imports(file) if room_of(module) > own]
     assert not wrong, f"{file.name} imports from rooms on its right: {wrong}"
+
+
+def code_alone(text: str) -> str:
+    """A file without comments and docstrings (any text that stands alone)."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            alone = [s for s in body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
+            node.body = [s for s in body if s not in alone] or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def test_code_alone_keeps_names_and_strings_and_drops_what_people_read() -> None:
+    text = '"""about flux"""\n# flux\nclass A:\n    "flux"\ndef f():\n    """flux"""\n    return "x" + SD3\n'
+    assert FAMILY_NAME.findall(code_alone(text)) == ["SD3"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_nothing_but_the_families_own_files_knows_their_names(file: Path) -> None:
+    if file.relative_to(PACKAGE).as_posix() in KNOW_FAMILIES:
+        return
+    found = [
+        line.strip() for line in code_alone(file.read_text(encoding="utf-8")).splitlines() if FAMILY_NAME.search(line)
+    ]
+    assert not found
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["data", "--help"], ["data", "convert", "--help"]])
