@@ -91,6 +91,14 @@ def test_overrides_win_the_last_one_most(tmp_path: Path) -> None:
         ("sample.layout_window=[0.5, 0.5]", "from < to"),
         ("flow.shift=0", "greater than 0"),
         ("flow.inside_weight=0", "greater than 0"),
+        ("flow.guidance=-1", "greater than or equal to 0"),
+        ("stream.attention=croos", "'siamese' or 'cross'"),
+        ("stream.init=copy", "'copy_text', 'copy_image' or 'random'"),
+        ("stream.phrase_tokens=0", "greater than or equal to 1"),
+        ("attention=cross", "did you mean 'stream.attention'?"),
+        ("train.gradient_checkpointing=0", "every k-th block"),
+        ("train.gradient_checkpointing=often", "every k-th block"),
+        ("train.quantization=int4", "'none', 'int8' or 'nf4'"),
         ("base=", "valid string"),
         ("lora=16", "key: value"),
         ("lora.r=[", "not YAML"),
@@ -105,11 +113,32 @@ def test_a_wrong_override_is_named_and_cured(tmp_path: Path, override: str, says
     assert len(str(caught.value)) < 1500
 
 
+@pytest.mark.parametrize("value", ["int8", "nf4"])
+def test_a_quantised_base_stays_frozen(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, REQUIRED + f"train: {{quantization: {value}}}\n")
+    with pytest.raises(InputError, match="method full") as caught:
+        load_config(path, ["method=full"])
+    assert "config.yaml:3" in str(caught.value)
+    for method in ("lora", "layout_stream"):
+        assert load_config(path, [f"method={method}"]).train.quantization == value
+
+
+@pytest.mark.parametrize("value", [True, False, 1, 3])
+def test_checkpointing_is_on_or_off_or_every_so_many_blocks(tmp_path: Path, value: object) -> None:
+    config = load_config(write(tmp_path, REQUIRED), [f"train.gradient_checkpointing={str(value).lower()}"])
+    assert config.train.gradient_checkpointing == value
+    assert type(config.train.gradient_checkpointing) is type(value)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(again) == config
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
         (REQUIRED + "train:\n  max_steps: 10\n  bach_size: 2\n", 5, "did you mean 'batch_size'?"),
         (REQUIRED + "train:\n  max_steps: ten\n", 4, "train.max_steps is 'ten'"),
+        (REQUIRED + "train:\n  gradient_checkpointing: x\n", 4, "train.gradient_checkpointing is 'x'"),
         (REQUIRED + "lora: {r: 8}\nlora: {r: 4}\n", 4, "stands twice (first in line 3)"),
         (REQUIRED + "lora:\n  r: 8\n  r: 4\n", 5, "'r' stands twice"),
         (REQUIRED + "lora: !!python/object/apply:os.system ['true']\n", 3, "YAML tag"),

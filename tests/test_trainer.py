@@ -86,6 +86,8 @@ def test_bf16_with_every_switch_trains_fp32_weights_and_paints(base: Path, data:
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     assert all(tensor.abs().max() > 0 for name, tensor in trained.items() if "lora_B" in name)
     assert result.pipe.transformer.dtype is torch.bfloat16
+    assert json.loads((tmp_path / "report.json").read_text())["family"] == result.pipe.transformer.family
+    assert type(result.pipe).__name__ in (tmp_path / "adapter" / "README.md").read_text()
     assert (tmp_path / "samples" / "step_0000004.png").is_file()
     layout = result.pipe(Layout("a thing", (Box((0.1, 0.1, 0.6, 0.6), "a thing"),)), num_inference_steps=1)
     assert layout.images[0].size == (32, 32)
