@@ -6,6 +6,7 @@ what is heavy inside themselves, so that `--help` and `--version` answer at once
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from mmdit_lora import __version__, cli_data, cli_model
+from mmdit_lora import __version__, cli_data, cli_import, cli_model
 from mmdit_lora.errors import InputError
 
 # ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
@@ -49,6 +50,7 @@ def _options(
 
 
 cli_data.register(app)
+cli_import.register(app)
 cli_model.register(app)
 
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None = those of the process.
     """
+    _silence_torchao()
     args, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     try:
         code = app(args, prog_name="mmdit-lora", standalone_mode=False)
@@ -76,6 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         first = (str(error).strip() or "no message").splitlines()[0]
         return _report(error, f"{type(error).__name__}: {first} (run again with --debug for the traceback)", 1, debug)
+
+
+def _silence_torchao() -> None:
+    """Where torchao is installed, diffusers imports it for every command, and it complains of torch and of itself."""
+    for source in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(source).addFilter(_is_not_about_torchao)  # once: the same filter is not added twice
+
+
+def _is_not_about_torchao(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("<enum ", "Unable to import `torchao`"))
 
 
 def _without_debug(args: list[str]) -> tuple[list[str], bool]:
