@@ -1,0 +1,74 @@
+"""Our adapters and streams under CreatiLayout's names, for its classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmdit_lora.errors import InputError
+from mmdit_lora.lora import lora_state_dict
+from mmdit_lora.models.creatilayout import lora_to_creatilayout, stream_to_creatilayout, variant_of_model
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+STREAM_FILE = "model.safetensors"
+
+
+def write_creatilayout_adapter(model: Any, folder: str | Path, *, adapter_name: str = "default") -> None:
+    """Write `folder/pytorch_lora_weights.safetensors` for `load_lora_adapter` of CreatiLayout's transformer classes.
+
+    Rank and alpha of every module are in the file's header.
+
+    Raises:
+        InputError: the stream or the adapter is of a form that CreatiLayout has not.
+    """
+    variant = variant_of_model(model)
+    config: dict[str, Any] = model.peft_config[adapter_name].to_dict()
+    state = lora_state_dict(model, adapter_name)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter_name not in module.scaling:
+            continue
+        factors = {
+            key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.lora_")
+        }
+        try:
+            theirs, factors = lora_to_creatilayout(name, factors, variant)
+        except KeyError:
+            raise InputError(f"the adapter is on {name} too, which CreatiLayout's stream has not") from None
+        tensors |= {
+            f"transformer.{theirs}.{key}": value.to("cpu", torch.float32).contiguous() for key, value in factors.items()
+        }
+        ranks[theirs], alphas[theirs] = module.r[adapter_name], module.lora_alpha[adapter_name]
+    config |= {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    LoraBaseMixin.write_lora_layers(
+        state_dict=tensors,
+        save_directory=str(folder),
+        is_main_process=True,
+        weight_name=ADAPTER_FILE,
+        save_function=None,
+        safe_serialization=True,
+        lora_adapter_metadata={f"transformer.{key}": value for key, value in config.items()},
+    )
+
+
+def write_creatilayout_stream(model: Any, folder: str | Path) -> None:
+    """Write `folder/model.safetensors`: the whole layout stream, no adapter on it, in the model's dtype.
+
+    Raises:
+        InputError: the stream is of a form that CreatiLayout has not.
+    """
+    variant = variant_of_model(model)
+    stream = {name: value for name, value in model.state_dict().items() if "layout" in name}
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in stream_to_creatilayout(stream, variant).items()
+    }
+    save_file(tensors, Path(folder) / STREAM_FILE, metadata={"format": "pt"})

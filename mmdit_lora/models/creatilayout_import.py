@@ -1,0 +1,244 @@
+"""CreatiLayout's published weights as a base of ours: tensor by tensor, shard by shard, so that memory stays near one shard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmdit_lora.errors import InputError
+from mmdit_lora.files import atomic_folder, write_json
+from mmdit_lora.models.creatilayout import VARIANTS, Recipe, recipes, variant_of
+from mmdit_lora.models.families import FAMILIES
+from mmdit_lora.models.tensor_files import TensorFiles
+
+MARK = "creatilayout.json"  # what an import leaves, and is known by
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did.
+
+    Args:
+        variant: a key of `creatilayout.VARIANTS`.
+        stream_tensors, stream_params: of the layout stream that was written.
+        base_tensors_from: "weights" where the imported file holds the whole transformer, else "base".
+        shards: files that the transformer's weights went to.
+    """
+
+    variant: str
+    out: str
+    stream_tensors: int
+    stream_params: int
+    base_tensors_from: str
+    dtype: str
+    shards: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def import_creatilayout(
+    base: str | Path,
+    weights: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> ImportReport:
+    """Write `out`, a folder of ours that computes what CreatiLayout's class does with `weights`.
+
+    Args:
+        base: folder of the base: a pipeline folder, of which everything else is copied, or one with `transformer/` only.
+        weights: one of its safetensors files, or a folder (one file, or shards with their index); the stream alone or the
+            whole transformer, whose own tensors then take the place of the base's.
+        dtype: of what is written; None = as stored. Sums of the low-rank variant are rounded to it: with fp32 none is lost.
+        max_shard_bytes: size of the files that are written, and about what memory is needed.
+
+    Raises:
+        InputError: what is given is not that: names or shapes that are missing, unexpected or wrong are listed. Nothing
+            is written then.
+    """
+    base, weights, out = Path(base), Path(weights), Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
+        raise InputError("exists and is not an earlier import", where=f"--out {out}", cure="give another folder")
+    folder, config = _base_transformer(base)
+    with ExitStack() as stack:
+        theirs, own = TensorFiles(weights, stack), TensorFiles(folder, stack)
+        key = variant_of(theirs.names())
+        if key is None:
+            raise InputError(
+                "holds no layout stream of CreatiLayout", where=str(weights), cure="give its SiamLayout_* weights"
+            )
+        family = FAMILIES[VARIANTS[key].family]
+        if config.get("_class_name") not in (family.stock_class, family.transformer.__name__):
+            raise InputError(
+                f"hold a stream for {family.stock_class}, and the base is a {config.get('_class_name')}",
+                where=str(weights),
+                cure="give the base that this variant was trained on",
+            )
+        changes = dict(VARIANTS[key].config)
+        if VARIANTS[key].low_rank:
+            changes["layout_mlp_dim"] = _joined_width(theirs, own)
+        transformer: Any = family.transformer
+        with torch.device("meta"):
+            model = transformer.from_config({**config, **changes})
+        expected: dict[str, Tensor] = dict(model.state_dict())
+        stream = [name for name in expected if "layout" in name]
+        plan = {name: Recipe((name,)) for name in expected if "layout" not in name} | recipes(stream, key)
+        whole = any(name in theirs for name in expected if "layout" not in name)
+        sources = _sources(plan, theirs, own, whole=whole)
+        sizes = _check(plan, sources, expected, theirs, own)
+        with atomic_folder(out) as temporary:
+            _copy_components(base, temporary, model)
+            (temporary / "transformer").mkdir()
+            model.save_config(temporary / "transformer")
+            shards = _write(plan, sources, sizes, temporary / "transformer", dtype, max_shard_bytes)
+            report = ImportReport(
+                variant=key,
+                out=str(out),
+                stream_tensors=len(stream),
+                stream_params=sum(expected[name].numel() for name in stream),
+                base_tensors_from="weights" if whole else "base",
+                dtype=str(dtype or sizes[stream[0]].dtype).removeprefix("torch."),
+                shards=shards,
+            )
+            write_json(temporary / MARK, {k: v for k, v in report.to_dict().items() if k != "out"})
+    return report
+
+
+def _base_transformer(base: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder and config of the base's transformer."""
+    folder = base / "transformer"
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(
+            "has no transformer/config.json", where=f"--base {base}", cure="give a diffusers folder of the base"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {type(config).__name__}")
+    except ValueError as error:
+        raise InputError(f"is no config: {error}", where=str(file)) from None
+    return folder, config
+
+
+def _joined_width(theirs: TensorFiles, own: TensorFiles) -> int:
+    """Hidden width of the text's MLP and the low-rank one beside it, together."""
+    names = ("transformer_blocks.0.ff_context.net.0.proj.weight", "transformer_blocks.0.ff_context_lora.0.up.weight")
+    found = [(theirs if name in theirs else own) for name in names]
+    missing = [name for name, files in zip(names, found, strict=True) if name not in files]
+    if missing:
+        raise InputError(f"1 missing: {missing[0]}", where=str(theirs.path))
+    return sum(files.empty(name).shape[0] for name, files in zip(names, found, strict=True))
+
+
+def _sources(
+    plan: Mapping[str, Recipe], theirs: TensorFiles, own: TensorFiles, *, whole: bool
+) -> dict[str, TensorFiles]:
+    """Where each source tensor is read: the stream's from `theirs`, the base's too where it holds the whole transformer."""
+    base_names = {name for name in plan if "layout" not in name}
+    needed = {source for recipe in plan.values() for source in recipe.sources}
+    return {name: own if name in base_names and not whole else theirs for name in needed}
+
+
+def _check(
+    plan: Mapping[str, Recipe],
+    sources: Mapping[str, TensorFiles],
+    expected: Mapping[str, Tensor],
+    theirs: TensorFiles,
+    own: TensorFiles,
+) -> dict[str, Tensor]:
+    """What each tensor will be, on the meta device.
+
+    Raises:
+        InputError: with all that is missing, unexpected or misshapen.
+    """
+    missing = sorted(name for name, files in sources.items() if name not in files)
+    unexpected = sorted(theirs.names() - sources.keys())
+    sizes: dict[str, Tensor] = {}
+    misshapen = []
+    for name, recipe in plan.items():
+        if any(source in missing for source in recipe.sources):
+            continue
+        given = [sources[source].empty(source) for source in recipe.sources]
+        try:
+            sizes[name] = recipe.make(*given) if recipe.make else given[0]
+            fits = sizes[name].shape == expected[name].shape
+        except (RuntimeError, IndexError):
+            fits = False
+        if not fits:
+            shapes = " and ".join(f"{source} {tuple(g.shape)}" for source, g in zip(recipe.sources, given, strict=True))
+            misshapen.append(f"{shapes} for {tuple(expected[name].shape)}")
+    faults = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    if any(faults.values()):
+        raise InputError(
+            "do not fit: " + "; ".join(_listed(kind, names) for kind, names in faults.items() if names),
+            where=f"{theirs.path} on {own.path}",
+            cure="give the weights and the base that belong together",
+        )
+    return sizes
+
+
+def _write(
+    plan: Mapping[str, Recipe],
+    sources: Mapping[str, TensorFiles],
+    sizes: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> int:
+    """The transformer's weights, one shard in memory at a time. Returns the number of files."""
+    # Sums are made in fp32 and stored as the base's tensor that they are added to.
+    dtypes = {name: dtype or sources[recipe.sources[0]].empty(recipe.sources[0]).dtype for name, recipe in plan.items()}
+    split = split_state_dict_into_shards_factory(
+        {name: sizes[name].numel() * dtypes[name].itemsize for name in plan},
+        get_storage_size=lambda size: size,
+        filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            given = [sources[source].get(source) for source in plan[name].sources]
+            made = plan[name].make
+            tensors[name] = (made(*given) if made else given[0]).to(dtypes[name]).contiguous()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json", index)
+    return len(split.filename_to_tensors)
+
+
+def _copy_components(base: Path, out: Path, model: Any) -> None:
+    """Everything of the base but its transformer, and a model_index.json that names ours."""
+    for item in base.iterdir():
+        if item.name in ("transformer", MARK) or item.name.startswith("."):
+            continue
+        if item.is_dir():
+            shutil.copytree(item, out / item.name)
+        else:
+            shutil.copy2(item, out / item.name)
+    index = out / "model_index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        name = content.get("_class_name", "")
+        content["_class_name"] = name if name.startswith("Layout") else f"Layout{name}"
+        content["transformer"] = [type(model).__module__, type(model).__name__]
+        write_json(index, content)
+
+
+def _listed(kind: str, names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"

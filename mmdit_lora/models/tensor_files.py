@@ -1,0 +1,96 @@
+"""Safetensors on disk, a file or a folder of shards, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmdit_lora.errors import InputError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class TensorFiles:
+    """The tensors of one safetensors file, or of a folder of shards, read one at a time.
+
+    Raises:
+        InputError: no such file, a pickle, a damaged file, or a shard that the index names is missing.
+    """
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.path = path
+        self._files: dict[str, Any] = {}
+        for file in _files_of(path):
+            try:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"is not a whole safetensors file: {error}", where=str(file), cure="get the file anew"
+                ) from None
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, on the CPU, as stored."""
+        return self._files[name].get_tensor(name)
+
+    def empty(self, name: str) -> Tensor:
+        """Shape and dtype of the tensor, on the meta device.
+
+        Raises:
+            InputError: its dtype is not a floating-point one that a transformer is stored in.
+        """
+        piece = self._files[name].get_slice(name)
+        if piece.get_dtype() not in _DTYPES:
+            raise InputError(
+                f"{name} is {piece.get_dtype()}", where=str(self.path), cure="give fp16, bf16 or fp32 weights"
+            )
+        return torch.empty(piece.get_shape(), dtype=_DTYPES[piece.get_dtype()], device="meta")
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The safetensors files that `path` stands for."""
+    if path.suffix in _PICKLES:
+        raise InputError("is a pickle, which may run code", where=str(path), cure="convert it to safetensors first")
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(
+            "no such file or folder", where=str(path), cure="give a safetensors file or a diffusers folder"
+        )
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"is no index of shards: {error!r}", where=str(indices[0])) from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:8])}", where=str(path)
+            )
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if not files and any(file.suffix in _PICKLES for file in path.iterdir()):
+        raise InputError("holds pickles only, which may run code", where=str(path), cure="get the safetensors files")
+    what = "no safetensors file" if not files else f"{len(files)} safetensors files and no index"
+    raise InputError(f"holds {what}", where=str(path), cure="give the file itself, or the folder with its index")
