@@ -217,7 +217,7 @@ def _low_rank(name: str) -> Recipe:
     if module.startswith("attn."):
         base = f"{block}.{rest}"
         if leaf == "bias":
-            return Recipe((base,))
+            return Recipe((base,), torch.clone)  # one file cannot hold one tensor under two names
         return Recipe((base, *pair(f"attn.{_ATTENTION_LORA[module.removeprefix('attn.')]}")), _added)
     if module == "norm1.linear":
         base = f"{block}.norm1_context.linear.{leaf}"
@@ -235,7 +235,7 @@ def _low_rank(name: str) -> Recipe:
             return Recipe((first, up), lambda bias, up: torch.cat([bias, bias.new_zeros(len(up))]))
         return Recipe((first, *pair("ff_context_lora.0")), lambda w, up, down: torch.cat([w, _product(up, down)]))
     if leaf == "bias":
-        return Recipe((second,))
+        return Recipe((second,), torch.clone)
     return Recipe((second, *pair("ff_context_lora.1")), lambda w, up, down: torch.cat([w, _product(up, down)], dim=1))
 
 

@@ -132,8 +132,9 @@ class LayoutProcessor(nn.Module):
     def forward(self, layout: LayoutInputs, phrase_states: Tensor | None = None) -> Tensor:
         """Layout tokens, (B, N, D), or (B, N K, D) of `phrase_states` (B, N, K, D), the text tokens of the phrases."""
         dtype = self.null_box.dtype
-        # In fp32 whatever the model's dtype: at 56 rad/unit, bf16 coordinates are wrong by up to 0.24 in the features.
-        box = get_fourier_embeds_from_boundingbox(FOURIER_FREQUENCIES, layout.boxes.float()).to(dtype)  # (B, N, 64)
+        # At least in fp32 whatever the model's dtype: at 56 rad/unit, bf16 coordinates are wrong by up to 0.24 in the features.
+        boxes = layout.boxes.to(torch.promote_types(dtype, torch.float32))
+        box = get_fourier_embeds_from_boundingbox(FOURIER_FREQUENCIES, boxes).to(dtype)  # (B, N, 64)
         if self.phrase_mlp is not None:
             phrase_states = self.phrase_mlp(layout.phrase_embeds.to(dtype)).unsqueeze(2)  # (B, N, 1, D)
         assert phrase_states is not None
