@@ -237,6 +237,8 @@ def export(
 
     report = export_adapter(adapter, to=to, out=out, base=base, merge=merge)
     say(f"wrote {report.out} ({report.bytes / 2**20:.2f} MiB); read back, it differs by {report.max_abs_diff:.1e}")
+    if report.note:
+        say(f"note: {report.note}")
     if as_json:
         emit(report.to_dict())
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.export_read import DIFFUSERS_FILE, outputs
+from mmdit_lora.export_creatilayout import write_creatilayout_adapter, write_creatilayout_stream
+from mmdit_lora.export_read import DIFFUSERS_FILE, STREAM_FILE, open_transformer, outputs
 from mmdit_lora.files import atomic_file, atomic_folder
 from mmdit_lora.lora import (
     HEADER_KEY,
@@ -30,6 +31,7 @@ from mmdit_lora.lora import (
     read_adapter_header,
     save_adapter,
 )
+from mmdit_lora.models.creatilayout import SLOTS
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
 Target = Literal["peft", "diffusers", "kohya", "creatilayout", "merged"]
@@ -43,7 +45,9 @@ class ExportReport:
 
     Args:
         max_abs_diff: largest difference of the predicted velocity, over two random inputs with three boxes each.
-        effect: largest difference that the adapter itself makes there; 0 would mean that it does nothing.
+        effect: largest difference that the adapter itself makes there (of a stream alone: the layout); 0 would mean that
+            it does nothing.
+        note: what the other tool does otherwise, if anything.
     """
 
     to: str
@@ -51,6 +55,7 @@ class ExportReport:
     bytes: int
     max_abs_diff: float
     effect: float
+    note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +68,8 @@ def export_adapter(
 
     Args:
         to: "peft" a PEFT folder; "diffusers" a folder for `pipe.load_lora_weights`; "kohya" one .safetensors file in the
-            names of kohya-ss/sd-scripts; "merged" a whole base with the adapter in its weights (fp32).
+            names of kohya-ss/sd-scripts; "creatilayout" a folder under CreatiLayout's names, for its `load_lora_adapter`;
+            "merged" a whole base with the adapter in its weights (fp32).
         base: folder or hub id; None = the one that the adapter names.
         merge: "creatilayout" only: the whole layout stream with the adapter in its weights.
 
@@ -73,15 +79,19 @@ def export_adapter(
     """
     out = Path(out)
     _check_out(to, out)
+    if to == "creatilayout" and (Path(adapter) / "transformer").is_dir():
+        return _export_stream(str(adapter), out)
     base = base or base_of(adapter)
     pipe, header = _open(adapter, base)
+    note = _note(to, pipe.transformer)
     expected, effect = _reference(pipe.transformer)
     with _place(to, out) as temporary:
-        _write(to, pipe, temporary, adapter, header)
-        difference = _read_back(to, temporary, base, expected)
-        if difference > TOLERANCE:
-            raise RuntimeError(f"the export differs from base + adapter by {difference:.1e}; nothing was written")
-    return ExportReport(to, str(out), _bytes(out), difference, effect)
+        if merge:
+            write_creatilayout_stream(merge_adapter(pipe.transformer, in_place=True), temporary)
+        else:
+            _write(to, pipe, temporary, adapter, header)
+        difference = _compare("creatilayout stream" if merge else to, temporary, base, expected)
+    return ExportReport(to, str(out), _bytes(out), difference, effect, note)
 
 
 def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str, Any]:
@@ -137,6 +147,26 @@ def _open(adapter: str | Path, base: str) -> tuple[LayoutPipeline, dict[str, Any
     return pipe, header
 
 
+def _export_stream(base: str, out: Path) -> ExportReport:
+    """A base's own layout stream under CreatiLayout's names."""
+    model = open_transformer(base).eval()
+    expected = outputs(model)
+    effect = (expected - outputs(model, layout_scale=0.0)).abs().max().item()
+    with atomic_folder(out) as temporary:
+        write_creatilayout_stream(model, temporary)
+        difference = _compare("creatilayout stream", temporary, base, expected)
+    return ExportReport("creatilayout", str(out), _bytes(out), difference, effect, _note("creatilayout", model))
+
+
+def _note(to: Target, model: Any) -> str | None:
+    if to != "creatilayout" or (model.config.layout_slots == SLOTS and not model.config.mask_padding):
+        return None
+    return (
+        f"CreatiLayout's own code fills up to {SLOTS} boxes and attends to the filling; this base does not, so pictures "
+        "painted there differ from those painted here"
+    )
+
+
 def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, header: dict[str, Any]) -> None:
     model = pipe.transformer
     if to == "peft":
@@ -147,6 +177,8 @@ def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, he
         _write_diffusers(pipe, path)
     elif to == "kohya":
         _write_kohya(model, path, header)
+    elif to == "creatilayout":
+        write_creatilayout_adapter(model, path)
     else:
         pipe.transformer = merge_adapter(model, in_place=True)
         with quiet():
@@ -217,6 +249,13 @@ def _read_back(to: str, written: Path, base: str, expected: Tensor) -> float:
         return (load_file(answer)["sample"] - expected).abs().max().item()
 
 
+def _compare(to: str, written: Path, base: str, expected: Tensor) -> float:
+    difference = _read_back(to, written, base, expected)
+    if difference > TOLERANCE:
+        raise RuntimeError(f"the export differs from base + adapter by {difference:.1e}; nothing was written")
+    return difference
+
+
 @contextmanager
 def _place(to: Target, out: Path) -> Iterator[Path]:
     """Where the export is written before it counts."""
@@ -232,7 +271,7 @@ def _check_out(to: Target, out: Path) -> None:
         if out.exists() and not _is_own_file(out):
             raise InputError("exists and is not an export", where=str(out), cure="give another --out")
         return
-    ours = ("adapter_config.json", "model_index.json", DIFFUSERS_FILE)
+    ours = ("adapter_config.json", "model_index.json", DIFFUSERS_FILE, STREAM_FILE)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in ours)):
         raise InputError("exists and is not an export", where=str(out), cure="give another --out")
 

@@ -23,6 +23,13 @@ from tests.tiny import tiny_pipeline, tiny_transformer, trained_adapter
 from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
 FORMATS: tuple[Target, ...] = ("peft", "diffusers", "kohya", "merged")
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 6,
+    "target_modules": ["layout_mlp.fc1", "layout_mlp.fc2", "layout_stream.out_proj"],
+    "rank_pattern": {"fc2": 2},
+    "use_rslora": True,
+}
 BASES: dict[str, Callable[[Path], Any]] = {
     "two streams": lambda folder: tiny_pipeline(folder, tiny_transformer(qk_norm="rms_norm", layout_attention="cross")),
     "single blocks": lambda folder: tiny_flux_pipeline(
@@ -39,18 +46,33 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pipe.save_pretrained(folder / "base")
     model = pipe.transformer
     fingerprint = base_fingerprint(model)
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=["layout_mlp.fc1", "layout_mlp.fc2", "layout_stream.out_proj"],
-        rank_pattern={"fc2": 2},
-        alpha_pattern={"out_proj": 1},
-        use_rslora=True,
-    )
-    add_layout_lora(model, config)
+    add_layout_lora(model, peft.LoraConfig(**LORA, alpha_pattern={"out_proj": 1}))
     trained_adapter(model)
     metadata = {"base": str(folder / "base"), "fingerprint": fingerprint}
     save_adapter(model, folder / "adapter", metadata=metadata, card="# A card\n")
+    return str(folder / "base"), folder / "adapter"
+
+
+CREATILAYOUT_BASES: dict[str, Callable[[Path], Any]] = {
+    "two streams": lambda folder: tiny_pipeline(folder, tiny_transformer(mask_padding=False, layout_slots=10)),
+    "single blocks": lambda folder: tiny_flux_pipeline(
+        folder, tiny_flux_transformer(layout_single_blocks=True, phrase_tokens=30)
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CREATILAYOUT_BASES)
+def creatilayout_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A base whose stream is of a form that CreatiLayout has, and an adapter."""
+    folder = tmp_path_factory.mktemp("creatilayout")
+    pipe = CREATILAYOUT_BASES[request.param](folder / "vocabulary")
+    pipe.save_pretrained(folder / "base")
+    fingerprint = base_fingerprint(pipe.transformer)
+    add_layout_lora(pipe.transformer, peft.LoraConfig(**{**LORA, "target_modules": LORA["target_modules"][:2]}))
+    trained_adapter(pipe.transformer)
+    save_adapter(
+        pipe.transformer, folder / "adapter", metadata={"base": str(folder / "base"), "fingerprint": fingerprint}
+    )
     return str(folder / "base"), folder / "adapter"
 
 
@@ -132,6 +154,60 @@ def test_dora_has_no_place_in_the_names_of_kohya(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
     report = export_adapter(tmp_path / "adapter", to="diffusers", out=tmp_path / "out")
     assert report.max_abs_diff <= 1e-5
+
+
+# -- CreatiLayout's names ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_adapter_under_creatilayouts_names_reads_back(creatilayout_pair: tuple[str, Path], tmp_path: Path) -> None:
+    base, adapter = creatilayout_pair
+    report = export_adapter(adapter, to="creatilayout", out=tmp_path / "out")
+    assert report.max_abs_diff <= 1e-5 < 1e-3 < report.effect
+    names = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert "transformer.transformer_blocks.0.ff_bbox.net.0.proj.lora_A.weight" in names
+    assert not any("layout" in name for name in names)
+    masked = load_pipeline(base).transformer.config.mask_padding
+    assert (report.note is not None) == masked  # theirs attends to the filling
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_whole_stream_with_or_without_the_adapter_reads_back(
+    creatilayout_pair: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = creatilayout_pair
+    merged = export_adapter(adapter, to="creatilayout", out=tmp_path / "merged", merge=True)
+    assert merged.max_abs_diff <= 1e-5 < 1e-3 < merged.effect
+    assert main(["export", base, "--to", "creatilayout", "--out", str(tmp_path / "own"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["max_abs_diff"] == 0.0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "own"))
+    assert one.keys() == two.keys()
+    changed = {name for name in one if not torch.equal(one[name], two[name])}
+    assert changed
+    adapted = ("ff_bbox", "bbox_proj_mlp", "bbox_proj_out", "position_net.linears")
+    assert all(name.endswith(".weight") and any(part in name for part in adapted) for name in changed)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_stream_that_creatilayout_has_not_is_refused(pair: tuple[str, Path], tmp_path: Path) -> None:
+    for merge in (False, True):
+        with pytest.raises(InputError, match="CreatiLayout has no such stream"):
+            export_adapter(pair[1], to="creatilayout", out=tmp_path / "out", merge=merge)
+    with pytest.raises(InputError, match="CreatiLayout has no such stream"):
+        export_adapter(pair[0], to="creatilayout", out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_fresh_process_reads_creatilayouts_names(
+    creatilayout_pair: tuple[str, Path], tmp_path: Path, merge: bool
+) -> None:
+    report = export_adapter(creatilayout_pair[1], to="creatilayout", out=tmp_path / "out", merge=merge)
+    assert report.max_abs_diff <= 1e-5
+
+
+# -- the rest ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_probe_reaches_every_layer_that_carries_lora(pair: tuple[str, Path]) -> None:

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from mmdit_lora.errors import InputError
 from mmdit_lora.models import flux, sd3
-from mmdit_lora.models.base import Family
+from mmdit_lora.models.base import Family, LayoutModelMixin
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,
     "flux": flux.FAMILY,
 }
+
+
+def stored_transformer(base: str) -> tuple[type[LayoutModelMixin], dict[str, Any]]:
+    """Our class for the transformer of a base (folder or hub id), and its config as it is stored.
+
+    Raises:
+        InputError: there is no such transformer, or it is of no known family.
+    """
+    reader: Any = next(iter(FAMILIES.values())).transformer  # any will do: it reads the file as it is
+    try:
+        config = reader.load_config(base, subfolder="transformer")
+    except OSError as error:
+        raise InputError(f"has no transformer/config.json: {error}", where=base) from error
+    name = config.get("_class_name")
+    for family in FAMILIES.values():
+        if name in (family.stock_class, family.transformer.__name__):
+            return family.transformer, config
+    known = ", ".join(family.stock_class for family in FAMILIES.values())
+    raise InputError(f"its transformer is a {name}; known are {known}", where=base)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from mmdit_lora.config import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import base_fingerprint
-from mmdit_lora.models import FAMILIES
+from mmdit_lora.models.families import stored_transformer
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
 # Parts of module names. What is trained or carries an adapter keeps its weights: a LoRA then merges exactly.
@@ -61,18 +61,11 @@ def stream_options(config: Config) -> dict[str, Any]:
     if not wanted and stream.init is None and stream.seed is None:
         return options
     try:
-        reader: Any = next(iter(FAMILIES.values())).transformer  # any will do: it reads the file as it is
-        stored = reader.load_config(config.base, subfolder="transformer")
-    except OSError:
-        return options  # no base at all: `load_pipeline` says so better
-    name = stored.get("_class_name")
-    transformer = next(
-        (f.transformer for f in FAMILIES.values() if name in (f.stock_class, f.transformer.__name__)), None
-    )
-    if transformer is None:
-        return options
+        transformer, stored = stored_transformer(config.base)
+    except InputError:
+        return options  # no base of ours: `load_pipeline` says so better
     known = inspect.signature(transformer.__init__).parameters
-    has_stream = name == transformer.__name__
+    has_stream = stored["_class_name"] == transformer.__name__
     for key, value in wanted.items():
         own = _STREAM_KEYS[key]
         if own not in known:
