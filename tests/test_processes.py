@@ -17,14 +17,17 @@ from mmdit_lora.cli import main
 pytestmark = pytest.mark.slow
 
 
-def test_two_processes_train_what_one_does(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_two_processes_train_what_one_does(base: Path, data: Path, tmp_path: Path, quantization: str) -> None:
+    if quantization != "none":
+        pytest.importorskip("torchao")
     train = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, "validate_every": 2, "checkpoint_every": 2}
     content = {
         "base": str(base),
         "output_dir": str(tmp_path / "one"),
         "data": {"path": str(data), "validation_share": 0.25},
         "lora": {"dropout": 0.0},  # each process draws its own
-        "train": train | {"sample_every": 2, "sample_count": 2},
+        "train": train | {"sample_every": 2, "sample_count": 2, "quantization": quantization},
         "sample": {"steps": 2},
     }
     config = tmp_path / "run.yaml"

@@ -167,6 +167,9 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     torch.manual_seed(config.train.seed)  # the adapter's initial weights
     trainable = set_trainable(pipe.transformer, config)
     pipe.transformer.train()
+    # Every process opened the same files: DDP need not send the frozen part around, and cannot where it is quantised.
+    frozen = [name for name, parameter in pipe.transformer.named_parameters() if not parameter.requires_grad]
+    pipe.transformer._ddp_params_and_buffers_to_ignore = frozen
     settings = config.train
     apply_switches(pipe.transformer, settings, device=accelerator.device, dtype=dtype)
     optimizer = torch.optim.AdamW(
