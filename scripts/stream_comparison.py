@@ -227,6 +227,10 @@ def main() -> None:
         "shuffled": {"basic": before["shuffled"], "page": page["shuffled"]},
         **sides,
         "seconds_per_step": timing,
+        "caveats": [
+            "The embedded base was trained together with a siamese stream, before that was taken off.",
+            "One seed. Fidelity is compared after the same number of steps, not after the same time.",
+        ],
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()},
         "torch": torch.__version__,
     }

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from mmdit_lora.config import SECTIONS, Config, load_config
 from mmdit_lora.errors import InputError
 
+ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = "base: data/tiny_base\ndata: some/folder\n"
 
 
@@ -194,3 +195,11 @@ def test_every_key_is_described_in_one_plain_line() -> None:
         for name, field in model.model_fields.items():
             assert field.description, name
             assert "\n" not in field.description, name
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_repositorys_own_configs_are_valid_and_say_how_they_are_run(file: Path) -> None:
+    load_config(file)
+    head = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "mmdit-lora" in head
+    assert "Hardware:" in head or "NOT RUN HERE" in head
