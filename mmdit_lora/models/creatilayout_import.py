@@ -99,18 +99,20 @@ def import_creatilayout(
         whole = any(name in theirs for name in expected if "layout" not in name)
         sources = _sources(plan, theirs, own, whole=whole)
         sizes = _check(plan, sources, expected, theirs, own)
+        # Sums are made in fp32 and stored as the base's tensor that they are added to.
+        dtypes = {n: dtype or sources[r.sources[0]].empty(r.sources[0]).dtype for n, r in plan.items()}
         with atomic_folder(out) as temporary:
             _copy_components(base, temporary, model)
             (temporary / "transformer").mkdir()
             model.save_config(temporary / "transformer")
-            shards = _write(plan, sources, sizes, temporary / "transformer", dtype, max_shard_bytes)
+            shards = _write(plan, sources, sizes, dtypes, temporary / "transformer", max_shard_bytes)
             report = ImportReport(
                 variant=key,
                 out=str(out),
                 stream_tensors=len(stream),
                 stream_params=sum(expected[name].numel() for name in stream),
                 base_tensors_from="weights" if whole else "base",
-                dtype=str(dtype or sizes[stream[0]].dtype).removeprefix("torch."),
+                dtype=str(dtypes[stream[0]]).removeprefix("torch."),
                 shards=shards,
             )
             write_json(temporary / MARK, {k: v for k, v in report.to_dict().items() if k != "out"})
@@ -195,13 +197,11 @@ def _write(
     plan: Mapping[str, Recipe],
     sources: Mapping[str, TensorFiles],
     sizes: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
     folder: Path,
-    dtype: torch.dtype | None,
     max_shard_bytes: int,
 ) -> int:
     """The transformer's weights, one shard in memory at a time. Returns the number of files."""
-    # Sums are made in fp32 and stored as the base's tensor that they are added to.
-    dtypes = {name: dtype or sources[recipe.sources[0]].empty(recipe.sources[0]).dtype for name, recipe in plan.items()}
     split = split_state_dict_into_shards_factory(
         {name: sizes[name].numel() * dtypes[name].itemsize for name in plan},
         get_storage_size=lambda size: size,
