@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from mmdit_lora import __version__, cli_data, cli_import, cli_model
+from mmdit_lora import __version__, cli_data, cli_import, cli_model, cli_plan
 from mmdit_lora.errors import InputError
 
 # ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
@@ -52,6 +52,7 @@ def _options(
 cli_data.register(app)
 cli_import.register(app)
 cli_model.register(app)
+cli_plan.register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Planning a training run: parameters, memory and FLOPs, without weights."""
