@@ -182,10 +182,10 @@ def _light_process() -> Iterator[None]:
         yield
         return
     find_spec, hidden = importlib.util.find_spec, ("scipy", "torchao", "torchvision", "triton")
-    importlib.util.find_spec = lambda name, package=None: (  # type: ignore[assignment]
+    importlib.util.find_spec = lambda name, package=None: (
         None if name.split(".")[0] in hidden else find_spec(name, package)
     )
-    sys.modules |= {name: None for name in hidden}  # type: ignore[dict-item]
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]
     logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # it warns that it misses triton
     gc.disable()
     try:

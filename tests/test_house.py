@@ -27,6 +27,7 @@ ROOMS = (
     ("evaluate",),
     ("training",),
     ("export", "export_read", "export_creatilayout"),
+    ("plan",),
     ("analysis",),
     ("quickstart",),
     ("cli", "studio"),
