@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_lora.cli import main
 from mmdit_lora.data.shapes import DOMAINS, make_scene
+from tests.test_layout_stream_method import stock_flux
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,6 +83,31 @@ def test_evaluate_gives_every_side_and_is_repeatable(
     for side in ("base", "adapter", "ground_truth", "shuffled"):
         assert set(reports[0][side]) >= {"miou", "iou50", "color_acc", "shape_acc"}
     assert reports[0]["by_boxes"]["1-4"]["pictures"] == 12
+
+
+def test_a_plain_base_of_another_family_from_stream_to_pictures(
+    data: Path, layouts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    base = stock_flux(tmp_path / "base")
+    (tmp_path / "run.yaml").write_text(
+        f"base: {base}\ndata: {{path: {data}, validation_share: 0.25, resolution: 32}}\n"
+        "train: {max_steps: 2, batch_size: 2, learning_rate: 3e-2, sample_every: 2, sample_count: 1}\n"
+        "sample: {steps: 2}\n"
+    )
+    run = ["train", str(tmp_path / "run.yaml"), "--json"]
+    refused([*run, f"output_dir={tmp_path / 'out'}"], capsys, tmp_path / "out")  # no stream yet
+    stream = ["method=layout_stream", "stream.attention=cross", "stream.phrase_tokens=3", "flow.guidance=3.5"]
+    assert main([*run, *stream, f"output_dir={tmp_path / 'stream'}"]) == 0
+    trained = f"base={tmp_path / 'stream' / 'base'}"
+    assert main([*run, trained, f"output_dir={tmp_path / 'lora'}"]) == 0
+    capsys.readouterr()
+    sides = ["--base", str(tmp_path / "stream" / "base"), "--adapter", str(tmp_path / "lora" / "adapter")]
+    paint = [*sides, "--steps", "2", "--size", "32"]
+    assert main(["sample", *paint, "--layout", str(layouts), "--out", str(tmp_path / "pictures")]) == 0
+    assert Image.open(tmp_path / "pictures" / "0001.png").size == (32, 32)
+    assert main(["evaluate", *paint, "--data", str(data), "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {"base", "adapter", "ground_truth", "shuffled"} <= report.keys()
 
 
 @pytest.mark.parametrize("to", ["peft", "merged"])

@@ -65,7 +65,7 @@ class Encoder:
     def __init__(self, pipe: LayoutPipeline) -> None:
         self.pipe = pipe
         self._prompts = TensorCache()
-        self._phrases: dict[str, Tensor] = {}
+        self._phrases = TensorCache()
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -88,10 +88,16 @@ class Encoder:
 
     @torch.no_grad()
     def phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
-        """phrase -> embedding, pooled (P,) or of tokens (K, P), on the CPU. Phrases repeat a lot: all are kept."""
-        for phrase in set(phrases) - self._phrases.keys():
-            self._phrases[phrase] = self.pipe.encode_phrases([phrase])[0].cpu()
-        return self._phrases
+        """phrase -> embedding, pooled (P,) or of tokens (K, P), on the CPU."""
+        each = list(dict.fromkeys(phrases))
+        if not each:
+            return {}
+
+        def make(missing: list[int]) -> tuple[Tensor]:
+            return (torch.cat([self.pipe.encode_phrases([each[i]]).cpu() for i in missing]),)
+
+        (embeds,) = self._phrases.get(each, make)
+        return dict(zip(each, embeds, strict=True))
 
     def _prompt(self, caption: str) -> tuple[Tensor, Tensor]:
         embeds, pooled = self.pipe.encode_caption(caption)
