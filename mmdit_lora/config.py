@@ -148,7 +148,9 @@ class TrainSection(Section):
     attention_backend: str | None = Field(
         default=None, description="diffusers' name of an attention backend, e.g. _native_cudnn; null = its default"
     )
-    compile: bool = Field(default=False, description="compile the blocks: minutes at the start, then faster steps")
+    compile: bool = Field(
+        default=False, description="compile the blocks: minutes at the start, then faster steps; other draws of dropout"
+    )
     quantization: Literal["none", "int8", "nf4"] = Field(
         default="none",
         description="the frozen base's linears: none | int8 (torchao) | nf4 (bitsandbytes, on a GPU); the stream stays as it is",
