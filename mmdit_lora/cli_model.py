@@ -30,6 +30,10 @@ ScaleOption = Annotated[float, typer.Option("--layout-scale", help="Factor of th
 WindowOption = Annotated[
     tuple[float, float], typer.Option("--layout-window", help="Part of the steps where the layout acts: START END.")
 ]
+DtypeOption = Annotated[
+    Literal["fp32", "bf16", "fp16"],
+    typer.Option("--dtype", help="Of the weights that are loaded; bf16 needs half the memory."),
+]
 SizeOption = Annotated[int | None, typer.Option("--size", min=16, help="Side in pixels; default: the base's own.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
 SeedOption = Annotated[
@@ -117,6 +121,7 @@ def sample(
     layout_window: WindowOption = (0.0, 1.0),
     size: SizeOption = None,
     batch_size: BatchOption = 8,
+    dtype: DtypeOption = "fp32",
     count: Annotated[int | None, typer.Option("--count", min=1, help="Paint the first COUNT layouts only.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -135,7 +140,7 @@ def sample(
     from mmdit_lora.files import atomic_folder, write_json
     from mmdit_lora.pipelines import paint
 
-    pipe = _open(base, adapter)
+    pipe = _open(base, adapter, dtype)
     with ProgressLines() as tell:
         pictures = paint(
             pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
@@ -148,6 +153,7 @@ def sample(
         | {
             "steps": settings.steps or pipe.config.num_inference_steps,
             "guidance_scale": pipe.config.guidance_scale if guidance is None else guidance,
+            "dtype": dtype,
         },
         "pictures": [
             {"file": f"{n:04d}.png", "boxes_file": f"{n:04d}_boxes.png", "seed": seed + n, "layout": item.to_dict()}
@@ -177,6 +183,7 @@ def evaluate(
     layout_window: WindowOption = (0.0, 1.0),
     size: SizeOption = None,
     batch_size: BatchOption = 32,
+    dtype: DtypeOption = "fp32",
     as_json: JsonFlag = False,
 ) -> None:
     """Measure how well layouts are obeyed, without and with the adapter, beside a ceiling and a floor."""
@@ -190,7 +197,7 @@ def evaluate(
     from mmdit_lora.evaluate.sides import evaluate as run
     from mmdit_lora.files import write_json
 
-    pipe = _open(base, adapter)
+    pipe = _open(base, adapter, dtype)
     with ProgressLines() as tell:
         result = run(
             pipe,
@@ -274,14 +281,15 @@ def _settings(
     )
 
 
-def _open(base: str, adapters: list[str] | None) -> LayoutPipeline:
+def _open(base: str, adapters: list[str] | None, dtype: str) -> LayoutPipeline:
     """The base with its adapters on it, all active, on the GPU where there is one."""
     import torch
 
     from mmdit_lora.lora import base_fingerprint, load_adapter
     from mmdit_lora.pipelines import load_pipeline
 
-    pipe = load_pipeline(base)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    pipe = load_pipeline(base, dtype=dtypes[dtype])
     weights: dict[str, float] = {}
     fingerprint = base_fingerprint(pipe.transformer) if adapters else ""
     for number, given in enumerate(adapters or []):

@@ -59,6 +59,16 @@ def test_batch_size_does_not_change_pictures(base: Path, layouts: Path, tmp_path
         assert max(abs(a - b) for a, b in zip(one.tobytes(), two.tobytes(), strict=True)) <= 1
 
 
+def test_bf16_paints_nearly_the_same(base: Path, adapter: Path, layouts: Path, tmp_path: Path) -> None:
+    for dtype in ("fp32", "bf16"):
+        command = ["sample", "--base", str(base), "--adapter", str(adapter), "--layout", str(layouts), "--steps", "2"]
+        assert main([*command, "--dtype", dtype, "--out", str(tmp_path / dtype)]) == 0
+    assert json.loads((tmp_path / "bf16" / "sample.json").read_text())["settings"]["dtype"] == "bf16"
+    one, two = (Image.open(tmp_path / dtype / "0000.png").tobytes() for dtype in ("fp32", "bf16"))
+    assert one != two
+    assert sum(abs(a - b) for a, b in zip(one, two, strict=True)) / len(one) < 4  # of 255
+
+
 def test_evaluate_gives_every_side_and_is_repeatable(
     base: Path, adapter: Path, data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
