@@ -194,4 +194,4 @@ def _light_process() -> Iterator[None]:
         gc.freeze()  # nor one when the process ends
         importlib.util.find_spec = find_spec
         for name in hidden:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
