@@ -34,7 +34,8 @@ def main() -> None:
                 velocity = peer_velocity(model, variant, layout(variant, boxes, dtype), scale, dtype)
                 values[f"{variant}/{boxes}/{scale}"] = velocity.contiguous()
     with tempfile.TemporaryDirectory() as folder:
-        values["loop"] = peer_loop(Path(folder)).contiguous()
+        for variant in ("sd3", "flux"):
+            values[f"loop/{variant}"] = peer_loop(variant, Path(folder)).contiguous()
     OUT.parent.mkdir(parents=True, exist_ok=True)
     save_file(values, OUT, metadata={"source": "HuiZhang0812/CreatiLayout at 860d8bd", "script": "scripts/golden.py"})
     print(f"wrote {OUT.name}: {len(values)} tensors, {OUT.stat().st_size / 1024:.0f} KiB")

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmdit_lora.models import LayoutInputs
 from tests.tiny import SD3_CONFIG
 
-# The peer ties phrases to the pooled text and their width to 2048; its FLUX has 4096 wide T5 and no null text projection.
+# The peer's pipelines write the widths of phrases out: 2048 of pooled CLIP (SD3), 4096 of T5 (FLUX).
 SD3: dict[str, Any] = {**SD3_CONFIG, "pooled_projection_dim": 2048}
 FLUX: dict[str, Any] = {
     "patch_size": 1,
@@ -25,7 +25,7 @@ FLUX: dict[str, Any] = {
     "num_single_layers": 2,
     "attention_head_dim": 16,
     "num_attention_heads": 2,
-    "joint_attention_dim": 24,
+    "joint_attention_dim": 4096,
     "pooled_projection_dim": 16,
     "guidance_embeds": True,
     "axes_dims_rope": (4, 6, 6),
@@ -34,9 +34,9 @@ RANK = 4  # the published files have 256
 CONFIGS = {"sd3": SD3, "sd3-lora": SD3, "flux": FLUX}
 
 
-def stream_shapes(variant: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors that `variant` adds to its base."""
-    config = CONFIGS[variant]
+def stream_shapes(variant: str, config: dict[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that `variant` adds to its base; `config`: of another base than the tiny one."""
+    config = config or CONFIGS[variant]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -92,13 +92,17 @@ def stream_shapes(variant: str) -> dict[str, tuple[int, ...]]:
 
 
 def filled(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Numbers for these names: each depends on its name alone, the same on every machine; no gate is zero."""
+    """Numbers for these names: each depends on its name alone, the same on every machine; no gate is zero.
+
+    They are so large that phrases, boxes and null slots each change the outputs by far more than the tests tolerate, and so
+    small that fp32 still shows less than that.
+    """
     tensors = {}
     for name, shape in shapes.items():
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         norm = name.endswith(".weight") and len(shape) == 1
-        scale = 0.2 if len(shape) == 1 else 0.5 * shape[-1] ** -0.5
+        scale = 0.2 if len(shape) == 1 else 0.8 * shape[-1] ** -0.5
         tensors[name] = (scale * draw + norm).to(dtype)
     return tensors
 

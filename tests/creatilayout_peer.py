@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mmdit_lora.models import LayoutInputs
 from tests.creatilayout_files import CONFIGS, RANK, filled, inputs, plain_base, stream_shapes
-from tests.tiny import tiny_text_encoder, tiny_tokenizer
+from tests.tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer
+from tests.tiny_flux import tiny_flux_pipeline, tiny_t5_encoder
 
 BOXES, SCALES = (1, 3, 10), (1.0, 0.3)
 STEPS, WINDOW, GUIDANCE = 10, (0.0, 0.3), 7.0
@@ -77,50 +78,62 @@ def peer_velocity(model: Any, variant: str, layout: LayoutInputs, scale: float, 
     return model(**inputs(variant, dtype), layout_kwargs={"layout": given}, bbox_scale=scale).sample
 
 
-def loop_components(folder: Path) -> dict[str, Any]:
-    """All that both SD3 pipelines are made of, but the transformer; phrases are 768 + 1280 wide, as the peer has it."""
-    from tests.tiny import tiny_pipeline
+def loop_components(variant: str, folder: Path) -> dict[str, Any]:
+    """All that both pipelines of a family are made of, but the transformer; phrases are as wide as the peer has them."""
 
-    parts = dict(tiny_pipeline(folder).components)
-    for name, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
-        encoder = tiny_text_encoder(projection_dim=width)
+    def with_numbers(encoder: torch.nn.Module) -> torch.nn.Module:
         encoder.load_state_dict(filled({n: tuple(p.shape) for n, p in encoder.named_parameters()}), strict=False)
-        parts[name] = encoder.eval()
-    parts |= {"tokenizer": tiny_tokenizer(folder), "tokenizer_2": tiny_tokenizer(folder)}
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        return encoder.eval()
+
+    if variant == "flux":
+        parts = dict(tiny_flux_pipeline(folder).components)
+        parts["text_encoder_2"] = with_numbers(tiny_t5_encoder(4096))
+    else:
+        parts = dict(tiny_pipeline(folder).components)
+        for name, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
+            parts[name] = with_numbers(tiny_text_encoder(projection_dim=width))
+        parts |= {"tokenizer": tiny_tokenizer(folder), "tokenizer_2": tiny_tokenizer(folder)}
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return {key: value for key, value in parts.items() if key != "transformer"}
 
 
-def loop_arguments() -> dict[str, Any]:
-    """Encoded texts, with and without, and the first noise: the arguments that both SD3 pipelines share."""
+def loop_arguments(variant: str) -> dict[str, Any]:
+    """Encoded texts, with and without, and the first noise: the arguments that both pipelines share.
+
+    FLUX has the guidance that is embedded and, by a second call a step, the true one.
+    """
+    config = CONFIGS[variant]
     generator = torch.Generator().manual_seed(9)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    text, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
+    own = {"guidance_scale": 3.5, "true_cfg_scale": 3.0} if variant == "flux" else {"guidance_scale": GUIDANCE}
     return {
-        "prompt_embeds": normal(1, 7, 32),
-        "negative_prompt_embeds": normal(1, 7, 32),
-        "pooled_prompt_embeds": normal(1, 2048),
-        "negative_pooled_prompt_embeds": normal(1, 2048),
-        "latents": normal(1, 4, 16, 16),
+        "prompt_embeds": normal(1, 7, text),
+        "negative_prompt_embeds": normal(1, 7, text),
+        "pooled_prompt_embeds": normal(1, pooled),
+        "negative_pooled_prompt_embeds": normal(1, pooled),
+        "latents": normal(1, 64, 16) if variant == "flux" else normal(1, 4, 16, 16),
         "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
         "height": 32,
         "width": 32,
         "output_type": "latent",
+        **own,
     }
 
 
-def peer_loop(tokenizers: Path) -> Tensor:
-    """The latents that its SD3 pipeline ends with."""
+def peer_loop(variant: str, tokenizers: Path) -> Tensor:
+    """The latents that its pipeline ends with."""
     folder = checkout()
     assert folder is not None
+    file, family = {"sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}[variant]
     with importable(folder):
-        module = importlib.import_module("src.pipeline.pipeline_sd3_CreatiLayout")
-    parts = loop_components(tokenizers)
-    known = module.CreatiLayoutSD3Pipeline._get_signature_keys(module.CreatiLayoutSD3Pipeline)[0]
-    parts = {key: value for key, value in parts.items() if key in known}
-    pipe = module.CreatiLayoutSD3Pipeline(transformer=peer_model("sd3"), **parts)
+        module = importlib.import_module(f"src.pipeline.pipeline_{file}_CreatiLayout")
+    pipeline = getattr(module, f"CreatiLayout{family}Pipeline")
+    parts = loop_components(variant, tokenizers)
+    known = pipeline._get_signature_keys(pipeline)[0]
+    pipe = pipeline(transformer=peer_model(variant), **{key: value for key, value in parts.items() if key in known})
     pipe.set_progress_bar_config(disable=True)
-    return pipe(**loop_arguments(), bbox_phrases=PHRASES, bbox_raw=CORNERS).images
+    return pipe(**loop_arguments(variant), bbox_phrases=PHRASES, bbox_raw=CORNERS).images

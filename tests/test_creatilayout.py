@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,39 +142,58 @@ def test_any_dtype(variant: str, stored: torch.dtype, tmp_path: Path) -> None:
         assert not torch.equal(wide[name].to(stored).float(), wide[name])
 
 
+MEASURED = """
+import sys, threading, time
+from pathlib import Path
+from mmdit_lora.models.creatilayout_import import import_creatilayout
+def anonymous():
+    return 1024 * int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1])
+peak, done, before = [0], [False], anonymous()
+def watch():
+    while not done[0]:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+import_creatilayout(*sys.argv[1:4], max_shard_bytes=10**7)
+done[0] = True
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_stays_near_one_shard(tmp_path: Path) -> None:
-    """A base of 300 MB, imported in shards of 32 MB, in a process of its own."""
-    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512, "num_layers": 12}
-    config = CONFIGS["sd3"] | sizes
-    SD3Transformer2DModel(**config).save_pretrained(tmp_path / "base" / "transformer")
-    transformer: Any = FAMILIES["sd3"].transformer
+    """The variant whose tensors are computed, not copied: 120 MB written in shards of 10 MB, in a process of its own.
+
+    What is counted is the process's own memory, not the pages of the files that it reads, which the system may drop.
+    """
+    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512, "num_layers": 2}
+    config = CONFIGS["sd3-lora"] | sizes
     with torch.device("meta"):
-        model = transformer(**config)
-    tensors = {
-        to_creatilayout(name, "sd3"): torch.ones(value.shape)
-        for name, value in model.state_dict().items()
-        if "layout" in name
-    }
-    save_file(tensors, tmp_path / "weights.safetensors", metadata={"format": "pt"})
-    size = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
-    script = (
-        "import sys\n"
-        "from mmdit_lora.models.creatilayout_import import import_creatilayout\n"
-        "def anonymous(): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
-        "import threading, time\n"
-        "peak, done, before = [0], [False], anonymous()\n"
-        "def watch():\n"
-        "    while not done[0]: peak[0] = max(peak[0], anonymous()); time.sleep(0.002)\n"
-        "thread = threading.Thread(target=watch); thread.start()\n"
-        "import_creatilayout(*sys.argv[1:4], max_shard_bytes=32 * 10**6)\n"
-        "done[0] = True; thread.join(); print((peak[0] - before) * 1024)\n"
-    )
-    if not Path("/proc/self/status").exists():
-        pytest.skip("memory is read from /proc")
+        model: Any = SD3Transformer2DModel(**config)
+    model.save_config(tmp_path / "base" / "transformer")
+    for file, shapes in (
+        ("base/transformer/diffusion_pytorch_model.safetensors", {n: v.shape for n, v in model.state_dict().items()}),
+        ("weights.safetensors", stream_shapes("sd3-lora", config)),
+    ):
+        save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / file)
     arguments = [str(tmp_path / name) for name in ("base", "weights.safetensors", "out")]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
-    assert size > 250 * 10**6
-    assert int(done.stdout) < 150 * 10**6
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True)
+    peak = int(done.stdout)
+    size = sum(file.stat().st_size for file in (tmp_path / "out" / "transformer").glob("*.safetensors"))
+
+    assert 10**7 / 2 < peak < 4 * 10**7 < size / 3
+
+
+def test_a_second_set_in_fp16_is_left_aside(tmp_path: Path) -> None:
+    base, weights = write_files("sd3", tmp_path)
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    halves = {name: value.half() + 1 for name, value in load_file(file).items()}
+    save_file(halves, base / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    import_creatilayout(base, weights, tmp_path / "out")
+    state = opened("sd3", tmp_path / "out").state_dict()
+    assert all(torch.equal(state[name], value) for name, value in load_file(file).items())
 
 
 def test_a_pipeline_folder_comes_along_and_opens(base: Path, tmp_path: Path) -> None:
@@ -243,160 +261,7 @@ def test_streams_that_it_has_not_are_not_written(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-# -- wrong files: exit 2, the reason, nothing written
-
-Damage = Callable[
-    [Path, Path], Any
-]  # the base's folder and the weight file, changed in place; may answer another --weights
-
-
-def truncated(_: Path, weights: Path) -> None:
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def truncated_base(base: Path, _: Path) -> None:
-    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def pickled(_: Path, weights: Path) -> Path:
-    torch.save(load_file(weights), weights.with_suffix(".bin"))
-    return weights.with_suffix(".bin")
-
-
-def only_pickles(_: Path, weights: Path) -> Path:
-    folder = weights.parent / "pickles"
-    folder.mkdir()
-    torch.save(load_file(weights), folder / "pytorch_model.bin")
-    return folder
-
-
-def missing_shard(_: Path, weights: Path) -> Path:
-    folder = weights.parent / "shards"
-    folder.mkdir()
-    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    save_file(load_file(weights), folder / "one.safetensors")
-    return folder
-
-
-def broken_index(_: Path, weights: Path) -> Path:
-    folder = weights.parent / "shards"
-    folder.mkdir()
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
-    return folder
-
-
-def without(name: str) -> Damage:
-    def damage(_: Path, weights: Path) -> None:
-        state = load_file(weights)
-        del state[name]
-        save_file(state, weights)
-
-    return damage
-
-
-def unexpected(_: Path, weights: Path) -> None:
-    save_file({**load_file(weights), "foo.weight": torch.ones(1)}, weights)
-
-
-def misshapen(_: Path, weights: Path) -> None:
-    state = load_file(weights)
-    save_file({**state, "position_net.linears.linear_2.weight": torch.ones(3, 3)}, weights)
-
-
-def integers(_: Path, weights: Path) -> None:
-    save_file({name: value.to(torch.int8) for name, value in load_file(weights).items()}, weights)
-
-
-def another_family(_: Path, weights: Path) -> None:
-    save_file(filled(stream_shapes("flux")), weights)
-
-
-def another_width(base: Path, _: Path) -> None:
-    config = CONFIGS["sd3"] | {"num_attention_heads": 4, "caption_projection_dim": 64}
-    SD3Transformer2DModel(**config).save_pretrained(base / "transformer")
-
-
-def fewer_blocks(base: Path, _: Path) -> None:
-    SD3Transformer2DModel(**CONFIGS["sd3"] | {"num_layers": 2}).save_pretrained(base / "transformer")
-
-
-def no_creatilayout(_: Path, weights: Path) -> None:
-    save_file({"layout_processor.null_box": torch.ones(64)}, weights)
-
-
-def no_config(base: Path, _: Path) -> None:
-    (base / "transformer" / "config.json").unlink()
-
-
-def no_json(base: Path, _: Path) -> None:
-    (base / "transformer" / "config.json").write_text("{")
-
-
-def incomplete_base(base: Path, _: Path) -> None:
-    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
-    state = load_file(file)
-    del state["proj_out.weight"]
-    save_file(state, file)
-
-
-def in_the_way(_: Path, weights: Path) -> None:
-    (weights.parent / "out").mkdir()
-    (weights.parent / "out" / "mine.txt").write_text("mine")
-
-
-WRONG: dict[str, tuple[Damage, str]] = {
-    "truncated": (truncated, "is not a whole safetensors file"),
-    "truncated base": (truncated_base, "is not a whole safetensors file"),
-    "a pickle": (pickled, "is a pickle"),
-    "only pickles": (only_pickles, "holds pickles only"),
-    "a shard is missing": (missing_shard, "1 of 2 shards are missing: two.safetensors"),
-    "an index that is none": (broken_index, "is no index of shards"),
-    "no such file": (lambda _, weights: weights.parent / "nowhere.safetensors", "no such file"),
-    "a folder without weights": (lambda base, _: base, "no safetensors file"),
-    "a tensor is missing": (
-        without("position_net.null_position_feature"),
-        "1 missing: position_net.null_position_feature",
-    ),
-    "one too many": (unexpected, "1 unexpected: foo.weight"),
-    "of another shape": (misshapen, "position_net.linears.linear_2.weight (3, 3) for (32, 16)"),
-    "integers": (integers, "is I8"),
-    "another family": (another_family, "hold a stream for FluxTransformer2DModel"),
-    "another width": (another_width, "misshapen: "),
-    "fewer blocks": (fewer_blocks, "unexpected: transformer_blocks.1."),
-    "ours, not theirs": (no_creatilayout, "holds no layout stream of CreatiLayout"),
-    "a base without config": (no_config, "has no transformer/config.json"),
-    "a config that is none": (no_json, "is no config"),
-    "a base with a hole": (incomplete_base, "1 missing: proj_out.weight"),
-    "out is taken": (in_the_way, "exists and is not an earlier import"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_files_are_refused_and_nothing_is_written(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damage, message = WRONG[case]
-    base, weights = write_files("sd3", tmp_path)
-    weights = damage(base, weights) or weights
-    before = sorted(tmp_path.rglob("*"))
-    out = tmp_path / "out"
-    code = main(["import", "creatilayout", "--base", str(base), "--weights", str(weights), "--out", str(out)])
-    printed = capsys.readouterr().err
-    assert (code, message in printed) == (2, True), printed
-    assert "Traceback" not in printed
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    "name", ["transformer_blocks.0.ff_context_lora.0.up.weight", "transformer_blocks.1.attn.img_q_lora.up.weight"]
-)
-def test_a_low_rank_file_with_a_hole_is_refused(name: str, tmp_path: Path) -> None:
-    base, weights = write_files("sd3-lora", tmp_path)
-    without(name)(base, weights)
-    with pytest.raises(InputError, match=name):
-        import_creatilayout(base, weights, tmp_path / "out")
+# -- the command
 
 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

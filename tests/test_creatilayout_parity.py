@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.export_creatilayout import ADAPTER_FILE, write_creatilayout_adapter
 from mmdit_lora.lora import add_layout_lora, lora_parameters
-from mmdit_lora.models import FAMILIES
+from mmdit_lora.models import FAMILIES, LayoutInputs
 from mmdit_lora.models.creatilayout import VARIANTS
 from mmdit_lora.models.creatilayout_import import import_creatilayout
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
-from tests.creatilayout_files import inputs, layout, write_files
+from mmdit_lora.pipelines import LayoutFluxPipeline, LayoutStableDiffusion3Pipeline, load_pipeline
+from tests.creatilayout_files import inputs, layout, plain_base, write_files
 from tests.creatilayout_peer import (
     BOXES,
     CORNERS,
@@ -77,6 +79,22 @@ def test_outputs_are_the_golden_ones(imported: dict[str, Any], variant: str, box
     assert effect(model, variant, boxes) > 0.1
 
 
+@pytest.mark.parametrize("variant", DTYPES)
+def test_the_golden_values_would_show_a_fault_in_any_part(imported: dict[str, Any], variant: str) -> None:
+    given = layout(variant, 3, DTYPES[variant])
+    order = [1, 2, 0, *range(3, 10)]
+    wrong = {
+        "sides swapped": replace(given, boxes=given.boxes.roll(1, dims=2)),
+        "phrases permuted": replace(given, phrase_embeds=given.phrase_embeds[:, order]),
+        "a null slot less": LayoutInputs(given.boxes[:, :9], given.phrase_embeds[:, :9], given.mask[:, :9]),
+        "no null slots": LayoutInputs(given.boxes, given.phrase_embeds, torch.ones_like(given.mask)),
+    }
+    for what, inputs_ in wrong.items():
+        with torch.no_grad():
+            sample = imported[variant](**inputs(variant, DTYPES[variant]), layout=inputs_).sample
+        assert (sample - GOLDEN[f"{variant}/3/1.0"]).abs().max().item() > 100 * 1e-5, what
+
+
 @needs_peer
 @pytest.mark.parametrize("variant", DTYPES)
 def test_outputs_are_the_peers(imported: dict[str, Any], variant: str) -> None:
@@ -88,26 +106,45 @@ def test_outputs_are_the_peers(imported: dict[str, Any], variant: str) -> None:
             assert (ours - theirs).abs().max().item() < TOLERANCES[variant]
 
 
-def our_loop(transformer: Any, tokenizers: Path) -> Tensor:
-    pipe = LayoutStableDiffusion3Pipeline(transformer=transformer, **loop_components(tokenizers))
-    pipe.set_progress_bar_config(disable=True)
-    boxes = [Box(xyxy, phrase) for xyxy, phrase in zip(CORNERS, PHRASES, strict=True)]
-    return pipe(Layout("", boxes), layout_window=WINDOW, **loop_arguments()).images
+def our_pipeline(variant: str, transformer: Any, tokenizers: Path) -> Any:
+    pipeline: Any = LayoutFluxPipeline if variant == "flux" else LayoutStableDiffusion3Pipeline
+    return pipeline(transformer=transformer, **loop_components(variant, tokenizers))
 
 
-def test_the_denoising_loop_is_the_golden_one(imported: dict[str, Any], tmp_path: Path) -> None:
-    ours = our_loop(imported["sd3"], tmp_path)
-    assert (ours - GOLDEN["loop"]).abs().max().item() < 1e-4
-    pipe = LayoutStableDiffusion3Pipeline(transformer=imported["sd3"], **loop_components(tmp_path))
+def our_loop(variant: str, pipe: Any, phrases: list[str] | None = PHRASES) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
-    assert (
-        pipe(**loop_arguments()).images - ours
-    ).abs().max().item() > 1e-2  # without the layout it is another picture
+    if phrases is None:
+        return pipe(**loop_arguments(variant)).images
+    boxes = [Box(xyxy, phrase) for xyxy, phrase in zip(CORNERS, phrases, strict=True)]
+    return pipe(Layout("", boxes), layout_window=WINDOW, **loop_arguments(variant)).images
+
+
+@pytest.mark.parametrize("variant", ["sd3", "flux"])
+def test_the_denoising_loop_is_the_golden_one(imported: dict[str, Any], variant: str, tmp_path: Path) -> None:
+    pipe = our_pipeline(variant, imported[variant], tmp_path)
+    ours = our_loop(variant, pipe)
+    assert (ours - GOLDEN[f"loop/{variant}"]).abs().max().item() < 1e-4
+    for other in (None, PHRASES[::-1]):  # without a layout, and with the phrases swapped, it is another picture
+        assert (our_loop(variant, pipe, other) - ours).abs().max().item() > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["sd3", "flux"])
+def test_an_import_on_a_stock_pipeline_folder_paints_the_same(variant: str, tmp_path: Path) -> None:
+    """From the folders that users have to latents: everything is read from files."""
+    stock: Any = FluxPipeline if variant == "flux" else StableDiffusion3Pipeline
+    parts = loop_components(variant, tmp_path / "tokenizers")
+    stock(transformer=plain_base(variant), **parts).save_pretrained(tmp_path / "pipeline")
+    _, weights = write_files(variant, tmp_path)
+    import_creatilayout(tmp_path / "pipeline", weights, tmp_path / "out")
+    ours = our_loop(variant, load_pipeline(str(tmp_path / "out")))
+    assert (ours - GOLDEN[f"loop/{variant}"]).abs().max().item() < 1e-4
 
 
 @needs_peer
-def test_the_denoising_loop_is_the_peers(imported: dict[str, Any], tmp_path: Path) -> None:
-    theirs, ours = peer_loop(tmp_path / "theirs"), our_loop(imported["sd3"], tmp_path / "ours")
+@pytest.mark.parametrize("variant", ["sd3", "flux"])
+def test_the_denoising_loop_is_the_peers(imported: dict[str, Any], variant: str, tmp_path: Path) -> None:
+    theirs = peer_loop(variant, tmp_path / "theirs")
+    ours = our_loop(variant, our_pipeline(variant, imported[variant], tmp_path / "ours"))
     assert (ours - theirs).abs().max().item() < 1e-4
 
 

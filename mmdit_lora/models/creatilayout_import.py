@@ -70,9 +70,12 @@ def import_creatilayout(
             is written then.
     """
     base, weights, out = Path(base), Path(weights), Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
+    if any(place.is_file() for place in (out, *out.parents)) or (
+        out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()
+    ):
         raise InputError("exists and is not an earlier import", where=f"--out {out}", cure="give another folder")
     folder, config = _base_transformer(base)
+    index = _read_object(base / "model_index.json") if (base / "model_index.json").is_file() else None
     with ExitStack() as stack:
         theirs, own = TensorFiles(weights, stack), TensorFiles(folder, stack)
         key = variant_of(theirs.names())
@@ -91,8 +94,11 @@ def import_creatilayout(
         if VARIANTS[key].low_rank:
             changes["layout_mlp_dim"] = _joined_width(theirs, own)
         transformer: Any = family.transformer
-        with torch.device("meta"):
-            model = transformer.from_config({**config, **changes})
+        try:
+            with torch.device("meta"):
+                model = transformer.from_config({**config, **changes})
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise InputError(f"describes no transformer: {error}", where=str(folder / "config.json")) from None
         expected: dict[str, Tensor] = dict(model.state_dict())
         stream = [name for name in expected if "layout" in name]
         plan = {name: Recipe((name,)) for name in expected if "layout" not in name} | recipes(stream, key)
@@ -102,7 +108,9 @@ def import_creatilayout(
         # Sums are made in fp32 and stored as the base's tensor that they are added to.
         dtypes = {n: dtype or sources[r.sources[0]].empty(r.sources[0]).dtype for n, r in plan.items()}
         with atomic_folder(out) as temporary:
-            _copy_components(base, temporary, model)
+            _copy_components(base, temporary)
+            if index is not None:
+                write_json(temporary / "model_index.json", {**index, **_named_in_index(index, model)})
             (temporary / "transformer").mkdir()
             model.save_config(temporary / "transformer")
             shards = _write(plan, sources, sizes, dtypes, temporary / "transformer", max_shard_bytes)
@@ -122,18 +130,26 @@ def import_creatilayout(
 def _base_transformer(base: Path) -> tuple[Path, dict[str, Any]]:
     """Folder and config of the base's transformer."""
     folder = base / "transformer"
-    file = folder / "config.json"
-    if not file.is_file():
+    if not (folder / "config.json").is_file():
         raise InputError(
             "has no transformer/config.json", where=f"--base {base}", cure="give a diffusers folder of the base"
         )
+    return folder, _read_object(folder / "config.json")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        InputError: it holds something else.
+    """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds {type(config).__name__}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except ValueError as error:
         raise InputError(f"is no config: {error}", where=str(file)) from None
-    return folder, config
+    return content
 
 
 def _joined_width(theirs: TensorFiles, own: TensorFiles) -> int:
@@ -214,6 +230,12 @@ def _write(
             given = [sources[source].get(source) for source in plan[name].sources]
             made = plan[name].make
             tensors[name] = (made(*given) if made else given[0]).to(dtypes[name]).contiguous()
+            if not tensors[name].isfinite().all():
+                raise InputError(
+                    f"{name} would hold numbers that are not finite in {str(dtypes[name]).removeprefix('torch.')}",
+                    where=" and ".join(sorted({str(sources[source].path) for source in plan[name].sources})),
+                    cure="import as float32 or bfloat16, which hold larger numbers, or get the file anew",
+                )
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -221,8 +243,8 @@ def _write(
     return len(split.filename_to_tensors)
 
 
-def _copy_components(base: Path, out: Path, model: Any) -> None:
-    """Everything of the base but its transformer, and a model_index.json that names ours."""
+def _copy_components(base: Path, out: Path) -> None:
+    """Everything of the base but its transformer."""
     for item in base.iterdir():
         if item.name in ("transformer", MARK) or item.name.startswith("."):
             continue
@@ -230,13 +252,15 @@ def _copy_components(base: Path, out: Path, model: Any) -> None:
             shutil.copytree(item, out / item.name)
         else:
             shutil.copy2(item, out / item.name)
-    index = out / "model_index.json"
-    if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        name = content.get("_class_name", "")
-        content["_class_name"] = name if name.startswith("Layout") else f"Layout{name}"
-        content["transformer"] = [type(model).__module__, type(model).__name__]
-        write_json(index, content)
+
+
+def _named_in_index(index: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """What a model_index.json says of a pipeline with `model`, so that ours opens it."""
+    name = str(index.get("_class_name", ""))
+    return {
+        "_class_name": name if name.startswith("Layout") else f"Layout{name}",
+        "transformer": [type(model).__module__, type(model).__name__],
+    }
 
 
 def _listed(kind: str, names: Iterable[str]) -> str:

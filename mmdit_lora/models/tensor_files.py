@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def _files_of(path: Path) -> list[Path]:
         raise InputError(
             "no such file or folder", where=str(path), cure="give a safetensors file or a diffusers folder"
         )
-    indices = sorted(path.glob("*.safetensors.index.json"))
+    # A folder may hold a second set in another precision (`name.fp16.safetensors`): the one without is the default, as in
+    # diffusers.
+    indices = _by_dots(path.glob("*.safetensors.index.json"))
     if indices:
         try:
             names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
@@ -87,10 +90,19 @@ def _files_of(path: Path) -> list[Path]:
                 f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:8])}", where=str(path)
             )
         return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files
+    files = _by_dots(path.glob("*.safetensors"))
+    if len(files) == 1 or (len(files) > 1 and _is_variant_of(files[1:], files[0])):
+        return files[:1]
     if not files and any(file.suffix in _PICKLES for file in path.iterdir()):
         raise InputError("holds pickles only, which may run code", where=str(path), cure="get the safetensors files")
     what = "no safetensors file" if not files else f"{len(files)} safetensors files and no index"
     raise InputError(f"holds {what}", where=str(path), cure="give the file itself, or the folder with its index")
+
+
+def _by_dots(files: Iterable[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: (file.name.count("."), file.name))
+
+
+def _is_variant_of(files: Iterable[Path], plain: Path) -> bool:
+    """Whether all are `stem.VARIANT.safetensors` of `stem.safetensors`."""
+    return all(file.name.count(".") == 2 and file.name.startswith(f"{plain.stem}.") for file in files)
