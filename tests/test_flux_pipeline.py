@@ -18,7 +18,6 @@ from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
 from mmdit_lora.pipelines import (
     LayoutFluxPipeline,
     LayoutStableDiffusion3Pipeline,
-    check_side,
     load_pipeline,
 )
 from tests.pipeline_makers import RED, TWO, differ, open_pipeline, paint, stock_of
@@ -197,11 +196,11 @@ def test_offloading_with_phrase_tokens(tmp_path: Path) -> None:
 
 def test_sides(pipe: Any) -> None:
     for side in (4, 32, 1024):  # no position table: any multiple of 2 latent cells
-        check_side(pipe, side)
+        pipe.check_side(side)
     with pytest.raises(InputError, match=r"30 pixels; this base takes multiples of 4\n") as caught:
-        check_side(pipe, 30)
+        pipe.check_side(30)
     assert "give 28" in str(caught.value.cure)
     for side in (0, -4):
         with pytest.raises(InputError, match="multiples of 4"):
-            check_side(pipe, side)
+            pipe.check_side(side)
     assert paint(pipe, RED, height=16, width=48).shape == (1, 16, 48, 3)

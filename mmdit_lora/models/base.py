@@ -201,6 +201,23 @@ class LayoutModelMixin(nn.Module):
         """Largest side of the latents that there are position embeddings for; None = any."""
         return None
 
+    def check_side(self, side: int, vae_scale_factor: int) -> None:
+        """Whether pictures of `side` pixels fit, where a latent cell covers `vae_scale_factor` of them.
+
+        Raises:
+            InputError: no multiple of what an image token covers, or more than there are position embeddings for.
+        """
+        multiple = vae_scale_factor * self.latent_multiple
+        largest = None if self.max_latent_side is None else self.max_latent_side * vae_scale_factor
+        if side < multiple or side % multiple or (largest is not None and side > largest):
+            nearest = max(side // multiple, 1) * multiple
+            limit = "" if largest is None else f" up to {largest}"
+            raise InputError(
+                f"is {side} pixels; this base takes multiples of {multiple}{limit}",
+                where="the size",
+                cure=f"give {nearest if largest is None else min(nearest, largest)}, or leave it out",
+            )
+
     def model_inputs(
         self, latents: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, guidance: float = 1.0
     ) -> dict[str, Any]:

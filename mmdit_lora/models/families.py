@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmdit_lora.errors import InputError
@@ -12,6 +13,20 @@ FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,
     "flux": flux.FAMILY,
 }
+
+
+def family_of(config: Mapping[str, Any], *, where: str) -> Family:
+    """The family whose transformer a stored config describes, with a layout stream or plain.
+
+    Raises:
+        InputError: none; `where` is the base that it belongs to.
+    """
+    name = config.get("_class_name")
+    for family in FAMILIES.values():
+        if name in (family.stock_class, family.transformer.__name__):
+            return family
+    known = ", ".join(family.stock_class for family in FAMILIES.values())
+    raise InputError(f"its transformer is a {name}; known are {known}", where=where, cure="give a base of these")
 
 
 def stored_transformer(base: str) -> tuple[type[LayoutModelMixin], dict[str, Any]]:
@@ -25,9 +40,4 @@ def stored_transformer(base: str) -> tuple[type[LayoutModelMixin], dict[str, Any
         config = reader.load_config(base, subfolder="transformer")
     except OSError as error:
         raise InputError(f"has no transformer/config.json: {error}", where=base) from error
-    name = config.get("_class_name")
-    for family in FAMILIES.values():
-        if name in (family.stock_class, family.transformer.__name__):
-            return family.transformer, config
-    known = ", ".join(family.stock_class for family in FAMILIES.values())
-    raise InputError(f"its transformer is a {name}; known are {known}", where=base)
+    return family_of(config, where=base).transformer, config

@@ -3,7 +3,7 @@
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.flux import LayoutFluxImg2ImgPipeline, LayoutFluxInpaintPipeline, LayoutFluxPipeline
 from mmdit_lora.pipelines.loading import load_pipeline, quiet
-from mmdit_lora.pipelines.painting import PaintSettings, check_side, paint
+from mmdit_lora.pipelines.painting import PaintSettings, paint
 from mmdit_lora.pipelines.stable_diffusion_3 import (
     LayoutStableDiffusion3Img2ImgPipeline,
     LayoutStableDiffusion3InpaintPipeline,
@@ -23,7 +23,6 @@ __all__ = [
     "LayoutStableDiffusion3InpaintPipeline",
     "LayoutStableDiffusion3Pipeline",
     "PaintSettings",
-    "check_side",
     "load_pipeline",
     "paint",
     "quiet",

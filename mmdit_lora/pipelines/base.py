@@ -145,17 +145,7 @@ class LayoutPipeline(DiffusionPipeline):
         Raises:
             InputError: no multiple of what an image token covers, or more than there are position embeddings for.
         """
-        multiple = self.vae_scale_factor * self.transformer.latent_multiple
-        cells = self.transformer.max_latent_side
-        largest = None if cells is None else cells * self.vae_scale_factor
-        if side < multiple or side % multiple or (largest is not None and side > largest):
-            nearest = max(side // multiple, 1) * multiple
-            limit = "" if largest is None else f" up to {largest}"
-            raise InputError(
-                f"is {side} pixels; this base takes multiples of {multiple}{limit}",
-                where="the size",
-                cure=f"give {nearest if largest is None else min(nearest, largest)}, or leave it out",
-            )
+        self.transformer.check_side(side, self.vae_scale_factor)
 
     # -- texts and layouts
 

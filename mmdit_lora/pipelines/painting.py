@@ -33,11 +33,6 @@ class PaintSettings:
     batch_size: int = 32
 
 
-def check_side(pipe: LayoutPipeline, side: int) -> None:
-    """Whether `pipe` can paint `side` pixels; see `LayoutPipeline.check_side`."""
-    pipe.check_side(side)
-
-
 def paint(
     pipe: LayoutPipeline,
     layouts: Sequence[Layout],
@@ -56,7 +51,7 @@ def paint(
     """
     height, width = settings.size or (None, None)
     for side in settings.size or ():
-        check_side(pipe, side)
+        pipe.check_side(side)
     pictures: list[Image.Image] = []
     for start in range(0, len(layouts), settings.batch_size):
         part = list(layouts[start : start + settings.batch_size])

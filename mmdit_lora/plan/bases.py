@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.models import FAMILIES, Family, LayoutModelMixin
+from mmdit_lora.models import FAMILIES, Family, LayoutModelMixin, family_of
 
 DEFAULT_SIDE = 1024
 _CURE = "give a pipeline folder, its transformer folder, a hub id, or a --family without a base"
@@ -63,17 +63,10 @@ class PlannedBase:
         Raises:
             InputError: no multiple of what an image token covers, or more than there are position embeddings for.
         """
-        multiple = self.vae_scale_factor * model.latent_multiple
-        cells = model.max_latent_side
-        largest = None if cells is None else cells * self.vae_scale_factor
-        if side < multiple or side % multiple or (largest is not None and side > largest):
-            nearest = max(side // multiple, 1) * multiple
-            limit = "" if largest is None else f" up to {largest}"
-            raise InputError(
-                f"is {side} pixels; {self.name} takes multiples of {multiple}{limit}",
-                where="--resolution",
-                cure=f"give {nearest if largest is None else min(nearest, largest)}",
-            )
+        try:
+            model.check_side(side, self.vae_scale_factor)
+        except InputError as error:
+            raise InputError(error.what, where="--resolution", cure=error.cure) from None
         return side // self.vae_scale_factor
 
 
@@ -107,14 +100,10 @@ def open_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
     """
     folder = Path(base)
     config = _read_folder(folder) if folder.exists() else _fetch(base)
-    name = config.get("_class_name")
-    families = {n: f for f in FAMILIES.values() for n in (f.stock_class, f.transformer.__name__)}
-    if name not in families:
-        raise InputError(f"its transformer is a {name}; known are {', '.join(families)}", where=base, cure=_CURE)
-    family = families[name]
+    family = family_of(config, where=base)
     known = inspect.signature(family.transformer.__init__).parameters
     arguments = {key: value for key, value in config.items() if key in known}
-    has_stream = name == family.transformer.__name__
+    has_stream = config["_class_name"] == family.transformer.__name__
     arguments = _with_options(base, family, arguments, options, has_stream=has_stream)
     return PlannedBase(base, family, arguments, _vae_scale_factor(folder) or family.vae_scale_factor)
 
