@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -248,6 +249,17 @@ def test_an_adapter_under_their_names_is_the_merged_stream(variant: str, tmp_pat
     with safe_open(tmp_path / "adapter" / ADAPTER_FILE, framework="pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (config["transformer.r"], config["transformer.lora_alpha"]) == (16, 32)
+
+
+def test_what_a_fused_projection_cannot_carry_is_not_written(tmp_path: Path) -> None:
+    """DoRA scales whole columns of a weight, and theirs is two of ours."""
+    base, weights = write_files("flux", tmp_path)
+    import_creatilayout(base, weights, tmp_path / "out")
+    model = opened("flux", tmp_path / "out")
+    add_layout_lora(model, peft.LoraConfig(r=2, target_modules=["layout_mlp.fc2"], use_dora=True))
+    with pytest.raises(InputError, match="cannot be one on CreatiLayout's fused bbox_proj_out"):
+        write_creatilayout_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_streams_that_it_has_not_are_not_written(tmp_path: Path) -> None:

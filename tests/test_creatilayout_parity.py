@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdit_lora import Box, Layout
+from mmdit_lora.cli import main
 from mmdit_lora.export_creatilayout import ADAPTER_FILE, write_creatilayout_adapter
-from mmdit_lora.lora import add_layout_lora, lora_parameters
+from mmdit_lora.lora import add_layout_lora, load_adapter, lora_parameters
 from mmdit_lora.models import FAMILIES, LayoutInputs
 from mmdit_lora.models.creatilayout import VARIANTS
 from mmdit_lora.models.creatilayout_import import import_creatilayout
@@ -149,16 +150,24 @@ def test_the_denoising_loop_is_the_peers(imported: dict[str, Any], variant: str,
 
 
 @needs_peer
-@pytest.mark.parametrize("variant", ["sd3", "flux"])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_peer_loads_our_adapter(variant: str, rslora: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("sd3", {}),
+        ("sd3", {"use_rslora": True}),
+        ("sd3", {"use_dora": True}),
+        ("flux", {}),
+        ("flux", {"use_rslora": True}),
+    ],
+)
+def test_the_peer_loads_our_adapter(variant: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Imported, trained by us for a few steps, exported under its names, loaded by its class: the same outputs."""
     base, weights = write_files(variant, tmp_path)
     import_creatilayout(base, weights, tmp_path / "out")
     transformer: Any = FAMILIES[VARIANTS[variant].family].transformer
     model = transformer.from_pretrained(str(tmp_path / "out" / "transformer"))
     before = velocity(model, variant, 3, 1.0)
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["layout_mlp.fc1", "layout_mlp.fc2"], use_rslora=rslora)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["layout_mlp.fc1", "layout_mlp.fc2"], **options)
     config.rank_pattern = {"layout_processor.layout_mlp.fc1": 2}
     add_layout_lora(model, config)
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=3e-2)
@@ -173,3 +182,34 @@ def test_the_peer_loads_our_adapter(variant: str, rslora: bool, tmp_path: Path) 
     peer.load_lora_adapter(str(tmp_path / "adapter"), weight_name=ADAPTER_FILE)
     theirs = peer_velocity(peer.eval(), variant, layout(variant, 3), 1.0, torch.float32)
     assert (ours - theirs).abs().max().item() < 1e-5
+
+
+@needs_peer
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["sd3", "flux"])
+def test_the_whole_way_on_the_command_line(variant: str, tmp_path: Path) -> None:
+    """import, train, export: what the peer's class then computes is what ours does with the adapter."""
+    stock: Any = FluxPipeline if variant == "flux" else StableDiffusion3Pipeline
+    parts = loop_components(variant, tmp_path / "tokenizers")
+    pipeline, out, data = (str(tmp_path / name) for name in ("pipeline", "out", "data"))
+    stock(transformer=plain_base(variant), **parts).save_pretrained(pipeline)
+    _, weights = write_files(variant, tmp_path)
+    assert main(["import", "creatilayout", "--base", pipeline, "--weights", str(weights), "--out", out]) == 0
+    assert main(["data", "make", "shapes", "--out", data, "--count", "4", "--seed", "1"]) == 0
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"base: {out}\noutput_dir: {tmp_path / 'run'}\ndata: {{path: {data}}}\n"
+        "train: {max_steps: 3, batch_size: 2, learning_rate: 3.0e-2}\n"
+    )
+    assert main(["train", str(config)]) == 0
+    adapter = str(tmp_path / "run" / "adapter")
+    assert main(["export", adapter, "--to", "creatilayout", "--out", str(tmp_path / "exported")]) == 0
+    peer = peer_model(variant)
+    before = peer_velocity(peer, variant, layout(variant, 3), 1.0, torch.float32)
+    peer.load_lora_adapter(str(tmp_path / "exported"), weight_name=ADAPTER_FILE)
+    theirs = peer_velocity(peer.eval(), variant, layout(variant, 3), 1.0, torch.float32)
+    pipe = load_pipeline(out)
+    load_adapter(pipe.transformer, adapter)
+    ours = velocity(pipe.transformer, variant, 3, 1.0)
+    assert (ours - theirs).abs().max().item() < 1e-5
+    assert (ours - before).abs().max().item() > 1e-3
