@@ -106,7 +106,7 @@ def check_quantization(kind: str) -> None:
         raise InputError(
             f"is {kind}, which needs the package {package}",
             where="train.quantization",
-            cure="install the extra: pip install 'mmdit-lora[quant]'",
+            cure=f"install it: `uv sync --extra quant`, or `pip install {package}`",
         )
 
 
