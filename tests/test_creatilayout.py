@@ -266,6 +266,7 @@ def test_streams_that_it_has_not_are_not_written(tmp_path: Path) -> None:
     for model in (
         tiny_transformer(layout_attention="cross"),
         tiny_transformer(layout_mlp_dim=24),
+        tiny_transformer(qk_norm="rms_norm"),
         tiny_flux_transformer(),
     ):
         with pytest.raises(InputError, match="CreatiLayout has no such stream"):

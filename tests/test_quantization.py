@@ -140,7 +140,7 @@ def test_nf4_without_a_gpu_is_refused_before_anything_is_opened(data: Path, tmp_
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmdit_lora.training.opening.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"torchao[\s\S]*mmdit-lora\[quant\]"):
+    with pytest.raises(InputError, match=r"torchao[\s\S]*uv sync --extra quant"):
         check_quantization("int8")
     check_quantization("none")
 

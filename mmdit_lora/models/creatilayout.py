@@ -93,15 +93,18 @@ def variant_of_model(model: Any) -> str:
         InputError: its stream is of a form that CreatiLayout has not.
     """
     config = model.config
-    for key, variant in VARIANTS.items():
-        wanted = {k: v for k, v in variant.config.items() if k not in ("mask_padding", "layout_slots")}
-        if model.family == variant.family and not variant.low_rank:
-            wrong = {k: config.get(k) for k, v in wanted.items() if config.get(k) != v}
-            if not wrong and config.layout_mlp_dim in (None, 4 * model.inner_dim):
-                return key
-            described = ", ".join(f"{k} {v}" for k, v in wrong.items()) or f"layout_mlp_dim {config.layout_mlp_dim}"
-            raise InputError(f"CreatiLayout has no such stream: {described}")
-    raise InputError(f"CreatiLayout has no stream for {model.family}")
+    key = next((k for k, v in VARIANTS.items() if v.family == model.family and not v.low_rank), None)
+    if key is None:
+        raise InputError(f"CreatiLayout has no stream for {model.family}")
+    wanted = {k: v for k, v in VARIANTS[key].config.items() if k not in ("mask_padding", "layout_slots")}
+    wrong = {k: config.get(k) for k, v in wanted.items() if config.get(k) != v}
+    # Its classes know neither of these where ours has them by choice.
+    wrong |= {k: config.get(k) for k in ("qk_norm", "dual_attention_layers") if config.get(k)}
+    if config.layout_mlp_dim not in (None, 4 * model.inner_dim):
+        wrong["layout_mlp_dim"] = config.layout_mlp_dim
+    if wrong:
+        raise InputError(f"CreatiLayout has no such stream: {', '.join(f'{k} {v}' for k, v in wrong.items())}")
+    return key
 
 
 def to_creatilayout(name: str, variant: str) -> str:
