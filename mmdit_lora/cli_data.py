@@ -1,4 +1,4 @@
-"""The verbs that work with data sets: `init`, `data make`, `data check`, `data convert`."""
+"""The verbs that work with data sets: `init`, `data make`, `data convert` (`data check`: cli_data_check.py)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ import typer
 from mmdit_lora.errors import InputError, unknown_key
 
 if TYPE_CHECKING:
-    from mmdit_lora.data.check import CheckReport
     from mmdit_lora.data.records import Item, Record
     from mmdit_lora.data.voc import VocSet
-
-_ERRORS_SHOWN = 20
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 BoxFormat = Annotated[
@@ -28,11 +25,13 @@ BoxUnits = Annotated[Literal["relative", "pixel"], typer.Option(help="Units of b
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
+    from mmdit_lora import cli_data_check  # which imports what the verbs here share
+
     data = typer.Typer(help="Make, check and convert data sets.", no_args_is_help=False)
     app.command("init")(init)
     data.command("make")(make)
-    data.command("check")(check)
     data.command("convert")(convert)
+    cli_data_check.register(data)
     app.add_typer(data, name="data")
 
 
@@ -78,31 +77,6 @@ def make(
     say(f"wrote {count} pictures of {kind} ({domain}) to {out}")
     if as_json:
         emit({"out": str(out), "records": count, "kind": kind, "domain": domain, "seed": seed})
-
-
-def check(
-    data: Annotated[Path, typer.Argument(help="Data set folder.")],
-    from_: Annotated[Literal["voc"] | None, typer.Option("--from", help="Check a folder of another format.")] = None,
-    bbox_format: BoxFormat = "xyxy",
-    bbox_units: BoxUnits = "relative",
-    as_json: JsonFlag = False,
-) -> None:
-    """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
-    from mmdit_lora.data.check import check_dataset
-    from mmdit_lora.data.records import scan_dataset
-    from mmdit_lora.data.voc import scan_voc
-
-    if from_ == "voc":
-        voc = scan_voc(data, collect_errors=True)
-        report = check_dataset(voc.records, errors=voc.errors, left_out=dict(voc.left_out))
-    else:
-        records, errors = scan_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
-        report = check_dataset(records, errors=errors)
-    for line in _report_lines(report):
-        say(line)
-    if as_json:
-        emit(report.to_dict())
-    _raise_errors(report, data)
 
 
 def convert(
@@ -168,32 +142,6 @@ def emit(data: Mapping[str, Any]) -> None:
     """The one JSON object of `--json`."""
     json.dump(data, sys.stdout, ensure_ascii=False, allow_nan=False)
     sys.stdout.write("\n")
-
-
-def _report_lines(report: CheckReport) -> list[str]:
-    sizes = [f"{count} of {size}" for size, count in report.image_sizes.items()]
-    more = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
-    lines = [
-        f"{report.pictures} pictures, {report.records} layouts, {report.boxes} boxes, {report.phrases} distinct phrases",
-        f"sizes: {', '.join(sizes[:5])}{more}",
-        f"boxes a picture: {', '.join(f'{boxes} ({count}x)' for boxes, count in report.boxes_per_picture.items())}",
-    ]
-    if report.extra_columns:
-        lines.append(
-            f"ignored columns: {', '.join(f'{name} ({count}x)' for name, count in report.extra_columns.items())}"
-        )
-    return [*(lines if report.records else []), *(f"warning: {message}" for message in report.warnings)]
-
-
-def _raise_errors(report: CheckReport, data: Path) -> None:
-    if len(report.errors) == 1:
-        raise InputError(report.errors[0])
-    if report.errors:
-        shown = "\n".join(f"- {message}" for message in report.errors[:_ERRORS_SHOWN])
-        head = f"{len(report.errors)} errors"
-        if len(report.errors) > _ERRORS_SHOWN:
-            head += f", the first {_ERRORS_SHOWN} of which are"
-        raise InputError(f"{head}\n{shown}", where=str(data))
 
 
 def _voc_lines(voc: VocSet, split: str | None) -> list[str]:

@@ -1,0 +1,130 @@
+"""The verb `data check`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, say
+from mmdit_lora.errors import InputError
+
+if TYPE_CHECKING:
+    from mmdit_lora.data.check import CheckReport
+    from mmdit_lora.data.records import Record
+
+_ERRORS_SHOWN = 20
+
+
+def register(data: typer.Typer) -> None:
+    """Add the verb to the `data` app."""
+    data.command("check")(check)
+
+
+def check(
+    data: Annotated[Path, typer.Argument(help="Data set folder.")],
+    from_: Annotated[Literal["voc"] | None, typer.Option("--from", help="Check a folder of another format.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write check.json and check.html (with pictures) here.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Pipeline folder or hub id: count tokens by its tokenizer, not by estimate.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=16, help="Side of the training pictures in pixels: smaller pictures are listed.")
+    ] = None,
+    bbox_format: BoxFormat = "xyxy",
+    bbox_units: BoxUnits = "relative",
+    as_json: JsonFlag = False,
+) -> None:
+    """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
+    from mmdit_lora.data.check import check_dataset, clip_tokens, read_written
+    from mmdit_lora.data.records import read_dataset, scan_dataset
+    from mmdit_lora.data.voc import scan_voc
+
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError("is a file, not a folder", where=str(out), cure="give another --out")
+    others = read_dataset(against, bbox_format=bbox_format, bbox_units=bbox_units) if against else []
+    tokens = clip_tokens(base)
+    if from_ == "voc":
+        voc = scan_voc(data, collect_errors=True)
+        records = voc.records
+        report = check_dataset(
+            records,
+            errors=voc.errors,
+            left_out=dict(voc.left_out),
+            against=others,
+            tokens=tokens,
+            resolution=resolution,
+        )
+    else:
+        records, errors = scan_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
+        written = read_written(data, bbox_format=bbox_format, bbox_units=bbox_units)
+        report = check_dataset(
+            records, errors=errors, written=written, against=others, tokens=tokens, resolution=resolution
+        )
+    _print(report)
+    if out is not None:
+        _write(report, records, data, out)
+    if as_json:
+        emit(report.to_dict())
+    _raise_errors(report, data)
+
+
+def _print(report: CheckReport) -> None:
+    if report.records:
+        sizes = [f"{count} of {size}" for size, count in report.image_sizes.items()]
+        more = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
+        say(
+            f"{report.pictures} pictures, {report.records} layouts, {report.boxes} boxes, {report.phrases} distinct phrases"
+        )
+        say(f"sizes: {', '.join(sizes[:5])}{more}")
+        say(f"boxes a picture: {', '.join(f'{boxes} ({n}x)' for boxes, n in report.boxes_per_picture.items())}")
+        if report.extra_columns:
+            say(f"ignored columns: {', '.join(f'{name} ({n}x)' for name, n in report.extra_columns.items())}")
+        for note in report.notes:
+            say(note)
+    if report.findings:
+        _print_table(report)
+    for message in report.warnings:
+        say(f"warning: {message}")
+
+
+def _print_table(report: CheckReport) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, justify in (("", "left"), ("finding", "left"), ("count", "right"), ("of", "left"), ("first", "left")):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for found in report.findings:
+        first = found.examples[0].where.rpartition("/")[2] if found.examples else ""
+        severity = Text(found.severity, style="red" if found.severity == "error" else "yellow")
+        table.add_row(severity, found.name, str(found.count), f"{found.total} {found.unit}", Text(first))
+    Console(stderr=True).print(table)
+
+
+def _write(report: CheckReport, records: Iterable[Record], data: Path, out: Path) -> None:
+    from mmdit_lora.data.check.page import page
+    from mmdit_lora.files import write_json, write_text
+
+    boxes = [box for record in records for box in record.layout.boxes]
+    write_text(out / "check.html", page(report, title=str(data), boxes=boxes))
+    write_json(out / "check.json", {"data": str(data), **report.to_dict()})
+    say(f"wrote {out / 'check.html'} and {out / 'check.json'}")
+
+
+def _raise_errors(report: CheckReport, data: Path) -> None:
+    if len(report.errors) == 1:
+        raise InputError(report.errors[0])
+    if report.errors:
+        shown = "\n".join(f"- {message}" for message in report.errors[:_ERRORS_SHOWN])
+        head = f"{len(report.errors)} errors"
+        if len(report.errors) > _ERRORS_SHOWN:
+            head += f", the first {_ERRORS_SHOWN} of which are"
+        raise InputError(f"{head}\n{shown}", where=str(data))

@@ -1,0 +1,220 @@
+"""Every picture decoded once, in parallel: what its file says, what it is, and a fingerprint of what it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from mmdit_lora.data.check.findings import Finding, example, finding
+from mmdit_lora.data.images import load_image
+from mmdit_lora.data.records import Record
+from mmdit_lora.errors import InputError
+
+# Pillow's own threshold. Twice that it refuses to open; between the two it warns, and a check decodes none of them.
+MAX_PIXELS = 89_478_485
+_THUMB = 16  # side of the picture that near duplicates are compared by
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known of one file.
+
+    Args:
+        record: the first record that names it.
+        size: (width, height) in pixels, upright; None where the header could not be read.
+        mode: of Pillow, e.g. "RGB", "CMYK", "I;16".
+        orientation: of EXIF; 1 = upright as stored.
+        frames: more than 1 for an animation.
+        transparency: whether it has any.
+        digest: hash of the file's bytes. phash: 64 bits (perceptual hash of the `imagehash` package).
+        thumb: (16, 16, 3) uint8.
+        error: why it cannot be used, and `kind` of that: "empty-file" | "decompression-bomb" | "undecodable".
+        decoded: whether the pixels were looked at.
+    """
+
+    record: Record
+    size: tuple[int, int] | None = None
+    mode: str = ""
+    orientation: int = 1
+    frames: int = 1
+    transparency: bool = False
+    digest: bytes = b""
+    phash: int = 0
+    thumb: np.ndarray | None = None
+    error: InputError | None = None
+    kind: str = ""
+
+    @property
+    def decoded(self) -> bool:
+        return self.thumb is not None
+
+
+def look_at_all(records: Iterable[Record], *, workers: int | None = None) -> list[Picture]:
+    """The distinct pictures of the records, in the order of their first record.
+
+    Args:
+        workers: threads (Pillow decodes outside Python's lock); None = one a core, at most 8, so that memory is bounded.
+    """
+    first: dict[Path, Record] = {}
+    for record in records:
+        first.setdefault(record.image, record)
+    count = workers or min(8, os.cpu_count() or 1)
+    with warnings.catch_warnings():  # around the threads: the filters are the whole process's
+        warnings.simplefilter("ignore")
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(look_at, first.values()))
+
+
+def look_at(record: Record) -> Picture:
+    """One picture. Nothing is raised: what is wrong is in the answer."""
+    import imagehash
+
+    try:
+        if record.image.stat().st_size == 0:
+            error = InputError(
+                "is an empty file of 0 bytes", where=str(record.image), cure="restore it, or leave it out"
+            )
+            return Picture(record, error=error.at(record.where), kind="empty-file")
+        head = _head(record)
+        if head.size is not None and head.size[0] * head.size[1] > MAX_PIXELS:
+            return head
+        image = load_image(record.image)
+    except InputError as error:
+        bomb = "exceeds limit" in error.what
+        return Picture(record, error=error.at(record.where), kind="decompression-bomb" if bomb else "undecodable")
+    except OSError as problem:
+        unread = InputError(f"cannot be read ({problem})", where=str(record.image))
+        return Picture(record, error=unread.at(record.where), kind="undecodable")
+    bits = imagehash.phash(image).hash.flatten()
+    return Picture(
+        record,
+        size=image.size,
+        mode=head.mode,
+        orientation=head.orientation,
+        frames=head.frames,
+        transparency=head.transparency,
+        digest=hashlib.blake2b(record.image.read_bytes(), digest_size=16).digest(),
+        phash=int.from_bytes(np.packbits(bits).tobytes(), "big"),
+        thumb=np.asarray(image.resize((_THUMB, _THUMB), Image.Resampling.BOX)),
+    )
+
+
+def _head(record: Record) -> Picture:
+    """What the header alone says. A damaged one is left to `load_image`, which says it in one way."""
+    try:
+        with Image.open(record.image) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            size = image.size if orientation < 5 else image.size[::-1]
+            frames = getattr(image, "n_frames", 1)
+            return Picture(record, size, image.mode, orientation, frames, image.has_transparency_data)
+    except Exception:  # Pillow's plug-ins raise many kinds for damaged files
+        return Picture(record)
+
+
+def picture_findings(pictures: Sequence[Picture], *, resolution: int | None) -> list[Finding]:
+    """Files that cannot be decoded (errors), and those that are not what they look like (warnings).
+
+    Args:
+        resolution: side of the training pictures in pixels; None = sizes are not judged.
+    """
+    total = len(pictures)
+    found: list[Finding] = []
+    for kind, message, cure in _BROKEN:
+        bad = [p for p in pictures if p.error is not None and p.kind == kind]
+        found += finding(
+            kind,
+            message,
+            cure,
+            [example(p.record, p.error.what) for p in bad if p.error],
+            total=total,
+            unit="pictures",
+            severity="error",
+            lines=[str(p.error) for p in bad],
+        )
+    usable = [p for p in pictures if p.error is None]
+
+    def some(name: str, chosen: Iterable[Picture], message: str, cure: str, text: str) -> None:
+        examples = [
+            example(p.record, text.format(p=p, size="{} x {}".format(*p.size) if p.size else "unknown")) for p in chosen
+        ]
+        found.extend(finding(name, message, cure, examples, total=total, unit="pictures"))
+
+    some(
+        "large-pictures",
+        [p for p in usable if not p.decoded],
+        f"{{n}} pictures have more than {MAX_PIXELS // 10**6} million pixels and were not decoded",
+        "scale them down: decoding one takes gigabytes in every worker",
+        "{size} pixels",
+    )
+    some(
+        "exif-rotation",
+        [p for p in usable if p.orientation not in (0, 1)],
+        "{n} pictures are stored turned (EXIF orientation)",
+        "they are turned upright here: check on the pictures below that the boxes were drawn on upright ones",
+        "EXIF orientation {p.orientation}",
+    )
+    some(
+        "cmyk",
+        [p for p in usable if p.mode == "CMYK"],
+        "{n} pictures are CMYK: converted without a colour profile, colours shift",
+        "convert them to sRGB with their profile",
+        "mode {p.mode}",
+    )
+    some(
+        "palette-transparency",
+        [p for p in usable if p.mode in ("P", "PA") and p.transparency],
+        "{n} pictures have a palette with transparency: what is transparent becomes white",
+        "put them on the background that you want to be learnt",
+        "mode {p.mode} with transparency",
+    )
+    some(
+        "transparency",
+        [p for p in usable if p.mode not in ("P", "PA") and p.transparency],
+        "{n} pictures are transparent: what is transparent becomes white",
+        "put them on the background that you want to be learnt",
+        "mode {p.mode}",
+    )
+    some(
+        "16-bit",
+        [p for p in usable if p.mode.startswith("I") or p.mode == "F"],
+        "{n} pictures have more than 8 bits a channel: scaled to 8",
+        "check on the pictures below that they are not dark or clipped",
+        "mode {p.mode}",
+    )
+    some(
+        "animated",
+        [p for p in usable if p.frames > 1],
+        "{n} pictures are animated: only the first frame is used",
+        "save the frame that the boxes were drawn on",
+        "{p.frames} frames",
+    )
+    if resolution is not None:
+        small = [p for p in usable if p.size and min(p.size) < resolution]
+        small.sort(key=lambda p: min(p.size or (0,)))
+        some(
+            "small-pictures",
+            small,
+            f"{{n}} pictures are smaller than the training size of {resolution} pixels and are scaled up, which blurs them",
+            f"leave them out, or train at {min((min(p.size) for p in small if p.size), default=0) // 16 * 16} pixels",
+            "{size} pixels",
+        )
+    return found
+
+
+_BROKEN = (
+    ("empty-file", "{n} picture files hold 0 bytes", "restore them, or leave their lines out"),
+    (
+        "decompression-bomb",
+        "{n} pictures declare more pixels than is safe to decode",
+        "scale them down, or leave their lines out: nothing was decoded",
+    ),
+    ("undecodable", "{n} pictures cannot be decoded", "restore the files, or leave their lines out"),
+)

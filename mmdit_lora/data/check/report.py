@@ -1,0 +1,189 @@
+"""What is in a data set and what is wrong with it, before a run is spent on it."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmdit_lora.data.check.boxes import TINY, box_findings
+from mmdit_lora.data.check.findings import Example, Finding, finding
+from mmdit_lora.data.check.pictures import look_at_all, picture_findings
+from mmdit_lora.data.check.readings import Written, as_written, evidence_line, reading_findings
+from mmdit_lora.data.check.sets import leak_findings, set_findings
+from mmdit_lora.data.check.texts import FEW_PHRASES, TokenCount, clip_tokens, few_phrases, text_findings
+from mmdit_lora.data.records import COLUMNS, BoxFormatError, Record
+from mmdit_lora.errors import InputError
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Plain data; `to_dict` is what `data check --json` prints and `check.json` holds.
+
+    Args:
+        records: lines that could be read. pictures: distinct files among them.
+        image_sizes: "WIDTHxHEIGHT" -> how many pictures, the most frequent first.
+        boxes_per_picture: number of boxes -> how many records.
+        phrase_counts: phrase -> how many boxes, the most frequent first.
+        tiny_boxes: boxes less than 1 % of a side wide or high.
+        duplicate_records: lines that repeat an earlier one. duplicate_pictures: files with the bytes of another one.
+        extra_columns: column that means nothing here -> in how many lines.
+        left_out: what a converting reader left out, by reason.
+        findings: the errors first, then the warnings, each with its examples.
+        notes: what was seen and is no fault: the evidence for `bbox_format`, and what was not looked at, and why.
+        errors, warnings: messages. An error stops a run, a warning does not.
+    """
+
+    records: int
+    pictures: int
+    boxes: int
+    phrases: int
+    image_sizes: dict[str, int]
+    boxes_per_picture: dict[int, int]
+    phrase_counts: dict[str, int] = field(repr=False)
+    tiny_boxes: int
+    undecodable_images: int
+    duplicate_records: int
+    duplicate_pictures: int
+    extra_columns: dict[str, int]
+    left_out: dict[str, int]
+    findings: list[Finding]
+    notes: list[str]
+    errors: list[str]
+    warnings: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {name: value for name, value in vars(self).items() if name not in ("findings", "phrase_counts")}
+        counts = dict(list(self.phrase_counts.items())[:FEW_PHRASES])
+        return {"ok": self.ok, **plain, "phrase_counts": counts, "findings": [f.to_dict() for f in self.findings]}
+
+
+def check_dataset(
+    records: Iterable[Record],
+    *,
+    errors: Sequence[InputError] = (),
+    left_out: dict[str, int] | None = None,
+    written: Sequence[Written] | None = None,
+    against: Iterable[Record] = (),
+    tokens: TokenCount | None = None,
+    resolution: int | None = None,
+) -> CheckReport:
+    """Look at every record and decode every picture once.
+
+    Args:
+        errors: what the reader could not read (`scan_dataset`).
+        left_out: what it left out, by reason (`scan_voc`).
+        written: the boxes as they stand in the file (`read_written`); None = those of the records.
+        against: records of another set, whose pictures this one must not hold.
+        tokens: how texts are counted (`clip_tokens`); None = estimated.
+        resolution: side of the training pictures in pixels; None = sizes are not judged.
+    """
+    records = list(records)
+    pictures = look_at_all(records)
+    lines = as_written(records) if written is None else written
+    sizes = {p.record.image: p.size for p in pictures if p.size is not None}
+    extra = Counter(column for record in records for column in record.extra)
+    found = [
+        *_reader_findings(errors, len(records) + len(errors)),
+        *picture_findings(pictures, resolution=resolution),
+        *reading_findings(lines, sum(isinstance(error, BoxFormatError) for error in errors)),
+        *_column_findings(extra, len(records)),
+        *box_findings(records, sizes),
+        *text_findings(records, tokens or clip_tokens(None)),
+        *set_findings(records, pictures),
+        *(leak_findings(pictures, others) if (others := look_at_all(against)) else ()),
+    ]
+    found.sort(key=lambda f: f.severity != "error")
+    wrong = [line for f in found if f.severity == "error" for line in (f.lines or (f.message,))]
+    mild = [f.message for f in found if f.severity == "warning"]
+    left = {what: count for what, count in (left_out or {}).items() if count}
+    count = {f.name: f.count for f in found}
+    boxes = [box for record in records for box in record.layout.boxes]
+    return CheckReport(
+        records=len(records),
+        pictures=len(pictures),
+        boxes=len(boxes),
+        phrases=len({box.phrase for box in boxes}),
+        image_sizes=dict(Counter(f"{p.size[0]}x{p.size[1]}" for p in pictures if p.size and not p.error).most_common()),
+        boxes_per_picture=dict(sorted(Counter(len(record.layout.boxes) for record in records).items())),
+        phrase_counts=dict(Counter(box.phrase for box in boxes).most_common()),
+        tiny_boxes=sum(box.width < TINY or box.height < TINY for box in boxes),
+        undecodable_images=sum(p.error is not None for p in pictures),
+        duplicate_records=count.get("duplicate-records", 0),
+        duplicate_pictures=count.get("duplicate-pictures", 0),
+        extra_columns=dict(extra),
+        left_out=dict(left_out or {}),
+        findings=found,
+        notes=_notes(records, lines),
+        errors=wrong,
+        warnings=[*mild, *(f"{number} {what} were left out" for what, number in left.items())],
+    )
+
+
+def _notes(records: Sequence[Record], lines: Sequence[Written]) -> list[str]:
+    notes = [line] if (line := evidence_line(lines)) else []
+    if few_phrases(records) is None:
+        notes.append(
+            f"captions were not compared with phrases, nor phrases counted against one another: more than {FEW_PHRASES} distinct phrases"
+        )
+    return notes
+
+
+# What a reader refuses, by what its message says: (name, part of the message, message of the finding, cure).
+_REFUSED = (
+    ("inverted-boxes", "inverted", "{n} lines hold an inverted or empty box", "check the order of the four numbers"),
+    ("outside-boxes", "leaves the picture", "{n} lines hold a box outside its picture", "clip it, or mend its units"),
+    ("wrong-size", "(upright)", "{n} annotations declare another size than their picture has", "annotate it as it is"),
+    ("empty-phrases", "the phrase is", "{n} lines hold an empty phrase", "give each box a phrase"),
+    (
+        "missing-pictures",
+        "does not exist",
+        "{n} lines name a picture that does not exist",
+        "restore it, or remove them",
+    ),
+    ("unreadable-lines", "", "{n} lines cannot be read", "mend them as the messages say, or remove them"),
+)
+
+
+def _reader_findings(errors: Sequence[InputError], total: int) -> list[Finding]:
+    by_name: dict[str, list[InputError]] = {name: [] for name, *_ in _REFUSED}
+    for error in errors:
+        by_name[next(name for name, part, *_ in _REFUSED if part in error.what)].append(error)
+    return [
+        one
+        for name, _, message, cure in _REFUSED
+        for one in finding(
+            name,
+            message,
+            cure,
+            [Example(error.where or "", error.what) for error in by_name[name]],
+            total=total,
+            unit="records",
+            severity="error",
+            lines=[str(error) for error in by_name[name]],
+        )
+    ]
+
+
+def _column_findings(extra: Counter[str], total: int) -> list[Finding]:
+    near = {column: difflib.get_close_matches(column, COLUMNS, n=1, cutoff=0.8) for column in extra}
+    return [
+        one
+        for column, match in near.items()
+        if match
+        for one in finding(
+            "misspelt-column",
+            f"the column {column!r} is ignored: did you mean {match[0]!r}?",
+            "rename it",
+            [],
+            total=total,
+            unit="records",
+            count=extra[column],
+        )
+    ]

@@ -1,0 +1,148 @@
+"""What pictures of one set, or of two, have in common: the same file, or the same picture saved anew."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmdit_lora.data.check.findings import Example, Finding, example, finding
+from mmdit_lora.data.check.pictures import Picture
+from mmdit_lora.data.records import Record
+
+# Of 64 bits of the perceptual hash; saved anew or scaled, a photograph keeps all but one or two.
+MAX_DISTANCE = 4
+# The hash sees no colour and little of what is small; so both pictures are compared at 16 x 16 too, less their mean
+# brightness: by the mean difference and by the largest, in levels of 255.
+MEAN_LEVELS, MAX_LEVELS = 4, 24
+
+
+def set_findings(records: Sequence[Record], pictures: Sequence[Picture]) -> list[Finding]:
+    """Records and pictures that stand in the set twice (warnings)."""
+    seen: dict[object, Record] = {}
+    repeated = []
+    for record in records:
+        first = seen.setdefault((record.image, record.layout), record)
+        if first is not record:
+            repeated.append(example(record, f"repeats {first.where}"))
+    equal, near = [], []
+    for group in same_bytes(pictures):
+        equal += [example(p.record, f"the bytes of {group[0].record.image.name}") for p in group[1:]]
+    for group in near_groups(pictures):
+        near += [example(p.record, f"looks like {group[0].record.image.name}") for p in group[1:]]
+    return [
+        *finding(
+            "duplicate-records",
+            "{n} records repeat an earlier one, picture and layout",
+            "remove them: a repeated line counts more in training",
+            repeated,
+            total=len(records),
+            unit="records",
+        ),
+        *finding(
+            "duplicate-pictures",
+            "{n} pictures have the same bytes as another one",
+            "keep one file, with all of its boxes",
+            equal,
+            total=len(pictures),
+            unit="pictures",
+        ),
+        *finding(
+            "near-duplicate-pictures",
+            "{n} pictures look the same as another one (perceptual hash, compared at 16 x 16)",
+            "keep one of each: the same picture, scaled or saved anew, counts more in training",
+            near,
+            total=len(pictures),
+            unit="pictures",
+        ),
+    ]
+
+
+def leak_findings(pictures: Sequence[Picture], against: Sequence[Picture]) -> list[Finding]:
+    """Pictures of the set that the other one holds too: the same bytes are an error, the same look a warning."""
+    theirs = {p.digest: p for p in against if p.decoded}
+    exact = [(p, theirs[p.digest]) for p in pictures if p.decoded and p.digest in theirs]
+    gone = {p.digest for p, _ in exact}
+    mine = {id(p) for p in pictures}
+    near: list[Example] = []
+    for group in near_groups([*pictures, *against]):
+        other = [p for p in group if id(p) not in mine]
+        for p in group:
+            if other and id(p) in mine and p.digest not in gone:
+                near.append(example(p.record, f"looks like {other[0].record.image}"))
+    cure = "remove them from one of the two: a figure of the held-out set would measure what was learnt by heart"
+    found = finding(
+        "leakage",
+        "{n} of {total} pictures are in the other set too, byte for byte",
+        cure,
+        [example(p.record, f"the bytes of {q.record.image}") for p, q in exact],
+        total=len(pictures),
+        unit="pictures",
+        severity="error",
+    )
+    return [
+        *found,
+        *finding(
+            "near-leakage",
+            "{n} of {total} pictures look the same as one of the other set",
+            cure,
+            near,
+            total=len(pictures),
+            unit="pictures",
+        ),
+    ]
+
+
+def same_bytes(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    """Groups of two and more, in the order of the pictures."""
+    groups: defaultdict[bytes, list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        if picture.decoded:
+            groups[picture.digest].append(picture)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def near_groups(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    """Groups of pictures that look the same and are not the same bytes.
+
+    Two hashes that differ in at most `MAX_DISTANCE` of 64 bits are equal in one of `MAX_DISTANCE + 1` bands of them; so
+    only pictures with an equal band are compared, not all pairs.
+    """
+    first: dict[bytes, Picture] = {}
+    for picture in pictures:
+        if picture.decoded:
+            first.setdefault(picture.digest, picture)
+    distinct = list(first.values())
+    if len(distinct) < 2:
+        return []
+    hashes = np.array([p.phash for p in distinct], dtype=np.uint64)
+    thumbs = np.stack([p.thumb for p in distinct if p.thumb is not None]).reshape(len(distinct), -1)
+    label = np.arange(len(distinct))  # of the group that each one is in so far
+    width = 64 // (MAX_DISTANCE + 1) + 1
+    for shift in range(0, 64, width):
+        band = (hashes >> np.uint64(shift)) & np.uint64((1 << width) - 1)
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.r_[True, band[order][1:] != band[order][:-1]])
+        for members in np.split(order, starts[1:]):
+            for place, i in enumerate(members[:-1]):
+                rest = members[place + 1 :]
+                rest = rest[label[rest] != label[i]]
+                rest = rest[np.bitwise_count(hashes[rest] ^ hashes[i]) <= MAX_DISTANCE]
+                for j in rest[_look_alike(thumbs[i], thumbs[rest])]:
+                    label[label == label[j]] = label[i]
+    sizes = Counter(label.tolist())
+    groups: defaultdict[int, list[Picture]] = defaultdict(list)
+    for n, picture in zip(label.tolist(), distinct, strict=True):
+        if sizes[n] > 1:
+            groups[n].append(picture)
+    return list(groups.values())
+
+
+def _look_alike(one: np.ndarray, many: np.ndarray) -> np.ndarray:
+    """Which of `many` (N, values) look like `one` (values,): (N,) bool."""
+    levels = many.astype(np.float32)
+    levels -= levels.mean(axis=1, keepdims=True)
+    apart = np.abs(levels - (one - one.mean()))
+    same: np.ndarray = (apart.mean(axis=1) < MEAN_LEVELS) & (apart.max(axis=1) < MAX_LEVELS)
+    return same
