@@ -100,8 +100,9 @@ def _print_table(report: CheckReport) -> None:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, justify in (("", "left"), ("finding", "left"), ("count", "right"), ("of", "left"), ("first", "left")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for title in ("", "finding", "count", "of"):
+        table.add_column(title, justify="right" if title == "count" else "left", no_wrap=True)
+    table.add_column("first", overflow="fold")
     for found in report.findings:
         first = found.examples[0].where.rpartition("/")[2] if found.examples else ""
         severity = Text(found.severity, style="red" if found.severity == "error" else "yellow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -20,7 +21,8 @@ def page(report: CheckReport, *, title: str, boxes: Sequence[Box]) -> str:
         boxes: all boxes of the set, for the histograms.
     """
     examples = [example for found in report.findings for example in found.examples]
-    with ThreadPoolExecutor() as pool:
+    # Large pictures are warned of when they are opened, and have a finding of their own.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         pictures = dict(zip(map(id, examples), pool.map(thumbnail, examples), strict=True))
     errors = [found for found in report.findings if found.severity == "error"]
     mild = [found for found in report.findings if found.severity != "error"]

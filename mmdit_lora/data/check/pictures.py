@@ -67,10 +67,9 @@ def look_at_all(records: Iterable[Record], *, workers: int | None = None) -> lis
     for record in records:
         first.setdefault(record.image, record)
     count = workers or min(8, os.cpu_count() or 1)
-    with warnings.catch_warnings():  # around the threads: the filters are the whole process's
-        warnings.simplefilter("ignore")
-        with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(look_at, first.values()))
+    # Around the threads: the filters are the whole process's.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(count) as pool:
+        return list(pool.map(look_at, first.values()))
 
 
 def look_at(record: Record) -> Picture:
@@ -111,6 +110,8 @@ def _head(record: Record) -> Picture:
     """What the header alone says. A damaged one is left to `load_image`, which says it in one way."""
     try:
         with Image.open(record.image) as image:
+            if image.width * image.height > MAX_PIXELS:  # before the EXIF data, for which Pillow decodes a PNG
+                return Picture(record, image.size, image.mode)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             size = image.size if orientation < 5 else image.size[::-1]
             frames = getattr(image, "n_frames", 1)

@@ -129,21 +129,30 @@ def _format(lines: Sequence[Written], only_xywh: int) -> list[Finding]:
     if not shares:
         return []
     wrong = round(shares[said] * count)
+    better = min(BBOX_FORMATS, key=lambda name: shares[name])
     evidence, name = evidence_line(lines), "box-format"
     cure = "look at the boxes below; set bbox_format on the lines or in the config if another reading is right"
     if only_xywh and shares["xywh"] == 0:
+        better = "xywh"
         message = (
             f"{only_xywh} lines are wrong as xyxy, and every box would be right as xywh: bbox_format is probably xywh"
         )
-    elif wrong and (better := min(BBOX_FORMATS, key=lambda f: shares[f])) != said and shares[better] < shares[said] / 4:
+    elif wrong and better != said and shares[better] < shares[said] / 4:
         message = f"{wrong} of {count} boxes are wrong as {said}, {shares[better]:.1%} as {better}: bbox_format is probably {better}"
     elif said == "xyxy" and not wrong and not only_xywh and shares["xywh"] == 0 and count >= ENOUGH_FOR_FORMAT:
+        better = "xywh"
         message = f"all {count} boxes would be right as xywh too, which is rare for xyxy: check bbox_format"
     else:
         return []
     ordered = sorted(lines, key=lambda line: all(fits(as_corners(four, said)) for four in line.numbers))
     examples = [
-        Example(line.where, f"as {said}: {_few(line)}", line.image, tuple(as_corners(f, said) for f in line.numbers))
+        Example(
+            line.where,
+            f"red as {said}, blue as {better}: {_few(line)}",
+            line.image,
+            tuple(as_corners(four, said) for four in line.numbers),
+            tuple(as_corners(four, better) for four in line.numbers),
+        )
         for line in ordered
         if line.numbers
     ]

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mmdit_lora.data.check.boxes import TINY, box_findings
 from mmdit_lora.data.check.findings import Example, Finding, finding
 from mmdit_lora.data.check.pictures import look_at_all, picture_findings
-from mmdit_lora.data.check.readings import Written, as_written, evidence_line, reading_findings
+from mmdit_lora.data.check.readings import (
+    Written,
+    as_corners,
+    as_written,
+    evidence_line,
+    fits,
+    reading_findings,
+)
 from mmdit_lora.data.check.sets import leak_findings, set_findings
 from mmdit_lora.data.check.texts import FEW_PHRASES, TokenCount, clip_tokens, few_phrases, text_findings
 from mmdit_lora.data.records import COLUMNS, BoxFormatError, Record
@@ -90,7 +97,7 @@ def check_dataset(
     sizes = {p.record.image: p.size for p in pictures if p.size is not None}
     extra = Counter(column for record in records for column in record.extra)
     found = [
-        *_reader_findings(errors, len(records) + len(errors)),
+        *_reader_findings(errors, len(records) + len(errors), {line.where: line for line in lines}),
         *picture_findings(pictures, resolution=resolution),
         *reading_findings(lines, sum(isinstance(error, BoxFormatError) for error in errors)),
         *_column_findings(extra, len(records)),
@@ -151,7 +158,7 @@ _REFUSED = (
 )
 
 
-def _reader_findings(errors: Sequence[InputError], total: int) -> list[Finding]:
+def _reader_findings(errors: Sequence[InputError], total: int, lines: Mapping[str, Written]) -> list[Finding]:
     by_name: dict[str, list[InputError]] = {name: [] for name, *_ in _REFUSED}
     for error in errors:
         by_name[next(name for name, part, *_ in _REFUSED if part in error.what)].append(error)
@@ -162,13 +169,24 @@ def _reader_findings(errors: Sequence[InputError], total: int) -> list[Finding]:
             name,
             message,
             cure,
-            [Example(error.where or "", error.what) for error in by_name[name]],
+            [_refused(error, lines) for error in by_name[name]],
             total=total,
             unit="records",
             severity="error",
             lines=[str(error) for error in by_name[name]],
         )
     ]
+
+
+def _refused(error: InputError, lines: Mapping[str, Written]) -> Example:
+    """What a reader refused, with the boxes that are wrong as the line declares them, where its numbers can be read."""
+    where = error.where or ""
+    line = lines.get(where.split(": ")[0])
+    if line is None:
+        return Example(where, error.what)
+    corners = [as_corners(four, line.format) for four in line.numbers]
+    wrong = tuple(four for four in corners if not fits(four))
+    return Example(where, error.what, line.image, wrong, tuple(four for four in corners if fits(four)))
 
 
 def _column_findings(extra: Counter[str], total: int) -> list[Finding]:
