@@ -21,7 +21,7 @@ from PIL import Image
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli import main
-from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, read_written
+from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
 from mmdit_lora.data.check.boxes import MIN_VISIBLE, box_findings
 from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from mmdit_lora.data.check.findings import Example
@@ -31,6 +31,7 @@ from mmdit_lora.data.records import METADATA, Record, read_dataset, scan_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.transforms import MIN_VISIBLE as MIN_VISIBLE_OF_THE_TRANSFORM
 from mmdit_lora.data.transforms import prepare
+from mmdit_lora.errors import InputError
 from tests.data_makers import annotation, picture, voc
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,7 +213,12 @@ def test_leakage_is_told_from_likeness(tmp_path: Path) -> None:
     validation.add(file="x.jpg", save=lambda p: scene(3).resize((70, 70)).save(p, quality=80))
     validation.add(save=lambda p: scene(50).save(p))
     report = train.check(against=read_dataset(validation.folder))
-    assert found_lines(report) == {"leakage": {2}, "near-leakage": {3}}
+    pairs = {f.name: [(e.where.split("/")[-2], e.where[-1]) for e in f.examples] for f in report.findings}
+    assert pairs == {
+        "leakage": [("train", "2"), ("validation", "1")],
+        "near-leakage": [("train", "3"), ("validation", "2")],
+    }
+    assert [f.count for f in report.findings] == [1, 1]
     assert [f.severity for f in report.findings] == ["error", "warning"]
     assert train.check().findings == []
 
@@ -387,6 +393,9 @@ def test_boxes_are_drawn_where_they_are(tmp_path: Path) -> None:
     assert not reddest(160, 80)
     assert not reddest(256, 80)
     assert not reddest(20, 20)
+    beyond = thumbnail(Example("m:1", "", tmp_path / "a.png", ((0.5, 0.5, 9.0, 1.25),)))
+    assert beyond is not None
+    assert Image.open(io.BytesIO(base64.b64decode(beyond.partition(",")[2]))).size == (480, 200)
     assert thumbnail(Example("m:1", "", tmp_path / "none.png")) is None
     assert thumbnail(Example("m:1", "")) is None
 
@@ -407,3 +416,21 @@ def test_an_out_that_is_a_file_is_refused_before_the_work(tmp_path: Path, capsys
     picture(tmp_path / "a.png")
     assert main(["data", "check", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 2
     assert "is a file, not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("broken", "says"), [(b"", "0 bytes"), (b"no picture", "is no readable picture"), (None, "")])
+def test_a_run_stops_at_a_broken_picture_before_it_loads_the_base(
+    broken: bytes | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted = Planted(tmp_path / "set")
+    planted.add()
+    planted.add()
+    if broken is not None:
+        (planted.folder / "2.png").write_bytes(broken)
+        with pytest.raises(InputError, match=f"metadata.jsonl:2: .*{says}"):
+            quick_check(read_dataset(planted.folder))
+    config = tmp_path / "run.yaml"
+    config.write_text(f"base: {tmp_path / 'nowhere'}\ndata: {planted.folder}\noutput_dir: {tmp_path / 'out'}\n")
+    assert main(["train", str(config), "--check-only"]) == 2
+    assert (says if broken is not None else "nowhere") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

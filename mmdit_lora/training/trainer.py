@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from mmdit_lora.config import Config
+from mmdit_lora.data.check import quick_check
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate import measure, readable
@@ -342,8 +343,11 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
 def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
     data = config.data
     records = read_dataset(data.path, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+    quick_check(records)
     if data.validation is not None:
-        return records, read_dataset(data.validation, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+        held_out = read_dataset(data.validation, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+        quick_check(held_out)
+        return records, held_out
     return split_records(records, data.validation_share)
 
 

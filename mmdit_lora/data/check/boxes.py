@@ -124,7 +124,7 @@ def _cropped(records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]], t
             left, top, right, bottom = box.xyxy
             across = min(right, 0.5 + kept[0]) - max(left, 0.5 - kept[0])
             down = min(bottom, 0.5 + kept[1]) - max(top, 0.5 - kept[1])
-            if max(across, 0) * max(down, 0) < MIN_VISIBLE * box.area:
+            if max(across, 0) * max(down, 0) < (MIN_VISIBLE - 1e-9) * box.area:  # exactly a quarter is kept
                 lost.append(n)
         if lost:
             what = f"{len(lost)} of {len(record.layout.boxes)} boxes, picture of {width} x {height} pixels"

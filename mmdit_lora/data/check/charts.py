@@ -16,7 +16,7 @@ from mmdit_lora.errors import InputError
 
 _WIDTH, _HEIGHT, _FOOT = 320, 150, 18
 _THUMB = 320  # long side of a thumbnail in pixels
-_AT_FAULT, _OTHER = (230, 30, 60), (90, 150, 235)
+_AT_FAULT, _OTHER, _BEYOND = (230, 30, 60), (90, 150, 235), (120, 126, 138)
 _MAX_PIXELS = 60_000_000  # larger ones are not decoded a second time for a page
 
 
@@ -105,25 +105,39 @@ def thumbnail(example: Example) -> str | None:
         return None
     scale = _THUMB / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    image, frame = _with_margin(image, example.at_fault)
     draw = ImageDraw.Draw(image)
     for boxes, color, width in ((example.others, _OTHER, 1), (example.at_fault, _AT_FAULT, 3)):
         for box in boxes:
-            _rectangle(draw, box, image.size, color, width)
+            _rectangle(draw, box, frame, color, width)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def _with_margin(
+    image: Image.Image, boxes: Sequence[tuple[float, float, float, float]]
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """On a canvas that shows boxes beyond the picture, up to half a side; and (left, top, width, height) of the picture."""
+    xs, ys = [v for box in boxes for v in box[0::2]], [v for box in boxes for v in box[1::2]]
+    left, right = (round(min(max(v, 0), 0.5) * image.width) for v in (-min(xs, default=0), max(xs, default=1) - 1))
+    top, bottom = (round(min(max(v, 0), 0.5) * image.height) for v in (-min(ys, default=0), max(ys, default=1) - 1))
+    canvas = Image.new("RGB", (left + image.width + right, top + image.height + bottom), _BEYOND)
+    canvas.paste(image, (left, top))
+    return canvas, (left, top, image.width, image.height)
+
+
 def _rectangle(
     draw: ImageDraw.ImageDraw,
     box: tuple[float, float, float, float],
-    size: tuple[int, int],
+    frame: tuple[int, int, int, int],
     color: tuple[int, int, int],
     width: int,
 ) -> None:
-    """Any corners, in any order; those far outside are drawn at the edge, so that they are seen."""
-    xs = sorted(min(max(v, 0.0), 1.0) * (size[0] - 1) for v in (box[0], box[2]))
-    ys = sorted(min(max(v, 0.0), 1.0) * (size[1] - 1) for v in (box[1], box[3]))
+    """Any corners, in any order; those beyond the margin are drawn at its edge, so that they are seen."""
+    left, top, wide, high = frame
+    xs = sorted(left + min(max(v, -0.5), 1.5) * (wide - 1) for v in box[0::2])
+    ys = sorted(top + min(max(v, -0.5), 1.5) * (high - 1) for v in box[1::2])
     if width > 1:  # a light line around, to be seen on any ground
         draw.rectangle((xs[0] - 1, ys[0] - 1, xs[1] + 1, ys[1] + 1), outline=(255, 255, 255), width=width + 2)
     draw.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=color, width=width)

@@ -75,20 +75,19 @@ def leak_findings(pictures: Sequence[Picture], against: Sequence[Picture]) -> li
     exact = [(p, theirs[p.digest]) for p in pictures if p.decoded and p.digest in theirs]
     gone = {p.digest for p, _ in exact}
     mine = {id(p) for p in pictures}
-    near: list[Example] = []
+    alike: list[tuple[Picture, Picture]] = []
     for group in near_groups([*pictures, *against]):
         other = [p for p in group if id(p) not in mine]
-        for p in group:
-            if other and id(p) in mine and p.digest not in gone:
-                near.append(example(p.record, f"looks like {other[0].record.image}"))
+        alike += [(p, other[0]) for p in group if other and id(p) in mine and p.digest not in gone]
     cure = "remove them from one of the two: a figure of the held-out set would measure what was learnt by heart"
     found = finding(
         "leakage",
         "{n} of {total} pictures are in the other set too, byte for byte",
         cure,
-        [example(p.record, f"the bytes of {q.record.image}") for p, q in exact],
+        _both(exact, "has the bytes of"),
         total=len(pictures),
         unit="pictures",
+        count=len(exact),
         severity="error",
     )
     return [
@@ -97,10 +96,22 @@ def leak_findings(pictures: Sequence[Picture], against: Sequence[Picture]) -> li
             "near-leakage",
             "{n} of {total} pictures look the same as one of the other set",
             cure,
-            near,
+            _both(alike, "looks like"),
             total=len(pictures),
             unit="pictures",
+            count=len(alike),
         ),
+    ]
+
+
+def _both(pairs: Sequence[tuple[Picture, Picture]], how: str) -> list[Example]:
+    return [
+        shown
+        for ours, theirs in pairs
+        for shown in (
+            example(ours.record, f"{how} {theirs.record.image.name} of the other set"),
+            example(theirs.record, "of the other set"),
+        )
     ]
 
 
