@@ -267,6 +267,15 @@ def test_uneven_phrases(tmp_path: Path) -> None:
     assert imbalance(7) == []
 
 
+def test_every_place_is_listed_where_the_examples_are_few(tmp_path: Path) -> None:
+    planted = Planted(tmp_path / "set")
+    for _ in range(20):
+        planted.add(caption="", objects=boxes([0.6, 0.6, 0.9, 0.9]))
+    (found,) = planted.check().findings
+    assert (found.name, found.count, len(found.examples)) == ("empty-captions", 20, 12)
+    assert found.to_dict()["places"] == [f"{planted.folder / METADATA}:{n}" for n in range(1, 21)]
+
+
 def test_boxes_lost_to_the_crop_are_those_that_the_transform_drops() -> None:
     assert MIN_VISIBLE == MIN_VISIBLE_OF_THE_TRANSFORM
     rng = np.random.default_rng(1)

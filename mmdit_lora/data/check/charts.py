@@ -16,7 +16,7 @@ from mmdit_lora.errors import InputError
 
 _WIDTH, _HEIGHT, _FOOT = 320, 150, 18
 _THUMB = 320  # long side of a thumbnail in pixels
-_AT_FAULT, _OTHER, _BEYOND = (230, 30, 60), (90, 150, 235), (120, 126, 138)
+_AT_FAULT, _OTHER, _BEYOND = (230, 30, 60), (40, 115, 245), (120, 126, 138)
 _MAX_PIXELS = 60_000_000  # larger ones are not decoded a second time for a page
 
 

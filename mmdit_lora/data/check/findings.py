@@ -48,6 +48,7 @@ class Finding:
         cure: how to mend it.
         count, total: how many of how many `unit`.
         examples: the worst first, at most `EXAMPLES_KEPT`.
+        places: `file:line` of every place, not of the examples alone.
         lines: full messages, one a fault, for errors that are reported singly.
     """
 
@@ -59,6 +60,7 @@ class Finding:
     total: int
     unit: str
     examples: tuple[Example, ...] = ()
+    places: tuple[str, ...] = field(default=(), repr=False)
     lines: tuple[str, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Finding:
             "message": self.message,
             "cure": self.cure,
             "examples": [example.to_dict() for example in self.examples],
+            "places": list(self.places),
         }
 
 
@@ -105,4 +108,5 @@ def finding(
         return []
     text = message.replace("{n}", str(number)).replace("{total}", str(total))
     kept = tuple(found[:EXAMPLES_KEPT])
-    return [Finding(name, severity, text, cure, number, total, unit, kept, tuple(lines))]
+    places = tuple(dict.fromkeys(one.where for one in found))
+    return [Finding(name, severity, text, cure, number, total, unit, kept, places, tuple(lines))]

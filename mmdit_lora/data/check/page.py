@@ -113,7 +113,7 @@ def _section(place: int, found: Finding, pictures: dict[int, str | None]) -> str
     shown = "".join(_example(example, pictures[id(example)]) for example in found.examples)
     more = found.count - len(found.examples)
     rest = (
-        f'<p class="of">The first {len(found.examples)} are shown; check.json has the counts.</p>'
+        f'<p class="of">The first {len(found.examples)} are shown; check.json lists every place.</p>'
         if more > 0 < len(found.examples)
         else ""
     )
