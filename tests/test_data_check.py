@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import struct
 import subprocess
@@ -31,6 +32,7 @@ from mmdit_lora.data.records import METADATA, Record, read_dataset, scan_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.transforms import MIN_VISIBLE as MIN_VISIBLE_OF_THE_TRANSFORM
 from mmdit_lora.data.transforms import prepare
+from mmdit_lora.data.voc import scan_voc
 from mmdit_lora.errors import InputError
 from tests.data_makers import annotation, picture, voc
 
@@ -192,8 +194,8 @@ def test_every_planted_fault_is_found_at_its_record_and_nothing_else_is(tmp_path
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_nothing_is_found_in_a_clean_set(domain: str, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "set", DOMAINS[domain], count=60, seed=5)
-    write_dataset(tmp_path / "other", DOMAINS[domain], count=60, seed=6)
+    write_dataset(tmp_path / "set", DOMAINS[domain], count=40, seed=5)
+    write_dataset(tmp_path / "other", DOMAINS[domain], count=40, seed=6)
     report = check_dataset(
         read_dataset(tmp_path / "set"),
         written=read_written(tmp_path / "set", bbox_format="xyxy", bbox_units="relative"),
@@ -336,6 +338,23 @@ def test_wrong_sizes_in_voc_have_their_name(tmp_path: Path, capsys: pytest.Captu
     report = json.loads(capsys.readouterr().out)
     assert {f["name"]: f["count"] for f in report["findings"] if f["severity"] == "error"} == {"wrong-size": 1}
     assert (tmp_path / "out" / "check.html").is_file()
+
+
+def test_blood_cells() -> None:
+    """The real set (BCCD): what is really there. Pictures 37 and 38 are one field of view at two depths of focus."""
+    root = os.environ.get("MMDIT_LORA_DATA")
+    if not root or not (Path(root) / "bccd").is_dir():
+        pytest.skip("set MMDIT_LORA_DATA to a folder that holds bccd (Pascal VOC)")
+    report = check_dataset(scan_voc(Path(root) / "bccd").records, resolution=480)
+    assert {f.name: f.count for f in report.findings} == {
+        "cropped-boxes": 481,
+        "label-imbalance": 361,
+        "near-duplicate-pictures": 1,
+    }
+    assert [e.image.stem for f in report.findings[-1:] for e in f.examples if e.image] == [
+        "BloodImage_00037",
+        "BloodImage_00038",
+    ]
 
 
 class Tags(HTMLParser):
