@@ -16,17 +16,20 @@ SAME_IOU = 0.95
 MIN_VISIBLE = 0.25
 
 
-def box_findings(records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]]) -> list[Finding]:
+def box_findings(
+    records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]], *, resolution: int | None = None
+) -> list[Finding]:
     """Warnings of boxes.
 
     Args:
         sizes: picture -> (width, height) in pixels, of those that could be read.
+        resolution: side of the training pictures in pixels; None = the crop is judged at the picture's own size.
     """
     total = sum(len(record.layout.boxes) for record in records)
     return [
         *_tiny(records, total),
         *_twice(records, total),
-        *_cropped(records, sizes, total),
+        *_cropped(records, sizes, total, resolution),
         *finding(
             "no-boxes",
             "{n} records have no box: the layout stream learns nothing there",
@@ -113,17 +116,18 @@ def _overlapping(boxes: np.ndarray) -> list[tuple[int, int, float]]:
     return pairs
 
 
-def _cropped(records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]], total: int) -> list[Finding]:
+def _cropped(
+    records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]], total: int, resolution: int | None
+) -> list[Finding]:
     found = []
     for record in records:
         width, height = sizes.get(record.image, (1, 1))
-        side = min(width, height)
-        kept = (side / width / 2, side / height / 2)
+        (west, east), (north, south) = _kept((width, height), resolution or min(width, height))
         lost = []
         for n, box in enumerate(record.layout.boxes):
             left, top, right, bottom = box.xyxy
-            across = min(right, 0.5 + kept[0]) - max(left, 0.5 - kept[0])
-            down = min(bottom, 0.5 + kept[1]) - max(top, 0.5 - kept[1])
+            across = min(right, east) - max(left, west)
+            down = min(bottom, south) - max(top, north)
             if max(across, 0) * max(down, 0) < (MIN_VISIBLE - 1e-9) * box.area:  # exactly a quarter is kept
                 lost.append(n)
         if lost:
@@ -141,6 +145,13 @@ def _cropped(records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]], t
         unit="boxes",
         count=count,
     )
+
+
+def _kept(size: tuple[int, int], side: int) -> list[tuple[float, float]]:
+    """What the center crop keeps of (width, height), each as a range in [0, 1]; whole pixels, as in transforms.py."""
+    scale = side / min(size)
+    resized = [max(side, round(length * scale)) for length in size]
+    return [((length - side) // 2 / length, ((length - side) // 2 + side) / length) for length in resized]
 
 
 def _plain(text: str) -> str:

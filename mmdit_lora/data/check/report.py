@@ -101,7 +101,7 @@ def check_dataset(
         *picture_findings(pictures, resolution=resolution),
         *reading_findings(lines, sum(isinstance(error, BoxFormatError) for error in errors)),
         *_column_findings(extra, len(records)),
-        *box_findings(records, sizes),
+        *box_findings(records, sizes, resolution=resolution),
         *text_findings(records, tokens or clip_tokens(None)),
         *set_findings(records, pictures),
         *(leak_findings(pictures, others) if (others := look_at_all(against)) else ()),
