@@ -1,0 +1,203 @@
+"""Every format in: the same box, phrase and caption arrive; what is written reads back; what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmdit_lora import Box, Layout
+from mmdit_lora.cli import main
+from mmdit_lora.data.formats import FORMATS, format_table, read_format, write_format
+from mmdit_lora.data.records import read_dataset
+from mmdit_lora.errors import InputError
+from tests.data_makers import picture
+from tests.format_makers import (
+    BOX,
+    CAPTION,
+    MAKERS,
+    OPTIONS,
+    PHRASE,
+    WITHOUT_CAPTION,
+    coco_data,
+    make_coco,
+    make_yolo,
+    source,
+    write,
+)
+
+WRITTEN = [name for name, kind in FORMATS.items() if kind.write]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> dict[str, Any]:
+    """The JSON of a command that must succeed."""
+    assert main([*map(str, argv), "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def only_box(name: str, src: Path, **options: Any) -> tuple[float, ...]:
+    ((box,),) = [record.layout.boxes for record in read_format(name, src, **options).records]
+    return box.xyxy
+
+
+def test_every_format_has_a_set_here() -> None:
+    assert set(FORMATS) - set(MAKERS) <= {"overlaybench"}
+    assert set(MAKERS) <= set(FORMATS)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_same_box_phrase_and_caption_arrive(name: str, tmp_path: Path) -> None:
+    MAKERS[name](tmp_path)
+    found = read_format(name, source(name, tmp_path), **OPTIONS.get(name, {}))
+    (record,) = found.records
+    (box,) = record.layout.boxes
+    assert box.xyxy == pytest.approx(BOX, abs=1e-6)
+    assert box.phrase == PHRASE
+    assert record.layout.caption == ("a photo of a red ball" if name in WITHOUT_CAPTION else CAPTION)
+    assert str(tmp_path) in record.where
+    assert record.load().size == (40, 20)
+    assert not found.errors
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_format_converts_and_checks_by_command(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MAKERS[name](tmp_path / "src")
+    src = source(name, tmp_path / "src")
+    options = [text for key, value in OPTIONS.get(name, {}).items() for text in (f"--{key.replace('_', '-')}", value)]
+    printed = run(capsys, "data", "convert", "--from", name, src, "--out", tmp_path / "out", *options)
+    assert (printed["records"], printed["boxes"]) == (1, 1)
+    (record,) = read_dataset(tmp_path / "out")
+    assert record.layout.boxes[0].xyxy == pytest.approx(BOX, abs=1e-6)
+    if name != "jsonl":
+        assert run(capsys, "data", "check", src, "--from", name, *options)["boxes"] == 1
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_a_format_writes_reads_back(name: str, tmp_path: Path) -> None:
+    layout = Layout("two <things> & 'more', \u2028 grün", (Box(BOX, "ein ball"), Box((0, 0, 1 / 3, 1), "a: 'b' #c")))
+    source_picture = picture(tmp_path / "s.png")
+    write_format(name, tmp_path / "out", {"": [("a.png", source_picture, layout), ("b.png", source_picture, layout)]})
+    found = read_format(name, tmp_path / "out")
+    assert [record.image.name for record in found.records] == ["a.png", "b.png"]
+    for record in found.records:
+        assert record.layout.caption == layout.caption
+        assert record.image.read_bytes() == source_picture.read_bytes()
+        for box, wanted in zip(record.layout.boxes, layout.boxes, strict=True):
+            assert (box.phrase, box.xyxy) == (wanted.phrase, pytest.approx(wanted.xyxy, abs=1e-6))
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> Box:
+    """At least 2 pixels of a picture of 64 x 48, which every format holds."""
+    left, top = draw(st.floats(0, 0.9)), draw(st.floats(0, 0.9))
+    right, bottom = draw(st.floats(left + 0.05, 1)), draw(st.floats(top + 0.05, 1))
+    return Box((left, top, right, bottom), draw(st.sampled_from(["a cat", "a dog", "ein grüner ball", "x"])))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(st.lists(boxes(), min_size=1, max_size=4), st.lists(st.sampled_from(WRITTEN), min_size=2, max_size=5))
+def test_any_chain_of_formats_keeps_boxes(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[Box], chain: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("chain")
+    image: Any = Image.new("RGB", (64, 48))
+    layout = Layout("what the chain carries", tuple(drawn))
+    for index, name in enumerate(chain):
+        write_format(name, folder / str(index), {"": [("a.png", image, layout)]})
+        (record,) = read_format(name, folder / str(index)).records
+        image, layout = record.image, record.layout
+    assert layout.caption == "what the chain carries"
+    assert [box.phrase for box in layout.boxes] == [box.phrase for box in drawn]
+    for box, wanted in zip(layout.boxes, drawn, strict=True):
+        assert box.xyxy == pytest.approx(wanted.xyxy, abs=1e-6)
+
+
+def test_convert_to_another_format_with_a_holdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(4):
+        picture(tmp_path / "src" / "images" / f"{index}.png")
+        write(tmp_path / "src" / "labels" / f"{index}.txt", "0 0.5 0.5 0.5 0.6\n")
+    write(tmp_path / "src" / "classes.txt", "ball\n")
+    out = tmp_path / "out"
+    argv = ["data", "convert", "--from", "yolo", tmp_path / "src", "--out", out, "--to", "coco", "--holdout", 0.25]
+    assert run(capsys, *argv)["validation"] == 1
+    assert len(read_format("coco", out / "train").records) == 3
+    assert main([*map(str, argv)]) == 2  # what it wrote is not replaced
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_a_map_a_template_and_captions_from_beside(tmp_path: Path) -> None:
+    make_yolo(tmp_path)
+    phrases = {PHRASE: "the ball"}
+    (record,) = read_format("yolo", tmp_path, caption="here: {phrases}", phrases=phrases).records
+    assert (record.layout.caption, record.layout.boxes[0].phrase) == ("here: the ball", "the ball")
+    beside = [
+        write(tmp_path / "c.jsonl", json.dumps({"file_name": "train/a.png", "caption": "beside"})),
+        write(tmp_path / "c.json", {"a": "beside"}),
+        write(tmp_path / "texts" / "a.txt", "beside\n").parent,
+    ]
+    for captions in beside:
+        assert read_format("yolo", tmp_path, captions=captions).records[0].layout.caption == "beside"
+    with pytest.raises(InputError, match="did you mean 'a red ball'"):
+        read_format("yolo", tmp_path, phrases={"a red bal": "x"})
+
+
+def test_missing_pictures_are_left_out_when_asked(tmp_path: Path) -> None:
+    make_coco(tmp_path)
+    data = coco_data()
+    data["images"].append({"id": 8, "file_name": "gone.png", "width": 4, "height": 4})
+    write(tmp_path / "annotations" / "instances_val.json", data)
+    with pytest.raises(InputError, match=r"images\[1\]: its picture 'gone.png' is not below"):
+        read_format("coco", tmp_path)
+    found = read_format("coco", tmp_path, skip_missing=True)
+    assert (len(found.records), found.left_out) == (1, {"records whose picture is not there": 1})
+
+
+def test_coco_crowds_polygons_and_run_lengths(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    common = {"image_id": 7, "category_id": 3}
+    mask = {"size": [20, 40], "counts": [10 * 20 + 4, *([12, 8] * 19), 12, 4 + 10 * 20]}
+    shapes = [
+        {"iscrowd": 1, "segmentation": mask},
+        {"segmentation": [[10, 4, 30, 4, 30, 16], [10, 16, 12, 8, 14, 15]]},
+        {"segmentation": mask},
+    ]
+    annotations = [{"id": index, **common, **shape} for index, shape in enumerate(shapes)]
+    path = write(tmp_path / "x.json", coco_data(annotations=annotations))
+    found = read_format("coco", path)
+    assert [box.xyxy for box in found.records[0].layout.boxes] == [pytest.approx(BOX), pytest.approx(BOX)]
+    assert found.left_out == {"crowds": 1}
+
+
+def test_coco_splits(tmp_path: Path) -> None:
+    make_coco(tmp_path)
+    picture(tmp_path / "train" / "a.png")
+    write(tmp_path / "annotations" / "instances_train.json", coco_data())
+    assert len(read_format("coco", tmp_path).records) == 2
+    (record,) = read_format("coco", tmp_path, split="train").records
+    assert record.image == tmp_path / "train" / "a.png"
+
+
+def test_yolo_polygons_confidences_and_splits(tmp_path: Path) -> None:
+    make_yolo(tmp_path)
+    picture(tmp_path / "images" / "val" / "b.png")
+    picture(tmp_path / "images" / "val" / "c.png")
+    write(tmp_path / "labels" / "val" / "b.txt", "0 0.25 0.2 0.75 0.3 0.5 0.8\n\n0 0.5 0.5 0.5 0.6 0.9\n")
+    found = read_format("yolo", tmp_path, split="val")
+    assert [box.xyxy for box in found.records[0].layout.boxes] == [pytest.approx(BOX), pytest.approx(BOX)]
+    assert found.left_out == {"pictures without a box": 1}
+    assert len(read_format("yolo", tmp_path).records) == 2
+
+
+def test_the_table_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "formats"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == format_table()
+    assert all(f"| `{name}` |" in printed for name in FORMATS)
+    assert set(run(capsys, "data", "formats")) == set(FORMATS)
