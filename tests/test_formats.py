@@ -21,11 +21,15 @@ from tests.format_makers import (
     BOX,
     CAPTION,
     MAKERS,
+    OPEN_IMAGES_HEAD,
     OPTIONS,
     PHRASE,
     WITHOUT_CAPTION,
     coco_data,
+    cvat_text,
+    label_studio_task,
     make_coco,
+    make_openimages,
     make_yolo,
     source,
     write,
@@ -193,6 +197,69 @@ def test_yolo_polygons_confidences_and_splits(tmp_path: Path) -> None:
     assert [box.xyxy for box in found.records[0].layout.boxes] == [pytest.approx(BOX), pytest.approx(BOX)]
     assert found.left_out == {"pictures without a box": 1}
     assert len(read_format("yolo", tmp_path).records) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        # In a picture of 40 x 20, 12 pixels to the right become 12 down (60 %), 10 pixels down become 10 to the left.
+        ({"x": 75, "y": 20, "width": 30, "height": 50, "rotation": 90}, (0.5, 0.2, 0.75, 0.8)),
+        ({"width": ..., "x": ..., "points": [[25, 80], [75, 50], [50, 20]]}, BOX),
+        ({"x": 50, "y": 50, "radiusX": 25, "radiusY": 30}, BOX),
+    ],
+    ids=["turned", "polygon", "ellipse"],
+)
+def test_label_studio_shapes(value: dict[str, Any], wanted: tuple[float, ...], tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "export.json", [label_studio_task(**value)])
+    assert only_box("labelstudio", path) == pytest.approx(wanted)
+
+
+def test_label_studio_minimal_export_and_local_files(tmp_path: Path) -> None:
+    picture(tmp_path / "pictures" / "my a.png")
+    value = {"x": 25, "y": 20, "width": 50, "height": 60, "rectanglelabels": ["Ball"]}
+    row = {"id": 1, "image": "/data/local-files/?d=pictures/my%20a.png", "label": [value], "caption": "c"}
+    path = write(tmp_path / "export.json", [row])
+    (record,) = read_format("labelstudio", path).records
+    assert (record.layout.caption, record.layout.boxes[0]) == ("c", Box(BOX, "ball"))
+
+
+def test_cvat_shapes(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    shapes = (
+        '<polygon label="b" points="10,4;30,10;20,16"/><points label="p" points="1,1"/><tag label="t"/>'
+        '<box label="b" xtl="14" ytl="0" xbr="26" ybr="20" rotation="90"/>'
+    )
+    found = read_format("cvat", write(tmp_path / "annotations.xml", cvat_text(shapes)))
+    assert [box.xyxy for box in found.records[0].layout.boxes] == [pytest.approx(BOX), pytest.approx(BOX)]
+    assert found.left_out == {"shapes of the kind points": 1}
+
+
+def test_simpletuner_lines_of_json_and_of_yolo(tmp_path: Path) -> None:
+    for stem, content in (
+        ("lines", "\n".join(json.dumps({"label": PHRASE, "bbox": list(BOX)}) for _ in range(2))),
+        ("yolo", "0 0.5 0.5 0.5 0.6\n"),
+        ("none", ""),
+    ):
+        picture(tmp_path / f"{stem}.png")
+        write(tmp_path / f"{stem}.bbox", content)
+    write(tmp_path / "classes.txt", PHRASE)
+    found = read_format("simpletuner", tmp_path)
+    assert [[box.xyxy for box in r.layout.boxes] for r in found.records] == [
+        [pytest.approx(BOX)] * 2,
+        [pytest.approx(BOX)],
+    ]
+    assert found.left_out == {"pictures without a box": 1}
+
+
+def test_open_images_groups_and_splits(tmp_path: Path) -> None:
+    make_openimages(tmp_path)
+    lines = "a,x,/m/02,1,0.1,0.2,0.3,0.4,0,0,1,0,0\na,x,Dog,1,0.1,0.2,0.3,0.4,0,0,0,0,0\n"
+    write(tmp_path / "train-annotations-bbox.csv", OPEN_IMAGES_HEAD + lines)
+    found = read_format("openimages", tmp_path, split="train")
+    assert found.records[0].layout.boxes == (Box((0.1, 0.3, 0.2, 0.4), "dog"),)
+    assert found.records[0].where.endswith("train-annotations-bbox.csv:2")
+    assert found.left_out == {"groups of objects": 1}
 
 
 def test_the_table_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,9 @@ from mmdit_lora.data.formats.common import (
     Sample,
     check_caption,
 )
+from mmdit_lora.data.formats.open_images import read_open_images
+from mmdit_lora.data.formats.tools import read_cvat, read_label_studio
+from mmdit_lora.data.formats.trainers import read_comfyui, read_simpletuner, write_simpletuner
 from mmdit_lora.data.formats.voc import read_voc, write_voc
 from mmdit_lora.data.formats.yolo import read_yolo, write_yolo
 from mmdit_lora.data.records import Item, Record, check_replaceable, fill_dataset, scan_dataset
@@ -77,6 +80,35 @@ FORMATS: dict[str, Format] = {
         "cxcywh relative; polygons relative",
         write_yolo,
         classes=True,
+    ),
+    "openimages": Format(
+        read_open_images,
+        "Open Images: *-annotations-bbox.csv, class-descriptions*.csv, pictures `<ImageID>.jpg`",
+        "x, x, y, y relative",
+        classes=True,
+    ),
+    "labelstudio": Format(
+        read_label_studio,
+        "Label Studio: export JSON or JSON_MIN",
+        "xywh in percent; polygons, ellipses, turned boxes: the upright box around them",
+        classes=True,
+    ),
+    "cvat": Format(
+        read_cvat,
+        "CVAT for images: annotations.xml",
+        "xyxy in pixels; polygons, turned boxes: the upright box around them",
+        classes=True,
+    ),
+    "simpletuner": Format(
+        read_simpletuner,
+        "SimpleTuner: a .bbox (JSON, JSON lines, YOLO lines) beside each picture, captions in .txt",
+        "xyxy relative; YOLO lines cxcywh relative",
+        write_simpletuner,
+    ),
+    "comfyui": Format(
+        read_comfyui,
+        "ComfyUI bounding boxes: a .json beside each picture, captions in .txt",
+        "xywh in pixels",
     ),
 }
 
