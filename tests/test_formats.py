@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli import main
 from mmdit_lora.data.formats import FORMATS, format_table, read_format, write_format
+from mmdit_lora.data.formats.common import MissingPictureError, Pictures
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
 from tests.data_makers import picture
@@ -22,15 +25,24 @@ from tests.format_makers import (
     CAPTION,
     MAKERS,
     OPEN_IMAGES_HEAD,
-    OPTIONS,
     PHRASE,
     WITHOUT_CAPTION,
     coco_data,
     cvat_text,
+    flickr_xml,
+    grit_row,
+    hico_entry,
+    instances,
     label_studio_task,
+    layout_sam_eval_row,
+    layout_sam_row,
     make_coco,
+    make_layoutsam,
     make_openimages,
     make_yolo,
+    options,
+    parquet,
+    sacap_row,
     source,
     write,
 )
@@ -57,7 +69,7 @@ def test_every_format_has_a_set_here() -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_same_box_phrase_and_caption_arrive(name: str, tmp_path: Path) -> None:
     MAKERS[name](tmp_path)
-    found = read_format(name, source(name, tmp_path), **OPTIONS.get(name, {}))
+    found = read_format(name, source(name, tmp_path), **options(name, tmp_path))
     (record,) = found.records
     (box,) = record.layout.boxes
     assert box.xyxy == pytest.approx(BOX, abs=1e-6)
@@ -74,13 +86,13 @@ def test_every_format_converts_and_checks_by_command(
 ) -> None:
     MAKERS[name](tmp_path / "src")
     src = source(name, tmp_path / "src")
-    options = [text for key, value in OPTIONS.get(name, {}).items() for text in (f"--{key.replace('_', '-')}", value)]
-    printed = run(capsys, "data", "convert", "--from", name, src, "--out", tmp_path / "out", *options)
+    more = [text for key, value in options(name, tmp_path / "src").items() for text in (f"--{key}", value)]
+    printed = run(capsys, "data", "convert", "--from", name, src, "--out", tmp_path / "out", *more)
     assert (printed["records"], printed["boxes"]) == (1, 1)
     (record,) = read_dataset(tmp_path / "out")
     assert record.layout.boxes[0].xyxy == pytest.approx(BOX, abs=1e-6)
     if name != "jsonl":
-        assert run(capsys, "data", "check", src, "--from", name, *options)["boxes"] == 1
+        assert run(capsys, "data", "check", src, "--from", name, *more)["boxes"] == 1
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -260,6 +272,138 @@ def test_open_images_groups_and_splits(tmp_path: Path) -> None:
     assert found.records[0].layout.boxes == (Box((0.1, 0.3, 0.2, 0.4), "dog"),)
     assert found.records[0].where.endswith("train-annotations-bbox.csv:2")
     assert found.left_out == {"groups of objects": 1}
+
+
+@pytest.mark.parametrize("name", ["layoutsam", "layoutsam-eval", "denselayout", "instancediffusion", "sacap", "grit"])
+def test_detailed_descriptions(name: str, tmp_path: Path) -> None:
+    MAKERS[name](tmp_path)
+    chunk = [0, len(CAPTION), *BOX, 1]
+    if name == "sacap":
+        parquet(tmp_path / "train.parquet", sacap_row(short_caption=PHRASE, caption="a shiny red ball"))
+    if name == "grit":
+        parquet(tmp_path / "coyo_0_snappy.parquet", grit_row(ref_exps=[chunk]))
+    short, long = (
+        read_format(name, source(name, tmp_path), detailed=detailed, **options(name, tmp_path)).records[0].layout.boxes
+        for detailed in (False, True)
+    )
+    assert short[0].phrase == PHRASE
+    assert long[0].phrase == (CAPTION if name == "grit" else "a shiny red ball")
+    assert short[0].xyxy == long[0].xyxy
+
+
+def test_layout_sam_without_a_long_description_takes_the_short_one(tmp_path: Path) -> None:
+    make_layoutsam(tmp_path)
+    parquet(tmp_path / "train" / "sa_000000_train.parquet", layout_sam_row(detail_description=None))
+    (record,) = read_format("layoutsam", tmp_path, detailed=True).records
+    assert record.layout.boxes[0].phrase == PHRASE
+
+
+def test_pictures_in_a_file_keep_apart_and_go_with_the_set(tmp_path: Path) -> None:
+    colours = ["red", "blue", "green"]
+    rows = []
+    for colour in colours:
+        Image.new("RGB", (40, 20), colour).save(tmp_path / "x.png")
+        rows.append(layout_sam_eval_row(tmp_path, image={"bytes": (tmp_path / "x.png").read_bytes(), "path": None}))
+    found = read_format("layoutsam-eval", parquet(tmp_path / "test.parquet", *rows))  # all have one id
+    pixels = [record.load().getpixel((0, 0)) for record in found.records]
+    assert pixels == [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in colours]
+    image = found.records[0].image
+    assert image.exists()
+    del found
+    gc.collect()
+    assert not image.exists()
+
+
+def test_coco_mig_wants_cocos_pictures(tmp_path: Path) -> None:
+    MAKERS["cocomig"](tmp_path)
+    with pytest.raises(InputError, match="layouts and no pictures") as caught:
+        read_format("cocomig", tmp_path)
+    assert "--images" in str(caught.value)
+    (tmp_path / "val2017").rename(tmp_path / "val2014")
+    (tmp_path / "val2014" / "000000000139.jpg").rename(tmp_path / "val2014" / "COCO_val2014_000000000139.jpg")
+    assert len(read_format("cocomig", tmp_path, images=tmp_path / "val2014").records) == 1
+
+
+def test_hico_objects_and_flat_boxes(tmp_path: Path) -> None:
+    MAKERS["hico"](tmp_path)
+    keys = ("base_info", "caption", "obj_nums", "img_size", "path_img", "list_bbox_info", "crop_location")
+    write(tmp_path / "hico.json", [dict(zip(keys, hico_entry([PHRASE, 10, 4, 30, 16]), strict=True))])
+    assert only_box("hico", tmp_path / "hico.json") == pytest.approx(BOX)
+
+
+def test_instance_diffusion_lists_and_pictures_beside(tmp_path: Path) -> None:
+    picture(tmp_path / "pictures" / "two.png")
+    write(tmp_path / "two.json", instances())
+    write(tmp_path / "three.json", "{")
+    listing = write(tmp_path / "train.txt", "elsewhere/two.json\n\n")
+    assert only_box("instancediffusion", listing, images=tmp_path / "pictures") == pytest.approx(BOX)
+    write(tmp_path / "train.txt", "two.json\nfour.json\n")
+    with pytest.raises(InputError, match=r"names 'four.json'"):
+        read_format("instancediffusion", listing, images=tmp_path / "pictures")
+
+
+def test_sacap_takes_the_mask_where_there_is_no_box(tmp_path: Path) -> None:
+    MAKERS["sacap"](tmp_path)
+    mask = {"size": [20, 40], "counts": [10 * 20 + 4, *([12, 8] * 19), 12, 4 + 10 * 20]}
+    data = {"image": {"width": 40, "height": 20}, "annotations": [{"id": 91, "segmentation": mask}]}
+    write(tmp_path / "sa_000000" / "sa_1.json", data)
+    assert only_box("sacap", tmp_path) == pytest.approx(BOX)
+
+
+def test_flickr30k_splits_and_phrases_of_several_boxes(tmp_path: Path) -> None:
+    MAKERS["flickr30k"](tmp_path)
+    path = tmp_path / "Annotations" / "36979.xml"
+    again = flickr_xml().replace("<annotation>", "").replace("</annotation>", "")
+    write(path, flickr_xml().replace("</annotation>", f"{again}</annotation>"))
+    found = read_format("flickr30k", tmp_path, split="train")
+    assert [box.phrase for box in found.records[0].layout.boxes] == [PHRASE, PHRASE]
+    assert found.left_out == {"phrases without a box": 1}
+    with pytest.raises(InputError, match=r"has no val.txt"):
+        read_format("flickr30k", tmp_path, split="val")
+
+
+def test_stale_paths_and_two_pictures_of_one_name(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        picture(tmp_path / folder / "x.png")
+    for said in ("/old/disk/b/x.png", "C:\\old\\b\\x.png", "b/x.png"):
+        assert Pictures(tmp_path).find(said, "here") == tmp_path / "b" / "x.png"
+    with pytest.raises(InputError, match=r"here: its picture 'x.png' exists 2 times"):
+        Pictures(tmp_path).find("c/x.png", "here")
+    picture(tmp_path / "outside.png")
+    for said in ("../outside.png", "\0", "x" * 5000, ""):
+        with pytest.raises(MissingPictureError):
+            Pictures(tmp_path / "a").find(said, "here")
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_layoutsam(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match="needs pyarrow") as caught:
+        read_format("layoutsam", tmp_path)
+    assert "--extra formats" in str(caught.value)
+
+
+def test_only_formats_with_a_writer_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_yolo(tmp_path / "src")
+    for to, says in (("grit", "is read, not written"), ("yoll", "did you mean 'yolo'?")):
+        argv = ["data", "convert", "--from", "yolo", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--to", to]
+        assert main(argv) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
+    image = picture(tmp_path / "s.png")
+    twice = [("a.png", image, Layout("one", (Box(BOX, "x"),))), ("a.png", image, Layout("two", (Box(BOX, "x"),)))]
+    for name in ("voc", "yolo", "simpletuner"):
+        with pytest.raises(InputError, match="one layout a picture"):
+            write_format(name, tmp_path / "out", {"": twice})
+    thin = [("a.png", image, Layout("thin", (Box((0.5, 0, 0.51, 1), "x"),)))]
+    with pytest.raises(InputError, match="too small for VOC"):
+        write_format("voc", tmp_path / "out", {"": thin})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.png"]
+    write_format("coco", tmp_path / "out", {"": [*twice, *thin]})
+    assert [r.layout.caption for r in read_format("coco", tmp_path / "out").records] == ["one", "two", "thin"]
 
 
 def test_the_table_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:

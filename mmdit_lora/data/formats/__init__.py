@@ -24,6 +24,22 @@ from mmdit_lora.data.formats.common import (
     Sample,
     check_caption,
 )
+from mmdit_lora.data.formats.grounded import (
+    read_eligen,
+    read_flickr30k,
+    read_gligen,
+    read_grit,
+    read_hico,
+    read_instance_diffusion,
+)
+from mmdit_lora.data.formats.layout_sets import (
+    read_coco_mig,
+    read_dense_layout,
+    read_layout_sam,
+    read_layout_sam_eval,
+    read_overlay_bench,
+    read_sacap,
+)
 from mmdit_lora.data.formats.open_images import read_open_images
 from mmdit_lora.data.formats.tools import read_cvat, read_label_studio
 from mmdit_lora.data.formats.trainers import read_comfyui, read_simpletuner, write_simpletuner
@@ -110,6 +126,40 @@ FORMATS: dict[str, Format] = {
         "ComfyUI bounding boxes: a .json beside each picture, captions in .txt",
         "xywh in pixels",
     ),
+    "layoutsam": Format(
+        read_layout_sam,
+        "LayoutSAM: train/*.parquet; SA-1B's pictures with --images",
+        "xyxy in pixels of the stated size",
+    ),
+    "layoutsam-eval": Format(
+        read_layout_sam_eval, "LayoutSAM-eval: *.parquet, which hold the pictures", "xyxy in pixels of the stated size"
+    ),
+    "denselayout": Format(
+        read_dense_layout,
+        "DenseLayout: *.parquet or json; pictures in them, or `<id>.jpg` with --images",
+        "xyxy in pixels of the stated size",
+    ),
+    "sacap": Format(
+        read_sacap,
+        "SACap-1M, SACap-eval: *.parquet; SA-1B's pictures and json files with --images",
+        "xywh in pixels, or masks, of SA-1B's json",
+    ),
+    "overlaybench": Format(
+        read_overlay_bench, "OverLayBench: *.parquet", "not documented: refused, with the keys that were found"
+    ),
+    "cocomig": Format(read_coco_mig, "COCO-MIG: mig_bench_anno.yaml; COCO's pictures with --images", "xyxy relative"),
+    "grit": Format(read_grit, "GRIT: *.parquet or json; pictures `<key>.jpg` with --images", "xyxy relative"),
+    "hico": Format(read_hico, "HiCo: *.json", "xyxy in pixels of the stated size"),
+    "gligen": Format(read_gligen, "GLIGEN: *.tsv, which hold the pictures", "xywh in pixels"),
+    "instancediffusion": Format(
+        read_instance_diffusion,
+        "InstanceDiffusion: *.json or a .txt that lists them; pictures in them, or with --images",
+        "xywh in pixels of the stated size",
+    ),
+    "flickr30k": Format(
+        read_flickr30k, "Flickr30k Entities: Sentences, Annotations; pictures", "xyxy in pixels, counted from 1"
+    ),
+    "eligen": Format(read_eligen, "EliGen: metadata.json, masks", "masks: the box around each"),
 }
 
 

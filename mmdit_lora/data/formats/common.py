@@ -100,7 +100,10 @@ class Context:
                 suffix = (image.format or "png").lower()
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"its picture cannot be read ({error})", where=where) from None
-        path = Path(self.scratch.name) / f"{flat(stem)}.{'jpg' if suffix == 'jpeg' else suffix}"
+        suffix = "jpg" if suffix == "jpeg" else suffix
+        path = Path(self.scratch.name) / f"{flat(stem)}.{suffix}"
+        if path.exists():  # ids need not be unique
+            path = path.with_name(f"{flat(stem)}-{len(list(path.parent.iterdir()))}.{suffix}")
         path.write_bytes(data)
         return path
 
@@ -170,7 +173,7 @@ class Pictures:
                 if is_file(path := root.joinpath(*parts[start:])):
                     return path
         last = parts[-1] if parts else ""
-        found = self._below.get(last) or self._below.get(Path(last).stem) or self._below.get(f"{last}.") or []
+        found = self._below.get(last) or self._below.get(Path(last).stem) or []
         if len(found) > 1:
             raise InputError(
                 f"its picture {last!r} exists {len(found)} times ({found[0]}, {found[1]})",
@@ -344,3 +347,35 @@ def unique(items: Iterable[Item], kind: str) -> list[Item]:
                 f"{kind} holds one layout a picture, and {name!r} has {count}", cure="use --to jsonl or coco"
             )
     return items
+
+
+def stated_size(image: Path, said: tuple[Any, Any], where: str) -> tuple[int, int]:
+    """The size (width, height) that boxes in pixels refer to, where a set is often kept at another size than it was annotated.
+
+    Raises:
+        InputError: no size, no readable picture, or one of another shape (by more than two pixels' worth of rounding).
+    """
+    width, height = (number(v, f"{where}: size") for v in said)
+    if width <= 0 or height <= 0:
+        raise InputError(
+            f"says {width:g} x {height:g} pixels", where=where, cure="give the size that the boxes refer to"
+        )
+    real = size_of(image, where)
+    if abs(real[0] * height - real[1] * width) > 2 * max(width, height, *real):
+        raise InputError(
+            f"says {width:g} x {height:g} pixels, the picture has {real[0]} x {real[1]} (upright), another shape",
+            where=where,
+            cure="check that the annotation belongs to this picture",
+        )
+    return int(width), int(height)
+
+
+def spoken(short: Any, long: Any, detailed: bool, where: str) -> str:
+    """The one of two descriptions of a box that is wanted; the other where that is missing.
+
+    Raises:
+        InputError: both are missing.
+    """
+    first, second = (long, short) if detailed else (short, long)
+    chosen = next((t for t in (first, second) if isinstance(t, str) and t.strip()), first)
+    return text(chosen, "the description", where)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,18 @@ def read_open_images(context: Context) -> Reads:
     """
     paths = _box_files(context)
     names = _class_names(paths[0].parent)
-    by_image: dict[str, list[Row]] = {}
-    for where, row in rows(paths):
-        # A line that cannot be read belongs to no picture: it is a record of its own.
-        key = row.get("ImageID") if isinstance(row, Mapping) else where
-        by_image.setdefault(str(key), []).append((where, row))
-    for name, table in by_image.items():
-        yield partial(_sample, name, table, names, context)
+    seen: set[str] = set()
+    # The csv has millions of lines; those of a picture follow one another.
+    for name, table in groupby(rows(paths), key=_image_id):
+        again = name in seen
+        seen.add(name)
+        yield partial(_sample, name, list(table), names, context, again)
+
+
+def _image_id(row: Row) -> str:
+    where, content = row
+    # A line that cannot be read belongs to no picture: it is a record of its own.
+    return str(content.get("ImageID")) if isinstance(content, Mapping) else where
 
 
 def _box_files(context: Context) -> list[Path]:
@@ -65,13 +71,17 @@ def _class_names(folder: Path) -> dict[str, str]:
     return names
 
 
-def _sample(name: str, table: Iterable[Row], names: Mapping[str, str], context: Context) -> Sample:
+def _sample(name: str, table: Iterable[Row], names: Mapping[str, str], context: Context, again: bool) -> Sample:
     things, first, image = [], "", None
     for where, row in table:
         if isinstance(row, InputError):
             raise row
         if image is None:
             first = where
+            if again:
+                raise InputError(
+                    f"the lines of picture {name!r} are apart", where=where, cure="sort the csv by ImageID"
+                )
             image = context.pictures.find(f"{text(need(row, 'ImageID', where), 'ImageID', where)}.jpg", where)
         label = _named(row, names, where)
         sides = [need(row, key, where) for key in _SIDES]

@@ -43,7 +43,9 @@ def table_files(context: Context, *suffixes: str) -> list[Path]:
         return [src]
     if not src.is_dir():
         raise InputError("no such folder or file", where=str(src), cure=f"give a file: {', '.join(suffixes)}")
-    found = sorted(path for path in src.rglob("*") if path.suffix in suffixes and path.is_file())
+    files = sorted(path for path in src.rglob("*") if path.suffix in suffixes and path.is_file())
+    # Of one kind, the first that there is: SA-1B, say, has a json file of its own beside each picture.
+    found = next((some for suffix in suffixes if (some := [path for path in files if path.suffix == suffix])), [])
     if not found:
         raise InputError(f"holds no file of {', '.join(suffixes)}", where=str(src))
     if split is None:
@@ -119,29 +121,27 @@ def _json(path: Path, _: list[str] | None) -> Iterator[Row]:
 
 def _separated(path: Path, header: list[str] | None, *, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # pictures in base64
-    reader = csv.reader(
-        read_text(path).splitlines(),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
-    )
-    names = header
+    names, line = header, 0
     try:
-        for values in reader:
-            if not values:
-                continue
-            if names is None:
-                names = [name.strip() for name in values]
-                continue
-            where = f"{path}:{reader.line_num}"
-            if len(values) != len(names):
-                yield (
-                    where,
-                    InputError(f"has {len(values)} columns, not {len(names)} ({', '.join(names)})", where=where),
-                )
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if delimiter == ",":
+                reader = csv.reader(file)
             else:
-                yield where, dict(zip(names, values, strict=True))
-    except csv.Error as error:
-        raise InputError(f"is no table ({error})", where=f"{path}:{reader.line_num}") from None
+                reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            for values in reader:
+                line = reader.line_num
+                where = f"{path}:{line}"
+                if not values:
+                    continue
+                if names is None:
+                    names = [name.strip() for name in values]
+                elif len(values) != len(names):
+                    what = f"has {len(values)} columns, not {len(names)} ({', '.join(names)})"
+                    yield where, InputError(what, where=where)
+                else:
+                    yield where, dict(zip(names, values, strict=True))
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"is no table of UTF-8 text ({error})", where=f"{path}:{line + 1}") from None
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
