@@ -251,6 +251,26 @@ def make_eligen(folder: Path) -> None:
     write(folder / "metadata.json", [eligen_row()])
 
 
+def hf_row(folder: Path, **changes: Any) -> dict[str, Any]:
+    image = {"bytes": picture_bytes(folder), "path": "a.png"}
+    return {"image": image, "caption": CAPTION, "objects": {"bbox": [[10, 4, 20, 12]], "category": [1]}} | changes
+
+
+def hf_parquet(path: Path, *rows: dict[str, Any]) -> Path:
+    """With the features that `datasets` stores."""
+    label = {"_type": "ClassLabel", "names": ["nothing", PHRASE]}
+    features = {"objects": {"_type": "Sequence", "feature": {"bbox": {}, "category": label}}}
+    table = pa.Table.from_pylist(list(rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = json.dumps({"info": {"features": features}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": stored}), path)
+    return path
+
+
+def make_hf(folder: Path) -> None:
+    hf_parquet(folder / "data" / "train-00000-of-00001.parquet", hf_row(folder))
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "jsonl": make_jsonl,
     "voc": make_voc,
@@ -272,6 +292,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "instancediffusion": make_instancediffusion,
     "flickr30k": make_flickr30k,
     "eligen": make_eligen,
+    "hf": make_hf,
 }
 # Formats that hold no caption: there it is made of the phrases.
 WITHOUT_CAPTION = {"voc", "yolo", "openimages", "cvat"}
@@ -282,6 +303,8 @@ IMAGES: dict[str, str] = {"cocomig": "val2017", "hico": "images", "denselayout":
 
 
 def options(name: str, folder: Path) -> dict[str, Any]:
+    if name == "hf":
+        return {"bbox_format": "xywh", "bbox_units": "pixel"}
     return {"images": folder / IMAGES[name]} if name in IMAGES else {}
 
 

@@ -31,6 +31,8 @@ from tests.format_makers import (
     cvat_text,
     flickr_xml,
     grit_row,
+    hf_parquet,
+    hf_row,
     hico_entry,
     instances,
     label_studio_task,
@@ -86,7 +88,9 @@ def test_every_format_converts_and_checks_by_command(
 ) -> None:
     MAKERS[name](tmp_path / "src")
     src = source(name, tmp_path / "src")
-    more = [text for key, value in options(name, tmp_path / "src").items() for text in (f"--{key}", value)]
+    more = [
+        text for key, value in options(name, tmp_path / "src").items() for text in (f"--{key.replace('_', '-')}", value)
+    ]
     printed = run(capsys, "data", "convert", "--from", name, src, "--out", tmp_path / "out", *more)
     assert (printed["records"], printed["boxes"]) == (1, 1)
     (record,) = read_dataset(tmp_path / "out")
@@ -404,6 +408,42 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.png"]
     write_format("coco", tmp_path / "out", {"": [*twice, *thin]})
     assert [r.layout.caption for r in read_format("coco", tmp_path / "out").records] == ["one", "two", "thin"]
+
+
+def test_a_convention_that_nobody_declared_is_not_guessed(tmp_path: Path) -> None:
+    boxes_ = [[4.0 * n, 2.0, 12.0, 9.0] for n in range(8)]
+    rows = hf_row(tmp_path, objects=[{"bbox": box, "phrase": "a ball"} for box in boxes_])
+    path = hf_parquet(tmp_path / "train.parquet", rows)
+    with pytest.raises(InputError, match=r"Of 8 boxes, each reading makes wrong: xywh pixel 0%, xyxy pixel 62%, "):
+        read_format("hf", path)
+    found = read_format("hf", path, bbox_format="xywh", bbox_units="pixel")
+    assert found.records[0].layout.boxes[1] == Box((0.1, 0.1, 0.4, 0.55), "a ball")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("coco", {"bbox_format": "xyxy"}),
+        ("coco", {"detailed": True}),
+        ("jsonl", {"split": "train"}),
+        ("jsonl", {"images": Path()}),
+        ("eligen", {"split": "train"}),
+        ("gligen", {"images": Path()}),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(name: str, option: dict[str, Any], tmp_path: Path) -> None:
+    MAKERS[name](tmp_path)
+    with pytest.raises(InputError, match=f"means nothing for {name}"):
+        read_format(name, source(name, tmp_path), **option)
+
+
+def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
+    make_layoutsam(tmp_path)
+    with pytest.raises(InputError, match="has no splits"):
+        read_format("layoutsam", tmp_path / "train" / "sa_000000_train.parquet", split="train")
+    assert len(read_format("layoutsam", tmp_path, split="train").records) == 1
+    with pytest.raises(InputError, match="'val'"):
+        read_format("layoutsam", tmp_path, split="val")
 
 
 def test_the_table_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,8 @@ from tests.format_makers import (
     flickr_xml,
     gligen_line,
     grit_row,
+    hf_parquet,
+    hf_row,
     hico_entry,
     instances,
     label_studio_task,
@@ -62,6 +64,10 @@ def removed(name: str) -> Spoil:
 
 def eval_row(**changes: Any) -> Spoil:
     return lambda d: parquet(d / "data" / "test-00000-of-00001.parquet", layout_sam_eval_row(d, **changes))
+
+
+def hf(**changes: Any) -> Spoil:
+    return lambda d: hf_parquet(d / "data" / "train-00000-of-00001.parquet", hf_row(d, **changes))
 
 
 def gligen(**changes: Any) -> Spoil:
@@ -164,6 +170,10 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "eligen: a mask too few": ("eligen", text("metadata.json", [eligen_row(eligen_entity_masks=[])]), "metadata.json[0]", "1 prompts and 0 masks"),
     "eligen: no mask": ("eligen", removed("masks/0.png"), "eligen_entity_masks[0]", "is not below"),
     "eligen: a blank prompt": ("eligen", text("metadata.json", [eligen_row(eligen_entity_prompts=[""])]), "eligen_entity_prompts[0]", "the prompt is ''"),
+    "hf: a class without a name": ("hf", hf(objects={"bbox": [[1, 2, 3, 4]], "category": [2]}), "row 0: objects[0]", "class 2 has no name"),
+    "hf: a phrase too few": ("hf", hf(objects={"bbox": [[1, 2, 3, 4]], "category": []}), "row 0", "not as many phrases"),
+    "hf: no objects": ("hf", hf(objects=None), "row 0", "'objects' is missing"),
+    "hf: no parquet": ("hf", text("data/train-00000-of-00001.parquet", "x"), ".parquet", "no readable parquet"),
     "overlaybench": ("overlaybench", rows("test.parquet", {"image": b"x", "annotation": '{"boxes": [], "who": 1}'}), "row 0", "here are boxes, who"),
 }  # fmt: skip
 
@@ -178,7 +188,7 @@ def test_wrong_records(case: str, verb: str, tmp_path: Path, capsys: pytest.Capt
         MAKERS[name](src)
     spoil(src)
     argv = ["data", verb, "--from", name, str(source(name, src))]
-    argv += [text for key, value in options(name, src).items() for text in (f"--{key}", str(value))]
+    argv += [text for key, value in options(name, src).items() for text in (f"--{key.replace('_', '-')}", str(value))]
     assert main(argv + (["--out", str(tmp_path / "out")] if verb == "convert" else [])) == 2
     printed = capsys.readouterr().err
     assert printed.count("error:") == 1

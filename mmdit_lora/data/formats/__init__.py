@@ -32,6 +32,7 @@ from mmdit_lora.data.formats.grounded import (
     read_hico,
     read_instance_diffusion,
 )
+from mmdit_lora.data.formats.hugging_face import read_hugging_face
 from mmdit_lora.data.formats.layout_sets import (
     read_coco_mig,
     read_dense_layout,
@@ -60,6 +61,7 @@ class Format:
         write: fills an empty folder; None: this format is only read.
         source: what SRC is. convention: order of a box's numbers, and their unit.
         classes: whether its names are those of classes, which become phrases in lower case.
+        takes: options of `read_format` that mean something for it, of `split`, `images`, `detailed`, `bbox`.
     """
 
     read: Callable[[Context], Reads] | None
@@ -67,6 +69,7 @@ class Format:
     convention: str
     write: Callable[[Path, Iterable[Item]], None] | None = None
     classes: bool = False
+    takes: tuple[str, ...] = ("split", "images")
 
 
 FORMATS: dict[str, Format] = {
@@ -75,6 +78,13 @@ FORMATS: dict[str, Format] = {
         "a folder with metadata.jsonl (Hugging Face imagefolder)",
         "xyxy relative, or as the line, --bbox-format and --bbox-units say",
         fill_dataset,
+        takes=("bbox",),
+    ),
+    "hf": Format(
+        read_hugging_face,
+        "Hugging Face datasets: *.parquet with `image`, `caption`, `objects`",
+        "as --bbox-format and --bbox-units say; without them refused, with the evidence",
+        takes=("split", "bbox"),
     ),
     "voc": Format(
         read_voc,
@@ -120,46 +130,68 @@ FORMATS: dict[str, Format] = {
         "SimpleTuner: a .bbox (JSON, JSON lines, YOLO lines) beside each picture, captions in .txt",
         "xyxy relative; YOLO lines cxcywh relative",
         write_simpletuner,
+        takes=("images",),
     ),
     "comfyui": Format(
         read_comfyui,
         "ComfyUI bounding boxes: a .json beside each picture, captions in .txt",
         "xywh in pixels",
+        takes=("images",),
     ),
     "layoutsam": Format(
         read_layout_sam,
         "LayoutSAM: train/*.parquet; SA-1B's pictures with --images",
         "xyxy in pixels of the stated size",
+        takes=("split", "images", "detailed"),
     ),
     "layoutsam-eval": Format(
-        read_layout_sam_eval, "LayoutSAM-eval: *.parquet, which hold the pictures", "xyxy in pixels of the stated size"
+        read_layout_sam_eval,
+        "LayoutSAM-eval: *.parquet, which hold the pictures",
+        "xyxy in pixels of the stated size",
+        takes=("split", "detailed"),
     ),
     "denselayout": Format(
         read_dense_layout,
         "DenseLayout: *.parquet or json; pictures in them, or `<id>.jpg` with --images",
         "xyxy in pixels of the stated size",
+        takes=("split", "images", "detailed"),
     ),
     "sacap": Format(
         read_sacap,
         "SACap-1M, SACap-eval: *.parquet; SA-1B's pictures and json files with --images",
         "xywh in pixels, or masks, of SA-1B's json",
+        takes=("split", "images", "detailed"),
     ),
     "overlaybench": Format(
-        read_overlay_bench, "OverLayBench: *.parquet", "not documented: refused, with the keys that were found"
+        read_overlay_bench,
+        "OverLayBench: *.parquet",
+        "not documented: refused, with the keys that were found",
+        takes=("split",),
     ),
-    "cocomig": Format(read_coco_mig, "COCO-MIG: mig_bench_anno.yaml; COCO's pictures with --images", "xyxy relative"),
-    "grit": Format(read_grit, "GRIT: *.parquet or json; pictures `<key>.jpg` with --images", "xyxy relative"),
+    "cocomig": Format(
+        read_coco_mig,
+        "COCO-MIG: mig_bench_anno.yaml; COCO's pictures with --images",
+        "xyxy relative",
+        takes=("images",),
+    ),
+    "grit": Format(
+        read_grit,
+        "GRIT: *.parquet or json; pictures `<key>.jpg` with --images",
+        "xyxy relative",
+        takes=("split", "images", "detailed"),
+    ),
     "hico": Format(read_hico, "HiCo: *.json", "xyxy in pixels of the stated size"),
-    "gligen": Format(read_gligen, "GLIGEN: *.tsv, which hold the pictures", "xywh in pixels"),
+    "gligen": Format(read_gligen, "GLIGEN: *.tsv, which hold the pictures", "xywh in pixels", takes=("split",)),
     "instancediffusion": Format(
         read_instance_diffusion,
         "InstanceDiffusion: *.json or a .txt that lists them; pictures in them, or with --images",
         "xywh in pixels of the stated size",
+        takes=("split", "images", "detailed"),
     ),
     "flickr30k": Format(
         read_flickr30k, "Flickr30k Entities: Sentences, Annotations; pictures", "xyxy in pixels, counted from 1"
     ),
-    "eligen": Format(read_eligen, "EliGen: metadata.json, masks", "masks: the box around each"),
+    "eligen": Format(read_eligen, "EliGen: metadata.json, masks", "masks: the box around each", takes=("images",)),
 }
 
 
@@ -189,6 +221,9 @@ def find_format(name: str, *, option: str = "--from") -> Format:
     near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.4)
     cure = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"unknown format {name!r}", where=option, cure=f"{cure}known formats: {', '.join(FORMATS)}")
+
+
+_OPTIONS = {"split": "--split", "images": "--images", "detailed": "--detailed", "bbox": "--bbox-format, --bbox-units"}
 
 
 def read_format(
@@ -226,6 +261,12 @@ def read_format(
             of the set. With file and line, or file and number of the record.
     """
     kind, phrases = find_format(name), phrases or {}
+    given = {"split": split, "images": images, "detailed": detailed or None, "bbox": bbox_format or bbox_units}
+    for option, value in given.items():
+        if value is not None and option not in kind.takes:
+            raise InputError(f"means nothing for {name}", where=_OPTIONS[option], cure="leave it away")
+    if split is not None and Path(src).is_file() and name != "cvat":
+        raise InputError("is one file: it has no splits", where=str(src), cure="leave --split away")
     template = DEFAULT_CAPTION if caption is None else caption
     check_caption(template)
     context = Context(Path(src), split, images, detailed, bbox_format, bbox_units)
@@ -287,10 +328,6 @@ def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]
 
 
 def _own_format(context: Context) -> Reads:
-    if context.split is not None:
-        raise InputError("this format has no splits", where="--split", cure="give the folder of the split itself")
-    if context.images is not None:
-        raise InputError("this format has its pictures beside it", where="--images", cure="leave --images away")
     records, errors = scan_dataset(
         context.src, bbox_format=context.bbox_format or "xyxy", bbox_units=context.bbox_units or "relative"
     )

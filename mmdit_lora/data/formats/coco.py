@@ -19,6 +19,7 @@ from mmdit_lora.data.formats.common import (
     Reads,
     Sample,
     items_of,
+    key_of,
     need,
     number,
     points_box,
@@ -47,14 +48,13 @@ def read_coco(context: Context) -> Reads:
             items_of(data, key, str(path)) for key in ("images", "annotations", "categories")
         )
         names = {
-            _id(c, "id", w): text(need(c, "name", w), "name", w) for c, w in _placed(categories, path, "categories")
+            key_of(c, "id", w): text(need(c, "name", w), "name", w) for c, w in _placed(categories, path, "categories")
         }
-        known = {_id(image, "id", where) for image, where in _placed(images, path, "images")}
+        known = {key_of(image, "id", where) for image, where in _placed(images, path, "images")}
         by_image: defaultdict[Any, list[tuple[Any, str]]] = defaultdict(list)
         for annotation, where in _placed(annotations, path, "annotations"):
-            by_image[annotation.get("image_id") if isinstance(annotation, Mapping) else None].append(
-                (annotation, where)
-            )
+            image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
+            by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, where))
         captions = _captions(path)
         pictures = Pictures(*_roots(context, path))
         for image, where in _placed(images, path, "images"):
@@ -98,8 +98,6 @@ def write_coco(folder: Path, items: Iterable[Item]) -> None:
 def _instance_files(context: Context) -> list[Path]:
     src, split = context.src, context.split
     if src.is_file():
-        if split is not None:
-            raise InputError("is one file: it has no splits", where=str(src), cure="leave --split away")
         return [src]
     if not src.is_dir():
         raise InputError("no such folder or file", where=str(src), cure="give a COCO folder, or an instances_*.json")
@@ -141,19 +139,12 @@ def _captions(path: Path) -> dict[Any, str]:
     if file == path or not file.is_file():
         return captions
     for item, where in _placed(items_of(read_json(file), "annotations", str(file)), file, "annotations"):
-        captions.setdefault(_id(item, "image_id", where), text(need(item, "caption", where), "the caption", where))
+        captions.setdefault(key_of(item, "image_id", where), text(need(item, "caption", where), "the caption", where))
     return captions
 
 
 def _placed(items: list[Any], path: Path, key: str) -> Iterable[tuple[Any, str]]:
     return ((item, f"{path}: {key}[{index}]") for index, item in enumerate(items))
-
-
-def _id(item: Any, key: str, where: str) -> Any:
-    value = need(item, key, where)
-    if not isinstance(value, int | str):
-        raise InputError(f"{key} is {type(value).__name__}, not a number", where=where)
-    return value
 
 
 def _stray(annotation: Any, where: str, known: set[Any]) -> Sample:

@@ -252,6 +252,14 @@ def items_of(row: Any, key: str, where: str) -> list[Any]:
     return value
 
 
+def key_of(row: Any, key: str, where: str) -> int | str:
+    """`row[key]`, a number or a text that identifies something. Raises `InputError` for anything else."""
+    value = need(row, key, where)
+    if not isinstance(value, int | str):
+        raise InputError(f"{key} is {type(value).__name__}, not a number", where=where)
+    return value
+
+
 def points_box(points: Sequence[Sequence[float]]) -> XYXY:
     """The upright box (left, top, right, bottom) around points, in their units."""
     xs, ys = zip(*points, strict=True)

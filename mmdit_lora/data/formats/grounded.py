@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -263,6 +262,6 @@ def _span(caption: Any, start: Any, end: Any, where: str) -> str:
 def _base64_picture(data: Mapping[str, Any], stem: str, where: str, context: Context) -> Path:
     try:
         content = base64.b64decode(text(need(data, "image", where), "image", where), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one
         raise InputError(f"its picture is no base64 ({error})", where=where) from None
     return context.unpacked(content, stem, where)

@@ -20,6 +20,7 @@ from mmdit_lora.data.formats.common import (
     Sample,
     is_file,
     items_of,
+    key_of,
     need,
     read_json,
     read_text,
@@ -115,11 +116,11 @@ def _sacap(row: Any, where: str, context: Context) -> Sample:
     data = read_json(beside)
     about = need(data, "image", str(beside))
     size = stated_size(image, (need(about, "width", str(beside)), need(about, "height", str(beside))), str(beside))
-    segments = {need(a, "id", str(beside)): a for a in items_of(data, "annotations", str(beside))}
+    segments = {key_of(a, "id", str(beside)): a for a in items_of(data, "annotations", str(beside))}
     things: list[tuple[str, XYXY]] = []
     for index, entry in enumerate(items_of(row, "segments_info", where)):
         place = f"{where}: segments_info[{index}]"
-        key = need(entry, "anno_id", place)
+        key = key_of(entry, "anno_id", place)
         if key not in segments:
             raise InputError(f"anno_id {key!r} is not in {beside.name}", where=place)
         found = segments[key]
