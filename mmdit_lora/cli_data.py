@@ -24,6 +24,15 @@ BoxFormat = Annotated[
     Literal["xyxy", "xywh", "cxcywh"], typer.Option(help="How boxes are written where a line does not say it.")
 ]
 BoxUnits = Annotated[Literal["relative", "pixel"], typer.Option(help="Units of boxes where a line does not say it.")]
+DeclaredFormat = Annotated[
+    Literal["xyxy", "xywh", "cxcywh"] | None,
+    typer.Option(help="Order of a box's numbers, where neither the format nor a line says it (jsonl: xyxy)."),
+]
+DeclaredUnits = Annotated[
+    Literal["relative", "pixel"] | None,
+    typer.Option(help="Units of boxes, where neither the format nor a line says it (jsonl: relative)."),
+]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave records out whose picture is not there.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the pictures, where they lie apart.")]
 
 
@@ -87,9 +96,11 @@ def check(
     from_: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="Check a set of another format (`data formats`).")
     ] = None,
+    split: Annotated[str | None, typer.Option(help="A split of the source.")] = None,
     images: Images = None,
-    bbox_format: BoxFormat | None = None,
-    bbox_units: BoxUnits | None = None,
+    skip_missing: SkipMissing = False,
+    bbox_format: DeclaredFormat = None,
+    bbox_units: DeclaredUnits = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
@@ -98,15 +109,21 @@ def check(
     from mmdit_lora.data.records import scan_dataset
 
     if from_ in (None, "jsonl"):
-        if images is not None:
-            raise InputError(
-                "belongs to --from", where="--images", cure="leave it away: the pictures lie in the folder"
-            )
+        for option, value in (("--images", images), ("--split", split)):
+            if value is not None:
+                raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
         records, errors = scan_dataset(data, bbox_format=bbox_format or "xyxy", bbox_units=bbox_units or "relative")
         report = check_dataset(records, errors=errors)
     else:
         source = read_format(
-            from_, data, images=images, bbox_format=bbox_format, bbox_units=bbox_units, collect_errors=True
+            from_,
+            data,
+            split=split,
+            images=images,
+            bbox_format=bbox_format,
+            bbox_units=bbox_units,
+            skip_missing=skip_missing,
+            collect_errors=True,
         )
         report = check_dataset(source.records, errors=source.errors, left_out=dict(source.left_out))
     for line in _report_lines(report):
@@ -139,11 +156,9 @@ def convert(
     detailed: Annotated[
         bool, typer.Option("--detailed", help="Take the longer of two descriptions of a box, where a set has both.")
     ] = False,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave records out whose picture is not there.")
-    ] = False,
-    bbox_format: BoxFormat | None = None,
-    bbox_units: BoxUnits | None = None,
+    skip_missing: SkipMissing = False,
+    bbox_format: DeclaredFormat = None,
+    bbox_units: DeclaredUnits = None,
     holdout: Annotated[
         float | None, typer.Option(help="Write OUT/train and OUT/validation, the latter with this share.")
     ] = None,

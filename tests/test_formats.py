@@ -179,6 +179,20 @@ def test_missing_pictures_are_left_out_when_asked(tmp_path: Path) -> None:
     assert (len(found.records), found.left_out) == (1, {"records whose picture is not there": 1})
 
 
+def test_check_takes_splits_and_leaves_missing_pictures_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_coco(tmp_path)
+    write(tmp_path / "annotations" / "instances_train.json", coco_data())  # its picture is in no folder of its own
+    write(tmp_path / "annotations" / "instances_gone.json", coco_data(images=[{"id": 7, "file_name": "gone.png"}]))
+    argv = ["data", "check", tmp_path, "--from", "coco"]
+    assert main([*map(str, argv)]) == 2
+    assert "'gone.png' is not below" in capsys.readouterr().err
+    report = run(capsys, *argv, "--skip-missing")
+    assert (report["records"], report["left_out"]) == (2, {"records whose picture is not there": 1})
+    assert run(capsys, *argv, "--split", "val")["records"] == 1
+    assert main(["data", "check", str(tmp_path), "--split", "val"]) == 2
+    assert "--split: belongs to --from" in capsys.readouterr().err
+
+
 def test_coco_crowds_polygons_and_run_lengths(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     common = {"image_id": 7, "category_id": 3}

@@ -74,6 +74,7 @@ class Context:
     left_out: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    unpacked_count: int = 0
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -101,9 +102,10 @@ class Context:
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"its picture cannot be read ({error})", where=where) from None
         suffix = "jpg" if suffix == "jpeg" else suffix
+        self.unpacked_count += 1
         path = Path(self.scratch.name) / f"{flat(stem)}.{suffix}"
         if path.exists():  # ids need not be unique
-            path = path.with_name(f"{flat(stem)}-{len(list(path.parent.iterdir()))}.{suffix}")
+            path = path.with_name(f"{flat(stem)}-{self.unpacked_count}.{suffix}")
         path.write_bytes(data)
         return path
 
