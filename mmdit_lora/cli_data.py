@@ -1,4 +1,4 @@
-"""The verbs that work with data sets: `init`, `data make`, `data convert` (`data check`: cli_data_check.py)."""
+"""The verbs that work with data sets: `init`, `data make`, `data check`, `data convert`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mmdit_lora import cli_data_formats
 from mmdit_lora.errors import InputError, unknown_key
 
 if TYPE_CHECKING:
     from mmdit_lora.data.records import Item, Record
-    from mmdit_lora.data.voc import VocSet
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 BoxFormat = Annotated[
     Literal["xyxy", "xywh", "cxcywh"], typer.Option(help="How boxes are written where a line does not say it.")
 ]
 BoxUnits = Annotated[Literal["relative", "pixel"], typer.Option(help="Units of boxes where a line does not say it.")]
+DeclaredFormat = Annotated[
+    Literal["xyxy", "xywh", "cxcywh"] | None,
+    typer.Option(help="Order of a box's numbers, where neither the format nor a line says it (jsonl: xyxy)."),
+]
+DeclaredUnits = Annotated[
+    Literal["relative", "pixel"] | None,
+    typer.Option(help="Units of boxes, where neither the format nor a line says it (jsonl: relative)."),
+]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave records out whose picture is not there.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the pictures, where they lie apart.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +41,7 @@ def register(app: typer.Typer) -> None:
     app.command("init")(init)
     data.command("make")(make)
     data.command("convert")(convert)
+    cli_data_formats.register(data)
     cli_data_check.register(data)
     app.add_typer(data, name="data")
 
@@ -80,55 +91,68 @@ def make(
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="Folder to convert.")],
-    from_: Annotated[Literal["voc"], typer.Option("--from", help="Its format.")],
+    src: Annotated[Path, typer.Argument(help="Folder or file to convert.")],
+    from_: Annotated[str, typer.Option("--from", metavar="FORMAT", help="Its format; `data formats` lists them.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="Format to write; jsonl is what `train` reads.")] = "jsonl",
     caption: Annotated[
-        str | None, typer.Option(help="Template of the captions.  [default: a photo of {phrases}]", show_default=False)
+        str | None,
+        typer.Option(
+            help="Template of the captions.  [default: the set's own, else a photo of {phrases}]", show_default=False
+        ),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="Captions beside the set: a folder of .txt, a .json, or a .jsonl file.")
     ] = None,
     map_: Annotated[
         list[str] | None,
         typer.Option("--map", metavar="NAME=PHRASE", help="Phrase of a class; may be given many times."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="A split of the source (VOC: a file in ImageSets/Main).")] = None,
+    images: Images = None,
+    detailed: Annotated[
+        bool, typer.Option("--detailed", help="Take the longer of two descriptions of a box, where a set has both.")
+    ] = False,
+    skip_missing: SkipMissing = False,
+    bbox_format: DeclaredFormat = None,
+    bbox_units: DeclaredUnits = None,
     holdout: Annotated[
         float | None, typer.Option(help="Write OUT/train and OUT/validation, the latter with this share.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Convert a data set of another format."""
-    from mmdit_lora.data.records import write_dataset, write_splits
-    from mmdit_lora.data.voc import DEFAULT_CAPTION, scan_voc
+    from mmdit_lora.data.formats import find_format, read_format, write_format
 
-    del from_  # one format so far; Typer has refused any other
     if holdout is not None and not 0 < holdout < 1:
         raise InputError(f"is {holdout}", where="--holdout", cure="give a share between 0 and 1, e.g. 0.2")
+    find_format(to, option="--to")
     _refuse_file_as_folder(out)
-    template = DEFAULT_CAPTION if caption is None else caption
-    voc = scan_voc(src, split, caption=template, phrases=_phrase_map(map_ or []))
-    if not voc.records:
+    source = read_format(
+        from_,
+        src,
+        split=split,
+        images=images,
+        caption=caption,
+        captions=captions,
+        phrases=_phrase_map(map_ or []),
+        detailed=detailed,
+        bbox_format=bbox_format,
+        bbox_units=bbox_units,
+        skip_missing=skip_missing,
+    )
+    if not source.records:
         raise InputError("holds no picture with a box", where=str(src))
-    if holdout is None:
-        write_dataset(out, _items(voc.records))
-        counts = {"records": len(voc.records)}
-    else:
-        parts = _held_out(voc.records, holdout, src)
-        write_splits(out, {name: _items(records) for name, records in parts.items()})
-        counts = {"records": len(voc.records), **{name: len(records) for name, records in parts.items()}}
-    for line in _voc_lines(voc, split):
+    parts = {"": source.records} if holdout is None else _held_out(source.records, holdout, src)
+    names = _file_names(source.records)
+    write_format(to, out, {part: _items(records, names) for part, records in parts.items()})
+    counts = {"records": len(source.records)} | {part: len(records) for part, records in parts.items() if part}
+    for line in (*(f"warning: {n} {what} were left out" for what, n in source.left_out.items()), *source.remarks):
         say(line)
     say(f"wrote {', '.join(f'{count} {name}' for name, count in counts.items())} to {out}")
     if as_json:
-        boxes = sum(len(record.layout.boxes) for record in voc.records)
-        emit(
-            {
-                "out": str(out),
-                **counts,
-                "boxes": boxes,
-                "left_out": voc.left_out,
-                "pixels_from": 0 if voc.from_zero else 1,
-            }
-        )
+        boxes = sum(len(record.layout.boxes) for record in source.records)
+        emit({"out": str(out), **counts, "boxes": boxes, "left_out": source.left_out, **source.notes})
 
 
 def say(message: str) -> None:
@@ -144,15 +168,6 @@ def emit(data: Mapping[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
-def _voc_lines(voc: VocSet, split: str | None) -> list[str]:
-    lines = [f"warning: {count} {what} were left out" for what, count in voc.left_out.items()]
-    if voc.from_zero:
-        lines.append("pixels were taken to be counted from 0: a box begins there, which VOC's own count from 1 forbids")
-    if split is None and voc.splits:
-        lines.append(f"every annotation was read; --split takes {', '.join(voc.splits)}")
-    return lines
-
-
 def _phrase_map(pairs: Iterable[str]) -> dict[str, str]:
     phrases = {}
     for pair in pairs:
@@ -165,8 +180,19 @@ def _phrase_map(pairs: Iterable[str]) -> dict[str, str]:
     return phrases
 
 
-def _items(records: Iterable[Record]) -> Iterable[Item]:
-    return [(record.image.name, record.image, record.layout) for record in records]
+def _file_names(records: Iterable[Record]) -> dict[Path, str]:
+    """Names for the pictures: their own, or, where two folders hold one name, their paths below what they share."""
+    import os
+
+    images = {record.image for record in records}
+    if len({image.name for image in images}) == len(images):
+        return {image: image.name for image in images}
+    shared = os.path.commonpath([image.parent for image in images])
+    return {image: image.relative_to(shared).as_posix() for image in images}
+
+
+def _items(records: Iterable[Record], names: Mapping[Path, str]) -> Iterable[Item]:
+    return [(names[record.image], record.image, record.layout) for record in records]
 
 
 def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[Record]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, say
+from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ def register(data: typer.Typer) -> None:
 
 def check(
     data: Annotated[Path, typer.Argument(help="Data set folder.")],
-    from_: Annotated[Literal["voc"] | None, typer.Option("--from", help="Check a folder of another format.")] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="Check a set of another format (`data formats`).")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="A split of the source.")] = None,
+    images: Images = None,
+    skip_missing: SkipMissing = False,
     out: Annotated[Path | None, typer.Option(help="Write check.json and check.html (with pictures) here.")] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
@@ -36,33 +41,46 @@ def check(
     resolution: Annotated[
         int | None, typer.Option(min=16, help="Side of the training pictures in pixels: smaller pictures are listed.")
     ] = None,
-    bbox_format: BoxFormat = "xyxy",
-    bbox_units: BoxUnits = "relative",
+    bbox_format: DeclaredFormat = None,
+    bbox_units: DeclaredUnits = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
     from mmdit_lora.data.check import check_dataset, clip_tokens, read_written
+    from mmdit_lora.data.formats import read_format
     from mmdit_lora.data.records import read_dataset, scan_dataset
-    from mmdit_lora.data.voc import scan_voc
 
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("is a file, not a folder", where=str(out), cure="give another --out")
-    others = read_dataset(against, bbox_format=bbox_format, bbox_units=bbox_units) if against else []
+    own_format, own_units = bbox_format or "xyxy", bbox_units or "relative"
+    others = read_dataset(against, bbox_format=own_format, bbox_units=own_units) if against else []
     tokens = clip_tokens(base)
-    if from_ == "voc":
-        voc = scan_voc(data, collect_errors=True)
-        records = voc.records
+    if from_ not in (None, "jsonl"):
+        source = read_format(
+            from_,
+            data,
+            split=split,
+            images=images,
+            bbox_format=bbox_format,
+            bbox_units=bbox_units,
+            skip_missing=skip_missing,
+            collect_errors=True,
+        )
+        records = source.records
         report = check_dataset(
             records,
-            errors=voc.errors,
-            left_out=dict(voc.left_out),
+            errors=source.errors,
+            left_out=dict(source.left_out),
             against=others,
             tokens=tokens,
             resolution=resolution,
         )
     else:
-        records, errors = scan_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
-        written = read_written(data, bbox_format=bbox_format, bbox_units=bbox_units)
+        for option, value in (("--images", images), ("--split", split)):
+            if value is not None:
+                raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
+        records, errors = scan_dataset(data, bbox_format=own_format, bbox_units=own_units)
+        written = read_written(data, bbox_format=own_format, bbox_units=own_units)
         report = check_dataset(
             records, errors=errors, written=written, against=others, tokens=tokens, resolution=resolution
         )

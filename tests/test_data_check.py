@@ -28,11 +28,11 @@ from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from mmdit_lora.data.check.findings import Example
 from mmdit_lora.data.check.pictures import look_at
 from mmdit_lora.data.check.texts import CLIP_TOKENS, estimate_tokens
+from mmdit_lora.data.formats import read_format
 from mmdit_lora.data.records import METADATA, Record, read_dataset, scan_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.transforms import MIN_VISIBLE as MIN_VISIBLE_OF_THE_TRANSFORM
 from mmdit_lora.data.transforms import prepare
-from mmdit_lora.data.voc import scan_voc
 from mmdit_lora.errors import InputError
 from tests.data_makers import annotation, picture, voc
 
@@ -346,7 +346,7 @@ def test_blood_cells() -> None:
     root = os.environ.get("MMDIT_LORA_DATA")
     if not root or not (Path(root) / "bccd").is_dir():
         pytest.skip("set MMDIT_LORA_DATA to a folder that holds bccd (Pascal VOC)")
-    report = check_dataset(scan_voc(Path(root) / "bccd").records, resolution=480)
+    report = check_dataset(read_format("voc", Path(root) / "bccd").records, resolution=480)
     assert {f.name: f.count for f in report.findings} == {
         "cropped-boxes": 480,
         "label-imbalance": 361,

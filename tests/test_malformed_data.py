@@ -287,7 +287,7 @@ ARGUMENTS = {
     "no verb of data": (["data"], "Missing command"),
     "no data": (["data", "check"], "Missing argument"),
     "unknown option": (["data", "check", "x", "--jsn"], "--jsn"),
-    "unknown format": (["data", "check", "x", "--from", "coco"], "'voc'"),
+    "unknown format": (["data", "check", "x", "--from", "cooc"], "did you mean 'coco'?"),
     "unknown kind": (["data", "make", "cats", "--out", "OUT", "--count", "1"], "'shapes'"),
     "no count": (["data", "make", "shapes", "--out", "OUT"], "--count"),
     "count is a word": (["data", "make", "shapes", "--out", "OUT", "--count", "many"], "--count"),

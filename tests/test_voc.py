@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmdit_lora.data.voc import read_voc, scan_voc
+from mmdit_lora.data.formats import Source, read_format
 from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Layout
 from tests.data_makers import annotation, picture, voc
+
+
+def scan_voc(src: Path, split: str | None = None, **options: Any) -> Source:
+    return read_format("voc", src, split=split, **options)
+
+
+def read_voc(src: Path, split: str | None = None, **options: Any) -> list[tuple[Path, Layout]]:
+    return [(record.image, record.layout) for record in scan_voc(src, split, **options).records]
 
 
 def test_pixels_count_from_one_and_include_the_last(tmp_path: Path) -> None:
@@ -20,7 +30,7 @@ def test_pixels_count_from_one_and_include_the_last(tmp_path: Path) -> None:
 
 def test_a_zero_anywhere_says_that_the_tool_counts_from_zero(tmp_path: Path) -> None:
     found = scan_voc(voc(tmp_path, annotation([("a", 10, 5, 30, 15)]), annotation([("a", 0, 5, 30, 15)])))
-    assert found.from_zero
+    assert found.notes["pixels_from"] == 0
     assert found.records[0].layout.boxes[0].xyxy == pytest.approx((0.25, 0.25, 0.75, 0.75))
 
 
@@ -81,5 +91,5 @@ def test_blood_cells() -> None:
     found = scan_voc(Path(root) / "bccd")
     assert (len(found.records), sum(len(r.layout.boxes) for r in found.records)) == (364, 4886)
     assert found.left_out == {"boxes without area": 2}
-    assert not found.from_zero
+    assert found.notes["pixels_from"] == 1
     assert len(read_voc(Path(root) / "bccd", "test")) == 72

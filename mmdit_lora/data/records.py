@@ -103,7 +103,7 @@ def write_dataset(out: str | Path, items: Iterable[Item]) -> Path:
     out = Path(out).resolve()
     check_replaceable(out)
     with atomic_folder(out) as folder:
-        _fill(folder, items)
+        fill_dataset(folder, items)
     return out
 
 
@@ -113,11 +113,12 @@ def write_splits(out: str | Path, splits: Mapping[str, Iterable[Item]]) -> Path:
     check_replaceable(out, parts=tuple(splits))
     with atomic_folder(out) as folder:
         for name, items in splits.items():
-            _fill(folder / name, items)
+            fill_dataset(folder / name, items)
     return out
 
 
-def _fill(folder: Path, items: Iterable[Item]) -> None:
+def fill_dataset(folder: Path, items: Iterable[Item]) -> None:
+    """As `write_dataset`, into a new folder that the caller makes appear only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, picture, layout in items:
@@ -194,7 +195,9 @@ def _metadata(folder: Path) -> str:
     if not path.is_file():
         voc = (folder / "Annotations").is_dir()
         cure = (
-            "it looks like Pascal VOC: `mmdit-lora data convert --from voc`" if voc else f"a data set holds {METADATA}"
+            "it looks like Pascal VOC: `mmdit-lora data convert --from voc`"
+            if voc
+            else f"a data set holds {METADATA}; `mmdit-lora data formats` lists what can be converted"
         )
         raise InputError(f"has no {METADATA}", where=str(folder), cure=cure)
     try:

@@ -1,0 +1,65 @@
+"""Captions from beside a set: a folder of .txt files, a JSON object, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mmdit_lora.data.formats.common import need, read_json, read_text, text
+from mmdit_lora.data.records import Item
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import numbered_lines, parse_json
+
+# Written by us beside formats that have no place for a caption, and read where it stands.
+SIDECAR = "captions.jsonl"
+
+
+class Captions:
+    """Captions by the file name of the picture, or by the end of its path.
+
+    `path` is a folder with `<stem>.txt` files, a `.json` object {file name or stem: caption}, or a `.jsonl` file of
+    {"file_name": ..., "caption": ...}.
+
+    Raises:
+        InputError: the file or folder does not exist, or is none of these; with file and line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._table: dict[str, str] = {}
+        if path.is_dir():
+            return
+        if not path.is_file():
+            raise InputError(
+                "no such file or folder", where=str(path), cure="give captions as .jsonl, .json or a folder of .txt"
+            )
+        if path.suffix == ".jsonl":
+            for line_number, line in numbered_lines(read_text(path)):
+                where = f"{path}:{line_number}"
+                row = parse_json(line, where=where)
+                name = text(need(row, "file_name", where), "file_name", where)
+                self._table[name] = text(need(row, "caption", where), "the caption", where)
+            return
+        data = read_json(path)
+        if not isinstance(data, Mapping):
+            raise InputError(
+                f"holds {type(data).__name__}", where=str(path), cure="give an object {file name: caption}"
+            )
+        self._table = {name: text(value, "the caption", f"{path}: {name}") for name, value in data.items()}
+
+    def get(self, image: Path) -> str | None:
+        """The caption of a picture; None where there is none."""
+        if self.path.is_dir():
+            file = self.path / f"{image.stem}.txt"
+            return (read_text(file).strip() or None) if file.is_file() else None
+        ends = ["/".join(image.parts[-length:]) for length in range(min(4, len(image.parts)), 0, -1)]
+        return next((self._table[key] for key in [*ends, image.stem] if key in self._table), None)
+
+
+def write_sidecar(folder: Path, items: Iterable[Item]) -> None:
+    """Write the captions of items, with the names under which their pictures are written."""
+    lines = [
+        json.dumps({"file_name": name, "caption": layout.caption}, ensure_ascii=False) for name, _, layout in items
+    ]
+    (folder / SIDECAR).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,208 @@
+"""COCO: annotations/instances_*.json, captions_*.json, and pictures in folders. Boxes are xywh in pixels, counted from 0.
+
+Source of the format: the COCO site's "Data format" page; `iscrowd` annotations cover many objects and are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmdit_lora.data.formats.common import (
+    XYXY,
+    Context,
+    Pictures,
+    Reads,
+    Sample,
+    items_of,
+    key_of,
+    need,
+    number,
+    points_box,
+    put_picture,
+    read_json,
+    size_of,
+    text,
+)
+from mmdit_lora.data.formats.tables import import_or_explain
+from mmdit_lora.data.records import Item
+from mmdit_lora.errors import InputError, unknown_key
+
+
+def read_coco(context: Context) -> Reads:
+    """Records of a COCO folder, or of one instances file.
+
+    The caption is the first of a picture's in captions_*.json; without such a file there is none. Boxes come from `bbox`,
+    else from `segmentation` (polygons; RLE with pycocotools).
+
+    Raises:
+        InputError: no instances file; a file is no JSON, or not of COCO's structure.
+    """
+    for path in _instance_files(context):
+        data = read_json(path)
+        images, annotations, categories = (
+            items_of(data, key, str(path)) for key in ("images", "annotations", "categories")
+        )
+        names = {
+            key_of(c, "id", w): text(need(c, "name", w), "name", w) for c, w in _placed(categories, path, "categories")
+        }
+        known = {key_of(image, "id", where) for image, where in _placed(images, path, "images")}
+        by_image: defaultdict[Any, list[tuple[Any, str]]] = defaultdict(list)
+        for annotation, where in _placed(annotations, path, "annotations"):
+            image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
+            by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, where))
+        captions = _captions(path)
+        pictures = Pictures(*_roots(context, path))
+        for image, where in _placed(images, path, "images"):
+            yield partial(_sample, image, where, by_image.pop(image["id"], []), names, captions, pictures, context)
+        for strays in by_image.values():
+            yield partial(_stray, *strays[0], known)
+
+
+def write_coco(folder: Path, items: Iterable[Item]) -> None:
+    """Write images/, annotations/instances_all.json and captions_all.json. Boxes are floats: nothing is rounded."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    categories: dict[str, int] = {}
+    for index, (name, picture, layout) in enumerate(items, start=1):
+        width, height = put_picture(picture, folder / "images" / name)
+        images.append({"id": index, "file_name": name, "width": width, "height": height})
+        captions.append({"id": index, "image_id": index, "caption": layout.caption})
+        for box in layout.boxes:
+            left, top = box.xyxy[0] * width, box.xyxy[1] * height
+            across, down = box.width * width, box.height * height
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index,
+                    "category_id": categories.setdefault(box.phrase, len(categories) + 1),
+                    "bbox": [left, top, across, down],
+                    "area": across * down,
+                    "iscrowd": 0,
+                }
+            )
+    kinds = [{"id": number, "name": name} for name, number in categories.items()]
+    (folder / "annotations").mkdir()
+    for stem, data in (
+        ("instances_all", {"images": images, "annotations": annotations, "categories": kinds}),
+        ("captions_all", {"images": images, "annotations": captions}),
+    ):
+        (folder / "annotations" / f"{stem}.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+
+
+def _instance_files(context: Context) -> list[Path]:
+    src, split = context.src, context.split
+    if src.is_file():
+        return [src]
+    if not src.is_dir():
+        raise InputError("no such folder or file", where=str(src), cure="give a COCO folder, or an instances_*.json")
+    found = sorted((src / "annotations").glob("instances_*.json"))
+    splits = {path.stem.removeprefix("instances_"): path for path in found}
+    if not splits:  # as Roboflow exports it
+        splits = {path.parent.name: path for path in sorted(src.glob("*/_annotations.coco.json"))}
+    if not splits:
+        splits = {path.stem: path for path in sorted(src.glob("*.coco.json"))}
+    if not splits:
+        raise InputError(
+            "holds no annotations/instances_*.json",
+            where=str(src),
+            cure="give the annotation file itself, and --images",
+        )
+    if split is None:
+        if len(splits) > 1:
+            context.remarks.append(f"all splits were read; --split takes {', '.join(splits)}")
+        return list(splits.values())
+    if split not in splits:
+        raise unknown_key(split, splits, where="--split")
+    return [splits[split]]
+
+
+def _roots(context: Context, path: Path) -> list[Path]:
+    """Where the pictures of an instances file may lie, the likeliest first."""
+    if context.images:
+        return [context.images]
+    split = path.stem.removeprefix("instances_")
+    base = path.parent.parent if path.parent.name == "annotations" else path.parent
+    near = [base / "images" / split, base / split, base / "images"]
+    return [folder for folder in near if folder.is_dir()] or [base]
+
+
+def _captions(path: Path) -> dict[Any, str]:
+    """Picture id -> its first caption, from the captions file beside an instances file."""
+    file = path.with_name(path.name.replace("instances_", "captions_"))
+    captions: dict[Any, str] = {}
+    if file == path or not file.is_file():
+        return captions
+    for item, where in _placed(items_of(read_json(file), "annotations", str(file)), file, "annotations"):
+        captions.setdefault(key_of(item, "image_id", where), text(need(item, "caption", where), "the caption", where))
+    return captions
+
+
+def _placed(items: list[Any], path: Path, key: str) -> Iterable[tuple[Any, str]]:
+    return ((item, f"{path}: {key}[{index}]") for index, item in enumerate(items))
+
+
+def _stray(annotation: Any, where: str, known: set[Any]) -> Sample:
+    found = need(annotation, "image_id", where)
+    raise InputError(f"image_id is {found!r}, and none of the {len(known)} images has that id", where=where)
+
+
+def _sample(
+    image: Any,
+    where: str,
+    annotations: list[tuple[Any, str]],
+    names: dict[Any, str],
+    captions: dict[Any, str],
+    pictures: Pictures,
+    context: Context,
+) -> Sample:
+    file = pictures.find(text(need(image, "file_name", where), "file_name", where), where)
+    size = size_of(file, where, (image.get("width"), image.get("height")))
+    things = []
+    for annotation, place in annotations:
+        if annotation.get("iscrowd"):
+            context.leave_out("crowds")
+            continue
+        category = need(annotation, "category_id", place)
+        if not isinstance(category, int | str) or category not in names:
+            raise InputError(f"category_id is {category!r}, which no category has", where=place)
+        xywh = annotation.get("bbox") or _around(annotation.get("segmentation"), place)
+        xyxy = context.box(xywh, "xywh", place, unit="pixel", size=size)
+        if xyxy is not None:
+            things.append((names[category], xyxy))
+    return Sample(file, where, things, captions.get(image["id"]))
+
+
+def _around(segmentation: Any, where: str) -> XYXY:
+    """xywh in pixels of polygons [[x, y, x, y, ...], ...] or of an RLE {"size", "counts"}."""
+    if isinstance(segmentation, Mapping):
+        return rle_box(segmentation, where)
+    if not isinstance(segmentation, list) or not all(isinstance(p, list) and len(p) >= 6 for p in segmentation):
+        raise InputError("has neither bbox nor segmentation", where=where)
+    numbers = [[number(v, where) for v in polygon] for polygon in segmentation]
+    points = [point for polygon in numbers for point in zip(polygon[::2], polygon[1::2], strict=False)]
+    if not points:
+        raise InputError("has neither bbox nor segmentation", where=where)
+    left, top, right, bottom = points_box(points)
+    return left, top, right - left, bottom - top
+
+
+def rle_box(rle: Mapping[str, Any], where: str) -> XYXY:
+    """xywh in pixels around a mask in COCO's run lengths, compressed or not.
+
+    Raises:
+        InputError: it is no such mask, or pycocotools is not installed.
+    """
+    mask = import_or_explain("pycocotools.mask", where)
+    try:
+        height, width = rle["size"]
+        packed = mask.frPyObjects(dict(rle), height, width) if isinstance(rle["counts"], list) else dict(rle)
+        left, top, across, down = (float(v) for v in mask.toBbox(packed))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"its segmentation is no RLE ({error})", where=where) from None
+    return left, top, across, down

@@ -1,0 +1,391 @@
+"""What the readers and writers of all formats share: conversion of boxes, clipping, pictures that lie elsewhere, counters."""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+import shutil
+import string
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from PIL import Image
+
+from mmdit_lora.data.images import image_size, load_image
+from mmdit_lora.data.records import Item
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import parse_json
+
+DEFAULT_CAPTION = "a photo of {phrases}"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
+# A box may leave its picture by this share of the side before it is a mistake rather than a sloppy edge.
+_OUTSIDE = 0.25
+
+XYXY = tuple[float, float, float, float]
+Convention = Literal["xyxy", "xywh", "cxcywh", "xxyy"]
+Unit = Literal["relative", "pixel", "percent"]
+
+
+class MissingPictureError(InputError):
+    """A record whose picture is not there (`--skip-missing` leaves such records out)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a reader makes of one record.
+
+    Args:
+        things: (name of the class or text of the box, relative xyxy).
+        caption: the set's own; None where it has none.
+    """
+
+    image: Path
+    where: str
+    things: Sequence[tuple[str, XYXY]]
+    caption: str | None = None
+
+
+# A reader yields one such call a record, so that the error of one record need not end the reading of the others.
+Reads = Iterable[Callable[[], Sample]]
+
+
+@dataclass
+class Context:
+    """What a reader is asked for, and where it leaves what it noticed.
+
+    Args:
+        src: folder or file. split, images, detailed, bbox_format, bbox_units: the options of `read_format`.
+        left_out: reason -> how often. notes: facts for `--json`. remarks: lines for people.
+    """
+
+    src: Path
+    split: str | None = None
+    images: Path | None = None
+    detailed: bool = False
+    bbox_format: str | None = None
+    bbox_units: str | None = None
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    unpacked_count: int = 0
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """Where pictures are looked for: `--images` if given, else the source's folder."""
+        return Pictures(self.images or (self.src if self.src.is_dir() else self.src.parent))
+
+    @cached_property
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """For pictures that lie inside other files; goes when the set is no longer used."""
+        return tempfile.TemporaryDirectory(prefix="mmdit-lora-")
+
+    def unpacked(self, data: Any, stem: str, where: str) -> Path:
+        """A file of the bytes of a picture.
+
+        Raises:
+            InputError: these are no bytes of a picture.
+        """
+        if isinstance(data, Mapping):  # as the Hugging Face image feature has it
+            data = data.get("bytes")
+        if not isinstance(data, bytes):
+            raise InputError(f"its picture is {type(data).__name__}, not bytes", where=where)
+        try:
+            with Image.open(BytesIO(data)) as image:
+                suffix = (image.format or "png").lower()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"its picture cannot be read ({error})", where=where) from None
+        suffix = "jpg" if suffix == "jpeg" else suffix
+        self.unpacked_count += 1
+        path = Path(self.scratch.name) / f"{flat(stem)}.{suffix}"
+        if path.exists():  # ids need not be unique
+            path = path.with_name(f"{flat(stem)}-{self.unpacked_count}.{suffix}")
+        path.write_bytes(data)
+        return path
+
+    def leave_out(self, reason: str) -> None:
+        self.left_out[reason] += 1
+
+    def box(
+        self, value: Any, convention: Convention, where: str, *, unit: Unit = "relative", size: tuple[int, int] = (1, 1)
+    ) -> XYXY | None:
+        """The box as relative xyxy, clipped to the picture; None, and counted, where nothing is left of it.
+
+        Args:
+            value: four numbers in the order that `convention` says ("xxyy": left, right, top, bottom).
+            size: (width, height) of the picture, for boxes in pixels.
+
+        Raises:
+            InputError: not four finite numbers, inverted, or outside the picture by more than a quarter of its side.
+        """
+        a, b, c, d = four(value, where)
+        left, top, right, bottom = {
+            "xyxy": (a, b, c, d),
+            "xywh": (a, b, a + c, b + d),
+            "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+            "xxyy": (a, c, b, d),
+        }[convention]
+        if right < left or bottom < top:
+            raise InputError(
+                f"the box {[a, b, c, d]} is inverted as {convention}", where=where, cure="swap min and max"
+            )
+        if right == left or bottom == top:
+            self.leave_out("boxes without area")
+            return None
+        width, height = {"relative": (1, 1), "percent": (100, 100), "pixel": size}[unit]
+        x0, y0, x1, y1 = left / width, top / height, right / width, bottom / height
+        if max(x1, y1) > 1 + _OUTSIDE or min(x0, y0) < -_OUTSIDE:
+            sides = f"of {width} x {height} pixels" if unit == "pixel" else f"(sides from 0 to {width})"
+            raise InputError(
+                f"the box {[round(v, 3) for v in (a, b, c, d)]} leaves the picture {sides} by far",
+                where=where,
+                cure="check that the annotation belongs to this picture, and to this size of it",
+            )
+        x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, 1.0), min(y1, 1.0)
+        if x0 < x1 and y0 < y1:
+            return (x0, y0, x1, y1)
+        self.leave_out("boxes outside their picture")
+        return None
+
+
+class Pictures:
+    """Finds pictures below folders by the names that annotations give, which are often stale paths of other machines."""
+
+    def __init__(self, *roots: Path) -> None:
+        self.roots = roots
+
+    def find(self, name: str, where: str) -> Path:
+        """The file of that relative path; else of that file name, with any suffix, anywhere below the folders.
+
+        Raises:
+            MissingPictureError: there is none.
+            InputError: there are several, in different folders.
+        """
+        parts = [
+            p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", "..") and not p.endswith(":")
+        ]
+        for root in self.roots:
+            for start in range(len(parts)):
+                if is_file(path := root.joinpath(*parts[start:])):
+                    return path
+        last = parts[-1] if parts else ""
+        found = self._below.get(last) or self._below.get(Path(last).stem) or []
+        if len(found) > 1:
+            raise InputError(
+                f"its picture {last!r} exists {len(found)} times ({found[0]}, {found[1]})",
+                where=where,
+                cure="give the folder that is meant with --images",
+            )
+        if not found:
+            roots = ", ".join(str(root) for root in self.roots)
+            raise MissingPictureError(
+                f"its picture {reprlib.repr(name)} is not below {roots}",
+                where=where,
+                cure="give the pictures' folder with --images, or leave such records out with --skip-missing",
+            )
+        return found[0]
+
+    @cached_property
+    def _below(self) -> dict[str, list[Path]]:
+        index: dict[str, list[Path]] = {}
+        for root in self.roots:
+            for folder, _, names in sorted(os.walk(root)):
+                for name in sorted(names):
+                    if name.endswith(SUFFIXES):
+                        for key in {name, Path(name).stem}:
+                            index.setdefault(key, []).append(Path(folder) / name)
+        return index
+
+
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, with no exception for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def four(value: Any, where: str) -> tuple[float, float, float, float]:
+    """Four finite numbers. Raises `InputError` for anything else."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != 4:
+        raise InputError(f"the box is {reprlib.repr(value)}", where=where, cure="give four numbers")
+    a, b, c, d = (number(v, where) for v in value)
+    return a, b, c, d
+
+
+def number(value: Any, where: str) -> float:
+    """A finite number, from a number or its text. Raises `InputError` for anything else."""
+    try:
+        result = math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise InputError(f"{reprlib.repr(value)} is no finite number", where=where, cure="give a number")
+    return result
+
+
+def text(value: Any, what: str, where: str) -> str:
+    """A text that is not blank, stripped. Raises `InputError` for anything else."""
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{what} is {reprlib.repr(value)}", where=where, cure="give a text")
+    return value.strip()
+
+
+def need(row: Any, key: str, where: str) -> Any:
+    """`row[key]`. Raises `InputError` where `row` is no object or has no such key, saying what it has."""
+    if not isinstance(row, Mapping):
+        raise InputError(f"is {type(row).__name__}, not an object with {key!r}", where=where)
+    if row.get(key) is None:
+        raise InputError(f"{key!r} is missing (found: {', '.join(map(str, row)) or 'nothing'})", where=where)
+    return row[key]
+
+
+def items_of(row: Any, key: str, where: str) -> list[Any]:
+    """`row[key]`, a list. Raises `InputError` where it is none."""
+    value = need(row, key, where)
+    if not isinstance(value, list):
+        raise InputError(f"{key} is {type(value).__name__}, not a list", where=where)
+    return value
+
+
+def key_of(row: Any, key: str, where: str) -> int | str:
+    """`row[key]`, a number or a text that identifies something. Raises `InputError` for anything else."""
+    value = need(row, key, where)
+    if not isinstance(value, int | str):
+        raise InputError(f"{key} is {type(value).__name__}, not a number", where=where)
+    return value
+
+
+def points_box(points: Sequence[Sequence[float]]) -> XYXY:
+    """The upright box (left, top, right, bottom) around points, in their units."""
+    xs, ys = zip(*points, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def size_of(image: Path, where: str, said: tuple[Any, Any] | None = None) -> tuple[int, int]:
+    """(width, height) of the upright picture in pixels.
+
+    Args:
+        said: the size that the annotation states. 0 and None state nothing (some tools write 0 x 0).
+
+    Raises:
+        InputError: no readable picture, or one of another size than was said.
+    """
+    try:
+        size = image_size(image)
+    except InputError as error:
+        raise error.at(where) from None
+    if said is not None and None not in said:
+        width, height = (number(v, where) for v in said)
+        if 0 not in (width, height) and (width, height) != size:
+            raise InputError(
+                f"says {width:g} x {height:g} pixels, the picture has {size[0]} x {size[1]} (upright)",
+                where=where,
+                cure="annotate the picture as it is, or remove the size if the boxes are right",
+            )
+    return size
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark. Raises `InputError` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError, ValueError) as error:
+        raise InputError(f"cannot be read as UTF-8 text ({error})", where=str(path)) from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises `InputError` with file and line."""
+    return parse_json(read_text(path), where=str(path))
+
+
+def require_folder(src: Path, cure: str) -> None:
+    if not src.is_dir():
+        raise InputError("no such folder", where=str(src), cure=cure)
+
+
+def check_caption(template: str) -> None:
+    """Refuse a caption template with another placeholder than `{phrases}`.
+
+    Raises:
+        InputError: another placeholder, or a brace alone.
+    """
+    cure = "the one placeholder is {phrases}; write {{ and }} for braces"
+    try:
+        fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InputError(f"the caption template {template!r} is wrong: {error}", where="--caption", cure=cure) from None
+    for name, spec, how in fields:
+        if name != "phrases" or spec or how:
+            raise InputError(f"the caption template has the placeholder {{{name}}}", where="--caption", cure=cure)
+    if not template.strip():
+        raise InputError("the caption template is empty", where="--caption", cure=cure)
+
+
+def flat(name: str) -> str:
+    """A file name without folders."""
+    return "_".join(PurePosixPath(name.replace("\\", "/")).parts).replace("/", "_").lstrip("._") or "picture"
+
+
+def put_picture(picture: Image.Image | Path, target: Path) -> tuple[int, int]:
+    """Copy or save a picture, after decoding it, so that no damaged one is passed on; (width, height), upright."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(picture, Path):
+        size = load_image(picture).size
+        shutil.copyfile(picture, target)
+        return size
+    picture.save(target)
+    return picture.size
+
+
+def unique(items: Iterable[Item], kind: str) -> list[Item]:
+    """The items, for formats that hold one layout a picture.
+
+    Raises:
+        InputError: a name stands twice.
+    """
+    items = list(items)
+    for name, count in Counter(item[0] for item in items).items():
+        if count > 1:
+            raise InputError(
+                f"{kind} holds one layout a picture, and {name!r} has {count}", cure="use --to jsonl or coco"
+            )
+    return items
+
+
+def stated_size(image: Path, said: tuple[Any, Any], where: str) -> tuple[int, int]:
+    """The size (width, height) that boxes in pixels refer to, where a set is often kept at another size than it was annotated.
+
+    Raises:
+        InputError: no size, no readable picture, or one of another shape (by more than two pixels' worth of rounding).
+    """
+    width, height = (number(v, f"{where}: size") for v in said)
+    if width <= 0 or height <= 0:
+        raise InputError(
+            f"says {width:g} x {height:g} pixels", where=where, cure="give the size that the boxes refer to"
+        )
+    real = size_of(image, where)
+    if abs(real[0] * height - real[1] * width) > 2 * max(width, height, *real):
+        raise InputError(
+            f"says {width:g} x {height:g} pixels, the picture has {real[0]} x {real[1]} (upright), another shape",
+            where=where,
+            cure="check that the annotation belongs to this picture",
+        )
+    return int(width), int(height)
+
+
+def spoken(short: Any, long: Any, detailed: bool, where: str) -> str:
+    """The one of two descriptions of a box that is wanted; the other where that is missing.
+
+    Raises:
+        InputError: both are missing.
+    """
+    first, second = (long, short) if detailed else (short, long)
+    chosen = next((t for t in (first, second) if isinstance(t, str) and t.strip()), first)
+    return text(chosen, "the description", where)

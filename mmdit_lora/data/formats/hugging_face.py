@@ -1,0 +1,157 @@
+"""Parquet as Hugging Face `datasets` writes it: an image column, a caption, objects. Its boxes' convention is declared, never guessed.
+
+Source of the format: the pages "Object detection" and "Image feature" of the `datasets` documentation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from mmdit_lora.data.formats.common import XYXY, Context, Convention, Reads, Sample, Unit, need, size_of, text
+from mmdit_lora.data.formats.tables import each, import_or_explain, rows, table_files
+from mmdit_lora.data.records import BBOX_FORMATS, BBOX_UNITS
+from mmdit_lora.errors import InputError
+
+_CAPTIONS = ("caption", "text", "prompt")
+_PHRASES = ("phrase", "category", "label", "name")
+_LOOKED_AT = 200  # rows, for the evidence
+
+
+def read_hugging_face(context: Context) -> Reads:
+    """Rows of parquet files: `image`, `caption` (or `text`, `prompt`), `objects` {bbox, phrase (or category, label, name)}.
+
+    Numbers of classes get their names from the features that `datasets` stores in the file.
+
+    Raises:
+        InputError: the convention of the boxes was not declared; the message has the evidence for each reading. A record:
+            a column is missing, or wrong.
+    """
+    paths = table_files(context, ".parquet")
+    names = {path: _class_names(path) for path in paths}
+    if context.bbox_format is None or context.bbox_units is None:
+        raise InputError(
+            f"does not say how its boxes are written. {_evidence(context, paths)}",
+            where=str(context.src),
+            cure="declare both --bbox-format and --bbox-units",
+        )
+    for path in paths:
+        yield from each(rows([path]), partial(_sample, names=names[path], context=context))
+
+
+def _sample(row: Any, where: str, names: list[str], context: Context) -> Sample:
+    image = context.unpacked(need(row, "image", where), _stem(row), where)
+    size = size_of(image, where)
+    convention, unit = cast("Convention", context.bbox_format), cast("Unit", context.bbox_units)
+    things = []
+    for index, (value, label) in enumerate(_objects(row, where)):
+        place = f"{where}: objects[{index}]"
+        box = context.box(value, convention, place, unit=unit, size=size)
+        phrase = text(_named(label, names, place), "the phrase", place)
+        if box is not None:
+            things.append((phrase, box))
+    caption = next((row[key] for key in _CAPTIONS if row.get(key)), None)
+    return Sample(image, where, things, text(caption, "the caption", where) if caption is not None else None)
+
+
+def _objects(row: Any, where: str) -> Iterator[tuple[Any, Any]]:
+    """(box, phrase or class) from a struct of lists, or from a list of structs."""
+    found = need(row, "objects", where)
+    if isinstance(found, list):
+        for index, entry in enumerate(found):
+            place = f"{where}: objects[{index}]"
+            yield need(entry, "bbox", place), need(entry, _phrase_key(entry, place), place)
+        return
+    boxes, labels = need(found, "bbox", where), need(found, _phrase_key(found, where), where)
+    if not isinstance(boxes, list) or not isinstance(labels, list) or len(boxes) != len(labels):
+        raise InputError("objects has not as many phrases as boxes", where=where)
+    yield from zip(boxes, labels, strict=True)
+
+
+def _phrase_key(found: Any, where: str) -> str:
+    keys = [key for key in _PHRASES if isinstance(found, Mapping) and found.get(key) is not None]
+    if not keys:
+        raise InputError(f"objects has none of {', '.join(_PHRASES)}", where=where)
+    return keys[0]
+
+
+def _named(label: Any, names: list[str], where: str) -> Any:
+    if not isinstance(label, int):
+        return label
+    if not 0 <= label < len(names):
+        raise InputError(f"class {label} has no name (the file names {len(names)})", where=where)
+    return names[label]
+
+
+def _class_names(path: Path) -> list[str]:
+    parquet = import_or_explain("pyarrow.parquet", str(path))
+    try:
+        stored = (parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
+        features = json.loads(stored).get("info", {}).get("features", {})
+    except (OSError, ValueError) as error:
+        raise InputError(f"is no readable parquet file ({str(error).splitlines()[0]})", where=str(path)) from None
+    return _label_names(features.get("objects"))
+
+
+def _label_names(feature: Any) -> list[str]:
+    """The names of the first ClassLabel in a feature, however deep it lies."""
+    if isinstance(feature, Mapping):
+        if feature.get("_type") == "ClassLabel":
+            return [str(name) for name in feature.get("names", [])]
+        feature = list(feature.values())
+    if isinstance(feature, list):
+        return next((names for part in feature if (names := _label_names(part))), [])
+    return []
+
+
+def _stem(row: Any) -> str:
+    image = row.get("image")
+    name = image.get("path") if isinstance(image, Mapping) else None
+    return Path(name).stem if isinstance(name, str) and name else str(row.get("image_id", "picture"))
+
+
+def _evidence(context: Context, paths: list[Path]) -> str:
+    """For each reading the share of boxes that it makes wrong: inverted, or outside the picture."""
+    boxes: list[tuple[Any, tuple[int, int]]] = []
+    for where, row in islice(rows(paths), _LOOKED_AT):
+        if isinstance(row, Mapping) and row.get("image") is not None and row.get("objects") is not None:
+            size = size_of(context.unpacked(row["image"], _stem(row), where), where)
+            boxes.extend((value, size) for value, _ in _objects(row, where))
+    if not boxes:
+        return "There is no box to judge by."
+    wrong = {
+        f"{kind} {unit}": sum(not _fits(context, value, kind, unit, size) for value, size in boxes) / len(boxes)
+        for unit in BBOX_UNITS
+        for kind in BBOX_FORMATS
+    }
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(wrong.items(), key=lambda item: item[1]))
+    return f"Of {len(boxes)} boxes, each reading makes wrong: {shares}"
+
+
+def _fits(context: Context, value: Any, kind: str, unit: str, size: tuple[int, int]) -> bool:
+    probe = Context(context.src)
+    try:
+        x0, y0, x1, y1 = probe.box(value, cast("Convention", kind), "", unit=cast("Unit", unit), size=size) or (
+            0,
+            0,
+            0,
+            0,
+        )
+    except InputError:
+        return False
+    if unit == "pixel" and max(map(abs, value)) <= 1:
+        return False  # nobody annotates boxes of a pixel
+    return x0 < x1 and y0 < y1 and not _leaves(value, kind, unit, size)
+
+
+def _leaves(value: XYXY, kind: str, unit: str, size: tuple[int, int]) -> bool:
+    """Whether the box leaves the picture by more than rounding does; as evidence that is stricter than for reading."""
+    width, height = size if unit == "pixel" else (1, 1)
+    a, b, c, d = value
+    right, bottom = {"xyxy": (c, d), "xywh": (a + c, b + d), "cxcywh": (a + c / 2, b + d / 2)}[kind]
+    left, top = (a - c / 2, b - d / 2) if kind == "cxcywh" else (a, b)
+    return right > 1.001 * width or bottom > 1.001 * height or left < -0.001 * width or top < -0.001 * height

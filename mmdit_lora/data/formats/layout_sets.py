@@ -1,0 +1,229 @@
+"""The field's own sets: LayoutSAM and its eval, DenseLayout, SACap, OverLayBench, COCO-MIG. Boxes are xyxy in pixels if not said."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmdit_lora.data.formats.coco import rle_box
+from mmdit_lora.data.formats.common import (
+    XYXY,
+    Context,
+    MissingPictureError,
+    Reads,
+    Sample,
+    is_file,
+    items_of,
+    key_of,
+    need,
+    read_json,
+    read_text,
+    spoken,
+    stated_size,
+    text,
+)
+from mmdit_lora.data.formats.tables import each, rows, table_files
+from mmdit_lora.errors import InputError
+
+_TABLES = (".parquet", ".jsonl", ".json")
+
+
+def read_layout_sam(context: Context) -> Reads:
+    """LayoutSAM train (parquet without pictures): `image_path`, `metadata` {global_caption, image_info, bbox_info}.
+
+    The phrase is `description`, or with `detailed` `detail_description`. Pictures are SA-1B's, below `--images`.
+    """
+    return each(rows(table_files(context, *_TABLES)), partial(_layout_sam, context=context))
+
+
+def _layout_sam(row: Any, where: str, context: Context) -> Sample:
+    metadata = _unpacked(need(row, "metadata", where), f"{where}: metadata")
+    info = need(metadata, "image_info", where)
+    name = row.get("image_path") or need(info, "file_name", where)
+    image = context.pictures.find(text(name, "image_path", where), where)
+    size = stated_size(image, (need(info, "width", where), need(info, "height", where)), where)
+    things: list[tuple[str, XYXY]] = []
+    for index, entry in enumerate(items_of(metadata, "bbox_info", where)):
+        place = f"{where}: bbox_info[{index}]"
+        box = context.box(need(entry, "bbox", place), "xyxy", place, unit="pixel", size=size)
+        phrase = spoken(entry.get("description"), entry.get("detail_description"), context.detailed, place)
+        _add(things, phrase, box)
+    return Sample(image, where, things, text(need(metadata, "global_caption", where), "global_caption", where))
+
+
+def read_layout_sam_eval(context: Context) -> Reads:
+    """LayoutSAM-eval (parquet with pictures): `bbox_list`, `region_captions`, `detail_region_captions` as Python literals."""
+    return each(rows(table_files(context, *_TABLES)), partial(_layout_sam_eval, context=context))
+
+
+def _layout_sam_eval(row: Any, where: str, context: Context) -> Sample:
+    boxes, short = (_literal(row, key, where) for key in ("bbox_list", "region_captions"))
+    long = _literal(row, "detail_region_captions", where) if row.get("detail_region_captions") else short
+    if not len(boxes) == len(short) == len(long):
+        raise InputError(f"{len(boxes)} boxes, {len(short)} captions and {len(long)} detailed ones", where=where)
+    image = _picture(row, str(row.get("image_id", "")), where, context)
+    size = stated_size(image, (need(row, "width", where), need(row, "height", where)), where)
+    things: list[tuple[str, XYXY]] = []
+    for index, value in enumerate(boxes):
+        place = f"{where}: bbox_list[{index}]"
+        box = context.box(value, "xyxy", place, unit="pixel", size=size)
+        _add(things, spoken(short[index], long[index], context.detailed, place), box)
+    return Sample(image, where, things, text(need(row, "global_caption", where), "global_caption", where))
+
+
+def read_dense_layout(context: Context) -> Reads:
+    """DenseLayout: `id`, `prompt`, `width`, `height`, `annos` [{bbox, category_name, caption}].
+
+    The phrase is `category_name`, or with `detailed` `caption`. Without an `image` column the pictures are `<id>.jpg` below
+    `--images`.
+    """
+    return each(rows(table_files(context, *_TABLES)), partial(_dense_layout, context=context))
+
+
+def _dense_layout(row: Any, where: str, context: Context) -> Sample:
+    image = _picture(row, str(need(row, "id", where)), where, context)
+    size = stated_size(image, (need(row, "width", where), need(row, "height", where)), where)
+    things: list[tuple[str, XYXY]] = []
+    for index, entry in enumerate(_unpacked(need(row, "annos", where), f"{where}: annos", list)):
+        place = f"{where}: annos[{index}]"
+        box = context.box(need(entry, "bbox", place), "xyxy", place, unit="pixel", size=size)
+        _add(things, spoken(entry.get("category_name"), entry.get("caption"), context.detailed, place), box)
+    return Sample(image, where, things, text(need(row, "prompt", where), "prompt", where))
+
+
+def read_sacap(context: Context) -> Reads:
+    """SACap-1M and its eval: `imagename`, `image_group`, `caption`, `segments_info` [{anno_id, caption, short_caption}].
+
+    Boxes are those of SA-1B's `<picture>.json` beside the picture, below `--images`: xywh in pixels, or around the mask.
+    """
+    return each(rows(table_files(context, ".parquet", ".jsonl")), partial(_sacap, context=context))
+
+
+def _sacap(row: Any, where: str, context: Context) -> Sample:
+    name = text(need(row, "imagename", where), "imagename", where)
+    image = context.pictures.find(f"{row.get('image_group', '')}/{name}", where)
+    beside = image.with_suffix(".json")
+    if not beside.is_file():
+        raise InputError(
+            f"has no {beside.name} beside its picture", where=where, cure="SA-1B's own json holds the boxes"
+        )
+    data = read_json(beside)
+    about = need(data, "image", str(beside))
+    size = stated_size(image, (need(about, "width", str(beside)), need(about, "height", str(beside))), str(beside))
+    segments = {key_of(a, "id", str(beside)): a for a in items_of(data, "annotations", str(beside))}
+    things: list[tuple[str, XYXY]] = []
+    for index, entry in enumerate(items_of(row, "segments_info", where)):
+        place = f"{where}: segments_info[{index}]"
+        key = key_of(entry, "anno_id", place)
+        if key not in segments:
+            raise InputError(f"anno_id {key!r} is not in {beside.name}", where=place)
+        found = segments[key]
+        xywh = found.get("bbox") or rle_box(need(found, "segmentation", str(beside)), f"{beside}: {key}")
+        box = context.box(xywh, "xywh", place, unit="pixel", size=size)
+        _add(things, spoken(entry.get("short_caption"), entry.get("caption"), context.detailed, place), box)
+    return Sample(image, where, things, text(need(row, "caption", where), "caption", where))
+
+
+def read_overlay_bench(context: Context) -> Reads:
+    """OverLayBench: refused with what was found, since what its `annotation` holds is documented nowhere."""
+    paths = table_files(context, ".parquet", ".jsonl")
+    for where, row in rows(paths):
+        if isinstance(row, InputError):
+            raise row
+        annotation = _unpacked(need(row, "annotation", where), f"{where}: annotation", object)
+        entries = ", ".join(annotation) if isinstance(annotation, Mapping) else f"a {type(annotation).__name__}"
+        raise InputError(
+            f"the keys of OverLayBench's annotation are not documented, so its boxes are not guessed; here are {entries}",
+            where=where,
+            cure='write metadata.jsonl with the keys that you know, and "bbox_format" and "bbox_units" in each line',
+        )
+    yield from ()
+
+
+def read_coco_mig(context: Context) -> Reads:
+    """COCO-MIG: mig_bench_anno.yaml, prompt -> {phrase: [[x0, y0, x1, y1], ...], coco_id}; xyxy relative.
+
+    The set has no pictures: those of COCO val 2014 or 2017 whose id is `coco_id` are looked for below `--images`.
+
+    Raises:
+        InputError: no such yaml, or no `--images`. A record: another structure, no picture of that id.
+    """
+    src = context.src
+    path = src if src.is_file() else src / "mig_bench_anno.yaml"
+    if not is_file(path):
+        raise InputError("has no mig_bench_anno.yaml", where=str(src))
+    if context.images is None:
+        raise InputError(
+            "COCO-MIG has layouts and no pictures", where=str(path), cure="give COCO's pictures with --images DIR"
+        )
+    try:
+        data = yaml.load(read_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(
+            f"is not YAML ({getattr(error, 'problem', error)})", where=f"{path}:{mark.line + 1}" if mark else str(path)
+        ) from None
+    if not isinstance(data, Mapping):
+        raise InputError(f"holds {type(data).__name__}, not prompts", where=str(path))
+    for index, (prompt, entry) in enumerate(data.items()):
+        yield partial(_coco_mig, prompt, entry, f"{path}: prompt {index}", context)
+
+
+def _coco_mig(prompt: Any, entry: Any, where: str, context: Context) -> Sample:
+    key = str(need(entry, "coco_id", where)).rjust(12, "0")
+    try:
+        image = context.pictures.find(f"COCO_val2014_{key}.jpg", where)
+    except MissingPictureError:
+        image = context.pictures.find(f"{key}.jpg", where)
+    things: list[tuple[str, XYXY]] = []
+    for phrase in entry:
+        if phrase == "coco_id":
+            continue
+        for index, value in enumerate(items_of(entry, phrase, where)):
+            _add(things, text(phrase, "the phrase", where), context.box(value, "xyxy", f"{where}: {phrase}[{index}]"))
+    return Sample(image, where, things, text(prompt, "the prompt", where))
+
+
+def _add(things: list[tuple[str, XYXY]], phrase: str, box: XYXY | None) -> None:
+    if box is not None:
+        things.append((phrase, box))
+
+
+def _picture(row: Any, stem: str, where: str, context: Context) -> Path:
+    """The picture in the row's `image` column, else the file that it names, else the one of that stem."""
+    image = row.get("image")
+    if isinstance(image, bytes | Mapping):
+        return context.unpacked(image, f"{stem or where}", where)
+    name = image if isinstance(image, str) else row.get("file_name") or stem
+    return context.pictures.find(text(name, "the picture's name", where), where)
+
+
+def _unpacked(value: Any, where: str, kind: type = Mapping) -> Any:
+    """An object, or the one that a JSON text holds."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"is not JSON ({error})", where=where) from None
+    if not isinstance(value, kind):
+        raise InputError(f"is {type(value).__name__}", where=where)
+    return value
+
+
+def _literal(row: Any, key: str, where: str) -> list[Any]:
+    """The list that a column holds, as such or as the text of a Python literal; nothing is executed."""
+    value = need(row, key, where)
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise InputError(f"{key} is no Python literal ({value[:40]!r})", where=where) from None
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{key} is {type(value).__name__}, not a list", where=where)
+    return list(value)

@@ -1,0 +1,153 @@
+"""Rows of tables, whatever file they lie in: parquet, JSON lines, a JSON list, csv, tsv."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmdit_lora.data.formats.common import Context, Reads, Sample, read_json, read_text
+from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.layout import numbered_lines, parse_json
+
+Row = tuple[str, Any]  # (where, content or the error of that row)
+
+
+def import_or_explain(module: str, where: str) -> Any:
+    """A module of the extra `formats`. Raises `InputError` that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise InputError(
+            f"needs {package} to be read",
+            where=where,
+            cure=f"install it: `uv sync --extra formats`, or `pip install {package}`",
+        ) from None
+
+
+def table_files(context: Context, *suffixes: str) -> list[Path]:
+    """The source, if it is a file; else the files below it with these suffixes, of `--split` if that is given.
+
+    A file belongs to a split if its name, or a folder on the way to it, is or begins with the split's name.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    src, split = context.src, context.split
+    if src.is_file():
+        return [src]
+    if not src.is_dir():
+        raise InputError("no such folder or file", where=str(src), cure=f"give a file: {', '.join(suffixes)}")
+    files = sorted(path for path in src.rglob("*") if path.suffix in suffixes and path.is_file())
+    # Of one kind, the first that there is: SA-1B, say, has a json file of its own beside each picture.
+    found = next((some for suffix in suffixes if (some := [path for path in files if path.suffix == suffix])), [])
+    if not found:
+        raise InputError(f"holds no file of {', '.join(suffixes)}", where=str(src))
+    if split is None:
+        return found
+    of_split = [
+        path
+        for path in found
+        if any(p == split or p.startswith((f"{split}-", f"{split}.")) for p in path.relative_to(src).parts)
+    ]
+    if not of_split:
+        raise unknown_key(split, [path.relative_to(src).as_posix() for path in found], where="--split")
+    return of_split
+
+
+def rows(paths: Iterable[Path], *, header: list[str] | None = None) -> Iterator[Row]:
+    """(where, row) of every row: `FILE:LINE`, `FILE[INDEX]` of a JSON list, or `FILE: row N` of parquet.
+
+    A row that cannot be read comes as an `InputError` in the row's place.
+
+    Args:
+        header: names of the columns of csv and tsv files that do not begin with them.
+
+    Raises:
+        InputError: a file cannot be read at all.
+    """
+    for path in paths:
+        yield from _READERS.get(path.suffix, _json)(path, header)
+
+
+def each(table: Iterable[Row], parse: Callable[[Any, str], Sample]) -> Reads:
+    """The reads of rows: `parse(row, where)`, or the row's error."""
+    return (partial(_one, where, row, parse) for where, row in table)
+
+
+def _one(where: str, row: Any, parse: Callable[[Any, str], Sample]) -> Sample:
+    if isinstance(row, InputError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise InputError(f"is {type(row).__name__}, not an object", where=where)
+    return parse(row, where)
+
+
+def _parquet(path: Path, _: list[str] | None) -> Iterator[Row]:
+    parquet = import_or_explain("pyarrow.parquet", str(path))
+    index = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):  # rows may hold whole pictures
+                for row in batch.to_pylist():
+                    yield f"{path}: row {index}", row
+                    index += 1
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+        raise InputError(f"is no readable parquet file ({str(error).splitlines()[0]})", where=str(path)) from None
+
+
+def _lines(path: Path, _: list[str] | None) -> Iterator[Row]:
+    for number, line in numbered_lines(read_text(path)):
+        where = f"{path}:{number}"
+        try:
+            yield where, parse_json(line, where=where)
+        except InputError as error:
+            yield where, error
+
+
+def _json(path: Path, _: list[str] | None) -> Iterator[Row]:
+    data = read_json(path)
+    if not isinstance(data, list):
+        yield str(path), data
+        return
+    for index, item in enumerate(data):
+        yield f"{path}[{index}]", item
+
+
+def _separated(path: Path, header: list[str] | None, *, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # pictures in base64
+    names, line = header, 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if delimiter == ",":
+                reader = csv.reader(file)
+            else:
+                reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            for values in reader:
+                line = reader.line_num
+                where = f"{path}:{line}"
+                if not values:
+                    continue
+                if names is None:
+                    names = [name.strip() for name in values]
+                elif len(values) != len(names):
+                    what = f"has {len(values)} columns, not {len(names)} ({', '.join(names)})"
+                    yield where, InputError(what, where=where)
+                else:
+                    yield where, dict(zip(names, values, strict=True))
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"is no table of UTF-8 text ({error})", where=f"{path}:{line + 1}") from None
+
+
+_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _lines,
+    ".json": _json,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
+}

@@ -1,0 +1,162 @@
+"""YOLO (Ultralytics): images/**/x.jpg with labels/**/x.txt, names in data.yaml or classes.txt.
+
+A line of a label file is `class cx cy w h`, relative to the picture, perhaps with a confidence, or
+`class x y x y x y ...`, a polygon. Source of the format: Ultralytics' pages on detection and segmentation data sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmdit_lora.data.formats.captions import write_sidecar
+from mmdit_lora.data.formats.common import (
+    SUFFIXES,
+    XYXY,
+    Context,
+    Reads,
+    Sample,
+    number,
+    points_box,
+    put_picture,
+    read_text,
+    require_folder,
+    unique,
+)
+from mmdit_lora.data.records import Item
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import numbered_lines
+
+_NAME_FILES = ("classes.txt", "obj.names", "names.txt")
+
+
+def read_yolo(context: Context) -> Reads:
+    """Records of a YOLO folder: every picture below a folder `images` (or any picture, where there is no such folder).
+
+    Raises:
+        InputError: no pictures, no names of the classes. A record: a line of its label file is wrong.
+    """
+    src = context.src
+    require_folder(src, "give the folder that holds data.yaml, images and labels")
+    names = class_names(src)
+    root = context.images or src
+    pictures = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    in_images = [path for path in pictures if "images" in path.relative_to(root).parts[:-1]]
+    pictures = in_images or pictures
+    if not pictures:
+        raise InputError("holds no picture", where=str(root))
+    if context.split is not None:
+        found = {part for path in pictures for part in path.relative_to(root).parts[:-1]} - {"images"}
+        if context.split not in found:
+            raise InputError(
+                f"has no folder of pictures {context.split!r}",
+                where=str(root),
+                cure=f"--split takes {', '.join(sorted(found))}" if found else "leave --split away",
+            )
+        pictures = [path for path in pictures if context.split in path.relative_to(root).parts[:-1]]
+    for path in pictures:
+        yield partial(_sample, path, _label_file(path, root, src), names, context)
+
+
+def write_yolo(folder: Path, items: Iterable[Item]) -> None:
+    """Write images/, labels/, data.yaml and `captions.jsonl`. The classes are the phrases; coordinates keep all digits.
+
+    Raises:
+        InputError: a picture has several layouts, or two pictures differ in the suffix alone.
+    """
+    classes: dict[str, int] = {}
+    items = unique(items, "YOLO")
+    for name, picture, layout in items:
+        put_picture(picture, folder / "images" / name)
+        lines = []
+        for box in layout.boxes:
+            left, top, right, bottom = box.xyxy
+            index = classes.setdefault(box.phrase, len(classes))
+            lines.append(f"{index} {(left + right) / 2!r} {(top + bottom) / 2!r} {box.width!r} {box.height!r}\n")
+        label = (folder / "labels" / name).with_suffix(".txt")
+        if label.exists():
+            raise InputError(
+                f"YOLO names labels by the picture's stem, and {label.stem!r} stands twice", cure="use --to jsonl"
+            )
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("".join(lines), encoding="utf-8")
+    data = {"path": ".", "train": "images", "val": "images", "names": {index: name for name, index in classes.items()}}
+    (folder / "data.yaml").write_text(yaml.safe_dump(data, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    write_sidecar(folder, items)
+
+
+def class_names(src: Path) -> dict[int, str]:
+    """Index -> name of the class, from the `names` of data.yaml, or the lines of classes.txt.
+
+    Raises:
+        InputError: there is no such file, or it is wrong.
+    """
+    for path in [src / "data.yaml", src / "dataset.yaml", *sorted(src.glob("*.yaml")), *sorted(src.glob("*.yml"))]:
+        if path.is_file():
+            return _yaml_names(path)
+    for path in (src / name for name in _NAME_FILES):
+        if path.is_file():
+            return dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
+    raise InputError(
+        "names no classes", where=str(src), cure=f"add data.yaml with `names`, or {_NAME_FILES[0]} with a name a line"
+    )
+
+
+def class_line(line: str, names: Mapping[int, str], where: str, context: Context) -> tuple[str, XYXY] | None:
+    """(class name, relative xyxy) of a line of a label file; None, and counted, where the box is empty.
+
+    Raises:
+        InputError: the line is wrong, or its class has no name.
+    """
+    first, *rest = line.split()
+    if not first.isdecimal() or int(first) not in names:
+        raise InputError(f"class {first!r} has no name", where=where, cure=f"the {len(names)} names count from 0")
+    values = [number(value, where) for value in rest]
+    if len(values) in (4, 5):
+        box = context.box(values[:4], "cxcywh", where)
+    elif len(values) >= 6 and len(values) % 2 == 0:
+        box = context.box(points_box(list(zip(values[::2], values[1::2], strict=True))), "xyxy", where)
+    else:
+        raise InputError(f"has {len(values)} numbers after the class", where=where, cure="write `class cx cy w h`")
+    return None if box is None else (names[int(first)], box)
+
+
+def _yaml_names(path: Path) -> dict[int, str]:
+    try:
+        data: Any = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"is not YAML ({getattr(error, 'problem', error)})", where=place) from None
+    names = data.get("names") if isinstance(data, Mapping) else None
+    pairs = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(pairs, Mapping) or not pairs:
+        raise InputError("has no `names`", where=str(path), cure="list the classes: `names: [cat, dog]`")
+    for index, name in pairs.items():
+        if not isinstance(index, int) or not isinstance(name, str | int) or not str(name).strip():
+            raise InputError(f"names holds {index!r}: {name!r}", where=str(path), cure="give a number and a name each")
+    return {index: str(name).strip() for index, name in pairs.items()}
+
+
+def _label_file(picture: Path, root: Path, src: Path) -> Path:
+    """Where the last folder `images` of a picture's path is `labels`; else beside the picture."""
+    parts = list(picture.relative_to(root).with_suffix(".txt").parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+        return src.joinpath(*parts)
+    below = src.joinpath("labels", *parts)
+    return below if below.is_file() else picture.with_suffix(".txt")
+
+
+def _sample(picture: Path, label: Path, names: Mapping[int, str], context: Context) -> Sample:
+    things = []
+    if label.is_file():  # a picture without one is a picture without objects
+        for line_number, line in numbered_lines(read_text(label)):
+            thing = class_line(line, names, f"{label}:{line_number}", context)
+            if thing is not None:
+                things.append(thing)
+    return Sample(picture, str(label), things)
