@@ -28,11 +28,15 @@ BoxUnits = Annotated[Literal["relative", "pixel"], typer.Option(help="Units of b
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
-    data = typer.Typer(help="Make, check and convert data sets.", no_args_is_help=False)
+    data = typer.Typer(help="Make, check, convert, split and show data sets.", no_args_is_help=False)
     app.command("init")(init)
     data.command("make")(make)
     data.command("check")(check)
     data.command("convert")(convert)
+    from mmdit_lora import cli_data_show, cli_data_split, cli_data_stats
+
+    for file in (cli_data_split, cli_data_stats, cli_data_show):
+        file.register(data)
     app.add_typer(data, name="data")
 
 
@@ -53,7 +57,7 @@ def init(
     if out is None:
         print(text, end="")
     else:
-        _refuse_file_as_folder(out.parent)
+        refuse_file_as_folder(out.parent)
         write_text(out, text)
         say(f"wrote {out}: start with `mmdit-lora train {out}`")
 
@@ -73,7 +77,7 @@ def make(
 
     if domain not in DOMAINS:
         raise unknown_key(domain, DOMAINS, where="--domain")
-    _refuse_file_as_folder(out)
+    refuse_file_as_folder(out)
     write_dataset(out, DOMAINS[domain], count=count, seed=seed)
     say(f"wrote {count} pictures of {kind} ({domain}) to {out}")
     if as_json:
@@ -129,7 +133,7 @@ def convert(
     del from_  # one format so far; Typer has refused any other
     if holdout is not None and not 0 < holdout < 1:
         raise InputError(f"is {holdout}", where="--holdout", cure="give a share between 0 and 1, e.g. 0.2")
-    _refuse_file_as_folder(out)
+    refuse_file_as_folder(out)
     template = DEFAULT_CAPTION if caption is None else caption
     voc = scan_voc(src, split, caption=template, phrases=_phrase_map(map_ or []))
     if not voc.records:
@@ -237,7 +241,8 @@ def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[
     }
 
 
-def _refuse_file_as_folder(path: Path) -> None:
+def refuse_file_as_folder(path: Path) -> None:
+    """Raises `InputError`: `path`, or a folder above it, is a file."""
     for part in (path, *path.absolute().parents):
         if part.exists():
             if not part.is_dir():

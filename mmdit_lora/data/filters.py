@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from mmdit_lora.config_filter import FilterSection
+from mmdit_lora.config_yaml import parse_yaml
 from mmdit_lora.data.records import Record
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, unknown_key
 from mmdit_lora.layout import Box, Layout
 
 TOO_SMALL, TOO_MANY = "below min_area", "beyond max_boxes"
@@ -49,7 +52,7 @@ class Filtered:
         if not self.left_out:
             return None
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        emptied = f"; {len(self.emptied)} layouts keep no box and are not used" if self.emptied else ""
+        emptied = f"; layouts that keep no box, and are not used: {len(self.emptied)}" if self.emptied else ""
         return f"data.filter left out {sum(self.left_out.values())} boxes ({reasons}){emptied}"
 
 
@@ -100,6 +103,32 @@ def filter_records(records: Sequence[Record], rules: FilterSection, *, where: st
     return Filtered(kept, emptied, {why: left_out[why] for why in order if left_out[why]}, total)
 
 
+def parse_filter(pairs: Sequence[str], *, where: str = "--filter") -> FilterSection:
+    """Rules as the command line gives them: `min_area=0.01`, `include_phrases=[cell]`; values are YAML, the last one wins.
+
+    Raises:
+        InputError: no `key=value`, an unknown key, a value out of range.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip()
+        if not equals:
+            raise InputError(f"is {pair!r}", where=where, cure=f"write for example {where} min_area=0.01")
+        if key not in FilterSection.model_fields:
+            raise unknown_key(key, FilterSection.model_fields, where=where)
+        value, _ = parse_yaml(text, where=f"{where} {pair!r}", numbered=False)
+        lists = key.endswith("_phrases")
+        values[key] = [value] if lists and isinstance(value, str) else value  # one pattern needs no brackets here
+        try:
+            FilterSection.model_validate(values)
+        except ValidationError as error:
+            meaning = FilterSection.model_fields[key].description
+            message = error.errors()[0]["msg"].replace("Input should", "it should")
+            raise InputError(f"{pair!r}: {message}", where=where, cure=f"give {key}: {meaning}") from None
+    return FilterSection.model_validate(values)
+
+
 @dataclass(frozen=True)
 class CropLoss:
     """Boxes that a centre crop drops. `pictures`: looked at; `boxes`: theirs before the crop; `lost`: dropped by it;
@@ -118,7 +147,7 @@ class CropLoss:
         """One line for people; None where no box is lost."""
         if not self.lost:
             return None
-        emptied = f"; {self.emptied} layouts lose all of theirs" if self.emptied else ""
+        emptied = f"; layouts that lose all of theirs: {self.emptied}" if self.emptied else ""
         return f"the centre crop loses {self.lost} of {self.boxes} boxes (of {self.pictures} layouts){emptied}"
 
 
