@@ -176,6 +176,15 @@ def test_draws_depend_on_the_position_alone_and_held_out_layouts_stay_as_they_ar
     assert torch.equal(plain.layout.boxes, held.layout.boxes)
 
 
+def test_min_visible_is_the_share_that_must_be_left(base: Path, tmp_path: Path) -> None:
+    # The centre square of 40 x 20 keeps x from 0.25 to 0.75: of the first box a tenth, of the second two thirds.
+    boxes = objects([[0.0, 0.2, 0.275, 0.8], [0.15, 0.2, 0.45, 0.8], [0.4, 0.2, 0.6, 0.8]])
+    folder = dataset(tmp_path / "set", line(objects=boxes))
+    for share, left in ((0.05, 3), (0.25, 2), (0.9, 1)):
+        batch = examples(base, folder, data={"min_visible": share}).training_batch([0])
+        assert batch.layout.mask.sum() == left
+
+
 # --- filter -----------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +246,7 @@ def test_crop_loss_counts_what_the_centre_crop_drops(tmp_path: Path) -> None:
     loss = crop_loss(read_dataset(folder), (16, 16), min_visible=0.25)  # a.png is 40 x 20
     assert loss.to_dict() == {"pictures": 3, "boxes": 3, "lost": 2, "emptied": 1}
     assert loss.summary is not None
-    assert "loses 2 of 3 boxes" in loss.summary
+    assert "a centre crop loses 2 of 3 boxes" in loss.summary
     assert crop_loss(read_dataset(folder), (16, 32), min_visible=0.25).summary is None
 
 

@@ -148,7 +148,7 @@ class CropLoss:
         if not self.lost:
             return None
         emptied = f"; layouts that lose all of theirs: {self.emptied}" if self.emptied else ""
-        return f"the centre crop loses {self.lost} of {self.boxes} boxes (of {self.pictures} layouts){emptied}"
+        return f"a centre crop loses {self.lost} of {self.boxes} boxes (of {self.pictures} layouts){emptied}"
 
 
 def crop_loss(records: Sequence[Record], size: tuple[int, int], *, min_visible: float, most: int = 10_000) -> CropLoss:
