@@ -19,15 +19,9 @@ from mmdit_lora.data.transforms import Placement, augment_boxes, move_boxes, pla
 from mmdit_lora.errors import InputError
 
 # The same examples every time, and none written to disk.
-settings.register_profile(
-    "here",
-    derandomize=True,
-    deadline=None,
-    max_examples=100,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
+ALWAYS = settings(
+    derandomize=True, deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.load_profile("here")
 
 SIDE = st.integers(24, 140)
 TARGETS = st.sampled_from([(32, 32), (48, 32), (32, 64), (96, 96)])
@@ -57,6 +51,7 @@ def painted(draw: st.DrawFn) -> tuple[Image.Image, Layout]:
     return image, Layout("c", [Box((left / width, top / height, right / width, bottom / height), "white")])
 
 
+@ALWAYS
 @given(painted(), TARGETS, st.sampled_from(["center", "random"]), st.booleans(), st.integers(0, 99))
 def test_a_painted_rectangle_stays_under_its_box_within_a_pixel(
     scene: tuple[Image.Image, Layout], size: tuple[int, int], crop: str, flip: bool, seed: int
@@ -77,6 +72,7 @@ def test_a_painted_rectangle_stays_under_its_box_within_a_pixel(
     assert seen == pytest.approx((left, top, right, bottom), abs=1.0)
 
 
+@ALWAYS
 @given(painted(), st.integers(0, 50))
 def test_flipped_twice_is_where_it_was(scene: tuple[Image.Image, Layout], seed: int) -> None:
     image, layout = scene
@@ -99,6 +95,7 @@ def test_flipped_twice_is_where_it_was(scene: tuple[Image.Image, Layout], seed: 
     assert twice_layout.boxes[0].xyxy == pytest.approx(layout.boxes[0].xyxy, abs=1e-6)
 
 
+@ALWAYS
 @given(LAYOUTS, SIDE, SIDE)
 def test_boxes_mirrored_twice_are_the_same(layout: Layout, height: int, width: int) -> None:
     whole = Placement((height, width), (0, 0), (height, width))
@@ -110,6 +107,7 @@ def test_boxes_mirrored_twice_are_the_same(layout: Layout, height: int, width: i
         assert middle.xyxy == pytest.approx((1 - old.xyxy[2], old.xyxy[1], 1 - old.xyxy[0], old.xyxy[3]), abs=1e-6)
 
 
+@ALWAYS
 @given(SIDE, SIDE, TARGETS, st.sampled_from(["center", "random"]), st.integers(0, 99))
 def test_the_window_lies_in_the_resized_picture_and_touches_two_of_its_sides(
     height: int, width: int, size: tuple[int, int], crop: str, seed: int
@@ -121,6 +119,7 @@ def test_the_window_lies_in_the_resized_picture_and_touches_two_of_its_sides(
     assert to.resized[0] / height == pytest.approx(to.resized[1] / width, abs=1 / min(height, width))
 
 
+@ALWAYS
 @given(LAYOUTS, st.floats(0, 0.49), FRACTION, FRACTION, st.integers(0, 99))
 def test_augmented_boxes_are_boxes_of_the_layout_in_order(
     layout: Layout, jitter: float, dropout: float, phrase_dropout: float, seed: int
@@ -150,6 +149,7 @@ RULES = st.builds(
 )
 
 
+@ALWAYS
 @given(st.lists(LAYOUTS, min_size=1, max_size=6), RULES)
 def test_a_filter_keeps_or_counts_every_box_and_every_record(layouts: list[Layout], rules: FilterSection) -> None:
     records = [Record(Path(f"{index}.png"), layout, f"line {index}") for index, layout in enumerate(layouts)]
@@ -171,6 +171,7 @@ def test_a_filter_keeps_or_counts_every_box_and_every_record(layouts: list[Layou
     assert (again.records, again.emptied, again.left_out) == (done.records, [], {})
 
 
+@ALWAYS
 @given(
     st.lists(st.integers(0, 12), min_size=2, max_size=30),
     st.floats(0.01, 0.99),
