@@ -35,14 +35,14 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the pictures, where
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
-    from mmdit_lora import cli_data_check  # which imports what the verbs here share
+    from mmdit_lora import cli_data_check, cli_data_show, cli_data_split, cli_data_stats  # which import from here
 
-    data = typer.Typer(help="Make, check and convert data sets.", no_args_is_help=False)
+    data = typer.Typer(help="Make, check, convert, split and show data sets.", no_args_is_help=False)
     app.command("init")(init)
     data.command("make")(make)
     data.command("convert")(convert)
-    cli_data_formats.register(data)
-    cli_data_check.register(data)
+    for file in (cli_data_formats, cli_data_check, cli_data_split, cli_data_stats, cli_data_show):
+        file.register(data)
     app.add_typer(data, name="data")
 
 
@@ -63,7 +63,7 @@ def init(
     if out is None:
         print(text, end="")
     else:
-        _refuse_file_as_folder(out.parent)
+        refuse_file_as_folder(out.parent)
         write_text(out, text)
         say(f"wrote {out}: start with `mmdit-lora train {out}`")
 
@@ -83,7 +83,7 @@ def make(
 
     if domain not in DOMAINS:
         raise unknown_key(domain, DOMAINS, where="--domain")
-    _refuse_file_as_folder(out)
+    refuse_file_as_folder(out)
     write_dataset(out, DOMAINS[domain], count=count, seed=seed)
     say(f"wrote {count} pictures of {kind} ({domain}) to {out}")
     if as_json:
@@ -127,7 +127,7 @@ def convert(
     if holdout is not None and not 0 < holdout < 1:
         raise InputError(f"is {holdout}", where="--holdout", cure="give a share between 0 and 1, e.g. 0.2")
     find_format(to, option="--to")
-    _refuse_file_as_folder(out)
+    refuse_file_as_folder(out)
     source = read_format(
         from_,
         src,
@@ -211,7 +211,8 @@ def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[
     }
 
 
-def _refuse_file_as_folder(path: Path) -> None:
+def refuse_file_as_folder(path: Path) -> None:
+    """Raises `InputError`: `path`, or a folder above it, is a file."""
     for part in (path, *path.absolute().parents):
         if part.exists():
             if not part.is_dir():

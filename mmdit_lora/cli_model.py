@@ -88,8 +88,12 @@ def train(
         held_out = len(run.held_out.records) if run.held_out else 0
         say(run.trainable.summary)
         say(f"{len(run.examples.records)} pictures to train on, {held_out} held out, {run.size[0]} px")
+        counts, lines = run.data_losses
+        for line in lines:
+            say(f"warning: {line}")
         if as_json:
-            emit({"trainable": run.trainable.details, "pictures": len(run.examples.records), "held_out": held_out})
+            pictures = {"pictures": len(run.examples.records), "held_out": held_out}
+            emit({"trainable": run.trainable.details, **pictures, **counts})
         return
     last = settings.train.max_steps
     with ProgressLines() as tell:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from mmdit_lora.config_filter import FilterSection, Section, nested, without_empty_sections
 from mmdit_lora.config_yaml import dump_yaml, parse_yaml
 from mmdit_lora.errors import InputError, unknown_key
 
@@ -28,12 +29,6 @@ _MESSAGES = {
     "bool_type": "it should be true or false",
     "model_type": "it should be `key: value` lines",
 }
-
-
-class Section(BaseModel):
-    """Strict: no unknown keys, no strings taken for numbers, no NaN; an int may stand where a float is meant."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -58,11 +53,24 @@ class DataSection(Section):
         default="center", description="what is kept of an oblong picture: center | random"
     )
     flip: bool = Field(default=False, description="mirror half of the pictures, unless their text says left or right")
+    min_visible: float = Field(
+        default=0.25,
+        description="a box of which the crop leaves a smaller share is dropped with its phrase",
+        ge=0,
+        le=1,
+    )
+    box_jitter: float = Field(
+        default=0.0,
+        description="each side of a box moves by up to this share of the box's size (training)",
+        ge=0,
+        lt=0.5,
+    )
+    filter: FilterSection = Field(default=FilterSection(), description="which boxes are used at all")
 
     @model_validator(mode="before")
     @classmethod
     def _folder_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+        return {"path": value} if isinstance(value, str) else without_empty_sections(cls, value)
 
 
 class LoraSection(Section):
@@ -142,6 +150,10 @@ class TrainSection(Section):
     layout_dropout: float = Field(
         default=0.0, description="share of samples trained without their layout (method full only)", ge=0, le=1
     )
+    box_dropout: float = Field(
+        default=0.0, description="share of boxes left out of a training layout; one always stays", ge=0, le=1
+    )
+    phrase_dropout: float = Field(default=0.0, description="share of boxes trained with an empty phrase", ge=0, le=1)
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         default=False, description="less memory, up to a third more time: false | true | k (every k-th block)"
     )
@@ -303,36 +315,42 @@ def _apply_override(data: dict[str, Any], places: dict[tuple[Any, ...], str], ov
     if not equals or not all(keys):
         raise InputError("is not of the form key=value", where=where, cure="write for example train.max_steps=100")
     value, _ = parse_yaml(text, where=where, numbered=False)
-    if len(keys) > 2 or (len(keys) == 2 and keys[0] not in SECTIONS):
-        raise _unknown(keys[-1] if keys[0] in SECTIONS else keys[0], keys[:1] if keys[0] in SECTIONS else (), where)
-    if len(keys) == 1:
-        data[keys[0]] = _section_as_mapping(keys[0], value)
-    else:
-        section = data.setdefault(keys[0], {})
-        if not isinstance(section, dict):
+    place: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        if nested(Config, keys[: depth + 1]) is None:
+            raise _unknown(keys[-1] if depth else key, keys[:depth], where)
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+        if not isinstance(place, dict):
+            name = ".".join(keys[: depth + 1])
             raise InputError(
-                f"{keys[0]} is {_kind(section)}", where=places.get(keys[:1]), cure=f"write keys below {keys[0]}"
+                f"{name} is {_kind(place)}", where=_place(keys, places, where), cure=f"write keys below {name}"
             )
-        section[keys[1]] = value
+    place[keys[-1]] = _section_as_mapping(keys[0], value) if len(keys) == 1 else value
     places[keys] = where
 
 
-def _refuse_unknown_keys(data: Mapping[Any, Any], places: Mapping[tuple[Any, ...], str], file: str) -> None:
+def _refuse_unknown_keys(
+    data: Mapping[Any, Any], places: Mapping[tuple[Any, ...], str], file: str, section: tuple[str, ...] = ()
+) -> None:
     """Before pydantic does: its message does not know the nearest key."""
+    known = nested(Config, section)
+    assert known is not None
     for key, value in data.items():
-        if key not in Config.model_fields:
-            raise _unknown(key, (), places.get((str(key),), file))
-        if key in SECTIONS and isinstance(value, Mapping):
-            for inner in value:
-                if inner not in SECTIONS[key].model_fields:
-                    raise _unknown(inner, (key,), places.get((key, str(inner)), places.get((key,), file)))
+        if key not in known.model_fields:
+            raise _unknown(key, section, _place((*section, str(key)), places, file))
+        if isinstance(value, Mapping) and nested(Config, (*section, key)):
+            _refuse_unknown_keys(value, places, file, (*section, key))
 
 
 def _unknown(key: Any, section: tuple[str, ...], where: str) -> InputError:
-    known = SECTIONS[section[0]].model_fields if section else Config.model_fields
+    model = nested(Config, section)
+    assert model is not None
     elsewhere = [f"{name}.{key}" for name, model in SECTIONS.items() if key in model.model_fields]
     elsewhere += [key] if section and key in Config.model_fields else []
-    error = unknown_key(key, known, where=": ".join((where, *section)))
+    elsewhere += [f"data.filter.{key}"] if key in FilterSection.model_fields and section != ("data", "filter") else []
+    error = unknown_key(key, model.model_fields, where=": ".join((where, *section)))
     if elsewhere:
         error.cure = f"did you mean {elsewhere[0]!r}?"
     return error
@@ -346,7 +364,8 @@ def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str
         keys = tuple((own.where or "").split("."))
         return own.at(_place(keys, places, file))
     # Behind the field's own name come places in a list, and the members of a union that were tried.
-    keys = tuple(str(key) for key in first["loc"][: 2 if first["loc"] and first["loc"][0] in SECTIONS else 1])
+    keys = tuple(str(key) for key in first["loc"])
+    keys = keys[: next((n for n in range(len(keys)) if nested(Config, keys[: n + 1]) is None), len(keys) - 1) + 1]
     name = ".".join(keys)
     if first["type"] == "missing":
         return InputError(f"{name!r} is missing", where=_place(keys[:-1], places, file), cure=_meaning(keys))
@@ -357,13 +376,14 @@ def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str
 
 
 def _place(keys: tuple[str, ...], places: Mapping[tuple[Any, ...], str], file: str) -> str:
-    return places.get(keys) or places.get(keys[:1]) or file
+    found = (places[keys[:depth]] for depth in range(len(keys), 0, -1) if keys[:depth] in places)
+    return next(found, file)
 
 
 def _meaning(keys: tuple[str, ...]) -> str | None:
-    model: type[BaseModel] = SECTIONS[keys[0]] if len(keys) > 1 and keys[0] in SECTIONS else Config
-    field = model.model_fields.get(keys[1] if model is not Config else keys[0])
-    return f"give {'.'.join(keys[:2])}: {field.description}" if field is not None else None
+    model = nested(Config, keys[:-1]) if keys else None
+    field = model.model_fields.get(keys[-1]) if model is not None else None
+    return f"give {'.'.join(keys)}: {field.description}" if field is not None else None
 
 
 def _kind(value: Any) -> str:

@@ -23,7 +23,7 @@ from PIL import Image
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli import main
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
-from mmdit_lora.data.check.boxes import MIN_VISIBLE, box_findings
+from mmdit_lora.data.check.boxes import box_findings
 from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from mmdit_lora.data.check.findings import Example
 from mmdit_lora.data.check.pictures import look_at
@@ -31,7 +31,6 @@ from mmdit_lora.data.check.texts import CLIP_TOKENS, estimate_tokens
 from mmdit_lora.data.formats import read_format
 from mmdit_lora.data.records import METADATA, Record, read_dataset, scan_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
-from mmdit_lora.data.transforms import MIN_VISIBLE as MIN_VISIBLE_OF_THE_TRANSFORM
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from tests.data_makers import annotation, picture, voc
@@ -279,7 +278,6 @@ def test_every_place_is_listed_where_the_examples_are_few(tmp_path: Path) -> Non
 
 
 def test_boxes_lost_to_the_crop_are_those_that_the_transform_drops() -> None:
-    assert MIN_VISIBLE == MIN_VISIBLE_OF_THE_TRANSFORM
     rng = np.random.default_rng(1)
     for size in ((160, 64), (64, 150), (64, 64), (641, 479)):
         corners = [np.sort(rng.uniform(0, 1, (2, 2)), axis=0).T for _ in range(40)]

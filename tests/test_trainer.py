@@ -119,6 +119,30 @@ def test_resume_with_another_config_is_refused(
         train(make_config(base, data, tmp_path, **change), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        ({"data": {"filter": {"max_boxes": 1}}}, "resume with data.filter.max_boxes=null"),
+        ({"data": {"box_jitter": 0.1}}, "resume with data.box_jitter=0.0"),
+    ],
+)
+def test_a_key_that_is_younger_than_the_checkpoint_had_its_default(
+    base: Path, data: Path, tmp_path: Path, change: dict[str, dict[str, Any]], cure: str
+) -> None:
+    config = make_config(base, data, tmp_path)
+    stop_after(config, step=3)
+    for checkpoint in checkpoints(tmp_path / "checkpoints"):  # as an earlier version wrote it
+        state = json.loads((checkpoint.folder / "state.json").read_text())
+        del state["config"]["data"]["filter"], state["config"]["data"]["box_jitter"]
+        (checkpoint.folder / "state.json").write_text(json.dumps(state))
+    values = config.model_dump(mode="json")
+    values["data"] |= change["data"]
+    with pytest.raises(InputError) as caught:
+        train(Config.model_validate(values), resume=True)
+    assert cure in str(caught.value)
+    train(config, resume=True)
+
+
 def test_resume_with_other_data_is_refused(base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     write_dataset(copy, DOMAINS["basic"], count=12, seed=3)

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from mmdit_lora.errors import InputError
 
 # What Pillow raises for files that are damaged in one way or another; only the first is documented.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+
+
+class TooManyPixels(InputError):
+    """A picture that declares more pixels than are decoded."""
 
 
 def load_image(path: str | Path) -> Image.Image:
     """The picture as RGB, turned upright by its EXIF orientation; transparency over white, 16 bits scaled to 8.
 
     Raises:
-        InputError: no such file, no picture, or a truncated one; with the path.
+        InputError: no such file, no picture, a truncated one, one of 32-bit numbers, or one that declares so many pixels
+            that decoding it could exhaust the memory (Pillow's limit); with the path.
     """
     with _opened(path) as image:
+        if image.mode in ("I", "F"):  # a file does not say which number is white
+            raise InputError(
+                "holds 32-bit numbers, of which none is known to be white",
+                where=str(path),
+                cure="save it with 8 or 16 bits",
+            )
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):
+        if upright.mode == "I;16B":  # as big-endian TIFF has it, and `point` has not
+            upright = upright.convert("I")
+        if upright.mode in ("I", "I;16"):
             return upright.point(lambda value: value / 256).convert("L").convert("RGB")  # convert alone clips at 255
         if upright.has_transparency_data:
             upright = upright.convert("RGBA")
@@ -39,9 +54,29 @@ def image_size(path: str | Path) -> tuple[int, int]:
         InputError: no such file, or no picture; with the path.
     """
     with _opened(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        # Of a TIFF, Pillow's `size` is upright already, and only its.
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
+        header_alone = image.format == "PNG" and not _tells_more_behind_pixels(path)
+        exif = Image.Image.getexif(image) if header_alone else image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
+
+
+def _tells_more_behind_pixels(path: str | Path) -> bool:
+    """Whether a PNG has EXIF or text behind its pixels, where Pillow finds it only by decoding these.
+
+    Its own `getexif` decodes every PNG, which takes a hundred times as long as this walk from chunk to chunk.
+    """
+    with Path(path).open("rb") as file:
+        file.seek(8)
+        behind = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if behind and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            behind = behind or kind == b"IDAT"
+            file.seek(length + 4, 1)
+    return False
 
 
 @contextmanager
@@ -51,6 +86,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise InputError("no such picture", where=str(path)) from None
+    except Image.DecompressionBombError as error:
+        pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
+        raise TooManyPixels(
+            f"declares {pixels:,} pixels, and more than {limit:,} are not decoded",
+            where=str(path),
+            cure="make the picture smaller, or leave it out",
+        ) from None
     except _DAMAGED as error:
         raise InputError(
             f"is no readable picture ({_reason(error)})",

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mmdit_lora.config import SECTIONS, Config
+from mmdit_lora.config_filter import Section
 from mmdit_lora.config_yaml import dump_yaml
 from mmdit_lora.data.records import Record, read_dataset
 
@@ -69,5 +70,10 @@ def _summary(records: list[Record]) -> str:
 
 def _entry(key: str, value: Any, info: FieldInfo) -> list[str]:
     assert value is not PydanticUndefined, f"{key} has no value"
+    if isinstance(value, Section):
+        lines = [f"# {info.description}", f"{key}:"]
+        for inner, field in type(value).model_fields.items():
+            lines += [f"  {line}" for line in _entry(inner, getattr(value, inner), field)]
+        return lines
     plain = list(value) if isinstance(value, tuple) else value
     return [f"# {info.description}", dump_yaml({key: plain}).rstrip("\n")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -11,12 +12,54 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from mmdit_lora.data.check.boxes import MIN_VISIBLE
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 
-# A box of which less than this share is left after the crop describes something that is no longer to be seen.
-MIN_VISIBLE = 0.25
-_SIDES = re.compile(r"\b(left|right)(most|ward|wards)?\b", re.IGNORECASE)
+# Whole words, where "_" parts words as "-" does ("left_eye"); also those written as one ("lower-left", "topright",
+# "left-handed"), but neither "copyright" nor "leftover" and "left-overs".
+_SIDES = re.compile(
+    r"(?<![^\W_])(?:top|bottom|upper|lower|cent(?:er|re)|far)?(?:left|right)"
+    r"(?:most|wards?|hand(?:ed|er)?|side)?(?![^\W_])(?!-overs?\b)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture goes: resized to `resized`, of which the window from `corner` on is kept.
+
+    Args:
+        resized: (height, width) in pixels, at least `size`. corner: (top, left) of the window. size: its (height, width).
+    """
+
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+
+def place(
+    picture: tuple[int, int], size: tuple[int, int], *, crop: str = "center", generator: torch.Generator | None = None
+) -> Placement:
+    """Cover `size` without distortion, and cut what is over: in the middle, or anywhere (two draws).
+
+    Args:
+        picture, size: (height, width) in pixels. crop: "center" | "random".
+
+    Raises:
+        InputError: `crop` is neither.
+    """
+    if crop not in ("center", "random"):
+        raise InputError(f"crop is {crop!r}", cure="give center or random")
+    height, width = size
+    scale = max(height / picture[0], width / picture[1])
+    resized = (max(height, round(picture[0] * scale)), max(width, round(picture[1] * scale)))
+    over = (resized[0] - height, resized[1] - width)
+    if crop == "random":
+        top, left = (int(torch.randint(extra + 1, (1,), generator=generator)) for extra in over)
+    else:
+        top, left = over[0] // 2, over[1] // 2
+    return Placement(resized, (top, left), size)
 
 
 def prepare(
@@ -26,6 +69,7 @@ def prepare(
     *,
     crop: str = "center",
     flip: bool = False,
+    min_visible: float = MIN_VISIBLE,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Layout]:
     """Resize until the picture covers `size` (no distortion), crop what is over, mirror every second one.
@@ -35,48 +79,105 @@ def prepare(
         size: (height, width) in pixels.
         crop: "center" | "random".
         flip: mirror with probability 1/2, unless the caption or a phrase says left or right.
+        min_visible: a box of which a smaller share is left is dropped with its phrase.
         generator: what random crops and flips are drawn from; None = PyTorch's global one.
 
     Returns:
         pixels: (3, height, width) float in [-1, 1].
-        layout: with the boxes where they are now, clipped to the picture; a box of which less than a quarter is left is
-            dropped with its phrase.
+        layout: with the boxes where they are now, clipped to the picture.
 
     Raises:
         InputError: `crop` is neither.
     """
-    if crop not in ("center", "random"):
-        raise InputError(f"crop is {crop!r}", cure="give center or random")
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    resized = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
-    pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
-    boxes = _to_pixels(layout, image.height, image.width)
-    if resized != (image.height, image.width):
-        pixels = F.resize(pixels, list(resized), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        boxes = F.resize(boxes, list(resized))
-    areas = _areas(boxes)
-
-    over = (resized[0] - height, resized[1] - width)
-    if crop == "random":
-        top, left = (int(torch.randint(extra + 1, (1,), generator=generator)) for extra in over)
-    else:
-        top, left = over[0] // 2, over[1] // 2
-    pixels = F.crop(pixels, top, left, height, width)
-    boxes = F.clamp_bounding_boxes(F.crop(boxes, top, left, height, width), clamping_mode="hard")
-    visible = _areas(boxes) >= MIN_VISIBLE * areas
-
+    to = place((image.height, image.width), size, crop=crop, generator=generator)
     # Drawn for every picture, so that what its text says does not shift the draws of the next.
-    if flip and bool(torch.rand(1, generator=generator) < 0.5) and not _names_a_side(layout):
-        pixels, boxes = F.horizontal_flip(pixels), F.horizontal_flip(boxes)
+    mirrored = flip and bool(torch.rand(1, generator=generator) < 0.5) and not names_a_side(layout)
 
+    pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
+    if to.resized != (image.height, image.width):
+        pixels = F.resize(pixels, list(to.resized), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    pixels = F.crop(pixels, *to.corner, *size)
+    if mirrored:
+        pixels = F.horizontal_flip(pixels)
+    moved = move_boxes(layout, (image.height, image.width), to, mirrored=mirrored, min_visible=min_visible)
+    return pixels.as_subclass(Tensor).float() / 127.5 - 1, moved
+
+
+def move_boxes(
+    layout: Layout,
+    picture: tuple[int, int],
+    to: Placement,
+    *,
+    mirrored: bool = False,
+    min_visible: float = MIN_VISIBLE,
+) -> Layout:
+    """The layout of a picture of (height, width) pixels after `to`; boxes less visible than `min_visible` are left out."""
+    boxes = _to_pixels(layout, *picture)
+    if to.resized != picture:
+        boxes = F.resize(boxes, list(to.resized))
+    areas = _areas(boxes)
+    boxes = F.clamp_bounding_boxes(F.crop(boxes, *to.corner, *to.size), clamping_mode="hard")
+    visible = _areas(boxes) >= min_visible * areas
+    if mirrored:
+        boxes = F.horizontal_flip(boxes)
+    height, width = to.size
     relative = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height], dtype=torch.float64)
     kept = tuple(
         Box(xyxy=tuple(corner), phrase=box.phrase)
         for box, corner, seen in zip(layout.boxes, relative.tolist(), visible.tolist(), strict=True)
         if seen and corner[0] < corner[2] and corner[1] < corner[3]
     )
-    return pixels.as_subclass(Tensor).float() / 127.5 - 1, Layout(caption=layout.caption, boxes=kept)
+    return Layout(caption=layout.caption, boxes=kept)
+
+
+def augment_boxes(
+    layout: Layout,
+    *,
+    jitter: float = 0.0,
+    dropout: float = 0.0,
+    phrase_dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Layout, tuple[bool, ...]]:
+    """Move the sides of boxes a little, leave boxes out, take phrases away: so that a layout need not be exact or complete.
+
+    All draws are made whatever the switches are: one of them does not shift what another draws.
+
+    Args:
+        jitter: each side moves by up to this share of the box's width or height, below 0.5; the picture's edges hold.
+        dropout: share of boxes left out; one always stays (a sample without layout is what layout dropout is for).
+        phrase_dropout: share of boxes that keep their place and lose their phrase.
+
+    Returns:
+        layout: the boxes that stay, in their order.
+        silent: for each of them, whether its phrase is taken away (a `Box` itself cannot be without one).
+    """
+    count = len(layout.boxes)
+    moves = (2 * torch.rand(count, 4, generator=generator, dtype=torch.float64) - 1) * jitter
+    chances = torch.rand(count, generator=generator)
+    silent = (torch.rand(count, generator=generator) < phrase_dropout).tolist()
+    stays = chances >= dropout
+    if count and not stays.any():
+        stays[chances.argmax()] = True
+    boxes, quiet = [], []
+    for box, move, stay, empty in zip(layout.boxes, moves.tolist(), stays.tolist(), silent, strict=True):
+        if stay:
+            boxes.append(_moved(box, move) if jitter else box)
+            quiet.append(empty)
+    return Layout(caption=layout.caption, boxes=tuple(boxes)), tuple(quiet)
+
+
+def names_a_side(layout: Layout) -> bool:
+    """Whether the caption or a phrase says left or right, so that the mirrored picture would belie it."""
+    return any(_SIDES.search(text) for text in (layout.caption, *(box.phrase for box in layout.boxes)))
+
+
+def _moved(box: Box, move: list[float]) -> Box:
+    sides = (box.width, box.height) * 2
+    left, top, right, bottom = (
+        min(max(v + m * side, 0.0), 1.0) for v, m, side in zip(box.xyxy, move, sides, strict=True)
+    )
+    # Below a jitter of 0.5 only a box as thin as a float's last digit could close.
+    return Box((left, top, right, bottom), box.phrase) if left < right and top < bottom else box
 
 
 def _to_pixels(layout: Layout, height: int, width: int) -> tv_tensors.BoundingBoxes:
@@ -91,7 +192,3 @@ def _to_pixels(layout: Layout, height: int, width: int) -> tv_tensors.BoundingBo
 
 def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]).clamp(min=0) * (boxes[:, 3] - boxes[:, 1]).clamp(min=0)
-
-
-def _names_a_side(layout: Layout) -> bool:
-    return any(_SIDES.search(text) for text in (layout.caption, *(box.phrase for box in layout.boxes)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmdit_lora.config import Config
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.records import Record
-from mmdit_lora.data.transforms import prepare
+from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.encode import Encoder, TensorCache
@@ -65,7 +65,7 @@ class Examples:
         no_caption = (drop[:, 0] < config.train.caption_dropout).tolist()
         no_layout = drop[:, 1] < config.train.layout_dropout
         captions = ["" if dropped else layout.caption for dropped, layout in zip(no_caption, layouts, strict=True)]
-        return self._batch(latents, layouts, captions, no_layout, generators)
+        return self._batch(latents, layouts, captions, no_layout, generators, augment=True)
 
     def held_out_batch(self, indices: Sequence[int], draw: int) -> Batch:
         """Records as they are, with time and noise that depend on the record and `draw` alone."""
@@ -89,6 +89,8 @@ class Examples:
         captions: list[str],
         no_layout: Tensor,
         generators: Sequence[torch.Generator],
+        *,
+        augment: bool = False,
     ) -> Batch:
         flow = self.config.flow
         times = [
@@ -104,6 +106,10 @@ class Examples:
             for generator in generators
         ]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        silent: list[tuple[bool, ...]] = [()] * len(layouts)
+        if augment:  # drawn last: with these switches on, everything above is what it is without them
+            pairs = [self._augmented(*pair) for pair in zip(layouts, generators, strict=True)]
+            layouts, silent = [layout for layout, _ in pairs], [flags for _, flags in pairs]
         embeds, pooled = self.encoder.prompts(captions)
         phrases = self.encoder.phrases([box.phrase for layout in layouts for box in layout.boxes])
         transformer = self.encoder.pipe.transformer
@@ -114,8 +120,21 @@ class Examples:
             phrase_tokens=transformer.phrase_tokens,
             slots=self.slots,
         )
+        for row, flags in enumerate(silent):
+            for column in (column for column, is_silent in enumerate(flags) if is_silent):
+                inputs.phrase_embeds[row, column] = self.encoder.phrases([""])[""].to(inputs.phrase_embeds)
         inputs = type(inputs)(inputs.boxes, inputs.phrase_embeds, inputs.mask & ~no_layout[:, None])
         return Batch(latents, noise, torch.cat(times), embeds, pooled, inputs)
+
+    def _augmented(self, layout: Layout, generator: torch.Generator) -> tuple[Layout, tuple[bool, ...]]:
+        data, train = self.config.data, self.config.train
+        return augment_boxes(
+            layout,
+            jitter=data.box_jitter,
+            dropout=train.box_dropout,
+            phrase_dropout=train.phrase_dropout,
+            generator=generator,
+        )
 
     def _encode(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
         if not self._fixed:
@@ -140,6 +159,7 @@ class Examples:
                 self.size,
                 crop=data.crop,
                 flip=data.flip,
+                min_visible=data.min_visible,
                 generator=generator,
             )
             for index, generator in zip(indices, generators, strict=True)

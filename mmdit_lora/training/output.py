@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mmdit_lora.config import Config
 from mmdit_lora.errors import InputError
@@ -36,16 +39,25 @@ def check_output(folder: Path, config: Config, resume: bool) -> None:
 
 
 def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
-    before, now = checkpoint.state()["config"], config.model_dump(mode="json")
-    for section, value in now.items():
-        pairs = value.items() if isinstance(value, dict) else [(None, value)]
-        for key, new in pairs:
-            name = section if key is None else f"{section}.{key}"
-            # A key that is younger than the checkpoint has the value that it had then: its default.
-            old = before.get(section, new) if key is None else (before.get(section) or {}).get(key, new)
-            if old != new and section not in _FREE_ON_RESUME and name not in _FREE_ON_RESUME:
-                raise InputError(
-                    f"{name} is {new!r}, and was {old!r} when the run was started",
-                    where=str(checkpoint.folder),
-                    cure=f"resume with {name}={old}, or start a new run in another output_dir",
-                )
+    saved = checkpoint.state()["config"]
+    # Keys that are younger than the checkpoint had their defaults. A config of which this version makes nothing is compared
+    # as it stands.
+    with suppress(ValueError):
+        saved = Config.model_validate(saved).model_dump(mode="json")
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    for name, new in now.items():
+        old = before.get(name, new)
+        if old != new and name not in _FREE_ON_RESUME and name.split(".")[0] not in _FREE_ON_RESUME:
+            raise InputError(
+                f"{name} is {new!r}, and was {old!r} when the run was started",
+                where=str(checkpoint.folder),
+                cure=f"resume with {name}={json.dumps(old)}, or start a new run in another output_dir",
+            )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data.filter.min_area": 0.0, ...}"""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -20,8 +20,6 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from mmdit_lora.config import Config
-from mmdit_lora.data.check import quick_check
-from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
@@ -40,7 +38,8 @@ from mmdit_lora.training.method import TrainableReport, set_trainable
 from mmdit_lora.training.opening import open_base
 from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT, check_output
 from mmdit_lora.training.result import save_result
-from mmdit_lora.training.split import fingerprint_records, split_records
+from mmdit_lora.training.run_data import read_data
+from mmdit_lora.training.split import fingerprint_records
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.switches import apply_switches
 from mmdit_lora.training.tracking import Tracker, make_tracker
@@ -73,6 +72,7 @@ class Run:
     held_out: Examples | None
     fingerprints: dict[str, str]
     dtype: torch.dtype
+    data_losses: tuple[dict[str, Any], list[str]]
     step: int = 0
     tracker_run_id: str | None = None
     base_losses: Tensor | None = None
@@ -158,11 +158,11 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    records, held_out = _read_data(config)
+    data = read_data(config)
     pipe, base_fingerprint = open_base(config, dtype)
     size = _picture_size(config, pipe)
     _check_guidance(config, pipe)
-    fingerprints = {"base": base_fingerprint, "data": fingerprint_records(records)}
+    fingerprints = {"base": base_fingerprint, "data": fingerprint_records(data.records)}
     pipe.to(accelerator.device)
 
     torch.manual_seed(config.train.seed)  # the adapter's initial weights
@@ -196,10 +196,11 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         trainable=trainable,
         optimizer=optimizer,
         schedule=schedule,
-        examples=Examples(records, encoder, config, size=size, slots=slots),
-        held_out=Examples(held_out, encoder, config, size=size, slots=slots) if held_out else None,
+        examples=Examples(data.records, encoder, config, size=size, slots=slots),
+        held_out=Examples(data.held_out, encoder, config, size=size, slots=slots) if data.held_out else None,
         fingerprints=fingerprints,
         dtype=dtype,
+        data_losses=data.losses(config, size),
     )
 
 
@@ -340,17 +341,6 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     run.seconds_before = state["seconds"]
 
 
-def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
-    data = config.data
-    records = read_dataset(data.path, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
-    quick_check(records)
-    if data.validation is not None:
-        held_out = read_dataset(data.validation, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
-        quick_check(held_out)
-        return records, held_out
-    return split_records(records, data.validation_share)
-
-
 def _picture_size(config: Config, pipe: LayoutPipeline) -> tuple[int, int]:
     side = config.data.resolution or pipe.default_side
     try:
@@ -380,5 +370,6 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "trainable_params": run.trainable.trainable_params,
         "total_params": run.trainable.total_params,
         "pictures": len(run.examples.records),
+        **run.data_losses[0],
         "held_out_loss": comparison.to_dict() if comparison else None,
     }

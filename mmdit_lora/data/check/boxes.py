@@ -12,7 +12,8 @@ from mmdit_lora.data.records import Record
 
 TINY = 0.01  # of the picture's side
 SAME_IOU = 0.95
-# As in transforms.py (a test compares them), which would cost the seconds that PyTorch takes to import.
+# Less of a box than this share, after a crop, shows no longer what the phrase says. Here and not in transforms.py, which would
+# cost the check the seconds that PyTorch takes to import.
 MIN_VISIBLE = 0.25
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from mmdit_lora.data.check.findings import Finding, example, finding
-from mmdit_lora.data.images import load_image
+from mmdit_lora.data.images import TooManyPixels, load_image
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 
@@ -87,8 +87,8 @@ def look_at(record: Record) -> Picture:
             return head
         image = load_image(record.image)
     except InputError as error:
-        bomb = "exceeds limit" in error.what
-        return Picture(record, error=error.at(record.where), kind="decompression-bomb" if bomb else "undecodable")
+        kind = "decompression-bomb" if isinstance(error, TooManyPixels) else "undecodable"
+        return Picture(record, error=error.at(record.where), kind=kind)
     except OSError as problem:
         unread = InputError(f"cannot be read ({problem})", where=str(record.image))
         return Picture(record, error=unread.at(record.where), kind="undecodable")

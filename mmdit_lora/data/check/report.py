@@ -85,7 +85,7 @@ def check_dataset(
 
     Args:
         errors: what the reader could not read (`scan_dataset`).
-        left_out: what it left out, by reason (`scan_voc`).
+        left_out: what it left out, by reason (`read_format`).
         written: the boxes as they stand in the file (`read_written`); None = those of the records.
         against: records of another set, whose pictures this one must not hold.
         tokens: how texts are counted (`clip_tokens`); None = estimated.

@@ -1,0 +1,62 @@
+"""The verb `data show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_data_stats import FilterOption
+from mmdit_lora.errors import InputError
+
+
+def register(data: typer.Typer) -> None:
+    """Add the verb to `data`."""
+    data.command("show")(show)
+
+
+def show(
+    data: Annotated[Path, typer.Argument(help="Data set folder.")],
+    out: Annotated[Path, typer.Option(help="The .png to write.")],
+    count: Annotated[int, typer.Option(min=1, max=400, help="Layouts to show, taken evenly from the whole set.")] = 16,
+    cell: Annotated[int, typer.Option(min=64, max=1024, help="Longer side of each picture in pixels.")] = 256,
+    filter_: FilterOption = None,
+    bbox_format: BoxFormat = "xyxy",
+    bbox_units: BoxUnits = "relative",
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw a contact sheet: pictures with their boxes, phrases and captions."""
+    from mmdit_lora.data.filters import filter_records, parse_filter
+    from mmdit_lora.data.records import read_dataset
+    from mmdit_lora.evaluate.canvas import fit
+    from mmdit_lora.evaluate.draw import contact_sheet, save_png
+
+    if out.suffix.lower() != ".png":
+        raise InputError("is no .png", where=f"--out {out}", cure="give a file name that ends in .png")
+    if out.is_dir():
+        raise InputError("is a folder", where=f"--out {out}", cure="give a file name that ends in .png")
+    refuse_file_as_folder(out.parent)
+    rules = parse_filter(filter_ or [])
+    records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
+    filtered = filter_records(records, rules, where="--filter")
+    total = len(filtered.records)
+    shown = min(count, total)
+    chosen = [filtered.records[index * total // shown] for index in range(shown)]
+    images = [fit(record.load(), cell) for record in chosen]  # one at its full size at a time
+    title = f"{data.resolve().name}: {shown} of {total} layouts"
+    sheet = contact_sheet(
+        images,
+        [record.layout for record in chosen],
+        captions=[f"{record.image.name}: {record.layout.caption}" for record in chosen],
+        title=title,
+        cell=cell,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_png(sheet, out)
+    if filtered.summary:
+        say(f"warning: {filtered.summary}")
+    say(f"wrote {shown} of {total} layouts to {out}")
+    if as_json:
+        emit({"out": str(out), "shown": [str(r.image) for r in chosen], "layouts": total, "filter": filtered.to_dict()})

@@ -1,0 +1,189 @@
+"""Which boxes of a data set are used (`data.filter`), and which of them the crop leaves; both counted."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmdit_lora.config_filter import FilterSection
+from mmdit_lora.config_yaml import parse_yaml
+from mmdit_lora.data.records import Record
+from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.layout import Box, Layout
+
+TOO_SMALL, TOO_MANY = "below min_area", "beyond max_boxes"
+NOT_INCLUDED, EXCLUDED = "not in include_phrases", "in exclude_phrases"
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What a filter leaves.
+
+    Args:
+        records: with the boxes that stay, in their order. A record that had boxes and keeps none is not among them; one
+            that never had any is.
+        emptied: the records that are not, as they were.
+        left_out: boxes left out, by the first reason that holds; those of `emptied` are among them.
+        boxes: that stay.
+    """
+
+    records: list[Record]
+    emptied: list[Record]
+    left_out: dict[str, int]
+    boxes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers alone: {"records", "records_left_out", "boxes", "boxes_left_out": {reason: count}}."""
+        return {
+            "records": len(self.records),
+            "records_left_out": len(self.emptied),
+            "boxes": self.boxes,
+            "boxes_left_out": self.left_out,
+        }
+
+    @property
+    def summary(self) -> str | None:
+        """One line for people; None where nothing was left out."""
+        if not self.left_out:
+            return None
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        emptied = f"; layouts that keep no box, and are not used: {len(self.emptied)}" if self.emptied else ""
+        return f"data.filter left out {sum(self.left_out.values())} boxes ({reasons}){emptied}"
+
+
+def filter_records(records: Sequence[Record], rules: FilterSection, *, where: str = "data.filter") -> Filtered:
+    """Leave out boxes by `rules`, with their phrases.
+
+    Args:
+        where: what the rules are called in messages.
+
+    Raises:
+        InputError: a pattern is no regular expression, or no record is left.
+    """
+    include = _patterns(rules.include_phrases, f"{where}.include_phrases")
+    exclude = _patterns(rules.exclude_phrases, f"{where}.exclude_phrases")
+
+    def reason(box: Box) -> str | None:
+        if box.area < rules.min_area:
+            return TOO_SMALL
+        if include and not any(pattern.search(box.phrase) for pattern in include):
+            return NOT_INCLUDED
+        return EXCLUDED if any(pattern.search(box.phrase) for pattern in exclude) else None
+
+    left_out: Counter[str] = Counter()
+    kept, emptied, total = [], [], 0
+    for record in records:
+        boxes = record.layout.boxes
+        reasons = [reason(box) for box in boxes]
+        passing = [index for index, why in enumerate(reasons) if why is None]
+        if rules.max_boxes is not None and len(passing) > rules.max_boxes:
+            # Of equal ones the first stay: sorting is stable.
+            for index in sorted(passing, key=lambda index: -boxes[index].area)[rules.max_boxes :]:
+                reasons[index] = TOO_MANY
+        left_out.update(why for why in reasons if why is not None)
+        stay = tuple(box for box, why in zip(boxes, reasons, strict=True) if why is None)
+        if boxes and not stay:
+            emptied.append(record)
+            continue
+        total += len(stay)
+        layout = record.layout if len(stay) == len(boxes) else Layout(caption=record.layout.caption, boxes=stay)
+        kept.append(replace(record, layout=layout))
+    if not kept:
+        raise InputError(
+            f"leaves none of {len(records)} layouts a box",
+            where=where,
+            cure="loosen it, or look at `mmdit-lora data stats`",
+        )
+    order = (TOO_SMALL, NOT_INCLUDED, EXCLUDED, TOO_MANY)
+    return Filtered(kept, emptied, {why: left_out[why] for why in order if left_out[why]}, total)
+
+
+def parse_filter(pairs: Sequence[str], *, where: str = "--filter") -> FilterSection:
+    """Rules as the command line gives them: `min_area=0.01`, `include_phrases=[cell]`; values are YAML, the last one wins.
+
+    Raises:
+        InputError: no `key=value`, an unknown key, a value out of range.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip()
+        if not equals:
+            raise InputError(f"is {pair!r}", where=where, cure=f"write for example {where} min_area=0.01")
+        if key not in FilterSection.model_fields:
+            raise unknown_key(key, FilterSection.model_fields, where=where)
+        value, _ = parse_yaml(text, where=f"{where} {pair!r}", numbered=False)
+        lists = key.endswith("_phrases")
+        values[key] = [value] if lists and isinstance(value, str) else value  # one pattern needs no brackets here
+        try:
+            FilterSection.model_validate(values)
+        except ValidationError as error:
+            meaning = FilterSection.model_fields[key].description
+            message = error.errors()[0]["msg"].replace("Input should", "it should")
+            raise InputError(f"{pair!r}: {message}", where=where, cure=f"give {key}: {meaning}") from None
+    return FilterSection.model_validate(values)
+
+
+@dataclass(frozen=True)
+class CropLoss:
+    """Boxes that a centre crop drops. `pictures`: looked at; `boxes`: theirs before the crop; `lost`: dropped by it;
+    `emptied`: layouts that had boxes and lose all of them."""
+
+    pictures: int
+    boxes: int
+    lost: int
+    emptied: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @property
+    def summary(self) -> str | None:
+        """One line for people; None where no box is lost."""
+        if not self.lost:
+            return None
+        emptied = f"; layouts that lose all of theirs: {self.emptied}" if self.emptied else ""
+        return f"a centre crop loses {self.lost} of {self.boxes} boxes (of {self.pictures} layouts){emptied}"
+
+
+def crop_loss(records: Sequence[Record], size: tuple[int, int], *, min_visible: float, most: int = 10_000) -> CropLoss:
+    """What cutting pictures to `size` (height, width) from the middle costs; of each picture only the header is read.
+
+    A random crop loses others each time, and on average more. At most the first `most` records are looked at.
+
+    Raises:
+        InputError: a file is no picture.
+    """
+    from mmdit_lora.data.images import image_size
+    from mmdit_lora.data.transforms import move_boxes, place
+
+    looked, before, lost, emptied = 0, 0, 0, 0
+    for record in records[:most]:
+        looked += 1
+        if not record.layout.boxes:
+            continue
+        try:
+            width, height = image_size(record.image)
+        except InputError as error:
+            raise error.at(record.where) from None
+        after = move_boxes(record.layout, (height, width), place((height, width), size), min_visible=min_visible)
+        before += len(record.layout.boxes)
+        lost += len(record.layout.boxes) - len(after.boxes)
+        emptied += not after.boxes
+    return CropLoss(looked, before, lost, emptied)
+
+
+def _patterns(texts: Sequence[str], where: str) -> list[re.Pattern[str]]:
+    patterns = []
+    for text in texts:
+        try:
+            patterns.append(re.compile(text, re.IGNORECASE))
+        except (re.error, OverflowError, RecursionError) as error:
+            cure = "write a plain word, or a regular expression as Python's `re` reads it"
+            raise InputError(f"holds {text!r}, no regular expression ({error})", where=where, cure=cure) from None
+    return patterns

@@ -1,0 +1,56 @@
+"""A data set in two parts, the same on every machine and in any order of its lines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from mmdit_lora.data.records import Record
+from mmdit_lora.errors import InputError
+
+BY = ("name", "picture")
+
+
+def partition(records: Sequence[Record], share: float, *, by: str = "name") -> tuple[list[Record], list[Record]]:
+    """(training, validation): `share` of the pictures, at least one and never all, is validation; each keeps its order.
+
+    All layouts of one picture are on one side. Pictures are ordered by the sha256 of their key, and the first ones taken,
+    so that a set that grows a little keeps nearly all of its sides.
+
+    Args:
+        share: above 0, below 1; rounded to whole pictures.
+        by: what a picture's key is. "name": its file name, without folders, as a run's own `data.validation_share` has
+            it. "picture": its pixels, so that copies under other names, in other folders or formats without loss stay
+            together; every picture is decoded.
+
+    Raises:
+        InputError: `share` or `by` is out of range, there are fewer than two pictures, or one cannot be decoded.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"is {share}", where="--share", cure="give a share between 0 and 1, e.g. 0.1")
+    if by not in BY:
+        raise InputError(f"is {by!r}", where="--by", cure=f"give one of {', '.join(BY)}")
+    key_of = {record.image: _pixels(record) if by == "picture" else _name(record) for record in records}
+    keys = sorted(set(key_of.values()))
+    if len(keys) < 2:
+        raise InputError(
+            "holds a single picture" if by == "name" else "holds a single picture, or copies of one",
+            where=records[0].where if records else None,
+            cure="a split needs two pictures",
+        )
+    held = set(keys[: min(max(1, round(share * len(keys))), len(keys) - 1)])
+    return (
+        [record for record in records if key_of[record.image] not in held],
+        [record for record in records if key_of[record.image] in held],
+    )
+
+
+def _name(record: Record) -> str:
+    return hashlib.sha256(record.image.name.encode()).hexdigest()
+
+
+def _pixels(record: Record) -> str:
+    image = record.load()
+    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()

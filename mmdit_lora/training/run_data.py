@@ -1,0 +1,58 @@
+"""The pictures of a run: read, filtered, and parted into those to train on and those held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmdit_lora.config import Config
+from mmdit_lora.data.check import quick_check
+from mmdit_lora.data.filters import Filtered, crop_loss, filter_records
+from mmdit_lora.data.records import Record, read_dataset
+from mmdit_lora.training.split import split_records
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Records to train on and records held out, and what `data.filter` took of them.
+
+    Args:
+        training: what the filter left of `data.path`. validation: of `data.validation`; None where a share of the former
+            is held out.
+    """
+
+    records: list[Record]
+    held_out: list[Record]
+    training: Filtered
+    validation: Filtered | None
+
+    def losses(self, config: Config, size: tuple[int, int]) -> tuple[dict[str, Any], list[str]]:
+        """What filter and centre crop to `size` (height, width) cost: counts for the report, and lines for people.
+
+        Raises:
+            InputError: a file is no picture.
+        """
+        crop = crop_loss(self.records, size, min_visible=config.data.min_visible)
+        counts: dict[str, Any] = {"filter": self.training.to_dict(), "center_crop": crop.to_dict()}
+        lines = [self.training.summary, crop.summary]
+        if self.validation is not None:
+            counts["filter_validation"] = self.validation.to_dict()
+            summary = self.validation.summary
+            lines.append(summary and f"{config.data.validation}: {summary}")
+        return counts, [line for line in lines if line]
+
+
+def read_data(config: Config) -> RunData:
+    """Raises `InputError`: a folder is no data set, the filter leaves nothing, or too little to hold a share out."""
+    data = config.data
+
+    def read(folder: str) -> Filtered:
+        records = read_dataset(folder, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+        quick_check(records)
+        return filter_records(records, data.filter)
+
+    training = read(data.path)
+    if data.validation is not None:
+        validation = read(data.validation)
+        return RunData(training.records, validation.records, training, validation)
+    return RunData(*split_records(training.records, data.validation_share), training, None)
