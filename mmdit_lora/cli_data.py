@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mmdit_lora import cli_cache
 from mmdit_lora.errors import InputError, unknown_key
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     data.command("make")(make)
     data.command("check")(check)
     data.command("convert")(convert)
+    cli_cache.register(data)
     app.add_typer(data, name="data")
 
 

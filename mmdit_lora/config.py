@@ -58,6 +58,14 @@ class DataSection(Section):
         default="center", description="what is kept of an oblong picture: center | random"
     )
     flip: bool = Field(default=False, description="mirror half of the pictures, unless their text says left or right")
+    cache: str | None = Field(
+        default=None, description="folder for what the encoders make, shared by runs and data sets; null = memory only"
+    )
+    cache_variants: int | None = Field(
+        default=None,
+        description="a random crop or flip is one of so many a picture, which can be cached; null = a new one each time",
+        ge=1,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from mmdit_lora.config import Config
+from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate import measure, readable
@@ -33,6 +34,7 @@ from mmdit_lora.training.checkpoint import (
     trainable_parameters,
 )
 from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples, seeded
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses
 from mmdit_lora.training.method import TrainableReport, set_trainable
@@ -157,9 +159,9 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    records, held_out = _read_data(config)
+    records, held_out = read_data(config)
     pipe, base_fingerprint = open_base(config, dtype)
-    size = _picture_size(config, pipe)
+    size = picture_size(config, pipe)
     _check_guidance(config, pipe)
     fingerprints = {"base": base_fingerprint, "data": fingerprint_records(records)}
     pipe.to(accelerator.device)
@@ -184,7 +186,8 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         num_warmup_steps=settings.warmup_steps,
         num_training_steps=settings.max_steps,
     )
-    encoder = Encoder(pipe)
+    cache = config.data.cache
+    encoder = Encoder(pipe, EncodingStore(DiskCache(cache), pipe, config.base) if cache is not None else None)
     slots = pipe.transformer.config.layout_slots
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
     return Run(
@@ -339,7 +342,8 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     run.seconds_before = state["seconds"]
 
 
-def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
+def read_data(config: Config) -> tuple[list[Record], list[Record]]:
+    """(training, held out) records of a config."""
     data = config.data
     records = read_dataset(data.path, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
     if data.validation is not None:
@@ -347,7 +351,12 @@ def _read_data(config: Config) -> tuple[list[Record], list[Record]]:
     return split_records(records, data.validation_share)
 
 
-def _picture_size(config: Config, pipe: LayoutPipeline) -> tuple[int, int]:
+def picture_size(config: Config, pipe: LayoutPipeline) -> tuple[int, int]:
+    """(height, width) of the training pictures in pixels.
+
+    Raises:
+        InputError: the base cannot have this size.
+    """
     side = config.data.resolution or pipe.default_side
     try:
         pipe.check_side(side)
