@@ -53,8 +53,8 @@ class EncodingStore:
         encode: Callable[[Tensor], Tensor],
         *,
         wait: bool = True,
-    ) -> tuple[Tensor, Layout] | None:
-        """Latents (C, h, w) of a picture and its layout after the transform.
+    ) -> tuple[Tensor, Layout, str] | None:
+        """Latents (C, h, w) of a picture, its layout after the transform, and the key that `latents` finds the first by.
 
         Args:
             source: JSON values that say all that `prepared` depends on.
@@ -83,7 +83,15 @@ class EncodingStore:
 
         key = content_key("latents", self._vae_id, view.note["pixels"])
         entry = self.cache.try_get(LATENTS, key, make, wait=wait)
-        return None if entry is None else (entry.tensors["latents"], Layout.from_dict(view.note["layout"]))
+        return None if entry is None else (entry.tensors["latents"], Layout.from_dict(view.note["layout"]), key)
+
+    def latents(self, key: str) -> Tensor | None:
+        """Latents by the key that `picture` gave; None where they are gone."""
+        entry = self.cache.read(LATENTS, key)
+        if entry is None:
+            return None
+        self.cache.stats.hits[LATENTS] += 1
+        return entry.tensors["latents"]
 
     def prompt(
         self, caption: str, encode: Callable[[], tuple[Tensor, Tensor]], *, wait: bool = True

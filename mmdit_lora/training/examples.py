@@ -56,6 +56,7 @@ class Examples:
         self.variants = config.data.cache_variants if self._is_drawn else 1
         self._latents = TensorCache()
         self._layouts: dict[tuple[int, int], Layout] = {}
+        self._stored: dict[tuple[int, int], str] = {}  # keys of latents: a run looks at a picture's file once
 
     def training_batch(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
@@ -130,8 +131,7 @@ class Examples:
             for position in missing:
                 found = self.view(*views[position])
                 assert found is not None
-                latents, self._layouts[views[position]] = found
-                made.append(latents)
+                made.append(found[0])
             return (torch.stack(made),)
 
         (latents,) = self._latents.get(views, make)
@@ -144,6 +144,11 @@ class Examples:
         is making it.
         """
         record, data, seed = self.records[index], self.config.data, self.config.train.seed
+        store, place = self.encoder.store, (index, variant)
+        if store is not None and place in self._stored:
+            latents = store.latents(self._stored[place])
+            if latents is not None:
+                return latents, self._layouts[place]
         try:
             digest = hashlib.sha256(record.image.read_bytes()).hexdigest()
         except OSError:
@@ -157,11 +162,15 @@ class Examples:
         def encode(pixels: Tensor) -> Tensor:
             return self.encoder.latents(pixels[None])[0]
 
-        if self.encoder.store is None:
-            pixels, layout = prepared()
-            return encode(pixels), layout
+        if store is None:
+            pixels, self._layouts[place] = prepared()
+            return encode(pixels), self._layouts[place]
         source = (digest, record.layout.to_dict(), self.size, data.crop, data.flip, draw)
-        return self.encoder.store.picture(source, prepared, encode, wait=wait)
+        found = store.picture(source, prepared, encode, wait=wait)
+        if found is None:
+            return None
+        latents, self._layouts[place], self._stored[place] = found
+        return latents, self._layouts[place]
 
     def _draw_variant(self, generator: torch.Generator) -> int:
         return int(torch.randint(self.variants or 1, (1,), generator=generator)) if self._is_drawn else 0
