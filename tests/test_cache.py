@@ -283,6 +283,29 @@ def test_another_dtype_has_other_entries(base: Path, data: Path, cache: Path) ->
     assert other.stats.misses.keys() == {LATENTS, PROMPTS, PHRASES}
 
 
+def test_what_is_pruned_while_a_run_goes_on_is_made_again(base: Path, data: Path, cache: Path) -> None:
+    examples = prepare_run(make_config(base, data, cache=str(cache))).examples
+    examples._latents.max_bytes = 0  # as with a set that is larger than the memory
+    before = examples.training_batch(range(9)).x0
+    store = DiskCache(cache)
+    assert store.prune(0)[0] > 12
+    assert torch.equal(examples.training_batch(range(9)).x0, before)
+    assert store.size()[LATENTS]["entries"] == 9
+
+
+def test_a_changed_picture_is_refused_where_it_changed_under_the_hand(
+    base: Path, own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "cache"
+    fill(base, own_data, root)
+    shutil.rmtree(root / "v1" / LATENTS)
+    load = Record.load
+    monkeypatch.setattr(Record, "load", lambda self: Image.eval(load(self), lambda value: 255 - value))
+    with pytest.raises(InputError, match="changed while it was read"):
+        fill(base, own_data, root)
+    assert not DiskCache(root).size().get(LATENTS)
+
+
 def test_check_only_writes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
     prepare_run(make_config(base, data, tmp_path / "run", cache=str(tmp_path / "cache")))
     assert not list(tmp_path.iterdir())

@@ -253,7 +253,14 @@ class DiskCache:
 
     def _lock(self, key: str) -> FileLock:
         locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot be written to ({error.strerror})",
+                where=str(self.folder),
+                cure="give another folder for the cache",
+            ) from None
         return FileLock(locks / key[:3], poll_interval=0.01)
 
 
