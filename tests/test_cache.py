@@ -301,7 +301,7 @@ def test_a_changed_picture_is_refused_where_it_changed_under_the_hand(
     shutil.rmtree(root / "v1" / LATENTS)
     load = Record.load
     monkeypatch.setattr(Record, "load", lambda self: Image.eval(load(self), lambda value: 255 - value))
-    with pytest.raises(InputError, match="changed while it was read"):
+    with pytest.raises(InputError, match=r"\.png: changed while it was read"):
         fill(base, own_data, root)
     assert not DiskCache(root).size().get(LATENTS)
 

@@ -52,6 +52,7 @@ class EncodingStore:
         prepared: Callable[[], tuple[Tensor, Layout]],
         encode: Callable[[Tensor], Tensor],
         *,
+        where: str | None = None,
         wait: bool = True,
     ) -> tuple[Tensor, Layout, str] | None:
         """Latents (C, h, w) of a picture, its layout after the transform, and the key that `latents` finds the first by.
@@ -60,6 +61,7 @@ class EncodingStore:
             source: JSON values that say all that `prepared` depends on.
             prepared: the pixels (3, H, W) in [-1, 1] and the layout; called only where one of the two entries is missing.
             encode: pixels to latents; called only where those are missing.
+            where: the picture's place, for messages.
 
         Raises:
             InputError: the picture's file changed while it was read.
@@ -78,7 +80,7 @@ class EncodingStore:
         def make() -> Entry:
             seen = prepared()[0] if pixels is None else pixels
             if pixel_digest(seen) != view.note["pixels"]:
-                raise InputError("a picture changed while it was read", cure="start again")
+                raise InputError("changed while it was read", where=where, cure="start again")
             return Entry({"latents": encode(seen)})
 
         key = content_key("latents", self._vae_id, view.note["pixels"])

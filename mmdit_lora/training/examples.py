@@ -166,7 +166,7 @@ class Examples:
             pixels, self._layouts[place] = prepared()
             return encode(pixels), self._layouts[place]
         source = (digest, record.layout.to_dict(), self.size, data.crop, data.flip, draw)
-        found = store.picture(source, prepared, encode, wait=wait)
+        found = store.picture(source, prepared, encode, where=str(record.image), wait=wait)
         if found is None:
             return None
         latents, self._layouts[place], self._stored[place] = found
