@@ -1,6 +1,6 @@
 """What it costs: one JSON object a command.
 
-    uv run python scripts/benchmark.py data --json > data/benchmarks/cache.json
+    uv run python scripts/benchmark.py data > data/benchmarks/cache.json
 
 `data`: samples a second from the cache on disk, against `torch.load(weights_only=True)` of one `.pt` a sample that holds
 the same tensors, and against decoding and encoding. A sample is its latents, prompt and pooled embeddings and phrases;
@@ -70,7 +70,9 @@ def in_turns(cases: dict[str, Callable[[], float]]) -> dict[str, tuple[float, li
 
 def compared(rates: dict[str, tuple[float, list[float]]]) -> dict[str, Any]:
     cached = {name: value for name, (value, _) in rates.items() if name.startswith("cache")}
-    out: dict[str, Any] = {"samples_per_s": {name: round(value, 1) for name, (value, _) in rates.items()}}
+    out: dict[str, Any] = {
+        "samples_per_s": {name: round(value, 4 if value < 1 else 1) for name, (value, _) in rates.items()}
+    }
     out["all_rounds"] = {name: each for name, (_, each) in rates.items()}
     for other in ("torch_load", "decode_and_encode"):
         if other in rates:
@@ -250,7 +252,7 @@ def data(*, with_vae: bool) -> dict[str, Any]:
     import_s = time.perf_counter() - imported
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         return {
-            "command": "OMP_NUM_THREADS=1 uv run python scripts/benchmark.py data --json",
+            "command": "OMP_NUM_THREADS=1 uv run python scripts/benchmark.py data > data/benchmarks/cache.json",
             "machine": {"cores": os.cpu_count(), "arch": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "batch_size": BATCH,
