@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mmdit_lora import cli_data_formats
+from mmdit_lora import cli_cache, cli_data_formats
 from mmdit_lora.errors import InputError, unknown_key
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
     app.command("init")(init)
     data.command("make")(make)
     data.command("convert")(convert)
-    for file in (cli_data_formats, cli_data_check, cli_data_split, cli_data_stats, cli_data_show):
+    for file in (cli_data_formats, cli_data_check, cli_data_split, cli_data_stats, cli_data_show, cli_cache):
         file.register(data)
     app.add_typer(data, name="data")
 

@@ -21,12 +21,18 @@ STEPS = 120
 pytestmark = pytest.mark.slow
 
 
-def test_killed_and_resumed_equals_undisturbed(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_killed_and_resumed_equals_undisturbed(base: Path, data: Path, tmp_path: Path, cached: bool) -> None:
     configs = {}
     for name in ("whole", "killed"):
         configs[name] = tmp_path / f"{name}.yaml"
         train = {"max_steps": STEPS, "batch_size": 2, "checkpoint_every": 1, "sample_every": 0, "validate_every": 0}
-        content = {"base": str(base), "output_dir": str(tmp_path / name), "data": {"path": str(data)}, "train": train}
+        # The undisturbed run has no cache, the killed one fills its own as it goes.
+        drawn = {"crop": "random", "flip": True, "cache_variants": 2} if cached else {}
+        section = {"path": str(data), **drawn}
+        if cached and name == "killed":
+            section["cache"] = str(tmp_path / "cache")
+        content = {"base": str(base), "output_dir": str(tmp_path / name), "data": section, "train": train}
         configs[name].write_text(yaml.safe_dump(content))
 
     whole = start(configs["whole"])

@@ -1,7 +1,8 @@
 """Pictures, captions and phrases to what the transformer takes, by the base's own VAE and text encoders.
 
 Each is encoded alone: the last bits of an encoding depend on what else is in the batch, and what is missing from a cache
-depends on when the run was last started. A resumed run must see the bits of an undisturbed one.
+depends on when the run was last started. A resumed run must see the bits of an undisturbed one. So what is stored on disk
+(`encode_store`) is what would be made again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdit_lora.pipelines import LayoutPipeline
+from mmdit_lora.training.encode_store import EncodingStore
 
 CACHE_BYTES = 4 * 2**30
 
@@ -60,10 +62,11 @@ class Encoder:
 
     Args:
         pipe: its VAE and text encoders are used where they lie.
+        store: what was made before, on disk; None = only what this object made is known.
     """
 
-    def __init__(self, pipe: LayoutPipeline) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: LayoutPipeline, store: EncodingStore | None = None) -> None:
+        self.pipe, self.store = pipe, store
         self._prompts = TensorCache()
         self._phrases = TensorCache()
 
@@ -80,7 +83,7 @@ class Encoder:
         """Prompt embeddings (B, S, E) and pooled ones (B, P), on the CPU, as the pipeline makes them when it samples."""
 
         def make(missing: list[int]) -> tuple[Tensor, Tensor]:
-            each = [self._prompt(captions[i]) for i in missing]
+            each = [self.prompt(captions[i]) for i in missing]
             return torch.cat([embeds for embeds, _ in each]), torch.cat([pooled for _, pooled in each])
 
         embeds, pooled = self._prompts.get(captions, make)
@@ -94,14 +97,31 @@ class Encoder:
             return {}
 
         def make(missing: list[int]) -> tuple[Tensor]:
-            return (torch.cat([self.pipe.encode_phrases([each[i]]).cpu() for i in missing]),)
+            return (torch.cat([self.phrase(each[i]) for i in missing]),)
 
         (embeds,) = self._phrases.get(each, make)
         return dict(zip(each, embeds, strict=True))
 
-    def _prompt(self, caption: str) -> tuple[Tensor, Tensor]:
+    def prompt(self, caption: str) -> tuple[Tensor, Tensor]:
+        """One caption, from the store or made: (1, S, E) and (1, P)."""
+        found = None if self.store is None else self.store.prompt(caption, lambda: self.encode_caption(caption))
+        return self.encode_caption(caption) if found is None else found
+
+    def phrase(self, phrase: str) -> Tensor:
+        """One phrase, from the store or made: (1, P) or (1, K, P)."""
+        found = None if self.store is None else self.store.phrase(phrase, lambda: self.encode_phrase(phrase))
+        return self.encode_phrase(phrase) if found is None else found
+
+    @torch.no_grad()
+    def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
+        """As `prompt`, always made."""
         embeds, pooled = self.pipe.encode_caption(caption)
         return embeds.cpu(), pooled.cpu()
+
+    @torch.no_grad()
+    def encode_phrase(self, phrase: str) -> Tensor:
+        """As `phrase`, always made."""
+        return self.pipe.encode_phrases([phrase]).cpu()
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -50,10 +50,13 @@ class Examples:
     ) -> None:
         self.records, self.encoder, self.config = records, encoder, config
         self.size, self.slots = size, slots
-        # Where nothing is drawn for the picture, its latents are the same each time.
-        self._fixed = config.data.crop == "center" and not config.data.flip
+        # Where nothing is drawn for the picture, its latents are the same each time; where it has a number of variants,
+        # each of them is.
+        self._is_drawn = config.data.crop != "center" or config.data.flip
+        self.variants = config.data.cache_variants if self._is_drawn else 1
         self._latents = TensorCache()
-        self._layouts: dict[int, Layout] = {}
+        self._layouts: dict[tuple[int, int], Layout] = {}
+        self._stored: dict[tuple[int, int], str] = {}  # keys of latents: a run looks at a picture's file once
 
     def training_batch(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
@@ -137,31 +140,68 @@ class Examples:
         )
 
     def _encode(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
-        if not self._fixed:
-            pixels, layouts = self._pixels(list(indices), generators)
-            return self.encoder.latents(pixels), layouts
+        if self.variants is None:
+            pairs = [self._prepare(index, generator) for index, generator in zip(indices, generators, strict=True)]
+            return self.encoder.latents(torch.stack([pixels for pixels, _ in pairs])), [layout for _, layout in pairs]
+        views = [(index, self._draw_variant(generator)) for index, generator in zip(indices, generators, strict=True)]
 
         def make(missing: list[int]) -> tuple[Tensor]:
-            rows = [indices[position] for position in missing]
-            pixels, layouts = self._pixels(rows, [generators[position] for position in missing])
-            self._layouts |= dict(zip(rows, layouts, strict=True))
-            return (self.encoder.latents(pixels),)
+            made = []
+            for position in missing:
+                found = self.view(*views[position])
+                assert found is not None
+                made.append(found[0])
+            return (torch.stack(made),)
 
-        (latents,) = self._latents.get(list(indices), make)
-        return latents, [self._layouts[index] for index in indices]
+        (latents,) = self._latents.get(views, make)
+        return latents, [self._layouts[view] for view in views]
 
-    def _pixels(self, indices: list[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
-        data = self.config.data
-        pairs = [
-            prepare(
-                self.records[index].load(),
-                self.records[index].layout,
-                self.size,
-                crop=data.crop,
-                flip=data.flip,
-                min_visible=data.min_visible,
-                generator=generator,
-            )
-            for index, generator in zip(indices, generators, strict=True)
-        ]
-        return torch.stack([pixels for pixels, _ in pairs]), [layout for _, layout in pairs]
+    def view(self, index: int, variant: int, *, wait: bool = True) -> tuple[Tensor, Layout] | None:
+        """Latents (C, h, w) of one variant of a record's picture, and its layout: from the store, or made.
+
+        The variant depends on the seed, its number and the picture's bytes. Without `wait`, None where another process
+        is making it.
+        """
+        record, data, seed = self.records[index], self.config.data, self.config.train.seed
+        store, place = self.encoder.store, (index, variant)
+        if store is not None and place in self._stored:
+            latents = store.latents(self._stored[place])
+            if latents is not None:
+                return latents, self._layouts[place]
+        try:
+            digest = hashlib.sha256(record.image.read_bytes()).hexdigest()
+        except OSError:
+            record.load()  # says what is wrong, and where
+            raise
+        draw = ("variant", seed, variant) if self._is_drawn else None
+
+        def prepared() -> tuple[Tensor, Layout]:
+            return self._prepare(index, None if draw is None else seeded(*draw, digest))
+
+        def encode(pixels: Tensor) -> Tensor:
+            return self.encoder.latents(pixels[None])[0]
+
+        if store is None:
+            pixels, self._layouts[place] = prepared()
+            return encode(pixels), self._layouts[place]
+        source = (digest, record.layout.to_dict(), self.size, data.crop, data.flip, data.min_visible, draw)
+        found = store.picture(source, prepared, encode, where=str(record.image), wait=wait)
+        if found is None:
+            return None
+        latents, self._layouts[place], self._stored[place] = found
+        return latents, self._layouts[place]
+
+    def _draw_variant(self, generator: torch.Generator) -> int:
+        return int(torch.randint(self.variants or 1, (1,), generator=generator)) if self._is_drawn else 0
+
+    def _prepare(self, index: int, generator: torch.Generator | None) -> tuple[Tensor, Layout]:
+        record, data = self.records[index], self.config.data
+        return prepare(
+            record.load(),
+            record.layout,
+            self.size,
+            crop=data.crop,
+            flip=data.flip,
+            min_visible=data.min_visible,
+            generator=generator,
+        )

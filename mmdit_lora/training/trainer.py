@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from mmdit_lora.config import Config
+from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
@@ -32,6 +33,7 @@ from mmdit_lora.training.checkpoint import (
     trainable_parameters,
 )
 from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples, seeded
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses
 from mmdit_lora.training.method import TrainableReport, set_trainable
@@ -160,7 +162,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     data = read_data(config)
     pipe, base_fingerprint = open_base(config, dtype)
-    size = _picture_size(config, pipe)
+    size = picture_size(config, pipe)
     _check_guidance(config, pipe)
     fingerprints = {"base": base_fingerprint, "data": fingerprint_records(data.records)}
     pipe.to(accelerator.device)
@@ -185,7 +187,8 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         num_warmup_steps=settings.warmup_steps,
         num_training_steps=settings.max_steps,
     )
-    encoder = Encoder(pipe)
+    cache = config.data.cache
+    encoder = Encoder(pipe, EncodingStore(DiskCache(cache), pipe, config.base) if cache is not None else None)
     slots = pipe.transformer.config.layout_slots
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
     return Run(
@@ -341,7 +344,12 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     run.seconds_before = state["seconds"]
 
 
-def _picture_size(config: Config, pipe: LayoutPipeline) -> tuple[int, int]:
+def picture_size(config: Config, pipe: LayoutPipeline) -> tuple[int, int]:
+    """(height, width) of the training pictures in pixels.
+
+    Raises:
+        InputError: the base cannot have this size.
+    """
     side = config.data.resolution or pipe.default_side
     try:
         pipe.check_side(side)

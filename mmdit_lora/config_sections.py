@@ -1,0 +1,189 @@
+"""The sections of a run's config, field by field. `config.py` puts them together and reads the files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmdit_lora.config_filter import FilterSection, Section, without_empty_sections
+
+# YAML has lists only, and strict mode would refuse them where a tuple is meant.
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+
+MAX_SEED = 2**32 - 1  # NumPy's limit, and Accelerate seeds NumPy too
+
+
+class DataSection(Section):
+    path: str = Field(description="folder of the training pictures, with its metadata.jsonl", min_length=1)
+    validation: str | None = Field(
+        default=None, description="a second such folder to validate on; null = hold out a share of path"
+    )
+    validation_share: float = Field(
+        default=0.1, description="share of path held out where validation is null", ge=0, lt=1
+    )
+    bbox_format: Literal["xyxy", "xywh", "cxcywh"] = Field(
+        default="xyxy",
+        description="how boxes are written: xyxy | xywh | cxcywh (a line of metadata.jsonl may say otherwise)",
+    )
+    bbox_units: Literal["relative", "pixel"] = Field(
+        default="relative", description="relative (0 to 1 of the picture's sides) | pixel"
+    )
+    resolution: int | None = Field(
+        default=None, description="side of the training pictures in pixels; null = the base's own", ge=16
+    )
+    crop: Literal["center", "random"] = Field(
+        default="center", description="what is kept of an oblong picture: center | random"
+    )
+    flip: bool = Field(default=False, description="mirror half of the pictures, unless their text says left or right")
+    min_visible: float = Field(
+        default=0.25,
+        description="a box of which the crop leaves a smaller share is dropped with its phrase",
+        ge=0,
+        le=1,
+    )
+    box_jitter: float = Field(
+        default=0.0,
+        description="each side of a box moves by up to this share of the box's size (training)",
+        ge=0,
+        lt=0.5,
+    )
+    cache: str | None = Field(
+        default=None, description="folder for what the encoders make, shared by runs and data sets; null = memory only"
+    )
+    cache_variants: int | None = Field(
+        default=None,
+        description="a random crop or flip is one of so many a picture, which can be cached; null = a new one each time",
+        ge=1,
+    )
+    filter: FilterSection = Field(default=FilterSection(), description="which boxes are used at all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else without_empty_sections(cls, value)
+
+
+class LoraSection(Section):
+    r: int = Field(default=16, description="rank of each adapter", ge=1)
+    alpha: float = Field(
+        default=32, description="strength: the update is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0
+    )
+    dropout: float = Field(default=0.1, description="dropout before each adapter, in training only", ge=0, lt=1)
+    targets: list[str] = Field(
+        default=["layout_mlp.fc1", "layout_mlp.fc2"],
+        description="name endings of the linears that get one",
+        min_length=1,
+    )
+    rslora: bool = Field(default=False, description="rank-stabilised scaling")
+    dora: bool = Field(default=False, description="DoRA: magnitude and direction are trained apart")
+
+
+class StreamSection(Section):
+    attention: Literal["siamese", "cross"] | None = Field(
+        default=None,
+        description="how image tokens read the layout: siamese | cross (cheaper); null = as the base has it, siamese in a new one",
+    )
+    init: Literal["copy_text", "copy_image", "random"] | None = Field(
+        default=None, description="what a new stream starts from: copy_text | copy_image | random; null = copy_text"
+    )
+    seed: int | None = Field(
+        default=None, description="seed of what is random in a new stream; null = train.seed", ge=0, le=MAX_SEED
+    )
+    single_blocks: bool | None = Field(
+        default=None,
+        description="a stream in the single-stream blocks too; null = as the base has it, false in a new one",
+    )
+    phrase_tokens: int | None = Field(
+        default=None,
+        description="text tokens that stand for a phrase; null = as the base has it, one pooled embedding in a new one",
+        ge=1,
+    )
+
+
+class FlowSection(Section):
+    timesteps: Literal["logit_normal", "mode", "uniform"] = Field(
+        default="logit_normal", description="how t is drawn in training: logit_normal | mode | uniform"
+    )
+    logit_mean: float = Field(default=0.0, description="logit_normal: mean; above 0 draws noisier t")
+    logit_std: float = Field(default=1.0, description="logit_normal: standard deviation", gt=0)
+    mode_scale: float = Field(default=1.29, description="mode: weight of the middle of [0, 1]")
+    shift: float = Field(
+        default=1.0, description="moves t towards noise, as the scheduler's shift does (1 = off)", gt=0
+    )
+    inside_weight: float = Field(
+        default=1.0, description="weight of the loss inside boxes, relative to outside (1 = off)", gt=0
+    )
+    guidance: float = Field(
+        default=1.0,
+        description="embedded guidance that a guidance-distilled base is trained with; others take 1.0",
+        ge=0,
+    )
+
+
+class TrainSection(Section):
+    max_steps: int = Field(default=1000, description="optimizer steps", ge=1)
+    batch_size: int = Field(default=8, description="pictures per step and process", ge=1)
+    gradient_accumulation: int = Field(default=1, description="batches per optimizer step", ge=1)
+    learning_rate: float = Field(default=1e-4, description="peak learning rate of AdamW", gt=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="cosine", description="after the warm-up: constant | cosine | linear (the last two fall to 0)"
+    )
+    warmup_steps: int = Field(default=0, description="steps over which the learning rate rises from 0", ge=0)
+    weight_decay: float = Field(default=0.01, description="weight decay of AdamW", ge=0)
+    adam_betas: Pair = Field(default=(0.9, 0.999), description="decay rates of AdamW's two moments, each in [0, 1)")
+    max_grad_norm: float = Field(default=1.0, description="gradients are scaled down to this norm", gt=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="no | fp16 | bf16")
+    seed: int = Field(default=0, description="seed of everything that is drawn", ge=0, le=MAX_SEED)
+    caption_dropout: float = Field(
+        default=0.1, description="share of samples trained with an empty caption", ge=0, le=1
+    )
+    layout_dropout: float = Field(
+        default=0.0, description="share of samples trained without their layout (method full only)", ge=0, le=1
+    )
+    box_dropout: float = Field(
+        default=0.0, description="share of boxes left out of a training layout; one always stays", ge=0, le=1
+    )
+    phrase_dropout: float = Field(default=0.0, description="share of boxes trained with an empty phrase", ge=0, le=1)
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        default=False, description="less memory, up to a third more time: false | true | k (every k-th block)"
+    )
+    attention_backend: str | None = Field(
+        default=None, description="diffusers' name of an attention backend, e.g. _native_cudnn; null = its default"
+    )
+    compile: bool = Field(
+        default=False, description="compile the blocks: minutes at the start, then faster steps; other draws of dropout"
+    )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none",
+        description="the frozen base's linears: none | int8 (torchao) | nf4 (bitsandbytes, on a GPU); the stream stays as it is",
+    )
+    checkpoint_every: int = Field(
+        default=500, description="steps between checkpoints that a run can resume from; 0 = none", ge=0
+    )
+    keep_checkpoints: int = Field(default=2, description="how many of them are kept", ge=1)
+    validate_every: int = Field(default=250, description="steps between validation losses; 0 = none", ge=0)
+    sample_every: int = Field(default=250, description="steps between sampled pictures; 0 = none", ge=0)
+    sample_count: int = Field(default=8, description="pictures sampled each time", ge=0)
+    log_every: int = Field(default=10, description="steps between log lines", ge=1)
+
+
+class TrackingSection(Section):
+    tracker: Literal["wandb", "tensorboard", "none"] = Field(default="none", description="wandb | tensorboard | none")
+    project: str = Field(default="mmdit-lora", description="the tracker's project", min_length=1)
+    run_name: str | None = Field(default=None, description="name of the run; null = the tracker's choice")
+    wandb_mode: Literal["offline", "online", "disabled"] = Field(
+        default="offline", description="offline | online | disabled; offline runs go up later with `wandb sync`"
+    )
+
+
+class SampleSection(Section):
+    steps: int | None = Field(default=None, description="sampling steps; null = what the base states", ge=1)
+    guidance_scale: float | None = Field(
+        default=None, description="classifier-free guidance by the caption; null = what the base states", ge=0
+    )
+    layout_scale: float = Field(default=1.0, description="multiplier of the layout residual (1 = as trained, 0 = off)")
+    layout_window: Pair = Field(
+        default=(0.0, 1.0), description="part of the sampling steps where the layout is on, from and to"
+    )
+    seed: int = Field(default=0, description="seed of the sampled pictures", ge=0, le=MAX_SEED)

@@ -1,0 +1,72 @@
+"""Everything that a run would ask its encoders for, made in advance: `mmdit-lora data cache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from mmdit_lora.config import Config
+from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.errors import InputError
+from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encode_store import EncodingStore
+from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.opening import open_base
+from mmdit_lora.training.run_data import read_data
+from mmdit_lora.training.trainer import picture_size
+
+Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def fill_cache(config: Config, cache: DiskCache, *, tell: Tell | None = None) -> dict[str, Any]:
+    """Make what is missing: pictures of both sides in all their variants, captions, the empty caption, phrases.
+
+    Another process may fill the same folder: what it is making is left to it, and looked at once more at the end.
+
+    Returns:
+        {"pictures", "captions", "phrases", "uncached_pictures"}: how many the config asks for.
+
+    Raises:
+        InputError: the data, the base or the size are wrong, or a picture cannot be read.
+    """
+    data = read_data(config)
+    if not data.records:
+        raise InputError("holds no record", where=config.data.path)
+    pipe, _ = open_base(config, _DTYPES[config.train.mixed_precision])
+    size = picture_size(config, pipe)
+    pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    store = EncodingStore(cache, pipe, config.base)
+    encoder = Encoder(pipe, store)
+    examples = Examples([*data.records, *data.held_out], encoder, config, size=size, slots=None)
+    layouts = [record.layout for record in examples.records]
+    captions = list(dict.fromkeys(["", *(layout.caption for layout in layouts)]))
+    phrases = list(dict.fromkeys(box.phrase for layout in layouts for box in layout.boxes))
+    if config.train.phrase_dropout:
+        phrases.append("")
+    views = [(index, variant) for index in range(len(layouts)) for variant in range(examples.variants or 0)]
+    work: list[Callable[..., Any]] = [
+        *(partial(store.prompt, text, partial(encoder.encode_caption, text)) for text in captions),
+        *(partial(store.phrase, text, partial(encoder.encode_phrase, text)) for text in phrases),
+        *(partial(examples.view, *view) for view in views),
+    ]
+    cache.sweep()
+    left: list[Callable[..., Any]] = []
+    for done, item in enumerate(work, start=1):
+        if item(wait=False) is None:
+            left.append(item)
+        if tell is not None:
+            tell("cache", done, len(work), {})
+    for item in left:
+        item()
+    cache.sweep()
+    return {
+        "pictures": len(views),
+        "captions": len(captions),
+        "phrases": len(phrases),
+        "uncached_pictures": 0 if views else len(layouts),
+    }
