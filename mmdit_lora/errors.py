@@ -29,6 +29,12 @@ class InputError(ValueError):
         return f"{message}\n  to mend it: {self.cure}" if self.cure else message
 
 
+def listed(names: Iterable[str]) -> str:
+    """The first eight names, and whether there are more, for messages."""
+    names = list(names)
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
 def unknown_key(key: str, known: Iterable[str], *, where: str | None = None) -> InputError:
     """An `InputError` for a key that does not exist, naming the nearest one that does."""
     names = list(known)

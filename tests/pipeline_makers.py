@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, FluxPipeline, StableDiffusion3Pipeline
 
 from mmdit_lora import Box, Layout
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer
-from tests.tiny_flux import plain_flux_twin, tiny_flux_pipeline, tiny_flux_transformer
+from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
 FAMILIES = ("sd3", "flux")
 RED = Layout("a red circle", [Box((0.1, 0.1, 0.4, 0.5), "red circle")])
@@ -38,7 +38,7 @@ def stock_of(pipe: Any) -> Any:
     if isinstance(pipe, StableDiffusion3Pipeline):
         stock: Any = StableDiffusion3Pipeline(**components, transformer=plain_twin(pipe.transformer))
     else:
-        stock = FluxPipeline(**components, transformer=plain_flux_twin(pipe.transformer))
+        stock = FluxPipeline(**components, transformer=plain_twin(pipe.transformer))
     stock.set_progress_bar_config(disable=True)
     return stock
 

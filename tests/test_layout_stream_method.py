@@ -21,7 +21,7 @@ from mmdit_lora.training.step import losses
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer
-from tests.tiny_flux import plain_flux_twin, tiny_flux_pipeline, tiny_flux_transformer
+from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
 
 def stock_sd3(folder: Path) -> Path:
@@ -34,7 +34,7 @@ def stock_sd3(folder: Path) -> Path:
 def stock_flux(folder: Path) -> Path:
     pipe = tiny_flux_pipeline(folder, tiny_flux_transformer(open_gates=False))
     parts = {name: part for name, part in pipe.components.items() if name != "transformer"}
-    FluxPipeline(**parts, transformer=plain_flux_twin(pipe.transformer)).save_pretrained(folder / "plain")
+    FluxPipeline(**parts, transformer=plain_twin(pipe.transformer)).save_pretrained(folder / "plain")
     return folder / "plain"
 
 

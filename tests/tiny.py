@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mmdit_lora.lora import lora_parameters
-from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
+from mmdit_lora.models import FAMILIES, LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline
 
 # Two heads of 16 on 8 x 8 = 64 image tokens.
@@ -29,20 +29,7 @@ SD3_CONFIG: dict[str, Any] = {
     "pooled_projection_dim": 48,
     "pos_embed_max_size": 16,
 }
-# The transformer of stabilityai/stable-diffusion-3-medium-diffusers (transformer/config.json).
-SD3_MEDIUM: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
+SD3_MEDIUM: dict[str, Any] = dict(FAMILIES["sd3"].presets["sd3-medium"])
 
 # SD3-medium has neither; SD3.5-large has qk_norm; SD3.5-medium has both (of 24 blocks, the first 13 are dual).
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -116,29 +103,34 @@ def tiny_pipeline(
     """A whole pipeline, without T5, that paints 32 x 32 pixels. `folder` takes the tokenizer's files."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.06,
-            scaling_factor=1.5,
-        )
+        vae = tiny_vae()
         encoders = [tiny_text_encoder(projection_dim=width) for width in (16, 32)]
     tokenizer = tiny_tokenizer(folder)
     return LayoutStableDiffusion3Pipeline(
         transformer=tiny_transformer() if transformer is None else transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
+        vae=vae,
         text_encoder=encoders[0],
         tokenizer=tokenizer,
         text_encoder_2=encoders[1],
         tokenizer_2=tokenizer,
         max_sequence_length=8,
     )
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Four latent channels, a cell covers 2 x 2 pixels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    ).eval()
 
 
 def tiny_text_encoder(*, projection_dim: int) -> CLIPTextModelWithProjection:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_tokenizer, tiny_vae
 
 if TYPE_CHECKING:
     from mmdit_lora.pipelines.flux import LayoutFluxPipeline
@@ -49,14 +48,6 @@ def tiny_flux_transformer(*, open_gates: bool = True, seed: int = 0, **changes: 
                 if null is not None:
                     torch.nn.init.normal_(null)
     return model.eval()
-
-
-def plain_flux_twin(model: LayoutFluxTransformer2DModel) -> FluxTransformer2DModel:
-    """diffusers' own class with the weights of `model`."""
-    stock = inspect.signature(FluxTransformer2DModel.__init__).parameters
-    twin = FluxTransformer2DModel(**{key: value for key, value in model.config.items() if key in stock})
-    twin.load_state_dict({key: value for key, value in model.state_dict().items() if "layout" not in key})
-    return twin.eval()
 
 
 def tiny_flux_inputs(batch: int = 2, *, seed: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -104,17 +95,7 @@ def tiny_flux_pipeline(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.06,
-            scaling_factor=1.5,
-        )
+        vae = tiny_vae()
         clip = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=260,
@@ -132,7 +113,7 @@ def tiny_flux_pipeline(
     return LayoutFluxPipeline(
         transformer=tiny_flux_transformer() if transformer is None else transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
-        vae=vae.eval(),
+        vae=vae,
         text_encoder=clip.eval(),
         tokenizer=tiny_tokenizer(folder),
         text_encoder_2=t5,

@@ -110,7 +110,7 @@ class DiskCache:
 
     def path(self, kind: str, key: str) -> Path:
         """The file of an entry, there or not."""
-        return self.folder / kind / key[:2] / f"{key}.safetensors"
+        return Path(self._name(kind, key))
 
     def __contains__(self, item: tuple[str, str]) -> bool:
         return self.path(*item).is_file()

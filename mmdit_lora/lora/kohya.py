@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, listed
 
 PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_")
 
@@ -77,7 +77,7 @@ def from_kohya(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if faults:
         raise InputError(
             f"{len(faults)} of {len(parts)} modules are not plain LoRA on a part that can carry one here: "
-            f"{', '.join(sorted(faults)[:8])}{', ...' if len(faults) > 8 else ''}",
+            f"{listed(sorted(faults))}",
             cure="T5 (lora_te3), LoHa, LoKr and DoRA parts are not supported: leave them out of the file",
         )
     converted: dict[str, Tensor] = {}

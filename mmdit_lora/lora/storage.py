@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora.adapt import adapter_shapes, find_targets, inject, with_adapter
 
@@ -147,7 +147,7 @@ def load_adapter(
         bare = any(not name.startswith(KEY_PREFIX) for name in found)
         raise InputError(
             "is not an adapter of this base: "
-            + "; ".join(_listed(kind, names) for kind, names in faults.items() if names),
+            + "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in faults.items() if names),
             where=str(path),
             cure=f"PEFT keys begin with {KEY_PREFIX!r}; `mmdit-lora export --to peft` writes them"
             if bare
@@ -236,7 +236,3 @@ def _read_weights(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor
     if not isinstance(metadata, dict):
         raise InputError(f"its header {HEADER_KEY!r} is not a JSON object", where=str(path))
     return state, metadata
-
-
-def _listed(kind: str, names: list[str]) -> str:
-    return f"{len(names)} {kind} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, listed
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import StreamInit, copy_from_block
 
@@ -132,12 +132,8 @@ class LayoutModelMixin(nn.Module):
             "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
         }
         if any(faults.values()):
-            listed = "; ".join(
-                f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-                for kind, names in faults.items()
-                if names
-            )
-            raise InputError(f"does not hold this model: {listed}", where=where)
+            found = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names)
+            raise InputError(f"does not hold this model: {found}", where=where)
         if missing:
             model.reset_layout_stream(seed=layout_seed, init=layout_init)
             logger.warning(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.models.creatilayout import VARIANTS, Recipe, recipes, variant_of
 from mmdit_lora.models.families import FAMILIES
@@ -202,7 +202,8 @@ def _check(
     faults = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(faults.values()):
         raise InputError(
-            "do not fit: " + "; ".join(_listed(kind, names) for kind, names in faults.items() if names),
+            "do not fit: "
+            + "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names),
             where=f"{theirs.path} on {own.path}",
             cure="give the weights and the base that belong together",
         )
@@ -261,8 +262,3 @@ def _named_in_index(index: Mapping[str, Any], model: Any) -> dict[str, Any]:
         "_class_name": name if name.startswith("Layout") else f"Layout{name}",
         "transformer": [type(model).__module__, type(model).__name__],
     }
-
-
-def _listed(kind: str, names: Iterable[str]) -> str:
-    names = list(names)
-    return f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,43 @@ def family_of(config: Mapping[str, Any], *, where: str) -> Family:
             return family
     known = ", ".join(family.stock_class for family in FAMILIES.values())
     raise InputError(f"its transformer is a {name}; known are {known}", where=where, cure="give a base of these")
+
+
+def stream_changes(
+    transformer: type[LayoutModelMixin],
+    config: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    has_stream: bool,
+    base: str,
+    where: Mapping[str, str],
+    cure: str,
+    cure_of_conflict: str | None = None,
+) -> dict[str, Any]:
+    """Of options for the layout stream, those that change a base: all where it has no stream, none where it has one.
+
+    Args:
+        config: of its transformer, as stored.
+        wanted: key of the transformer's config -> value; None = as it is.
+        base: its name, for messages. where: key -> what the option is called there. cure: of an option that is too much.
+        cure_of_conflict: of one that contradicts the base's own stream; None = `cure`.
+
+    Raises:
+        InputError: the family knows no such option, or the base has another stream.
+    """
+    known = inspect.signature(transformer.__init__).parameters
+    changes = {key: value for key, value in wanted.items() if value is not None}
+    for key, value in changes.items():
+        if key not in known:
+            raise InputError(f"is {value}, and the family of {base} has no such choice", where=where[key], cure=cure)
+        own = config.get(key, known[key].default)
+        if has_stream and own != value:
+            raise InputError(
+                f"is {value}, and the layout stream of {base} has {'none' if own is None else own}",
+                where=where[key],
+                cure=cure_of_conflict or cure,
+            )
+    return {} if has_stream else changes
 
 
 def stored_transformer(base: str) -> tuple[type[LayoutModelMixin], dict[str, Any]]:

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.models import FAMILIES, Family, LayoutModelMixin, family_of
+from mmdit_lora.models.families import stream_changes
 
 DEFAULT_SIDE = 1024
 _CURE = "give a pipeline folder, its transformer folder, a hub id, or a --family without a base"
@@ -111,20 +112,16 @@ def open_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
 def _with_options(
     base: str, family: Family, arguments: dict[str, Any], options: Mapping[str, Any], *, has_stream: bool = False
 ) -> dict[str, Any]:
-    known = inspect.signature(family.transformer.__init__).parameters
-    for key, value in options.items():
-        if value is None:
-            continue
-        where = STREAM_OPTIONS[key]
-        if key not in known:
-            raise InputError(
-                f"is {value}, and the family of {base} has no such choice", where=where, cure="leave it out"
-            )
-        own = arguments.get(key, known[key].default)
-        if has_stream and own != value:
-            raise InputError(f"is {value}, and the layout stream of {base} has {own}", where=where, cure="leave it out")
-        arguments[key] = value
-    return arguments
+    changes = stream_changes(
+        family.transformer,
+        arguments,
+        options,
+        has_stream=has_stream,
+        base=base,
+        where=STREAM_OPTIONS,
+        cure="leave it out",
+    )
+    return arguments | changes
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

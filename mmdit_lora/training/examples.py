@@ -123,9 +123,10 @@ class Examples:
             phrase_tokens=transformer.phrase_tokens,
             slots=self.slots,
         )
-        for row, flags in enumerate(silent):
-            for column in (column for column, is_silent in enumerate(flags) if is_silent):
-                inputs.phrase_embeds[row, column] = self.encoder.phrases([""])[""].to(inputs.phrase_embeds)
+        silent_places = [(row, column) for row, flags in enumerate(silent) for column, flag in enumerate(flags) if flag]
+        if silent_places:
+            rows, columns = torch.tensor(silent_places).unbind(1)
+            inputs.phrase_embeds[rows, columns] = self.encoder.phrases([""])[""].to(inputs.phrase_embeds)
         inputs = type(inputs)(inputs.boxes, inputs.phrase_embeds, inputs.mask & ~no_layout[:, None])
         return Batch(latents, noise, torch.cat(times), embeds, pooled, inputs)
 

@@ -14,13 +14,11 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.opening import open_base
+from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.run_data import read_data
 from mmdit_lora.training.trainer import picture_size
 
 Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
-
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def fill_cache(config: Config, cache: DiskCache, *, tell: Tell | None = None) -> dict[str, Any]:
@@ -37,7 +35,7 @@ def fill_cache(config: Config, cache: DiskCache, *, tell: Tell | None = None) ->
     data = read_data(config)
     if not data.records:
         raise InputError("holds no record", where=config.data.path)
-    pipe, _ = open_base(config, _DTYPES[config.train.mixed_precision])
+    pipe, _ = open_base(config, DTYPES[config.train.mixed_precision])
     size = picture_size(config, pipe)
     pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     store = EncodingStore(cache, pipe, config.base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,14 @@ from safetensors import safe_open
 from mmdit_lora.config import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import base_fingerprint
-from mmdit_lora.models.families import stored_transformer
+from mmdit_lora.models.families import stored_transformer, stream_changes
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
 # Parts of module names. What is trained or carries an adapter keeps its weights: a LoRA then merges exactly.
 NEVER_QUANTISED = ("layout_stream", "layout_processor")
+
+# `train.mixed_precision` -> dtype of the frozen weights.
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Keys of the config's section `stream` and of the transformer.
 _STREAM_KEYS = {
@@ -57,38 +59,31 @@ def stream_options(config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {"layout_seed": config.train.seed if stream.seed is None else stream.seed}
     if stream.init is not None:
         options["layout_init"] = stream.init
-    wanted = {key: value for key in _STREAM_KEYS if (value := getattr(stream, key)) is not None}
+    wanted = {own: value for key, own in _STREAM_KEYS.items() if (value := getattr(stream, key)) is not None}
     if not wanted and stream.init is None and stream.seed is None:
         return options
     try:
         transformer, stored = stored_transformer(config.base)
     except InputError:
         return options  # no base of ours: `load_pipeline` says so better
-    known = inspect.signature(transformer.__init__).parameters
     has_stream = stored["_class_name"] == transformer.__name__
-    for key, value in wanted.items():
-        own = _STREAM_KEYS[key]
-        if own not in known:
-            raise InputError(
-                f"is {value}, and the family of {config.base} has no such choice",
-                where=f"stream.{key}",
-                cure="set it to null",
-            )
-        is_value = stored.get(own, known[own].default)
-        if has_stream and is_value != value:
-            raise InputError(
-                f"is {value}, and the layout stream of {config.base} has {'none' if is_value is None else is_value}",
-                where=f"stream.{key}",
-                cure="set it to null, or start from a base without a layout stream",
-            )
-        if not has_stream:
-            options[own] = value
+    start = "set it to null, or start from a base without a layout stream"
+    options |= stream_changes(
+        transformer,
+        stored,
+        wanted,
+        has_stream=has_stream,
+        base=config.base,
+        where={own: f"stream.{key}" for key, own in _STREAM_KEYS.items()},
+        cure="set it to null",
+        cure_of_conflict=start,
+    )
     for key in ("init", "seed"):
         if has_stream and getattr(stream, key) is not None:
             raise InputError(
                 f"is {getattr(stream, key)}, and {config.base} has a layout stream already: none is started",
                 where=f"stream.{key}",
-                cure="set it to null, or start from a base without a layout stream",
+                cure=start,
             )
     return options
 

@@ -37,7 +37,7 @@ from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples, seeded
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses
 from mmdit_lora.training.method import TrainableReport, set_trainable
-from mmdit_lora.training.opening import open_base
+from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT, check_output
 from mmdit_lora.training.result import save_result
 from mmdit_lora.training.run_data import read_data
@@ -159,7 +159,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    dtype = DTYPES[precision]
     data = read_data(config)
     pipe, base_fingerprint = open_base(config, dtype)
     size = picture_size(config, pipe)
