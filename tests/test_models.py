@@ -200,3 +200,5 @@ def test_layout_inputs_refuse_what_does_not_fit() -> None:
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="layout_attention is 'other'"):
         LayoutSD3Transformer2DModel(**SD3_CONFIG, layout_attention="other")
+    with pytest.raises(ValueError, match="layout_init is 'copy'; known: copy_text, copy_image, random"):
+        tiny_transformer().reset_layout_stream(seed=0, init="copy")

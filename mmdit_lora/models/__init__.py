@@ -11,11 +11,10 @@ from mmdit_lora.models.layout_stream import (
     SingleLayoutStream,
 )
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
-from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit
+from mmdit_lora.models.stream_init import StreamInit
 
 __all__ = [
     "FAMILIES",
-    "STREAM_INITS",
     "Family",
     "LayoutFluxTransformer2DModel",
     "LayoutInputs",

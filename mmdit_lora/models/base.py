@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
-from mmdit_lora.models.stream_init import StreamInit, copy_from_block
+from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
 
 logger = logging.getLogger("mmdit_lora")
 
@@ -155,6 +155,8 @@ class LayoutModelMixin(nn.Module):
             seed: of what is random in it; the caller's random numbers are not used up.
             init: see `from_pretrained`. The layout processor is random in any case: the base has nothing like it.
         """
+        if init not in STREAM_INITS:
+            raise ValueError(f"layout_init is {init!r}; known: {', '.join(STREAM_INITS)}")
         anchor = next(p for n, p in self.named_parameters() if "layout" not in n and p.is_floating_point())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -133,7 +133,9 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         height, width = (side // 2 for side in latents.shape[-2:])
         # (B, C, 2 h, 2 w) -> (B, h w, 4 C), as diffusers' FluxPipeline packs and numbers them.
         patches = latents.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5)
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        rows, columns = torch.meshgrid(
+            torch.arange(height, device=latents.device), torch.arange(width, device=latents.device), indexing="ij"
+        )
         image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
         inputs: dict[str, Any] = {
             "hidden_states": patches.reshape(len(latents), height * width, -1),
@@ -206,11 +208,11 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         assert img_ids is not None
         assert txt_ids is not None
         img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
-        image_rotary_emb = self.pos_embed(torch.cat([txt_ids, img_ids]))
-        layout_rotary_emb = None
-        if layout_states is not None:
-            layout_ids = img_ids.new_full((layout_states.shape[1], 3), LAYOUT_POSITION)
-            layout_rotary_emb = self.pos_embed(torch.cat([img_ids, layout_ids]))
+        # Text, image, layout: the block's own attention reads the first two, that of the layout stream the last two.
+        layout_ids = img_ids.new_full((0 if layout_states is None else layout_states.shape[1], 3), LAYOUT_POSITION)
+        rotary_emb = self.pos_embed(torch.cat([txt_ids, img_ids, layout_ids]))
+        image_rotary_emb = tuple(part[: len(txt_ids) + len(img_ids)] for part in rotary_emb)
+        layout_rotary_emb = tuple(part[len(txt_ids) :] for part in rotary_emb)
 
         if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
             ip_embeds = joint_attention_kwargs.pop("ip_adapter_image_embeds")
