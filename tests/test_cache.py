@@ -325,16 +325,16 @@ def child(base: Path, data: Path, root: Path, encoded: Any = None, gate: Any = N
 def test_killed_fills_end_in_the_bytes_of_an_undisturbed_one(
     base: Path, data: Path, filled: Path, tmp_path: Path, kills: int
 ) -> None:
-    start = time.monotonic()
-    child(base, data, tmp_path / "timed")
-    seconds = time.monotonic() - start
     chance, killed, root = random.Random(kills), 0, tmp_path / "killed"
-    counts = []
-    for attempt in range(10 * kills):
+    count, counts = 0, []
+    for _ in range(10 * kills):
+        # A moment between two numbers of entries, and not by the clock: a busy machine would be killed while it loads the base.
+        wanted = chance.randint(count, len(files(filled)) - 1)
         process = FORK.Process(target=child, args=(base, data, root))
         process.start()
-        # Later and later, or it would never get past the loading of the base.
-        time.sleep(chance.uniform(0.3, 1.0) * seconds * min(1.0, 0.5 + attempt / kills / 2))
+        while process.is_alive() and sum(1 for _ in DiskCache(root).entries()) < wanted:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
         if process.is_alive():
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
@@ -348,6 +348,7 @@ def test_killed_fills_end_in_the_bytes_of_an_undisturbed_one(
             break
         if count == len(files(filled)):  # full: the next one begins anew
             shutil.rmtree(root)
+            count = 0
     assert killed == kills
     assert len(set(counts)) > 1, "every kill came at the same moment"
     child(base, data, root)
