@@ -159,7 +159,6 @@ def crop_loss(records: Sequence[Record], size: tuple[int, int], *, min_visible: 
     Raises:
         InputError: a file is no picture.
     """
-    from mmdit_lora.data.images import image_size
     from mmdit_lora.data.transforms import move_boxes, place
 
     looked, before, lost, emptied = 0, 0, 0, 0
@@ -167,10 +166,7 @@ def crop_loss(records: Sequence[Record], size: tuple[int, int], *, min_visible: 
         looked += 1
         if not record.layout.boxes:
             continue
-        try:
-            width, height = image_size(record.image)
-        except InputError as error:
-            raise error.at(record.where) from None
+        width, height = record.size()
         after = move_boxes(record.layout, (height, width), place((height, width), size), min_visible=min_visible)
         before += len(record.layout.boxes)
         lost += len(record.layout.boxes) - len(after.boxes)

@@ -46,7 +46,7 @@ def partition(records: Sequence[Record], share: float, *, by: str = "name") -> t
 
 
 def _name(record: Record) -> str:
-    return hashlib.sha256(record.image.name.encode()).hexdigest()
+    return hashlib.sha256(record.name.encode()).hexdigest()
 
 
 def _pixels(record: Record) -> str:

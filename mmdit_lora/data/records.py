@@ -59,6 +59,29 @@ class Record:
         except InputError as error:
             raise error.at(self.where) from None
 
+    @property
+    def name(self) -> str:
+        """The picture's file name, without folders."""
+        return self.image.name
+
+    def read_bytes(self) -> bytes:
+        """The picture's file. Raises `InputError` with the record's place where it cannot be read."""
+        try:
+            return self.image.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"the picture {self.image} cannot be read ({error.strerror})",
+                where=self.where,
+                cure="restore the file, or leave the record out",
+            ) from None
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the upright picture in pixels, from its header. Raises `InputError` where it is no picture."""
+        try:
+            return image_size(self.image)
+        except InputError as error:
+            raise error.at(self.where) from None
+
 
 def read_dataset(folder: str | Path, *, bbox_format: str = "xyxy", bbox_units: str = "relative") -> list[Record]:
     """The records of a data set folder. Pictures are not decoded; for boxes in pixels their headers are read.

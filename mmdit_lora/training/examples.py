@@ -169,11 +169,7 @@ class Examples:
             latents = store.latents(self._stored[place])
             if latents is not None:
                 return latents, self._layouts[place]
-        try:
-            digest = hashlib.sha256(record.image.read_bytes()).hexdigest()
-        except OSError:
-            record.load()  # says what is wrong, and where
-            raise
+        digest = hashlib.sha256(record.read_bytes()).hexdigest()
         draw = ("variant", seed, variant) if self._is_drawn else None
 
         def prepared() -> tuple[Tensor, Layout]:

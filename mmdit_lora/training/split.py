@@ -20,9 +20,9 @@ def split_records(records: Sequence[Record], share: float) -> tuple[list[Record]
     """
     if share == 0:
         return list(records), []
-    names = sorted({record.image.name for record in records}, key=_digest)
+    names = sorted({record.name for record in records}, key=_digest)
     held_out = set(names[: max(1, round(share * len(names)))])
-    sides = ([r for r in records if r.image.name not in held_out], [r for r in records if r.image.name in held_out])
+    sides = ([r for r in records if r.name not in held_out], [r for r in records if r.name in held_out])
     if not sides[0]:
         raise InputError(
             f"{len(names)} pictures are too few to hold out a share of {share}",
@@ -36,7 +36,7 @@ def fingerprint_records(records: Sequence[Record]) -> str:
     """sha256 over names, sizes in bytes and layouts, in order. Pixels are not read: that takes minutes on large sets."""
     digest = hashlib.sha256()
     for record in records:
-        entry = (record.image.name, record.image.stat().st_size, record.layout.to_dict())
+        entry = (record.name, record.image.stat().st_size, record.layout.to_dict())
         digest.update(json.dumps(entry, sort_keys=True).encode())
     return digest.hexdigest()
 
