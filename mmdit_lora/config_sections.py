@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmdit_lora.config_filter import FilterSection, Section, without_empty_sections
+from mmdit_lora.config_filter import BucketsSection, FilterSection, Section, without_empty_sections
 
 # YAML has lists only, and strict mode would refuse them where a tuple is meant.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
@@ -30,7 +30,7 @@ class DataSection(Section):
         default="relative", description="relative (0 to 1 of the picture's sides) | pixel"
     )
     resolution: int | None = Field(
-        default=None, description="side of the training pictures in pixels; null = the base's own", ge=16
+        default=None, description="side of the square training pictures in pixels; null = the base's own", ge=16
     )
     crop: Literal["center", "random"] = Field(
         default="center", description="what is kept of an oblong picture: center | random"
@@ -57,6 +57,9 @@ class DataSection(Section):
         ge=1,
     )
     filter: FilterSection = Field(default=FilterSection(), description="which boxes are used at all")
+    buckets: BucketsSection = Field(
+        default=BucketsSection(), description="aspect buckets: pictures keep their shape instead of being cut square"
+    )
 
     @model_validator(mode="before")
     @classmethod

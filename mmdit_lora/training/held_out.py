@@ -27,9 +27,12 @@ def held_out_losses(model: nn.Module, examples: Examples, device: torch.device, 
     was_training = model.training
     model.eval()
     out = torch.zeros(count)
+    of_size: dict[tuple[int, int], list[int]] = {}
+    for index in range(count):
+        of_size.setdefault(examples.size_of(index), []).append(index)
+    parts = [each[at : at + batch_size] for each in of_size.values() for at in range(0, len(each), batch_size)]
     for draw in range(_DRAWS):
-        for start in range(0, count, batch_size):
-            indices = list(range(start, min(start + batch_size, count)))
+        for indices in parts:
             batch = examples.held_out_batch(indices, draw)
             out[indices] += losses(model, batch.to(device), guidance=examples.config.flow.guidance).cpu() / _DRAWS
     model.train(was_training)

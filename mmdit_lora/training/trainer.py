@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.config import Config
 from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.order import seeded
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
@@ -34,13 +35,13 @@ from mmdit_lora.training.checkpoint import (
 )
 from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
-from mmdit_lora.training.examples import Examples, seeded
+from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses
 from mmdit_lora.training.method import TrainableReport, set_trainable
 from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT, check_output
 from mmdit_lora.training.result import save_result
-from mmdit_lora.training.run_data import read_data
+from mmdit_lora.training.run_data import read_data, run_buckets
 from mmdit_lora.training.split import fingerprint_records
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.switches import apply_switches
@@ -86,10 +87,6 @@ class Run:
         return Path(self.config.output_dir)
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.examples.size
-
-    @property
     def settings(self) -> PaintSettings:
         sample = self.config.sample
         return PaintSettings(
@@ -97,7 +94,6 @@ class Run:
             guidance_scale=sample.guidance_scale,
             layout_scale=sample.layout_scale,
             layout_window=sample.layout_window,
-            size=self.size,
         )
 
     @property
@@ -162,7 +158,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     dtype = DTYPES[precision]
     data = read_data(config)
     pipe, base_fingerprint = open_base(config, dtype)
-    size = picture_size(config, pipe)
+    buckets = run_buckets(config, pipe)
     _check_guidance(config, pipe)
     fingerprints = {"base": base_fingerprint, "data": fingerprint_records(data.records)}
     pipe.to(accelerator.device)
@@ -191,6 +187,15 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     encoder = Encoder(pipe, EncodingStore(DiskCache(cache), pipe, config.base) if cache is not None else None)
     slots = pipe.transformer.config.layout_slots
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
+    examples = Examples(
+        data.records,
+        encoder,
+        config,
+        buckets=buckets,
+        slots=slots,
+        batch=settings.batch_size * settings.gradient_accumulation * accelerator.num_processes,
+    )
+    counts, warnings = data.losses(config, buckets)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -199,11 +204,11 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         trainable=trainable,
         optimizer=optimizer,
         schedule=schedule,
-        examples=Examples(data.records, encoder, config, size=size, slots=slots),
-        held_out=Examples(data.held_out, encoder, config, size=size, slots=slots) if data.held_out else None,
+        examples=examples,
+        held_out=Examples(data.held_out, encoder, config, buckets=buckets, slots=slots) if data.held_out else None,
         fingerprints=fingerprints,
         dtype=dtype,
-        data_losses=data.losses(config, size),
+        data_losses=(counts, [*warnings, *examples.bucket_warnings()]),
     )
 
 
@@ -275,14 +280,15 @@ def _validate(run: Run, tracker: Tracker | None) -> PairedLoss | None:
 
 
 def _show(run: Run, tracker: Tracker) -> None:
-    """Paint the first held-out layouts, always from the same noise; where the reader can judge them, their fidelity."""
+    """Paint the first held-out layouts at their pictures' size, always from the same noise; where the reader can judge them, their fidelity."""
     source = run.held_out or run.examples
     layouts = [record.layout for record in source.records[: run.config.train.sample_count]]
     if not layouts:
         return
     run.pipe.transformer.eval()
     with run.accelerator.autocast():  # the prepared model answers in fp32, which the VAE would not take
-        pictures = paint(run.pipe, layouts, run.settings, seed=run.config.sample.seed)
+        sizes = [source.size_of(index) for index in range(len(layouts))]
+        pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
     run.pipe.transformer.train()
     boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
     save_png(contact_sheet(boxed), run.folder / "samples" / f"step_{run.step:07d}.png")
@@ -344,20 +350,6 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     run.seconds_before = state["seconds"]
 
 
-def picture_size(config: Config, pipe: LayoutPipeline) -> tuple[int, int]:
-    """(height, width) of the training pictures in pixels.
-
-    Raises:
-        InputError: the base cannot have this size.
-    """
-    side = config.data.resolution or pipe.default_side
-    try:
-        pipe.check_side(side)
-    except InputError as error:
-        raise InputError(error.what, where="data.resolution", cure=error.cure) from None
-    return side, side
-
-
 def _check_guidance(config: Config, pipe: LayoutPipeline) -> None:
     if config.flow.guidance != 1.0 and not getattr(pipe.transformer.config, "guidance_embeds", False):
         raise InputError(
@@ -378,6 +370,7 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "trainable_params": run.trainable.trainable_params,
         "total_params": run.trainable.total_params,
         "pictures": len(run.examples.records),
+        "buckets": run.examples.bucket_counts(),
         **run.data_losses[0],
         "held_out_loss": comparison.to_dict() if comparison else None,
     }
