@@ -46,6 +46,7 @@ def check(
     as_json: JsonFlag = False,
 ) -> None:
     """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
+    from mmdit_lora.data.buckets import one_size
     from mmdit_lora.data.check import check_dataset, clip_tokens, read_written
     from mmdit_lora.data.formats import read_format
     from mmdit_lora.data.records import read_dataset, scan_dataset
@@ -55,6 +56,7 @@ def check(
     own_format, own_units = bbox_format or "xyxy", bbox_units or "relative"
     others = read_dataset(against, bbox_format=own_format, bbox_units=own_units) if against else []
     tokens = clip_tokens(base)
+    buckets = None if resolution is None else one_size((resolution, resolution))
     if from_ not in (None, "jsonl"):
         source = read_format(
             from_,
@@ -73,7 +75,7 @@ def check(
             left_out=dict(source.left_out),
             against=others,
             tokens=tokens,
-            resolution=resolution,
+            buckets=buckets,
         )
     else:
         for option, value in (("--images", images), ("--split", split)):
@@ -81,9 +83,7 @@ def check(
                 raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
         records, errors = scan_dataset(data, bbox_format=own_format, bbox_units=own_units)
         written = read_written(data, bbox_format=own_format, bbox_units=own_units)
-        report = check_dataset(
-            records, errors=errors, written=written, against=others, tokens=tokens, resolution=resolution
-        )
+        report = check_dataset(records, errors=errors, written=written, against=others, tokens=tokens, buckets=buckets)
     _print(report)
     if out is not None:
         _write(report, records, data, out)

@@ -16,6 +16,10 @@ from mmdit_lora.errors import InputError
 
 Size = tuple[int, int]  # (height, width) in pixels
 
+# Less of a box than this share, after a crop, shows no longer what the phrase says. Here and not in transforms.py, which would
+# cost `data check` the seconds that PyTorch takes to import.
+MIN_VISIBLE = 0.25
+
 
 @dataclass(frozen=True)
 class Buckets:
