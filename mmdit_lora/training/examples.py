@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -77,7 +78,9 @@ class Examples:
         no_caption = (drop[:, 0] < config.train.caption_dropout).tolist()
         no_layout = drop[:, 1] < config.train.layout_dropout
         captions = ["" if dropped else layout.caption for dropped, layout in zip(no_caption, layouts, strict=True)]
-        return self._batch(latents, layouts, captions, no_layout, generators, augment=True)
+        batch = self._batch(latents, layouts, captions, no_layout, generators, augment=True)
+        keys = [seeded("dropout", config.train.seed, position).initial_seed() % 2**31 for position in positions]
+        return replace(batch, keys=torch.tensor(keys, dtype=torch.int32))
 
     def held_out_batch(self, indices: Sequence[int], draw: int) -> Batch:
         """Records as they are, with time and noise that depend on the record and `draw` alone."""
