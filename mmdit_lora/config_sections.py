@@ -203,6 +203,16 @@ class TrainSection(Section):
     log_every: int = Field(default=10, description="steps between log lines", ge=1)
 
 
+class PriorSection(Section):
+    layouts: str | None = Field(
+        default=None,
+        description="against forgetting: layouts of the old domain (data set folder, .json or .jsonl); null = off",
+    )
+    count: int = Field(default=200, description="how many of them are used; the base paints them before step 1", ge=1)
+    batch_size: int = Field(default=8, description="of them, beside the pictures of each step and process", ge=1)
+    weight: float = Field(default=1.0, description="weight of the change of the base's own predictions on them", gt=0)
+
+
 class TrackingSection(Section):
     tracker: Literal["wandb", "tensorboard", "none"] = Field(default="none", description="wandb | tensorboard | none")
     project: str = Field(default="mmdit-lora", description="the tracker's project", min_length=1)

@@ -39,6 +39,7 @@ class Examples:
         buckets: the sizes of the training pictures.
         slots: boxes a layout is padded to; None = as many as the batch needs.
         batch: samples of an optimizer step, over all processes: they are of one size.
+        draws: names what is drawn for training batches, so that two sets of a run draw different things.
 
     Raises:
         InputError: with more than one size, a picture is none, or too small.
@@ -53,9 +54,10 @@ class Examples:
         buckets: Buckets,
         slots: int | None,
         batch: int = 1,
+        draws: str = "train",
     ) -> None:
         self.records, self.encoder, self.config = records, encoder, config
-        self.slots, self.batch = slots, batch
+        self.slots, self.batch, self.draws = slots, batch, draws
         self._one_size = buckets.sizes[0][0] if buckets.is_single else None
         self._sizes = [] if buckets.is_single else [record_bucket(record, buckets) for record in records]
         # Where nothing is drawn for the picture, its latents are the same each time; where it has a number of variants,
@@ -72,14 +74,16 @@ class Examples:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
         config = self.config
         indices = [self._index_at(position) for position in positions]
-        generators = [seeded("train", config.train.seed, position) for position in positions]
+        generators = [seeded(self.draws, config.train.seed, position) for position in positions]
         latents, layouts = self._encode(indices, generators)
         drop = torch.stack([torch.rand(2, generator=generator) for generator in generators])
         no_caption = (drop[:, 0] < config.train.caption_dropout).tolist()
         no_layout = drop[:, 1] < config.train.layout_dropout
         captions = ["" if dropped else layout.caption for dropped, layout in zip(no_caption, layouts, strict=True)]
         batch = self._batch(latents, layouts, captions, no_layout, generators, augment=True)
-        keys = [seeded("dropout", config.train.seed, position).initial_seed() % 2**31 for position in positions]
+        keys = [
+            seeded("dropout", self.draws, config.train.seed, position).initial_seed() % 2**31 for position in positions
+        ]
         return replace(batch, keys=torch.tensor(keys, dtype=torch.int32))
 
     def held_out_batch(self, indices: Sequence[int], draw: int) -> Batch:

@@ -19,6 +19,7 @@ from mmdit_lora.data.order import seeded
 from mmdit_lora.training.checkpoint import checkpoints, trainable_parameters
 from mmdit_lora.training.meter import Meter
 from mmdit_lora.training.output import CHECKPOINTS
+from mmdit_lora.training.prior import prior_losses
 from mmdit_lora.training.run import Run
 from mmdit_lora.training.step import Batch, losses
 from mmdit_lora.training.stopping import Diverged, Interrupted, check_losses, noticed_signals
@@ -98,7 +99,7 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
     settings, accelerator, step = run.config.train, run.accelerator, run.state.step
     per_process, world = settings.batch_size, accelerator.num_processes
     samples: list[str] = []
-    times, each_loss = [], []
+    times, each_loss, prior_loss = [], [], torch.zeros((), device=accelerator.device)
     for micro in range(settings.gradient_accumulation):
         first = ((step * settings.gradient_accumulation + micro) * world + accelerator.process_index) * per_process
         positions = range(first, first + per_process)
@@ -109,12 +110,22 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
         is_last = micro == settings.gradient_accumulation - 1
         if not settings.compile:  # the counter sees into no compiled graph
             meter.count(tuple(batch.x0.shape), partial(_once, run, batch))
-        with meter.phase("compute"), nullcontext() if is_last else accelerator.no_sync(run.model):
+        syncs = is_last and run.prior is None  # processes exchange gradients in the last backward of a step
+        with meter.phase("compute"), nullcontext() if syncs else accelerator.no_sync(run.model):
             with accelerator.autocast():
                 found = losses(run.model, batch, run.objective)
             names = [run.examples.record_at(position).where for position in positions]
             check_losses(found.detach(), names, step=step, checkpoint=_safe(run))
             accelerator.backward(found.mean() / settings.gradient_accumulation)
+        if run.prior is not None:
+            number = step * settings.gradient_accumulation + micro
+            with meter.phase("data"):
+                old = run.prior.batch(number, world, accelerator.process_index).to(accelerator.device)
+            with meter.phase("compute"), nullcontext() if is_last else accelerator.no_sync(run.model):
+                with accelerator.autocast():
+                    moved = prior_losses(run.model, run.pipe.transformer, old, run.objective).mean()
+                accelerator.backward(run.config.prior.weight * moved / settings.gradient_accumulation)
+            prior_loss += moved.detach() / settings.gradient_accumulation
         samples += names
         times.append(batch.t)
         each_loss.append(found.detach())
@@ -129,13 +140,12 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
         run.optimizer.zero_grad()
         if run.average is not None:
             run.average.update()
-        total = torch.cat(each_loss).mean()
+        total = torch.stack([torch.cat(each_loss).mean(), prior_loss])
         if world > 1:
             total = accelerator.reduce(total, "mean")
-    record = StepRecord(
-        step + 1, tuple(samples), torch.cat(times), torch.cat(each_loss), total.item(), rate, norm.item()
-    )
-    return record, norms
+    loss, moved_by = total.tolist()
+    record = StepRecord(step + 1, tuple(samples), torch.cat(times), torch.cat(each_loss), loss, rate, norm.item())
+    return record, norms if run.prior is None else norms | {"prior_loss": moved_by}
 
 
 def _once(run: Run, batch: Batch) -> None:

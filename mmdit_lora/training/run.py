@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mmdit_lora.config import Config
+from mmdit_lora.data.buckets import one_size
 from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 from mmdit_lora.training.averaging import Averaged
 from mmdit_lora.training.checkpoint import Checkpoint, save_checkpoint, trainable_parameters
@@ -26,6 +29,7 @@ from mmdit_lora.training.method import TrainableReport, set_trainable
 from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.optim import make_optimizer, make_schedule
 from mmdit_lora.training.output import CHECKPOINTS, check_output
+from mmdit_lora.training.prior import FOLDER, Prior, paint_prior, prior_layouts
 from mmdit_lora.training.run_data import read_data, run_buckets
 from mmdit_lora.training.split import fingerprint_records
 from mmdit_lora.training.step import Objective
@@ -71,6 +75,8 @@ class Run:
     dtype: torch.dtype
     data_losses: tuple[dict[str, Any], list[str]]
     average: Averaged | None = None
+    prior: Prior | None = None
+    prior_layouts: list[Layout] = field(default_factory=list)
     state: State = field(default_factory=State)
     base_losses: Tensor | None = None
     compared: tuple[int, PairedLoss] | None = None  # the newest validation, and its step
@@ -109,6 +115,36 @@ class Run:
     def bare_model(self) -> nn.Module:
         """The transformer without Accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.model)
+
+    def start_prior(self) -> None:
+        """Paint the old domain with the base, in the main process, and have it beside the training samples.
+
+        Raises:
+            InputError: see `read_dataset`.
+        """
+        if not self.prior_layouts:
+            return
+        config, folder = self.config, self.folder / FOLDER
+        side = config.data.resolution or self.pipe.default_side
+        if self.accelerator.is_main_process:
+            settings = replace(self.settings, size=(side, side))
+            self.pipe.transformer.eval()
+            with self.accelerator.autocast():
+                paint_prior(self.pipe, self.prior_layouts, folder, settings, seed=config.train.seed)
+            self.pipe.transformer.train()
+        self.accelerator.wait_for_everyone()
+        plain = config.data.model_copy(update={"crop": "center", "flip": False, "box_jitter": 0.0})
+        size = config.prior.batch_size
+        examples = Examples(
+            read_dataset(folder),
+            self.examples.encoder,
+            config.model_copy(update={"data": plain}),
+            buckets=one_size((side, side)),
+            slots=self.examples.slots,
+            batch=size * config.train.gradient_accumulation * self.accelerator.num_processes,
+            draws="prior",
+        )
+        self.prior = Prior(examples, size)
 
     def save(self) -> None:
         """Write a checkpoint, and prune: the newest `train.keep_checkpoints` stay, and the best."""
@@ -172,6 +208,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.accelerator.is_available())
     dtype = DTYPES[settings.mixed_precision]
     data = read_data(config)
+    layouts = prior_layouts(config)
     pipe, base_fingerprint = open_base(config, dtype)
     buckets = run_buckets(config, pipe)
     _check_guidance(config, pipe)
@@ -209,6 +246,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         dtype=dtype,
         data_losses=(counts, [*warnings, *examples.bucket_warnings()]),
         average=average,
+        prior_layouts=layouts,
     )
 
 

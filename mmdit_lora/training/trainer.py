@@ -51,6 +51,7 @@ def train(
     if main:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / CONFIG, config.to_yaml())
+    run.start_prior()
     if run.held_out is not None:
         run.base_losses = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device).per_picture
     if resume and (found := checkpoints(run.folder / CHECKPOINTS)):
