@@ -56,6 +56,9 @@ class Config(Section):
     output_dir: str = Field(
         default="outputs/run", description="where checkpoints, pictures and the adapter go", min_length=1
     )
+    license: str = Field(
+        default="other", description="of the adapter, for its card: the hub's name of it", min_length=1
+    )
     data: DataSection = Field(description="the data set")
     lora: LoraSection = Field(default=LoraSection(), description="the adapter (method lora)")
     stream: StreamSection = Field(

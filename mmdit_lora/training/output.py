@@ -12,7 +12,7 @@ from mmdit_lora.config_filter import nested
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, remove_leftovers
 
-CHECKPOINTS, CONFIG, REPORT = "checkpoints", "config.yaml", "report.json"
+CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.json", "samples"
 # What may differ between a run and its resumption without changing what is trained.
 _FREE_ON_RESUME = {
     "output_dir",

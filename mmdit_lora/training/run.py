@@ -80,6 +80,7 @@ class Run:
     state: State = field(default_factory=State)
     base_losses: Tensor | None = None
     compared: tuple[int, PairedLoss] | None = None  # the newest validation, and its step
+    fidelity: dict[str, Any] | None = None  # of the pictures painted last
     started: float = field(default_factory=time.perf_counter)
 
     @property
