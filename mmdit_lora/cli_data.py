@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -147,30 +147,12 @@ def convert(
     names = _file_names(source.records)
     write_format(to, out, {part: _items(records, names) for part, records in parts.items()})
     counts = {"records": len(source.records)} | {part: len(records) for part, records in parts.items() if part}
-    left_out = (f"warning: {n} {what} were left out" for what, n in source.left_out.items())
-    for line in (*left_out, *warning_lines(source.warnings), *source.remarks):
+    for line in (*(f"warning: {n} {what} were left out" for what, n in source.left_out.items()), *source.remarks):
         say(line)
     say(f"wrote {', '.join(f'{count} {name}' for name, count in counts.items())} to {out}")
     if as_json:
         boxes = sum(len(record.layout.boxes) for record in source.records)
-        emit(
-            {
-                "out": str(out),
-                **counts,
-                "boxes": boxes,
-                "left_out": source.left_out,
-                "warnings": source.warnings,
-                **source.notes,
-            }
-        )
-
-
-def warning_lines(warnings: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line a kind: how many, and the first places."""
-    return [
-        f"warning: {len(places)} {kind}: {'; '.join(places[:3])}{' ...' if len(places) > 3 else ''}"
-        for kind, places in warnings.items()
-    ]
+        emit({"out": str(out), **counts, "boxes": boxes, "left_out": source.left_out, **source.notes})
 
 
 def say(message: str) -> None:

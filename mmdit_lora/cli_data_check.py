@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say, warning_lines
+from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,8 +69,6 @@ def check(
             collect_errors=True,
         )
         records = source.records
-        for line in warning_lines(source.warnings):
-            say(line)
         report = check_dataset(
             records,
             errors=source.errors,

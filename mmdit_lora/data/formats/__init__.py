@@ -203,7 +203,6 @@ class Source:
         left_out: how often something was left out, by reason.
         errors: of records that could not be read; empty unless they were asked for.
         notes: facts of the format for `--json`. remarks: lines for people.
-        warnings: what disagrees in the set -> each place, and what was taken.
     """
 
     records: list[Record]
@@ -211,7 +210,6 @@ class Source:
     errors: list[InputError] = field(default_factory=list)
     notes: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
-    warnings: Mapping[str, list[str]] = field(default_factory=dict)
     # Holds the folder of pictures that lay inside other files, as long as the records may be used.
     _context: Context | None = field(default=None, repr=False)
 
@@ -301,7 +299,7 @@ def read_format(
     for key in phrases:
         if key not in names and not errors:
             raise unknown_key(key, sorted(names), where="--map")
-    return Source(records, dict(context.left_out), errors, context.notes, context.remarks, context.warnings, context)
+    return Source(records, dict(context.left_out), errors, context.notes, context.remarks, context)
 
 
 def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]) -> Path:

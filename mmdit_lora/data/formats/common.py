@@ -62,8 +62,7 @@ class Context:
 
     Args:
         src: folder or file. split, images, detailed, bbox_format, bbox_units: the options of `read_format`.
-        left_out: reason -> how often. notes: facts for `--json`. remarks: lines for people. warnings: what disagrees in
-            the set -> each place, and what was taken.
+        left_out: reason -> how often. notes: facts for `--json`. remarks: lines for people.
     """
 
     src: Path
@@ -75,7 +74,6 @@ class Context:
     left_out: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
-    warnings: dict[str, list[str]] = field(default_factory=dict)
     unpacked_count: int = 0
 
     @cached_property
@@ -110,9 +108,6 @@ class Context:
             path = path.with_name(f"{flat(stem)}-{self.unpacked_count}.{suffix}")
         path.write_bytes(data)
         return path
-
-    def warn(self, kind: str, what: str) -> None:
-        self.warnings.setdefault(kind, []).append(what)
 
     def leave_out(self, reason: str) -> None:
         self.left_out[reason] += 1

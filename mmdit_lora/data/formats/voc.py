@@ -50,13 +50,8 @@ def read_voc(context: Context) -> Reads:
         )
     if split is None and splits:
         context.remarks.append(f"every annotation was read; --split takes {', '.join(sorted(splits))}")
-    taken: dict[Path, str] = {}
     for path in annotations if split is None else _of_split(src, split, splits):
-        yield partial(_sample, path, context, from_zero, taken)
-    if split is None:
-        for picture in sorted((context.images or src / "JPEGImages").iterdir()):
-            if picture.suffix in SUFFIXES and picture not in taken:
-                context.warn("pictures without an annotation", picture.name)
+        yield partial(_sample, path, context, from_zero)
 
 
 def write_voc(folder: Path, items: Iterable[Item]) -> None:
@@ -140,18 +135,12 @@ def _of_split(src: Path, split: str, splits: Mapping[str, Path]) -> Iterator[Pat
         yield path
 
 
-def _sample(path: Path, context: Context, from_zero: bool, taken: dict[Path, str]) -> Sample:
+def _sample(path: Path, context: Context, from_zero: bool) -> Sample:
     root = parse_xml(path)
     if root.tag != "annotation":
         raise InputError(f"its root is <{root.tag}>, not <annotation>", where=str(path))
-    image = _picture(root, path, context)
-    if image in taken:
-        context.warn("pictures of two annotations", f"{image.name}: {taken[image]} and {path.name}; both were read")
-    taken[image] = path.name
-    said = _said_size(root, path)
-    if said is None or 0 in said:
-        context.warn("annotations without a size", f"{path.name}; that of {image.name} was taken")
-    size = size_of(image, str(path), said)
+    image = _picture(root, path, context.images or context.src / "JPEGImages")
+    size = size_of(image, str(path), _said_size(root, path))
     things = []
     for number, item in enumerate(root.findall("object"), start=1):
         where = f"{path}: object {number}"
@@ -172,16 +161,12 @@ def _sample(path: Path, context: Context, from_zero: bool, taken: dict[Path, str
     return Sample(image, str(path), things)
 
 
-def _picture(root: Element, path: Path, context: Context) -> Path:
+def _picture(root: Element, path: Path, folder: Path) -> Path:
     """The file beside the annotation's own name; else the one that it names (which tools often leave stale)."""
-    folder = context.images or context.src / "JPEGImages"
     named = PureWindowsPath((root.findtext("filename") or "").strip()).name
     candidates = [f"{path.stem}{suffix}" for suffix in SUFFIXES] + ([named] if named else [])
     for name in candidates:
         if is_file(folder / name):
-            if named and name != named:
-                other = "extension" if PureWindowsPath(named).stem == Path(name).stem else "picture"
-                context.warn(f"annotations that name another {other}", f"{path.name} names {named}; {name} was taken")
             return folder / name
     raise MissingPictureError(
         f"its picture {named or path.stem + '.jpg'!r} is not in {folder.name}",
