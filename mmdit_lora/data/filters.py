@@ -32,8 +32,8 @@ class Filtered:
         boxes: that stay.
     """
 
-    records: list[Record]
-    emptied: list[Record]
+    records: Sequence[Record]
+    emptied: Sequence[Record]
     left_out: dict[str, int]
     boxes: int
 

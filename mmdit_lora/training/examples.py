@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from mmdit_lora.config import Config
 from mmdit_lora.data.collate import collate_layouts
+from mmdit_lora.data.order import epoch_order, seeded
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.encode import Encoder, TensorCache
 from mmdit_lora.training.step import Batch
-
-
-def seeded(*key: int | str) -> torch.Generator:
-    """A generator of its own for every key, e.g. ("train", seed, position)."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    """A permutation of `count` records, one for every (seed, epoch)."""
-    return torch.randperm(count, generator=seeded("order", seed, epoch)).tolist()
 
 
 class Examples:
@@ -83,7 +71,8 @@ class Examples:
 
     def _index_at(self, position: int) -> int:
         epoch, place = divmod(position, len(self.records))
-        return epoch_order(self.config.train.seed, epoch, len(self.records))[place]
+        blocks = getattr(self.records, "blocks", None)  # of sharded records that are cheaper to read together
+        return int(epoch_order(self.config.train.seed, epoch, len(self.records), blocks)[place])
 
     def _batch(
         self,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.config import Config
 from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.order import seeded
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
@@ -34,7 +35,7 @@ from mmdit_lora.training.checkpoint import (
 )
 from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
-from mmdit_lora.training.examples import Examples, seeded
+from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses
 from mmdit_lora.training.method import TrainableReport, set_trainable
 from mmdit_lora.training.opening import DTYPES, open_base

@@ -1,0 +1,52 @@
+"""Data sets in shards: tar files, local or in any store that fsspec opens; what `data.path` names beside a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mmdit_lora.data.records import METADATA
+from mmdit_lora.data.shards.records import MOST_HELD_OUT, Part, ShardedRecords, ShardRecord, Subset, spread
+from mmdit_lora.data.shards.store import expand, find, is_url
+
+__all__ = ["MOST_HELD_OUT", "ShardRecord", "ShardedRecords", "Subset", "is_sharded", "open_shards", "spread"]
+
+TAR = ".tar"
+
+
+def is_sharded(path: str | os.PathLike[str]) -> bool:
+    """Whether a path means shards: a URL, a .tar file or pattern, or a folder of .tar files without metadata.jsonl."""
+    text = os.fspath(path)
+    if is_url(text):
+        return True
+    folder = Path(text)
+    if folder.is_dir():
+        return not (folder / METADATA).is_file() and any(folder.glob(f"*{TAR}"))
+    return text.endswith(TAR)
+
+
+def open_shards(
+    path: str | os.PathLike[str], *, bbox_format: str = "xyxy", bbox_units: str = "relative"
+) -> ShardedRecords:
+    """The records of shards, in the order of their names. A shard without index is looked through once.
+
+    Args:
+        path: a folder of .tar files, one file, a glob, or a brace pattern such as `set-{000..009}.tar`; local, or a URL of
+            fsspec (`s3://`, `https://` ...). bbox_format, bbox_units: as of `read_dataset`.
+
+    Raises:
+        InputError: there is no shard, one is damaged, or a record is wrong; with `shard:key`.
+    """
+    remarks: list[str] = []
+    parts = [_open(name, bbox_format, bbox_units, remarks) for name in expand(os.fspath(path), TAR)]
+    return ShardedRecords(parts, remarks)
+
+
+def _open(name: str, bbox_format: str, bbox_units: str, remarks: list[str]) -> Part:
+    from mmdit_lora.data.shards.tar_part import TarPart
+
+    def tell(line: str) -> None:
+        if not remarks:  # of a folder that cannot be written to, each shard would say it
+            remarks.append(line)
+
+    return TarPart(find(name), bbox_format=bbox_format, bbox_units=bbox_units, tell=tell)
