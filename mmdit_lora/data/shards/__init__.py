@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mmdit_lora.data.records import METADATA
+from mmdit_lora.data.records import METADATA, Record, read_dataset
 from mmdit_lora.data.shards.records import MOST_HELD_OUT, Part, ShardedRecords, ShardRecord, Subset, spread
 from mmdit_lora.data.shards.store import expand, find, is_url
 
-__all__ = ["MOST_HELD_OUT", "ShardRecord", "ShardedRecords", "Subset", "is_sharded", "open_shards", "spread"]
+__all__ = [
+    "MOST_HELD_OUT",
+    "ShardRecord",
+    "ShardedRecords",
+    "Subset",
+    "is_sharded",
+    "open_shards",
+    "sample_dataset",
+    "spread",
+]
 
 TAR = ".tar"
 
@@ -40,6 +49,21 @@ def open_shards(
     remarks: list[str] = []
     parts = [_open(name, bbox_format, bbox_units, remarks) for name in expand(os.fspath(path), TAR)]
     return ShardedRecords(parts, remarks)
+
+
+def sample_dataset(
+    path: str | os.PathLike[str], most: int, *, bbox_format: str = "xyxy", bbox_units: str = "relative"
+) -> tuple[list[Record], int]:
+    """(records, how many there are): a data set folder's all, of shards at most `most`, evenly spread.
+
+    Raises:
+        InputError: as of `read_dataset` and `open_shards`.
+    """
+    if is_sharded(path):
+        shards = open_shards(path, bbox_format=bbox_format, bbox_units=bbox_units)
+        return spread(shards, most), len(shards)
+    records = read_dataset(Path(path), bbox_format=bbox_format, bbox_units=bbox_units)
+    return records, len(records)
 
 
 def _open(name: str, bbox_format: str, bbox_units: str, remarks: list[str]) -> Part:

@@ -10,14 +10,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mmdit_lora.data.shards.store import Stored
+from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_file
 
 VERSION = "1"
 SUFFIX = ".index.safetensors"
+_MOST_HEADER = 10**6  # bytes
+_UNUSABLE = (InputError, OSError, ValueError, LookupError, TypeError, SyntaxError)
 # Places are counted in tar's blocks of 512 bytes, so that 32 bits reach 2 TB. `content` and `meta` are XXH3 (64 bits) of the
 # picture's file and of what says the layout; `boxes` is how many the latter has.
 _FIELDS = [
@@ -56,20 +58,38 @@ def load_index(shard: Stored, conventions: str) -> np.ndarray | None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < 10**6 else {}
-        found, rows = json.loads(header["__metadata__"]["shard"]), header["rows"]
-        if {key: found.get(key) for key in _stamp(shard, conventions)} != _stamp(shard, conventions):
-            return None
-        kind = np.dtype([tuple(entry) for entry in found["row"]])
-        count, width = rows["shape"]
-        first, last = rows["data_offsets"]
-        if rows["dtype"] != "U8" or kind.itemsize != width or last - first != count * width:
-            return None
-        if path.stat().st_size != 8 + length + last:
+            kind, count, first = _described(file.read(min(length, _MOST_HEADER)), _stamp(shard, conventions))
+        if path.stat().st_size != 8 + length + first + count * kind.itemsize:
             return None
         return np.memmap(path, dtype=kind, mode="r", offset=8 + length + first, shape=(count,))
-    except (OSError, ValueError, LookupError, TypeError, SyntaxError, SafetensorError):
+    except _UNUSABLE:
         return None  # whatever it is, a new one is made
+
+
+def fetch_index(shard: Stored, conventions: str) -> np.ndarray | None:
+    """As `load_index`, of a remote shard, in memory. That a shard is of the same size has to do there: uploading changes its time,
+    and whatever is read later is compared with the index's hashes."""
+    try:
+        data = shard.neighbour(SUFFIX)
+        length = int.from_bytes(data[:8], "little")
+        kind, count, first = _described(data[8 : 8 + length], _stamp(shard, conventions), "stamp")
+        return np.frombuffer(data, dtype=kind, count=count, offset=8 + length + first)
+    except _UNUSABLE:
+        return None
+
+
+def _described(header: bytes, wanted: dict[str, str], *but: str) -> tuple[np.dtype, int, int]:
+    """(type of a row, how many, where they begin behind the header). Raises one of `_UNUSABLE`."""
+    entries = json.loads(header)
+    found, rows = json.loads(entries["__metadata__"]["shard"]), entries["rows"]
+    if any(found[key] != value for key, value in wanted.items() if key not in but):
+        raise ValueError("of another shard")
+    kind = np.dtype([tuple(entry) for entry in found["row"]])
+    count, width = rows["shape"]
+    first, last = rows["data_offsets"]
+    if rows["dtype"] != "U8" or kind.itemsize != width or last - first != count * width:
+        raise ValueError("not as it is written here")
+    return kind, count, first
 
 
 def _stamp(shard: Stored, conventions: str) -> dict[str, str]:

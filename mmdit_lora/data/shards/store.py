@@ -79,6 +79,10 @@ class Stored:
             raise InputError(what, where=self.name, cure=cure)
         return data
 
+    def neighbour(self, suffix: str) -> bytes:
+        """The whole remote file of this name and `suffix`. Raises `InputError` where there is none."""
+        return self._again(lambda: bytes(self.fs.cat_file(self.inner + suffix)))
+
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """The whole file, for reading from front to back."""

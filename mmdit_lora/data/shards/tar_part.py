@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdit_lora.data.shards.index import load_index, save_index
+from mmdit_lora.data.shards.index import fetch_index, load_index, save_index
 from mmdit_lora.data.shards.records import ShardRecord
 from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.data.shards.tar import digest, read_layout, scan
@@ -26,8 +26,12 @@ class TarPart:
     def __init__(self, stored: Stored, *, bbox_format: str, bbox_units: str, tell: Callable[[str], None]) -> None:
         self.stored, self._bbox_format, self._bbox_units = stored, bbox_format, bbox_units
         conventions = f"{bbox_format} {bbox_units}"
-        rows = None if stored.is_remote else load_index(stored, conventions)
+        rows = (fetch_index if stored.is_remote else load_index)(stored, conventions)
         if rows is None:
+            if stored.is_remote:
+                tell(
+                    f"{stored.name}: has no index beside it, so all of it is read at every start; `data shard` writes them"
+                )
             rows = scan(stored, bbox_format=bbox_format, bbox_units=bbox_units)
             if not stored.is_remote:
                 try:
