@@ -18,7 +18,9 @@ SAMPLE = 10_000  # records of shards that are looked at
 
 DataOrShards = Annotated[
     str,
-    typer.Argument(help="Data set folder; or tar shards: their folder, a pattern or a URL (a sample is looked at)."),
+    typer.Argument(
+        help="Data set folder; or shards (tar, parquet): a folder, pattern or URL, of which a sample is looked at."
+    ),
 ]
 FilterOption = Annotated[
     list[str] | None,

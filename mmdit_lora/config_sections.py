@@ -16,7 +16,7 @@ MAX_SEED = 2**32 - 1  # NumPy's limit, and Accelerate seeds NumPy too
 
 class DataSection(Section):
     path: str = Field(
-        description="folder of the training pictures, with its metadata.jsonl; or tar shards: a folder, pattern or URL",
+        description="folder of the training pictures, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or URL",
         min_length=1,
     )
     validation: str | None = Field(

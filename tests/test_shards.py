@@ -22,7 +22,7 @@ from mmdit_lora.cli import main
 from mmdit_lora.config import Config
 from mmdit_lora.data.order import epoch_order
 from mmdit_lora.data.records import Record, read_dataset
-from mmdit_lora.data.shards import ShardedRecords, is_sharded, open_shards
+from mmdit_lora.data.shards import ShardedRecords, is_sharded, open_shards, spread
 from mmdit_lora.data.shards.store import expand, find
 from mmdit_lora.data.shards.write import ShardWriter, write_shards
 from mmdit_lora.errors import InputError
@@ -398,6 +398,8 @@ def test_two_ranks_of_three_workers_see_each_record_once_an_epoch(thousand: Path
 
 def test_the_split_is_by_content_and_stays_when_others_come(thousand: Path, tmp_path: Path) -> None:
     records = open_shards(thousand)
+    places = [record.layout.caption for record in spread(records, 100)]
+    assert places == [str(number) for number in range(0, 1000, 10)]
     training, held_out = records.split(0.1)
     both = [{record.layout.caption for record in side} for side in (training, held_out)]
     assert (len(training), len(held_out)) == (900, 100)

@@ -39,7 +39,8 @@ class RunData:
         Raises:
             InputError: a file is no picture.
         """
-        looked_at = spread(self.records, _CROPS) if is_in_shards(self.records) else self.records
+        records = self.records
+        looked_at = spread(records, _CROPS) if isinstance(records, ShardedRecords | Subset) else records
         crop = crop_loss(looked_at, size, min_visible=config.data.min_visible)
         counts: dict[str, Any] = {"filter": self.training.to_dict(), "center_crop": crop.to_dict()}
         lines = [*self.remarks, self.training.summary, crop.summary]
@@ -84,8 +85,3 @@ def _read_shards(path: str, config: Config) -> ShardedRecords:
     for record in spread(records, _LOOKS):
         record.read_bytes()
     return records
-
-
-def is_in_shards(records: Sequence[Record]) -> bool:
-    """Whether each record is read from a shard when it is asked for."""
-    return isinstance(records, ShardedRecords | Subset)

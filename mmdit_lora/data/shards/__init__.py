@@ -1,4 +1,4 @@
-"""Data sets in shards: tar files, local or in any store that fsspec opens; what `data.path` names beside a folder."""
+"""Data sets in shards: tar or parquet files, local or in any store that fsspec opens; what `data.path` names beside a folder."""
 
 from __future__ import annotations
 
@@ -20,35 +20,50 @@ __all__ = [
     "spread",
 ]
 
-TAR = ".tar"
+TAR, PARQUET = ".tar", ".parquet"
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
-    """Whether a path means shards: a URL, a .tar file or pattern, or a folder of .tar files without metadata.jsonl."""
+    """Whether a path means shards: a URL, a .tar or .parquet file or pattern, or a folder of such files without
+    metadata.jsonl."""
     text = os.fspath(path)
     if is_url(text):
         return True
     folder = Path(text)
     if folder.is_dir():
-        return not (folder / METADATA).is_file() and any(folder.glob(f"*{TAR}"))
-    return text.endswith(TAR)
+        return not (folder / METADATA).is_file() and any(any(folder.glob(f"*{suffix}")) for suffix in (TAR, PARQUET))
+    return text.endswith((TAR, PARQUET))
 
 
 def open_shards(
     path: str | os.PathLike[str], *, bbox_format: str = "xyxy", bbox_units: str = "relative"
 ) -> ShardedRecords:
-    """The records of shards, in the order of their names. A shard without index is looked through once.
+    """The records of shards, in the order of their names. A tar shard without index is looked through once.
 
     Args:
-        path: a folder of .tar files, one file, a glob, or a brace pattern such as `set-{000..009}.tar`; local, or a URL of
+        path: a folder of .tar or .parquet files, one file, a glob, or a brace pattern such as `set-{000..009}.tar`; local, or a URL of
             fsspec (`s3://`, `https://` ...). bbox_format, bbox_units: as of `read_dataset`.
 
     Raises:
         InputError: there is no shard, one is damaged, or a record is wrong; with `shard:key`.
     """
     remarks: list[str] = []
-    parts = [_open(name, bbox_format, bbox_units, remarks) for name in expand(os.fspath(path), TAR)]
-    return ShardedRecords(parts, remarks)
+    suffix = _suffix(os.fspath(path))
+    names = expand(os.fspath(path), suffix)
+    if suffix == PARQUET:
+        from mmdit_lora.data.shards.parquet_part import ParquetPart, RowGroups
+
+        groups = RowGroups()
+        return ShardedRecords(
+            [ParquetPart(find(name), groups, bbox_format=bbox_format, bbox_units=bbox_units) for name in names]
+        )
+    return ShardedRecords([_open(name, bbox_format, bbox_units, remarks) for name in names], remarks)
+
+
+def _suffix(path: str) -> str:
+    if not is_url(path) and Path(path).is_dir():
+        return TAR if any(Path(path).glob(f"*{TAR}")) else PARQUET
+    return PARQUET if path.endswith(PARQUET) else TAR  # of a folder in a store, tar
 
 
 def sample_dataset(

@@ -10,7 +10,7 @@ from typing import Protocol, overload
 import numpy as np
 from PIL import Image
 
-from mmdit_lora.data.images import load_image
+from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 
@@ -27,11 +27,11 @@ class ShardRecord(Record):
     """A record in a shard. `image` is a name to show (`folder/shard.tar/key.jpg`), not a file; `where` is `shard.tar:key`.
 
     Args:
-        read: the picture's bytes. pixels: (width, height) of the upright picture.
+        read: the picture's bytes. pixels: (width, height) of the upright picture; None = its header is read.
     """
 
     read: Callable[[], bytes] = field(default=_nothing, repr=False, compare=False)
-    pixels: tuple[int, int] = (0, 0)
+    pixels: tuple[int, int] | None = None
 
     def read_bytes(self) -> bytes:
         try:
@@ -49,7 +49,12 @@ class ShardRecord(Record):
             raise error if error.where else error.at(self.where) from None
 
     def size(self) -> tuple[int, int]:
-        return self.pixels
+        if self.pixels is not None:
+            return self.pixels
+        try:
+            return image_size(self.read_bytes())
+        except InputError as error:
+            raise error if error.where else error.at(self.where) from None
 
 
 class Part(Protocol):
@@ -68,16 +73,20 @@ class Part(Protocol):
         """uint64 hashes of what says the layouts."""
 
     @property
-    def boxes(self) -> np.ndarray:
-        """How many boxes."""
+    def boxes(self) -> np.ndarray | None:
+        """How many boxes; None where only reading the records would say it."""
 
     @property
-    def pixels(self) -> np.ndarray:
-        """(records, 2): width and height of the upright pictures."""
+    def pixels(self) -> np.ndarray | None:
+        """(records, 2): width and height of the upright pictures; None likewise."""
 
     @property
     def blocks(self) -> Sequence[int]:
         """Records of each part of the shard that is cheap to read at once."""
+
+    @property
+    def run(self) -> int:
+        """How many neighbouring records are read at once."""
 
     def __len__(self) -> int: ...
     def record(self, index: int) -> ShardRecord: ...
@@ -117,9 +126,16 @@ class ShardedRecords(Sequence[Record]):
         return any(part.is_remote for part in self.parts)
 
     @property
-    def boxes(self) -> int:
-        """Of all records together."""
-        return sum(int(part.boxes.sum(dtype=np.int64)) for part in self.parts)
+    def run(self) -> int:
+        """How many neighbouring records may be read at once."""
+        return max(part.run for part in self.parts)
+
+    @property
+    def boxes(self) -> int | None:
+        """Of all records together; None where only reading them would say it."""
+        counts = [part.boxes for part in self.parts]
+        known = [int(of_part.sum(dtype=np.int64)) for of_part in counts if of_part is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     @property
     def blocks(self) -> tuple[int, ...] | None:
@@ -127,8 +143,9 @@ class ShardedRecords(Sequence[Record]):
         return tuple(size for part in self.parts for size in part.blocks) if _needs_blocks(self.parts) else None
 
     def pixels(self) -> np.ndarray:
-        """(records, 2) uint32: width and height of every upright picture; nothing is read."""
-        return np.concatenate([np.asarray(part.pixels, dtype=np.uint32) for part in self.parts])
+        """(records, 2) uint32: width and height of every upright picture, 0 where that is not known; nothing is read."""
+        sides = [np.zeros((len(part), 2)) if part.pixels is None else part.pixels for part in self.parts]
+        return np.concatenate([of_part.astype(np.uint32) for of_part in sides])
 
     def fingerprint(self) -> str:
         """sha256 over the hashes of all pictures and layouts, in order; the same wherever the shards lie and are cut."""
@@ -198,6 +215,10 @@ class Subset(Sequence[Record]):
         return self.whole.is_remote
 
     @property
+    def run(self) -> int:
+        return self.whole.run
+
+    @property
     def blocks(self) -> tuple[int, ...] | None:
         """As `ShardedRecords.blocks`, of the records that are in here."""
         whole = self.whole.blocks
@@ -219,12 +240,16 @@ class Subset(Sequence[Record]):
         return digest.hexdigest()
 
 
-def spread(records: Sequence[Record], most: int) -> list[Record]:
-    """At most `most` records, evenly spread over all; fewer of a remote store, where each costs a request."""
-    if getattr(records, "is_remote", False):
-        most = min(most, MOST_REQUESTS)
-    count = min(most, len(records))
-    return [records[index * len(records) // count] for index in range(count)]
+def spread(records: ShardedRecords | Subset, most: int) -> list[Record]:
+    """At most `most` records, evenly spread over all, in runs where several are read at once; few of a remote store."""
+    total, run = len(records), min(records.run, most)
+    if records.is_remote:
+        most = min(most, max(MOST_REQUESTS, 2 * run))
+    if most >= total:
+        return list(records)
+    runs = most // run
+    starts = [number * total // runs for number in range(runs)]
+    return [record for start in starts for record in records[start : start + run]]
 
 
 def _needs_blocks(parts: Sequence[Part]) -> bool:

@@ -69,7 +69,7 @@ class Stored:
         Raises:
             InputError: it cannot be read, or holds less.
         """
-        data = self._again(lambda: self._read(start, length))
+        data = self.again(lambda: self._read(start, length))
         if len(data) != length:
             whole = self.is_remote and len(data) == self.size
             what = (
@@ -81,13 +81,13 @@ class Stored:
 
     def neighbour(self, suffix: str) -> bytes:
         """The whole remote file of this name and `suffix`. Raises `InputError` where there is none."""
-        return self._again(lambda: bytes(self.fs.cat_file(self.inner + suffix)))
+        return self.again(lambda: bytes(self.fs.cat_file(self.inner + suffix)))
 
     @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        """The whole file, for reading from front to back."""
+    def open(self, *, block: int = _BLOCK) -> Iterator[BinaryIO]:
+        """The whole file. Args: block: bytes that are read ahead of a remote one."""
         if self.is_remote:
-            file = self._again(lambda: self.fs.open(self.inner, "rb", block_size=_BLOCK))
+            file = self.again(lambda: self.fs.open(self.inner, "rb", block_size=block))
         else:
             file = Path(self.name).open("rb")  # noqa: SIM115 - closed below
         with file:
@@ -100,7 +100,8 @@ class Stored:
             file.seek(start)
             return file.read(length)
 
-    def _again(self, call: Callable[[], Result]) -> Result:
+    def again(self, call: Callable[[], Result]) -> Result:
+        """`retried`, if the store is remote; else called once, with the same errors."""
         return retried(call, self.name, tries=_TRIES if self.is_remote else 1)
 
 

@@ -72,6 +72,10 @@ class TarPart:
     def blocks(self) -> Sequence[int]:
         return (len(self.rows),)
 
+    @property
+    def run(self) -> int:
+        return 1
+
     def __len__(self) -> int:
         return len(self.rows)
 
