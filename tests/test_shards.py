@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -158,6 +160,30 @@ def test_a_wrong_record_is_named_with_shard_and_key(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=6),
+    cut=st.integers(0, 10**6),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damage_anywhere_is_an_input_error_or_a_set_that_can_be_read(
+    flips: list[tuple[int, int]], cut: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.tar"
+    without_index(tmp_path)
+    tar_of(path, {"1.png": picture(), "1.json": as_json(), "2.txt": b"x", "2.png": picture(7), "2.json": as_json()})
+    damaged = bytearray(path.read_bytes().rstrip(b"\0") + bytes(1024))
+    for place, flip in flips:
+        damaged[place % len(damaged)] ^= flip
+    path.write_bytes(damaged[: len(damaged) - cut % len(damaged)] if cut % 3 == 0 else damaged)
+    told = str(path)
+    try:
+        for record in open_shards(path):
+            record.load()
+    except InputError as error:
+        told = str(error)
+    assert told.startswith(str(path))
+
+
 @pytest.mark.parametrize("left", [0.0, 0.1, 0.5, 0.9])
 def test_a_truncated_shard_is_refused(shards: Path, left: float, capsys: pytest.CaptureFixture[str]) -> None:
     shard = min(shards.glob("*.tar"))
@@ -190,7 +216,17 @@ def test_a_stale_index_is_made_anew(shards: Path) -> None:
     assert record.layout.caption == "other"
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:20], lambda _: b"", lambda b: b"\xff" * len(b)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-1],
+        lambda b: b[:20],
+        lambda _: b"",
+        lambda b: b"\xff" * len(b),
+        lambda b: b[:-40] + b"?" + b[-39:],
+        lambda b: b.replace(b"json_bytes", b"json_bites"),
+    ],
+)
 def test_a_damaged_index_is_made_anew(shards: Path, data: Path, damage: Callable[[bytes], bytes]) -> None:
     for index in shards.glob("*.safetensors"):
         index.write_bytes(damage(index.read_bytes()))
@@ -271,6 +307,13 @@ def test_memory_store(shards: Path, data: Path) -> None:
     records = open_shards(url)
     assert records.remarks == []
     assert same(records, read_dataset(data))
+    other = tar_of(shards.parent / "other.tar", {"1.png": picture(), "1.json": as_json()})
+    size, length = min(shards.glob("*.tar")).stat().st_size, other.stat().st_size
+    memory.pipe_file(
+        f"/{shards.parent.name}/{min(shards.glob('*.tar')).name}", other.read_bytes() + bytes(size - length)
+    )
+    with pytest.raises(InputError, match="is not what it was"):
+        open_shards(url)[0]  # of the same size, and another: its hashes tell
     assert records.is_remote
     assert sum(records.blocks or ()) == len(records)
     assert records.fingerprint() == open_shards(shards).fingerprint()

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from safetensors.numpy import save_file
 
 from mmdit_lora.data.shards.store import Stored
@@ -41,9 +42,8 @@ def index_path(shard: Stored) -> Path:
 
 def save_index(shard: Stored, rows: np.ndarray, conventions: str) -> None:
     """Write a shard's index beside it. Raises `OSError` where the folder cannot be written to."""
-    header = {
-        "shard": json.dumps({**_stamp(shard, conventions), "row": rows.dtype.descr})
-    }  # one key: their order varies
+    stamp = {**_stamp(shard, conventions), "row": rows.dtype.descr, "xxh3": _checksum(rows)}
+    header = {"shard": json.dumps(stamp)}  # one key: the order of several varies
     with atomic_file(index_path(shard)) as temporary:
         save_file({"rows": rows.view(np.uint8).reshape(len(rows), rows.dtype.itemsize)}, temporary, metadata=header)
 
@@ -58,10 +58,12 @@ def load_index(shard: Stored, conventions: str) -> np.ndarray | None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            kind, count, first = _described(file.read(min(length, _MOST_HEADER)), _stamp(shard, conventions))
+            header = file.read(min(length, _MOST_HEADER))
+        kind, count, first, wanted = _described(header, _stamp(shard, conventions))
         if path.stat().st_size != 8 + length + first + count * kind.itemsize:
             return None
-        return np.memmap(path, dtype=kind, mode="r", offset=8 + length + first, shape=(count,))
+        mapped = np.memmap(path, dtype=kind, mode="r", offset=8 + length + first, shape=(count,))
+        return mapped if _checksum(mapped) == wanted else None
     except _UNUSABLE:
         return None  # whatever it is, a new one is made
 
@@ -72,14 +74,15 @@ def fetch_index(shard: Stored, conventions: str) -> np.ndarray | None:
     try:
         data = shard.neighbour(SUFFIX)
         length = int.from_bytes(data[:8], "little")
-        kind, count, first = _described(data[8 : 8 + length], _stamp(shard, conventions), "stamp")
-        return np.frombuffer(data, dtype=kind, count=count, offset=8 + length + first)
+        kind, count, first, wanted = _described(data[8 : 8 + length], _stamp(shard, conventions), "stamp")
+        rows = np.frombuffer(data, dtype=kind, count=count, offset=8 + length + first)
+        return rows if _checksum(rows) == wanted else None
     except _UNUSABLE:
         return None
 
 
-def _described(header: bytes, wanted: dict[str, str], *but: str) -> tuple[np.dtype, int, int]:
-    """(type of a row, how many, where they begin behind the header). Raises one of `_UNUSABLE`."""
+def _described(header: bytes, wanted: dict[str, str], *but: str) -> tuple[np.dtype, int, int, str]:
+    """(type of a row, how many, where they begin behind the header, their checksum). Raises one of `_UNUSABLE`."""
     entries = json.loads(header)
     found, rows = json.loads(entries["__metadata__"]["shard"]), entries["rows"]
     if any(found[key] != value for key, value in wanted.items() if key not in but):
@@ -87,9 +90,18 @@ def _described(header: bytes, wanted: dict[str, str], *but: str) -> tuple[np.dty
     kind = np.dtype([tuple(entry) for entry in found["row"]])
     count, width = rows["shape"]
     first, last = rows["data_offsets"]
-    if rows["dtype"] != "U8" or kind.itemsize != width or last - first != count * width:
+    if (
+        kind != row_type(kind["name"].itemsize)
+        or rows["dtype"] != "U8"
+        or kind.itemsize != width
+        or last - first != count * width
+    ):
         raise ValueError("not as it is written here")
-    return kind, count, first
+    return kind, count, first, found["xxh3"]
+
+
+def _checksum(rows: np.ndarray) -> str:
+    return xxhash.xxh3_64_hexdigest(rows.view(np.uint8).data)
 
 
 def _stamp(shard: Stored, conventions: str) -> dict[str, str]:

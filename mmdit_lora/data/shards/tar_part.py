@@ -129,7 +129,7 @@ class TarPart:
 
     def _verify(self, wanted: int, *parts: bytes) -> None:
         if digest(*parts) != wanted:
-            raise InputError(
-                "is not what it was when the shard's index was made",
-                cure="do not change shards during a run; start again, and the index is made anew",
-            )
+            cure = "start again, and the index is made anew; do not change shards during a run"
+            if self.is_remote:
+                cure = "store the shard together with the index that `data shard` wrote beside it, or without any"
+            raise InputError("is not what it was when the shard's index was made", cure=cure)
