@@ -1,6 +1,7 @@
 """What it costs: one JSON object a command.
 
     uv run python scripts/benchmark.py data > data/benchmarks/cache.json
+    uv run python scripts/benchmark.py data --records 1000000 > data/benchmarks/scale.json    (benchmark_scale.py says what)
 
 `data`: samples a second from the cache on disk, against `torch.load(weights_only=True)` of one `.pt` a sample that holds
 the same tensors, and against decoding and encoding. A sample is its latents, prompt and pooled embeddings and phrases;

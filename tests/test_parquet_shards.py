@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mmdit_lora.data.shards import is_sharded, open_shards, spread
 from mmdit_lora.data.shards.parquet_part import KEPT, ParquetPart
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.trainer import train
+from tests.test_shards import serving
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -69,6 +71,21 @@ def test_rows_are_the_records_of_the_folder_wherever_they_lie(shards: Path, data
     training, held_out = records.split(0.25)
     assert (len(training), len(held_out)) == (9, 3)
     assert {r.where for r in training}.isdisjoint(r.where for r in held_out)
+
+
+def test_over_http_only_what_is_asked_for_is_read(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    (first,) = read_dataset(data)[:1]
+    noise = os.urandom(3_000_000)  # behind the picture's end, where no decoder looks
+    row = row_of(first) | {"image": {"bytes": first.read_bytes() + noise, "path": first.name}}
+    write(tmp_path / "x.parquet", [row] * 6, group=2)
+    size = (tmp_path / "x.parquet").stat().st_size
+    with serving(tmp_path) as (url, kind):
+        records = open_shards(f"{url}/x.parquet")
+        assert sum(kind.served) < size / 2
+        assert records[5].layout == first.layout
+        assert records[4].load().tobytes() == first.load().tobytes()
+        assert 3_000_000 < sum(kind.served) < size
 
 
 def test_each_row_group_is_read_once_an_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

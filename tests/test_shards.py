@@ -8,6 +8,7 @@ import re
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -365,13 +366,20 @@ class Ranges(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(shards: Path) -> Iterator[tuple[str, type[Ranges]]]:
-    kind = type("Served", (Ranges,), {"folder": shards, "served": []})
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, type[Ranges]]]:
+    """(URL, its handler) of a server of `folder`."""
+    kind = type("Served", (Ranges,), {"folder": folder, "served": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}", kind
         http.shutdown()
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[tuple[str, type[Ranges]]]:
+    with serving(shards) as served:
+        yield served
 
 
 def test_http_store_by_ranged_reads_that_are_tried_again(
@@ -398,6 +406,8 @@ def test_http_store_by_ranged_reads_that_are_tried_again(
         records[3].load()
     with pytest.raises(InputError, match="no such file"):
         find(f"{url}/none.tar")
+    with pytest.raises(InputError, match=r"cannot be read \(Cannot connect"):
+        find("http://127.0.0.1:9/x.tar")
 
 
 def test_a_store_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

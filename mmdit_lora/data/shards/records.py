@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, overload
 
 import numpy as np
@@ -137,7 +138,7 @@ class ShardedRecords(Sequence[Record]):
         known = [int(of_part.sum(dtype=np.int64)) for of_part in counts if of_part is not None]
         return sum(known) if len(known) == len(counts) else None
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...] | None:
         """For `epoch_order`: sizes of what should be read together; None where every record costs the same."""
         return tuple(size for part in self.parts for size in part.blocks) if _needs_blocks(self.parts) else None
@@ -218,7 +219,7 @@ class Subset(Sequence[Record]):
     def run(self) -> int:
         return self.whole.run
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...] | None:
         """As `ShardedRecords.blocks`, of the records that are in here."""
         whole = self.whole.blocks

@@ -113,11 +113,21 @@ def retried(call: Callable[[], Result], name: str, *, tries: int = _TRIES) -> Re
         except InputError:
             raise
         except Exception as error:  # drivers raise what their libraries do
+            error = _real(error)
             if attempt == tries or isinstance(error, _FINAL):
                 what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
                 raise InputError(what, where=name) from None
             time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
+
+
+def _real(error: Exception) -> Exception:
+    """fsspec says of whatever happens over HTTP that there is no such file; what it was is the cause."""
+    cause = error.__cause__
+    hidden = (
+        isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and getattr(cause, "status", 0) != 404
+    )
+    return cause if hidden and isinstance(cause, Exception) else error
 
 
 def find(name: str) -> Stored:
