@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from mmdit_lora import __version__, cli_data, cli_import, cli_model, cli_plan
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, Stopped
 
 # ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, str(error), 2, debug)
     except _ClickException as error:
         return _report(error, _usage_message(error), 2, debug)
+    except Stopped as error:
+        return _report(error, str(error), 1, debug)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130

@@ -47,6 +47,7 @@ def check(
     as_json: JsonFlag = False,
 ) -> None:
     """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
+    from mmdit_lora.data.buckets import one_size
     from mmdit_lora.data.check import check_dataset, clip_tokens, read_written
     from mmdit_lora.data.formats import read_format
     from mmdit_lora.data.records import scan_dataset
@@ -58,6 +59,7 @@ def check(
     conventions = {"bbox_format": own_format, "bbox_units": own_units}
     others = sample_dataset(against, SAMPLE, **conventions)[0] if against else []
     tokens = clip_tokens(base)
+    buckets = None if resolution is None else one_size((resolution, resolution))
     if from_ not in (None, "jsonl"):
         source = read_format(
             from_,
@@ -76,7 +78,7 @@ def check(
             left_out=dict(source.left_out),
             against=others,
             tokens=tokens,
-            resolution=resolution,
+            buckets=buckets,
         )
     else:
         for option, value in (("--images", images), ("--split", split)):
@@ -84,13 +86,13 @@ def check(
                 raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
         if is_sharded(data):  # opening them reads every layout and every header, unless an index says it was done
             records, total = sample_dataset(data, SAMPLE, **conventions)
-            report = check_dataset(records, against=others, tokens=tokens, resolution=resolution)
+            report = check_dataset(records, against=others, tokens=tokens, buckets=buckets)
             report.notes.append(f"{len(records)} of {total} records, evenly spread, are what the rest is about")
         else:
             records, errors = scan_dataset(data, **conventions)
             written = read_written(Path(data), **conventions)
             report = check_dataset(
-                records, errors=errors, written=written, against=others, tokens=tokens, resolution=resolution
+                records, errors=errors, written=written, against=others, tokens=tokens, buckets=buckets
             )
     _print(report)
     if out is not None:

@@ -87,7 +87,9 @@ def train(
         run = trainer.prepare_run(settings, resume=resume is not None)
         held_out = len(run.held_out.records) if run.held_out else 0
         say(run.trainable.summary)
-        say(f"{len(run.examples.records)} pictures to train on, {held_out} held out, {run.size[0]} px")
+        say(
+            f"{len(run.examples.records)} pictures to train on, {held_out} held out, {_sizes(run.examples.bucket_counts())}"
+        )
         counts, lines = run.data_losses
         for line in lines:
             say(f"warning: {line}")
@@ -266,6 +268,13 @@ def verify(
     say("\n".join(f"{key:<13} {value}" for key, value in report.items()))
     if as_json:
         emit(report)
+
+
+def _sizes(counts: dict[str, int]) -> str:
+    if len(counts) == 1:
+        return f"{next(iter(counts))} px"
+    named = [f"{size} ({count})" for size, count in counts.items()]
+    return f"in {len(named)} buckets: {', '.join(named[:6])}{' ...' if len(named) > 6 else ''}"
 
 
 def _settings(

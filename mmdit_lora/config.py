@@ -18,6 +18,7 @@ from mmdit_lora.config_sections import (
     DataSection,
     FlowSection,
     LoraSection,
+    PriorSection,
     SampleSection,
     StreamSection,
     TrackingSection,
@@ -57,6 +58,7 @@ class Config(Section):
     )
     flow: FlowSection = Field(default=FlowSection(), description="the rectified-flow objective")
     train: TrainSection = Field(default=TrainSection(), description="the training loop")
+    prior: PriorSection = Field(default=PriorSection(), description="prior preservation (method lora)")
     tracking: TrackingSection = Field(default=TrackingSection(), description="where the curves go")
     sample: SampleSection = Field(default=SampleSection(), description="how pictures are sampled while training")
 
@@ -103,6 +105,7 @@ SECTIONS: dict[str, type[Section]] = {
     "stream": StreamSection,
     "flow": FlowSection,
     "train": TrainSection,
+    "prior": PriorSection,
     "tracking": TrackingSection,
     "sample": SampleSection,
 }

@@ -1,9 +1,9 @@
-"""The config's base class for sections, and the one section that stands inside another: `data.filter`."""
+"""The config's base class for sections, and the sections that stand inside another: `data.filter`, `data.buckets`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +28,28 @@ class FilterSection(Section):
     exclude_phrases: list[str] = Field(
         default=[], description="boxes whose phrase holds one of these are left out (regular expressions, any case)"
     )
+
+
+class BucketsSection(Section):
+    ratios: list[str] = Field(
+        default=[],
+        description='shapes that pictures are trained in, width:height, e.g. ["1:1", "4:3", "3:4"]; [] = square',
+    )
+    resolutions: list[Annotated[int, Field(ge=16)]] = Field(
+        default=[], description="a bucket of resolution r has about r x r pixels; [] = data.resolution alone"
+    )
+    upscale: bool = Field(
+        default=False, description="enlarge small pictures to their bucket; false = they get a smaller one"
+    )
+    group_boxes: bool = Field(
+        default=False,
+        description="batches of layouts with about as many boxes: less padding where the numbers vary much",
+    )
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether pictures are trained in more than the one square."""
+        return bool(self.ratios or self.resolutions)
 
 
 def nested(model: type[BaseModel], keys: Sequence[Any]) -> type[BaseModel] | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmdit_lora.config_filter import FilterSection, Section, without_empty_sections
+from mmdit_lora.config_filter import BucketsSection, FilterSection, Section, without_empty_sections
 
 # YAML has lists only, and strict mode would refuse them where a tuple is meant.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
@@ -33,7 +33,7 @@ class DataSection(Section):
         default="relative", description="relative (0 to 1 of the picture's sides) | pixel"
     )
     resolution: int | None = Field(
-        default=None, description="side of the training pictures in pixels; null = the base's own", ge=16
+        default=None, description="side of the square training pictures in pixels; null = the base's own", ge=16
     )
     crop: Literal["center", "random"] = Field(
         default="center", description="what is kept of an oblong picture: center | random"
@@ -60,6 +60,9 @@ class DataSection(Section):
         ge=1,
     )
     filter: FilterSection = Field(default=FilterSection(), description="which boxes are used at all")
+    buckets: BucketsSection = Field(
+        default=BucketsSection(), description="aspect buckets: pictures keep their shape instead of being cut square"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +80,14 @@ class LoraSection(Section):
         default=["layout_mlp.fc1", "layout_mlp.fc2"],
         description="name endings of the linears that get one",
         min_length=1,
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="another rank for some of them, e.g. {layout_processor.layout_mlp.fc1: 4}"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={}, description="another alpha for some")
+    init: Literal["default", "gaussian"] = Field(
+        default="default",
+        description="of lora_A: default (Kaiming uniform) | gaussian; lora_B is 0, so a new adapter changes nothing",
     )
     rslora: bool = Field(default=False, description="rank-stabilised scaling")
     dora: bool = Field(default=False, description="DoRA: magnitude and direction are trained apart")
@@ -114,6 +125,10 @@ class FlowSection(Section):
     shift: float = Field(
         default=1.0, description="moves t towards noise, as the scheduler's shift does (1 = off)", gt=0
     )
+    weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = Field(
+        default="none", description="weight of the loss over t: none | min_snr | sigma_sqrt | cosmap"
+    )
+    min_snr_gamma: float = Field(default=5.0, description="min_snr: where the signal-to-noise ratio is cut", gt=0)
     inside_weight: float = Field(
         default=1.0, description="weight of the loss inside boxes, relative to outside (1 = off)", gt=0
     )
@@ -128,13 +143,20 @@ class TrainSection(Section):
     max_steps: int = Field(default=1000, description="optimizer steps", ge=1)
     batch_size: int = Field(default=8, description="pictures per step and process", ge=1)
     gradient_accumulation: int = Field(default=1, description="batches per optimizer step", ge=1)
-    learning_rate: float = Field(default=1e-4, description="peak learning rate of AdamW", gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = Field(
+        default="adamw",
+        description="adamw | adamw_8bit (bitsandbytes, on a GPU) | prodigy (finds its rate: learning_rate 1.0)",
+    )
+    learning_rate: float = Field(default=1e-4, description="peak learning rate", gt=0)
+    lora_plus: float = Field(
+        default=1.0, description="LoRA+: learning rate of lora_B relative to that of lora_A (1 = off)", ge=1
+    )
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="after the warm-up: constant | cosine | linear (the last two fall to 0)"
     )
     warmup_steps: int = Field(default=0, description="steps over which the learning rate rises from 0", ge=0)
-    weight_decay: float = Field(default=0.01, description="weight decay of AdamW", ge=0)
-    adam_betas: Pair = Field(default=(0.9, 0.999), description="decay rates of AdamW's two moments, each in [0, 1)")
+    weight_decay: float = Field(default=0.01, description="weight decay", ge=0)
+    adam_betas: Pair = Field(default=(0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
     max_grad_norm: float = Field(default=1.0, description="gradients are scaled down to this norm", gt=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="no | fp16 | bf16")
     seed: int = Field(default=0, description="seed of everything that is drawn", ge=0, le=MAX_SEED)
@@ -161,14 +183,37 @@ class TrainSection(Section):
         default="none",
         description="the frozen base's linears: none | int8 (torchao) | nf4 (bitsandbytes, on a GPU); the stream stays as it is",
     )
+    ema_decay: float = Field(
+        default=0.0,
+        description="moving average of what trains: validated, sampled and saved in its place (0 = off, e.g. 0.999)",
+        ge=0,
+        lt=1,
+    )
+    final: Literal["last", "best"] = Field(
+        default="last",
+        description="what becomes the adapter: the last weights | the best validated (by fidelity, else held-out loss)",
+    )
+    early_stop: int = Field(
+        default=0, description="stop after so many validations without a better one; 0 = never", ge=0
+    )
     checkpoint_every: int = Field(
         default=500, description="steps between checkpoints that a run can resume from; 0 = none", ge=0
     )
-    keep_checkpoints: int = Field(default=2, description="how many of them are kept", ge=1)
+    keep_checkpoints: int = Field(default=2, description="how many of them are kept, beside the best", ge=1)
     validate_every: int = Field(default=250, description="steps between validation losses; 0 = none", ge=0)
     sample_every: int = Field(default=250, description="steps between sampled pictures; 0 = none", ge=0)
     sample_count: int = Field(default=8, description="pictures sampled each time", ge=0)
     log_every: int = Field(default=10, description="steps between log lines", ge=1)
+
+
+class PriorSection(Section):
+    layouts: str | None = Field(
+        default=None,
+        description="against forgetting: layouts of the old domain (data set folder, .json or .jsonl); null = off",
+    )
+    count: int = Field(default=200, description="how many of them are used; the base paints them before step 1", ge=1)
+    batch_size: int = Field(default=8, description="of them, beside the pictures of each step and process", ge=1)
+    weight: float = Field(default=1.0, description="weight of the change of the base's own predictions on them", gt=0)
 
 
 class TrackingSection(Section):

@@ -29,6 +29,10 @@ class InputError(ValueError):
         return f"{message}\n  to mend it: {self.cure}" if self.cure else message
 
 
+class Stopped(Exception):
+    """A run ended before its last step, with its state safe. The command line prints it in one message and exits with 1."""
+
+
 def listed(names: Iterable[str]) -> str:
     """The first eight names, and whether there are more, for messages."""
     names = list(names)

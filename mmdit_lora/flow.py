@@ -6,6 +6,7 @@ noise - x_0; its `timestep` argument is 1000 t.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -65,6 +66,27 @@ def flow_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) 
     if weight is not None:
         squared = squared * weight
     return squared.flatten(1).mean(1)
+
+
+def time_weight(t: Tensor, kind: str, *, gamma: float = 5.0) -> Tensor:
+    """Weight of a sample's loss by its time, the shape of `t`, fp32.
+
+    Args:
+        t: in [0, 1], 1 = noise.
+        kind: "none"; "sigma_sqrt" and "cosmap" (Esser et al. 2024, arXiv 2403.03206, as in diffusers'
+            `training_utils`); "min_snr" (Hang et al. 2023, arXiv 2303.09556): the loss of x_0 is
+            weighted by min(SNR, gamma), with SNR = ((1 - t) / t)^2. An error e of the velocity is one of t e in x_0, so
+            that the velocity's loss gets min((1 - t)^2, gamma t^2).
+        gamma: where "min_snr" cuts.
+    """
+    t = t.float()
+    if kind == "min_snr":
+        return torch.minimum((1 - t) ** 2, gamma * t**2)
+    if kind == "sigma_sqrt":
+        return t**-2.0
+    if kind == "cosmap":
+        return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
+    return torch.ones_like(t)
 
 
 def inside_weight(boxes: Tensor, mask: Tensor, height: int, width: int, weight: float) -> Tensor:

@@ -86,6 +86,7 @@ def embedded(work: Path) -> dict[str, Any]:
     import torch
 
     from mmdit_lora.config import Config
+    from mmdit_lora.data.buckets import one_size
     from mmdit_lora.data.cache import DiskCache
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
     from mmdit_lora.training.encode import Encoder
@@ -116,7 +117,7 @@ def embedded(work: Path) -> dict[str, Any]:
     def source(cached: bool) -> tuple[Encoder, Examples]:
         store = EncodingStore(DiskCache(work / "cache"), pipe, str(base)) if cached else None
         encoder = Encoder(pipe, store)
-        return encoder, Examples(records, encoder, config, size=size, slots=None)
+        return encoder, Examples(records, encoder, config, buckets=one_size(size), slots=None)
 
     def fetch_by(encoder: Encoder, examples: Examples) -> Callable[[int], Sample]:
         def fetch(index: int) -> Sample:

@@ -14,6 +14,7 @@ from mmdit_lora import Box, Layout
 from mmdit_lora.cli import main
 from mmdit_lora.config import Config, load_config
 from mmdit_lora.config_filter import FilterSection
+from mmdit_lora.data.buckets import one_size
 from mmdit_lora.data.filters import crop_loss, filter_records
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import augment_boxes, names_a_side, place, prepare
@@ -124,7 +125,7 @@ def examples(base: Path, folder: Path, **sections: dict[str, Any]) -> Examples:
         }
     )
     encoder = Encoder(load_pipeline(str(base)))
-    return Examples(read_dataset(folder), encoder, config, size=(64, 64), slots=None)
+    return Examples(read_dataset(folder), encoder, config, buckets=one_size((64, 64)), slots=None)
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -243,11 +244,11 @@ def test_crop_loss_counts_what_the_centre_crop_drops(tmp_path: Path) -> None:
     folder = dataset(
         tmp_path, line(objects=boxes), line(objects=objects([[0.0, 0.0, 0.2, 1.0]])), line(objects=objects([]))
     )
-    loss = crop_loss(read_dataset(folder), (16, 16), min_visible=0.25)  # a.png is 40 x 20
+    loss = crop_loss(read_dataset(folder), one_size((16, 16)), min_visible=0.25)  # a.png is 40 x 20
     assert loss.to_dict() == {"pictures": 3, "boxes": 3, "lost": 2, "emptied": 1}
     assert loss.summary is not None
     assert "a centre crop loses 2 of 3 boxes" in loss.summary
-    assert crop_loss(read_dataset(folder), (16, 32), min_visible=0.25).summary is None
+    assert crop_loss(read_dataset(folder), one_size((16, 32)), min_visible=0.25).summary is None
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_another_dtype_has_other_entries(base: Path, data: Path, cache: Path) ->
 
 def test_what_is_pruned_while_a_run_goes_on_is_made_again(base: Path, data: Path, cache: Path) -> None:
     examples = prepare_run(make_config(base, data, cache=str(cache))).examples
-    examples._latents.max_bytes = 0  # as with a set that is larger than the memory
+    examples.max_bytes = 0  # as with a set that is larger than the memory
     before = examples.training_batch(range(9)).x0
     store = DiskCache(cache)
     assert store.prune(0)[0] > 12

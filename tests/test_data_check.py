@@ -22,11 +22,12 @@ from PIL import Image
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli import main
+from mmdit_lora.data.buckets import make_buckets, one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
-from mmdit_lora.data.check.boxes import box_findings
 from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from mmdit_lora.data.check.findings import Example
-from mmdit_lora.data.check.pictures import look_at
+from mmdit_lora.data.check.pictures import Picture, look_at
+from mmdit_lora.data.check.sizes import size_findings
 from mmdit_lora.data.check.texts import CLIP_TOKENS, estimate_tokens
 from mmdit_lora.data.formats import read_format
 from mmdit_lora.data.records import METADATA, Record, read_dataset, scan_dataset
@@ -167,7 +168,7 @@ def found_lines(report: CheckReport) -> dict[str, set[int]]:
 
 def test_every_planted_fault_is_found_at_its_record_and_nothing_else_is(tmp_path: Path) -> None:
     planted = plant_everything(tmp_path / "set")
-    report = planted.check(resolution=64)
+    report = planted.check(buckets=one_size((64, 64)))
     assert found_lines(report) == planted.expected
     assert len(planted.expected) == 31
     errors = {f.name for f in report.findings if f.severity == "error"}
@@ -199,7 +200,7 @@ def test_nothing_is_found_in_a_clean_set(domain: str, tmp_path: Path) -> None:
         read_dataset(tmp_path / "set"),
         written=read_written(tmp_path / "set", bbox_format="xyxy", bbox_units="relative"),
         against=read_dataset(tmp_path / "other"),
-        resolution=64,
+        buckets=one_size((64, 64)),
     )
     assert report.findings == []
     assert report.ok
@@ -279,15 +280,51 @@ def test_every_place_is_listed_where_the_examples_are_few(tmp_path: Path) -> Non
 
 def test_boxes_lost_to_the_crop_are_those_that_the_transform_drops() -> None:
     rng = np.random.default_rng(1)
+    buckets = make_buckets([64], [1.0, 2.0], multiple=8)
     for size in ((160, 64), (64, 150), (64, 64), (641, 479)):
         corners = [np.sort(rng.uniform(0, 1, (2, 2)), axis=0).T for _ in range(40)]
         every = tuple(Box((float(x[0]), float(y[0]), float(x[1]), float(y[1])), "a") for x, y in corners)
         layout, path = Layout("c", every), Path("a.png")
         _, kept = prepare(Image.new("RGB", size), layout, (64, 64))
-        findings = box_findings([Record(path, layout, "a:1")], {path: size}, resolution=64)
+        record = Record(path, layout, "a:1")
+        findings = size_findings([record], [Picture(record, size=size)], buckets=one_size((64, 64)))
         lost = [f for f in findings if f.name == "cropped-boxes"]
         assert sum(f.count for f in lost) == len(every) - len(kept.boxes)
         assert bool(lost) == (size[0] != size[1])
+        _, kept = prepare(Image.new("RGB", size), layout, buckets.of((size[1], size[0])))
+        lost = [
+            f
+            for f in size_findings([record], [Picture(record, size=size)], buckets=buckets)
+            if f.name == "cropped-boxes"
+        ]
+        assert sum(f.count for f in lost) == len(every) - len(kept.boxes)
+
+
+def test_what_buckets_make_of_sizes_is_found_at_its_record(tmp_path: Path) -> None:
+    planted = Planted(tmp_path / "set")
+    for number, size in enumerate([(64, 64), (80, 70), (96, 48), (40, 40), (400, 5), (64, 64)], start=1):
+        planted.add(save=lambda path, number=number, size=size: scene(number, size).save(path))
+    buckets = make_buckets([64], [1.0, 2.0], multiple=8)
+
+    def found(**options: Any) -> dict[str, Any]:
+        report = planted.check(**options)
+        names = {"no-bucket", "small-pictures", "below-buckets", "sparse-buckets", "cropped-boxes"}
+        return {f.name: f for f in report.findings if f.name in names} | {"report": report}
+
+    seen = found(buckets=buckets, batch=2)
+    assert seen["no-bucket"].severity == "error"
+    assert seen["no-bucket"].places == (f"{planted.folder / METADATA}:5",)
+    assert seen["report"].errors == [
+        f"{planted.folder / METADATA}:5: the picture has 400 x 5 pixels, and an image token covers 8"
+    ]
+    assert seen["below-buckets"].places == (f"{planted.folder / METADATA}:4",)
+    assert seen["sparse-buckets"].count == 2  # 88x48 reduced to 88 x 48's own, and 40x40
+    assert "small-pictures" not in seen
+    assert seen["report"].buckets == {"64x64": 3, "40x40": 1, "88x48": 1}
+    enlarged = found(buckets=make_buckets([64], [1.0, 2.0], multiple=8, upscale=True))
+    assert enlarged["small-pictures"].places == tuple(f"{planted.folder / METADATA}:{n}" for n in (5, 4))
+    assert not {"no-bucket", "below-buckets", "sparse-buckets"} & enlarged.keys()
+    assert found()["report"].buckets == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
@@ -344,7 +381,7 @@ def test_blood_cells() -> None:
     root = os.environ.get("MMDIT_LORA_DATA")
     if not root or not (Path(root) / "bccd").is_dir():
         pytest.skip("set MMDIT_LORA_DATA to a folder that holds bccd (Pascal VOC)")
-    report = check_dataset(read_format("voc", Path(root) / "bccd").records, resolution=480)
+    report = check_dataset(read_format("voc", Path(root) / "bccd").records, buckets=one_size((480, 480)))
     assert {f.name: f.count for f in report.findings} == {
         "cropped-boxes": 480,
         "label-imbalance": 361,

@@ -17,7 +17,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.opening import open_base
-from mmdit_lora.training.step import losses
+from mmdit_lora.training.step import Objective, losses
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer
@@ -197,7 +197,7 @@ def test_embedded_guidance_reaches_a_distilled_base_and_is_refused_elsewhere(
     def loss(guidance: float) -> Tensor:
         config = stream_config(plain["single blocks"], data, tmp_path, flow={"guidance": guidance})
         run = prepare_run(config)
-        return losses(run.model, run.examples.training_batch(range(2)), guidance=config.flow.guidance)
+        return losses(run.model, run.examples.training_batch(range(2)), Objective(guidance=config.flow.guidance))
 
     assert not torch.equal(loss(1.0), loss(3.5))
     with pytest.raises(InputError, match="not guidance-distilled"):

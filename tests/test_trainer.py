@@ -259,7 +259,7 @@ def test_the_cache_makes_each_entry_once_and_forgets_the_oldest() -> None:
 
 
 def test_every_record_comes_once_an_epoch_and_epochs_differ() -> None:
-    first, second = epoch_order(0, 0, 100).tolist(), epoch_order(0, 1, 100).tolist()
+    first, second = (epoch_order(0, epoch, 100).tolist() for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(100))
     assert first != second
     assert epoch_order(1, 0, 100).tolist() != first

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mmdit_lora.config_filter import FilterSection
 from mmdit_lora.config_yaml import parse_yaml
+from mmdit_lora.data.buckets import Buckets, record_bucket
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError, unknown_key
 from mmdit_lora.layout import Box, Layout
@@ -151,13 +152,13 @@ class CropLoss:
         return f"a centre crop loses {self.lost} of {self.boxes} boxes (of {self.pictures} layouts){emptied}"
 
 
-def crop_loss(records: Sequence[Record], size: tuple[int, int], *, min_visible: float, most: int = 10_000) -> CropLoss:
-    """What cutting pictures to `size` (height, width) from the middle costs; of each picture only the header is read.
+def crop_loss(records: Sequence[Record], buckets: Buckets, *, min_visible: float, most: int = 10_000) -> CropLoss:
+    """What cutting pictures to their buckets from the middle costs; of each picture only the header is read.
 
     A random crop loses others each time, and on average more. At most the first `most` records are looked at.
 
     Raises:
-        InputError: a file is no picture.
+        InputError: a file is no picture, or one is too small for any bucket.
     """
     from mmdit_lora.data.transforms import move_boxes, place
 
@@ -167,7 +168,8 @@ def crop_loss(records: Sequence[Record], size: tuple[int, int], *, min_visible: 
         if not record.layout.boxes:
             continue
         width, height = record.size()
-        after = move_boxes(record.layout, (height, width), place((height, width), size), min_visible=min_visible)
+        size = (height, width)
+        after = move_boxes(record.layout, size, place(size, record_bucket(record, buckets)), min_visible=min_visible)
         before += len(record.layout.boxes)
         lost += len(record.layout.boxes) - len(after.boxes)
         emptied += not after.boxes

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mmdit_lora.data.check.boxes import MIN_VISIBLE
+from mmdit_lora.data.buckets import MIN_VISIBLE
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 

@@ -21,7 +21,7 @@ class PaintSettings:
         steps: sampling steps; guidance_scale: by the caption, 1 = off (embedded, where a base is guidance-distilled).
             None = what the base states.
         layout_scale, layout_window: see `LayoutPipeline`.
-        size: (height, width) in pixels; None = the base's own.
+        size: (height, width) in pixels, where a call gives none a picture; None = the base's own.
         batch_size: pictures at a time; does not change what is painted beyond rounding.
     """
 
@@ -38,36 +38,43 @@ def paint(
     layouts: Sequence[Layout],
     settings: PaintSettings,
     *,
+    sizes: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
     """One RGB picture for each layout. Picture number i starts from the noise of `seed + i`, whatever the batch.
 
     Args:
+        sizes: (height, width) in pixels of each picture; None = all as `settings` has it.
         on_progress: called with the number of pictures done.
 
     Raises:
-        InputError: the base cannot paint this size, or the window covers no step.
+        InputError: the base cannot paint a size, or the window covers no step.
     """
-    height, width = settings.size or (None, None)
-    for side in settings.size or ():
-        pipe.check_side(side)
-    pictures: list[Image.Image] = []
-    for start in range(0, len(layouts), settings.batch_size):
-        part = list(layouts[start : start + settings.batch_size])
-        # On the CPU, so that the same seed is the same noise on every device.
-        generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
-        output: Any = pipe(
-            part,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            layout_scale=settings.layout_scale,
-            layout_window=settings.layout_window,
-            height=height,
-            width=width,
-            generator=generators,
-        )
-        pictures += output.images
-        if on_progress is not None:
-            on_progress(len(pictures))
-    return pictures
+    of_size: dict[tuple[int, int] | None, list[int]] = {}
+    for number, size in enumerate(sizes if sizes is not None else [settings.size] * len(layouts)):
+        of_size.setdefault(size, []).append(number)
+    for size in of_size:
+        for side in size or ():
+            pipe.check_side(side)
+    pictures: dict[int, Image.Image] = {}
+    for size, numbers in of_size.items():
+        height, width = size or (None, None)
+        for start in range(0, len(numbers), settings.batch_size):
+            part = numbers[start : start + settings.batch_size]
+            # On the CPU, so that the same seed is the same noise on every device.
+            generators = [torch.Generator().manual_seed(seed + number) for number in part]
+            output: Any = pipe(
+                [layouts[number] for number in part],
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                layout_scale=settings.layout_scale,
+                layout_window=settings.layout_window,
+                height=height,
+                width=width,
+                generator=generators,
+            )
+            pictures.update(zip(part, output.images, strict=True))
+            if on_progress is not None:
+                on_progress(len(pictures))
+    return [pictures[number] for number in range(len(layouts))]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Checkpoint:
         return int(match[1])
 
     def state(self) -> dict[str, Any]:
-        """What `save` was given, after a check that the two files are the ones that were written.
+        """What `save` was given, after a check that the files are the ones that were written.
 
         Raises:
             InputError: a file is missing or changed.
@@ -56,6 +57,11 @@ class Checkpoint:
         Raises:
             InputError: the checkpoint is of another set of trainable parameters.
         """
+        self.load_weights(model)
+        load_optimizer(optimizer, self.folder / OPTIMIZER)
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Put the weights that train back, nothing else. Raises `InputError` as `load` does."""
         tensors = load_file(self.folder / WEIGHTS)
         trainable = trainable_parameters(model)
         if {n: p.shape for n, p in trainable.items()} != {n: t.shape for n, t in tensors.items()}:
@@ -67,7 +73,6 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(tensors[name])
-        load_optimizer(optimizer, self.folder / OPTIMIZER)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -76,18 +81,33 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    extra: Mapping[str, Callable[[Path], None]],
+    keep: int,
+    best: int | None = None,
 ) -> Checkpoint:
-    """Write `folder/step_NNNNNNN`, then remove all but the newest `keep`."""
+    """Write `folder/step_NNNNNNN`, then remove all but the newest `keep` and the one of step `best`.
+
+    Args:
+        extra: file name -> what writes it.
+    """
     target = folder / f"step_{step:07d}"
     with atomic_folder(target) as temporary:
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable_parameters(model).items()}
         save_file(tensors, temporary / WEIGHTS)
         save_optimizer(optimizer, temporary / OPTIMIZER)
-        digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        for name, write in extra.items():
+            write(temporary / name)
+        digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER, *extra)}
         write_json(temporary / STATE, {**state, "step": step, "sha256": digests})
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.folder)
+        if old.step != best:
+            _remove(old.folder)
     return Checkpoint(target)
 
 
@@ -97,6 +117,13 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
         return []
     found = [Checkpoint(p) for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE).is_file()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: a kill halfway leaves nothing that looks like a checkpoint."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,20 +7,29 @@ undisturbed one would have drawn, and two processes draw together what one would
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmdit_lora.config import Config
+from mmdit_lora.data.batches import BatchPlan, box_count_group
+from mmdit_lora.data.buckets import Buckets, Size, record_bucket, size_counts
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.order import epoch_order, seeded
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.shards import ShardedRecords, Subset
 from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
-from mmdit_lora.training.encode import Encoder, TensorCache
+from mmdit_lora.training.encode import CACHE_BYTES, Encoder
 from mmdit_lora.training.step import Batch
+
+_MOST_KNOWN = 100_000  # views whose place in the store is remembered: about 1 kB each
 
 
 class Examples:
@@ -29,34 +38,55 @@ class Examples:
     Args:
         records: of the data set.
         encoder: of the base.
-        size: (height, width) of the training pictures in pixels.
+        buckets: the sizes of the training pictures.
         slots: boxes a layout is padded to; None = as many as the batch needs.
+        batch: samples of an optimizer step, over all processes: they are of one size.
+        draws: names what is drawn for training batches, so that two sets of a run draw different things.
+
+    Raises:
+        InputError: with more than one size, a picture is none, or too small.
     """
 
     def __init__(
-        self, records: Sequence[Record], encoder: Encoder, config: Config, *, size: tuple[int, int], slots: int | None
+        self,
+        records: Sequence[Record],
+        encoder: Encoder,
+        config: Config,
+        *,
+        buckets: Buckets,
+        slots: int | None,
+        batch: int = 1,
+        draws: str = "train",
     ) -> None:
         self.records, self.encoder, self.config = records, encoder, config
-        self.size, self.slots = size, slots
+        self.slots, self.batch, self.draws = slots, batch, draws
+        self._one_size = buckets.sizes[0][0] if buckets.is_single else None
+        self._sizes = [] if buckets.is_single else _sizes_of(records, buckets)
         # Where nothing is drawn for the picture, its latents are the same each time; where it has a number of variants,
         # each of them is.
         self._is_drawn = config.data.crop != "center" or config.data.flip
         self.variants = config.data.cache_variants if self._is_drawn else 1
-        self._latents = TensorCache()
-        self._layouts: dict[tuple[int, int], Layout] = {}
-        self._stored: dict[tuple[int, int], str] = {}  # keys of latents: a run looks at a picture's file once
+        self.max_bytes = CACHE_BYTES  # of latents kept in memory
+        self._views: OrderedDict[tuple[int, int], tuple[Tensor, Layout]] = OrderedDict()
+        self._views_bytes = 0
+        # Where the store has a view's latents, and its layout: so a run looks at a picture's file once.
+        self._stored: OrderedDict[tuple[int, int], tuple[str, Layout]] = OrderedDict()
 
     def training_batch(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
         config = self.config
         indices = [self._index_at(position) for position in positions]
-        generators = [seeded("train", config.train.seed, position) for position in positions]
+        generators = [seeded(self.draws, config.train.seed, position) for position in positions]
         latents, layouts = self._encode(indices, generators)
         drop = torch.stack([torch.rand(2, generator=generator) for generator in generators])
         no_caption = (drop[:, 0] < config.train.caption_dropout).tolist()
         no_layout = drop[:, 1] < config.train.layout_dropout
         captions = ["" if dropped else layout.caption for dropped, layout in zip(no_caption, layouts, strict=True)]
-        return self._batch(latents, layouts, captions, no_layout, generators, augment=True)
+        batch = self._batch(latents, layouts, captions, no_layout, generators, augment=True)
+        keys = [
+            seeded("dropout", self.draws, config.train.seed, position).initial_seed() % 2**31 for position in positions
+        ]
+        return replace(batch, keys=torch.tensor(keys, dtype=torch.int32))
 
     def held_out_batch(self, indices: Sequence[int], draw: int) -> Batch:
         """Records as they are, with time and noise that depend on the record and `draw` alone."""
@@ -69,10 +99,48 @@ class Examples:
         """The record that comes at `position` of the run."""
         return self.records[self._index_at(position)]
 
+    def size_of(self, index: int) -> Size:
+        """(height, width) in pixels that a record's picture is trained at."""
+        return self._one_size or self._sizes[index]
+
+    def bucket_counts(self) -> dict[str, int]:
+        """ "WIDTHxHEIGHT" -> records, the fullest bucket first."""
+        return size_counts([self.size_of(index) for index in range(len(self.records))])
+
+    def bucket_warnings(self) -> list[str]:
+        """One line where buckets hold fewer records than a batch: such a batch has records twice."""
+        small = [name for name, count in self.bucket_counts().items() if count < self.batch]
+        if not small or self._one_size is not None:
+            return []
+        names = ", ".join(small[:4]) + (" ..." if len(small) > 4 else "")
+        return [
+            f"{len(small)} buckets hold fewer pictures than a batch of {self.batch} ({names}): their batches repeat "
+            "pictures; fewer data.buckets.ratios, or a smaller batch, avoid it"
+        ]
+
     def _index_at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.records))
-        blocks = getattr(self.records, "blocks", None)  # of sharded records that are cheaper to read together
-        return int(epoch_order(self.config.train.seed, epoch, len(self.records), blocks)[place])
+        return self._plan.record(position)
+
+    @cached_property
+    def _plan(self) -> BatchPlan:
+        count, seed = len(self.records), self.config.train.seed
+        blocks = getattr(
+            self.records, "blocks", None
+        )  # of shards whose neighbouring records are cheaper to read together
+        groups: list[Hashable] | None = None
+        if self._one_size is None or self.config.data.buckets.group_boxes:
+            by_boxes = self.config.data.buckets.group_boxes
+            groups = [
+                (self.size_of(index), box_count_group(len(record.layout.boxes)) if by_boxes else None)
+                for index, record in enumerate(self.records)
+            ]
+        return BatchPlan(
+            count,
+            self.batch,
+            order=lambda epoch: epoch_order(seed, epoch, count, blocks),
+            shuffle=lambda epoch, batches: torch.randperm(batches, generator=seeded("batches", seed, epoch)),
+            groups=groups,
+        )
 
     def _batch(
         self,
@@ -134,17 +202,23 @@ class Examples:
             pairs = [self._prepare(index, generator) for index, generator in zip(indices, generators, strict=True)]
             return self.encoder.latents(torch.stack([pixels for pixels, _ in pairs])), [layout for _, layout in pairs]
         views = [(index, self._draw_variant(generator)) for index, generator in zip(indices, generators, strict=True)]
+        pairs = [self._recent(view) for view in views]
+        return torch.stack([latents for latents, _ in pairs]), [layout for _, layout in pairs]
 
-        def make(missing: list[int]) -> tuple[Tensor]:
-            made = []
-            for position in missing:
-                found = self.view(*views[position])
-                assert found is not None
-                made.append(found[0])
-            return (torch.stack(made),)
-
-        (latents,) = self._latents.get(views, make)
-        return latents, [self._layouts[view] for view in views]
+    def _recent(self, view: tuple[int, int]) -> tuple[Tensor, Layout]:
+        """As `view`, from memory where it was used lately."""
+        found = self._views.get(view)
+        if found is not None:
+            self._views.move_to_end(view)
+            return found
+        made = self.view(*view)
+        assert made is not None
+        # Its own memory, not a piece of the file that the store has mapped, nor of a batch.
+        self._views[view] = made[0].clone(), made[1]
+        self._views_bytes += made[0].nbytes
+        while self._views_bytes > self.max_bytes:
+            self._views_bytes -= self._views.popitem(last=False)[1][0].nbytes
+        return made
 
     def view(self, index: int, variant: int, *, wait: bool = True) -> tuple[Tensor, Layout] | None:
         """Latents (C, h, w) of one variant of a record's picture, and its layout: from the store, or made.
@@ -154,10 +228,10 @@ class Examples:
         """
         record, data, seed = self.records[index], self.config.data, self.config.train.seed
         store, place = self.encoder.store, (index, variant)
-        if store is not None and place in self._stored:
-            latents = store.latents(self._stored[place])
+        if store is not None and (known := self._stored.get(place)) is not None:
+            latents = store.latents(known[0])
             if latents is not None:
-                return latents, self._layouts[place]
+                return latents, known[1]
         digest = hashlib.sha256(record.read_bytes()).hexdigest()
         draw = ("variant", seed, variant) if self._is_drawn else None
 
@@ -168,14 +242,17 @@ class Examples:
             return self.encoder.latents(pixels[None])[0]
 
         if store is None:
-            pixels, self._layouts[place] = prepared()
-            return encode(pixels), self._layouts[place]
-        source = (digest, record.layout.to_dict(), self.size, data.crop, data.flip, data.min_visible, draw)
+            pixels, layout = prepared()
+            return encode(pixels), layout
+        source = (digest, record.layout.to_dict(), self.size_of(index), data.crop, data.flip, data.min_visible, draw)
         found = store.picture(source, prepared, encode, where=str(record.image), wait=wait)
         if found is None:
             return None
-        latents, self._layouts[place], self._stored[place] = found
-        return latents, self._layouts[place]
+        latents, layout, key = found
+        self._stored[place] = key, layout
+        if len(self._stored) > _MOST_KNOWN:
+            self._stored.popitem(last=False)
+        return latents, layout
 
     def _draw_variant(self, generator: torch.Generator) -> int:
         return int(torch.randint(self.variants or 1, (1,), generator=generator)) if self._is_drawn else 0
@@ -185,9 +262,18 @@ class Examples:
         return prepare(
             record.load(),
             record.layout,
-            self.size,
+            self.size_of(index),
             crop=data.crop,
             flip=data.flip,
             min_visible=data.min_visible,
             generator=generator,
         )
+
+
+def _sizes_of(records: Sequence[Record], buckets: Buckets) -> list[Size]:
+    """The size that each record's picture is trained at; of shards from their index, where that knows the pictures' own."""
+    if isinstance(records, ShardedRecords | Subset) and (pixels := records.pixels()).all():
+        _, first, place = np.unique(pixels, axis=0, return_index=True, return_inverse=True)
+        sizes = [record_bucket(records[int(index)], buckets) for index in first]
+        return [sizes[index] for index in place.ravel()]
+    return [record_bucket(record, buckets) for record in records]

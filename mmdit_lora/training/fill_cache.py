@@ -15,8 +15,7 @@ from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.opening import DTYPES, open_base
-from mmdit_lora.training.run_data import read_data
-from mmdit_lora.training.trainer import picture_size
+from mmdit_lora.training.run_data import read_data, run_buckets
 
 Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 
@@ -36,11 +35,11 @@ def fill_cache(config: Config, cache: DiskCache, *, tell: Tell | None = None) ->
     if not data.records:
         raise InputError("holds no record", where=config.data.path)
     pipe, _ = open_base(config, DTYPES[config.train.mixed_precision])
-    size = picture_size(config, pipe)
+    buckets = run_buckets(config, pipe)
     pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     store = EncodingStore(cache, pipe, config.base)
     encoder = Encoder(pipe, store)
-    examples = Examples([*data.records, *data.held_out], encoder, config, size=size, slots=None)
+    examples = Examples([*data.records, *data.held_out], encoder, config, buckets=buckets, slots=None)
     layouts = [record.layout for record in examples.records]
     captions = list(dict.fromkeys(["", *(layout.caption for layout in layouts)]))
     phrases = list(dict.fromkeys(box.phrase for layout in layouts for box in layout.boxes))

@@ -3,37 +3,91 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
+from mmdit_lora.models import LayoutInputs
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.step import losses
+from mmdit_lora.training.step import Objective, losses
 
-_MOST_PICTURES, _DRAWS = 64, 8
+_MOST_PICTURES, _DRAWS, _PROBE_DRAWS = 64, 8, 2
+
+Change = Callable[[LayoutInputs], LayoutInputs]
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Denoising losses of held-out pictures, and the times that they were taken at; both (draws, pictures), fp32."""
+
+    losses: Tensor
+    times: Tensor
+
+    @property
+    def per_picture(self) -> Tensor:
+        """(pictures,)"""
+        return self.losses.mean(0)
+
+    def by_time(self, parts: int = 4) -> list[float]:
+        """Mean loss in equal parts of the draws, from the clearest (t near 0) to the noisiest."""
+        return [part.mean().item() for part in self.losses.flatten()[self.times.flatten().argsort()].chunk(parts)]
 
 
 @torch.no_grad()
-def held_out_losses(model: nn.Module, examples: Examples, device: torch.device, *, batch_size: int = 32) -> Tensor:
-    """Denoising loss of each held-out picture, (pictures,) fp32: the mean over `_DRAWS` times and noises.
+def held_out_losses(
+    model: nn.Module,
+    examples: Examples,
+    device: torch.device,
+    *,
+    batch_size: int = 32,
+    draws: int = _DRAWS,
+    change: Change = lambda layout: layout,
+) -> HeldOutLosses:
+    """Losses of the held-out pictures, at most `_MOST_PICTURES` of them, at `draws` times and noises each.
 
-    They are the same at every call, so that two sets of weights can be compared picture by picture. At most
-    `_MOST_PICTURES` pictures.
+    They are the same at every call, so that two sets of weights can be compared picture by picture.
+
+    Args:
+        change: what is done to the layouts of a batch before the model sees them.
     """
     count = min(len(examples.records), _MOST_PICTURES)
     was_training = model.training
     model.eval()
-    out = torch.zeros(count)
-    for draw in range(_DRAWS):
-        for start in range(0, count, batch_size):
-            indices = list(range(start, min(start + batch_size, count)))
+    losses_, times = torch.zeros(draws, count), torch.zeros(draws, count)
+    of_size: dict[tuple[int, int], list[int]] = {}
+    for index in range(count):
+        of_size.setdefault(examples.size_of(index), []).append(index)
+    parts = [each[at : at + batch_size] for each in of_size.values() for at in range(0, len(each), batch_size)]
+    objective = Objective(guidance=examples.config.flow.guidance)
+    for draw in range(draws):
+        for indices in parts:
             batch = examples.held_out_batch(indices, draw)
-            out[indices] += losses(model, batch.to(device), guidance=examples.config.flow.guidance).cpu() / _DRAWS
+            batch = replace(batch, layout=change(batch.layout))
+            times[draw, indices] = batch.t
+            losses_[draw, indices] = losses(model, batch.to(device), objective).cpu()
     model.train(was_training)
-    return out
+    return HeldOutLosses(losses_, times)
+
+
+def layout_matters(model: nn.Module, examples: Examples, device: torch.device) -> dict[str, float]:
+    """What the layout is worth: the held-out loss with another picture's layout, and without one, minus that with its own.
+
+    Near 0, the model does not look at it, whatever else it learned.
+    """
+
+    def mean(change: Change) -> float:
+        found = held_out_losses(model, examples, device, draws=_PROBE_DRAWS, change=change)
+        return found.losses.mean().item()
+
+    true = mean(lambda layout: layout)
+    return {
+        "layout/shuffled_minus_true": mean(lambda layout: layout[torch.arange(len(layout)).roll(1)]) - true,
+        "layout/dropped_minus_true": mean(lambda layout: replace(layout, mask=torch.zeros_like(layout.mask))) - true,
+    }
 
 
 @dataclass(frozen=True)
@@ -58,7 +112,7 @@ class PairedLoss:
 
 
 def compare_losses(base: Tensor, trained: Tensor) -> PairedLoss:
-    """Paired comparison of two results of `held_out_losses`, each (pictures,)."""
+    """Paired comparison of the losses of the same pictures by two sets of weights, each (pictures,)."""
     difference = (trained - base).double()
     mean, count = difference.mean().item(), len(difference)
     interval = None

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmdit_lora.config import Config, LoraSection
 from mmdit_lora.lora import add_layout_lora, refuse_zero_gates
+from mmdit_lora.lora.dropout import use_sample_dropout
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ def lora_config(section: LoraSection) -> peft.LoraConfig:
         lora_dropout=section.dropout,
         bias="none",
         target_modules=list(section.targets),
+        rank_pattern=dict(section.rank_pattern),
+        alpha_pattern=dict(section.alpha_pattern),
+        init_lora_weights="gaussian" if section.init == "gaussian" else True,
         use_rslora=section.rslora,
         use_dora=section.dora,
     )
@@ -45,6 +49,8 @@ def set_trainable(model: nn.Module, config: Config) -> TrainableReport:
     if config.method == "lora":
         report = add_layout_lora(model, lora_config(config.lora))
         refuse_zero_gates(report)
+        transformer: Any = model
+        transformer.sample_keys = use_sample_dropout(model)
         return TrainableReport(str(report), report.trainable_params, total, report.to_dict())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(config.method == "full" or "layout" in name)

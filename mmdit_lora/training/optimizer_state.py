@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mmdit_lora.errors import InputError
 
+_GROUPS = "groups"
+
 
 def save_optimizer(optimizer: Optimizer, path: str | Path) -> None:
-    """Write every state tensor of `optimizer` as `<parameter index>.<name>`. Hyperparameters come from the config."""
+    """Write every state tensor of `optimizer` as `<parameter index>.<name>`, and the numbers of its groups in the header.
+
+    Most hyperparameters come from the config; but Prodigy keeps what it has found out among them.
+    """
+    whole = optimizer.state_dict()
     tensors = {
         f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
+        for index, state in whole["state"].items()
         for name, value in state.items()
+        if value is not None
     }
-    save_file(tensors, path)
+    groups = [
+        {name: _number(value) for name, value in group.items() if _is_number(value)} for group in whole["param_groups"]
+    ]
+    save_file(tensors, path, metadata={_GROUPS: json.dumps(groups)})
 
 
 def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
@@ -29,13 +41,32 @@ def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
         InputError: the state belongs to other parameters.
     """
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+    with safe_open(path, framework="pt") as file:
+        groups = json.loads((file.metadata() or {}).get(_GROUPS, "[]"))
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = file.get_tensor(key)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if state and (
         set(state) != set(range(len(parameters)))
-        or any(t.ndim and t.shape != parameters[i].shape for i, entry in state.items() for t in entry.values())
+        or any(
+            t.ndim and t.shape not in (parameters[i].shape, parameters[i].flatten().shape)
+            for i, entry in state.items()
+            for t in entry.values()
+        )
+        or (groups and len(groups) != len(optimizer.param_groups))
     ):
         raise InputError("the optimizer state is of another set of parameters", where=str(path))
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    now = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(now, groups or [{}] * len(now), strict=True):
+        # A schedule sets the rate; what a group has beyond the constructor's arguments is the optimizer's own finding.
+        group |= {name: value for name, value in saved.items() if name in group}
+    optimizer.load_state_dict({"state": state, "param_groups": now})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _number(value: object) -> int | float:
+    return value.item() if isinstance(value, Tensor) else value  # type: ignore[return-value]

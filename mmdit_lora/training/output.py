@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_lora.config import Config
+from mmdit_lora.config_filter import nested
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, remove_leftovers
 
 CHECKPOINTS, CONFIG, REPORT = "checkpoints", "config.yaml", "report.json"
 # What may differ between a run and its resumption without changing what is trained.
 _FREE_ON_RESUME = {"output_dir", "tracking", "sample", "train.checkpoint_every", "train.keep_checkpoints"}
-_FREE_ON_RESUME |= {"train.validate_every", "train.sample_every", "train.sample_count", "train.log_every"}
+_FREE_ON_RESUME |= {
+    "train.validate_every",
+    "train.sample_every",
+    "train.sample_count",
+    "train.log_every",
+    "train.final",
+}
 
 
 def check_output(folder: Path, config: Config, resume: bool) -> None:
@@ -46,7 +53,9 @@ def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
         saved = Config.model_validate(saved).model_dump(mode="json")
     before, now = _flat(saved), _flat(config.model_dump(mode="json"))
     for name, new in now.items():
-        old = before.get(name, new)
+        old = before.get(name, _ABSENT)
+        if old is _ABSENT:  # of a file that this version makes nothing of
+            continue
         if old != new and name not in _FREE_ON_RESUME and name.split(".")[0] not in _FREE_ON_RESUME:
             raise InputError(
                 f"{name} is {new!r}, and was {old!r} when the run was started",
@@ -55,9 +64,13 @@ def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
             )
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.filter.min_area": 0.0, ...}"""
+def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """{"data.filter.min_area": 0.0, ...}; a mapping that is a value, and no section, stays whole."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        keys = (*above, key)
+        flat |= _flat(value, keys) if nested(Config, keys) is not None else {".".join(keys): value}
     return flat
+
+
+_ABSENT = object()

@@ -8,11 +8,13 @@ from typing import Any
 
 from mmdit_lora.config import Config
 from mmdit_lora.config_filter import FilterSection
+from mmdit_lora.data.buckets import Buckets, make_buckets, one_size, parse_ratio
 from mmdit_lora.data.check import quick_check
 from mmdit_lora.data.filters import Filtered, crop_loss, filter_records
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.shards import ShardedRecords, Subset, is_sharded, open_shards, spread
 from mmdit_lora.errors import InputError
+from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.training.split import split_records
 
 _LOOKS, _CROPS = 64, 1000  # records of shards that are looked at before a run
@@ -33,15 +35,15 @@ class RunData:
     validation: Filtered | None
     remarks: tuple[str, ...] = ()
 
-    def losses(self, config: Config, size: tuple[int, int]) -> tuple[dict[str, Any], list[str]]:
-        """What filter and centre crop to `size` (height, width) cost: counts for the report, and lines for people.
+    def losses(self, config: Config, buckets: Buckets) -> tuple[dict[str, Any], list[str]]:
+        """What filter and centre crop cost: counts for the report, and lines for people.
 
         Raises:
-            InputError: a file is no picture.
+            InputError: a file is no picture, or one is too small for any bucket.
         """
         records = self.records
         looked_at = spread(records, _CROPS) if isinstance(records, ShardedRecords | Subset) else records
-        crop = crop_loss(looked_at, size, min_visible=config.data.min_visible)
+        crop = crop_loss(looked_at, buckets, min_visible=config.data.min_visible)
         counts: dict[str, Any] = {"filter": self.training.to_dict(), "center_crop": crop.to_dict()}
         lines = [*self.remarks, self.training.summary, crop.summary]
         if self.validation is not None:
@@ -85,3 +87,34 @@ def _read_shards(path: str, config: Config) -> ShardedRecords:
     for record in spread(records, _LOOKS):
         record.read_bytes()
     return records
+
+
+def run_buckets(config: Config, pipe: LayoutPipeline) -> Buckets:
+    """The sizes of the training pictures.
+
+    Raises:
+        InputError: the base cannot have a resolution, or a ratio is none.
+    """
+    data, chosen = config.data, config.data.buckets
+    key = "data.buckets.resolutions" if chosen.resolutions else "data.resolution"
+    resolutions = chosen.resolutions or [data.resolution or pipe.default_side]
+    for side in resolutions:
+        try:
+            pipe.check_side(side)
+        except InputError as error:
+            raise InputError(error.what, where=key, cure=error.cure) from None
+    if not chosen.has_sizes:
+        return one_size((resolutions[0],) * 2)
+    try:
+        ratios = [parse_ratio(text) for text in chosen.ratios] or [1.0]
+    except InputError as error:
+        raise InputError(error.what, where="data.buckets.ratios", cure=error.cure) from None
+    transformer, cell = pipe.transformer, pipe.vae_scale_factor
+    most = transformer.max_latent_side
+    return make_buckets(
+        resolutions,
+        ratios,
+        multiple=cell * transformer.latent_multiple,
+        largest_side=None if most is None else most * cell,
+        upscale=chosen.upscale,
+    )

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from mmdit_lora.flow import flow_loss, inside_weight, interpolate, velocity
+from mmdit_lora.flow import flow_loss, inside_weight, interpolate, time_weight, velocity
 from mmdit_lora.models import LayoutInputs
 
 
@@ -21,6 +21,7 @@ class Batch:
         x0: (B, C, h, w) latents; noise: the same shape; t: (B,) in [0, 1], 1 = noise.
         prompt_embeds: (B, S, E); pooled: (B, P).
         layout: B layouts; a dropped one is masked, never absent.
+        keys: (B,) int32, what the adapter's dropout draws from for each sample; None where nothing drops.
     """
 
     x0: Tensor
@@ -29,29 +30,68 @@ class Batch:
     prompt_embeds: Tensor
     pooled: Tensor
     layout: LayoutInputs
+    keys: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in values.items()}
+        return Batch(**moved)
 
 
-def losses(model: nn.Module, batch: Batch, *, inside: float = 1.0, guidance: float = 1.0) -> Tensor:
-    """The rectified-flow loss of each sample, (B,) fp32.
+@dataclass(frozen=True)
+class Objective:
+    """How a sample's loss is weighted; the defaults are the plain rectified-flow loss.
+
+    Args:
+        inside: weight inside boxes relative to outside.
+        guidance: see `LayoutModelMixin.model_inputs`.
+        weighting, min_snr_gamma: see `flow.time_weight`.
+    """
+
+    inside: float = 1.0
+    guidance: float = 1.0
+    weighting: str = "none"
+    min_snr_gamma: float = 5.0
+
+
+_PLAIN = Objective()
+
+
+def predict(model: nn.Module, batch: Batch, *, guidance: float = 1.0) -> Tensor:
+    """The velocity that the model sees in a noised batch, (B, C, h, w).
 
     Args:
         model: a layout transformer of any family, in Accelerate's wrapper or not.
-        inside: weight of the loss inside boxes relative to outside; 1 = the plain loss.
         guidance: see `LayoutModelMixin.model_inputs`.
     """
     x_t = interpolate(batch.x0, batch.noise, batch.t)
     height, width = x_t.shape[-2:]
     # The call goes through the wrapper, which gathers gradients over processes; the rest is the model's own.
     family: Any = extract_model_from_parallel(model)
+    if (shared := getattr(family, "sample_keys", None)) is not None:
+        shared.value = batch.keys
     dtype = family.dtype
     inputs = family.model_inputs(
         x_t.to(dtype), batch.t, batch.prompt_embeds.to(dtype), batch.pooled.to(dtype), guidance=guidance
     )
-    prediction = family.as_latents(model(**inputs, layout=batch.layout).sample, height, width)
+    return family.as_latents(model(**inputs, layout=batch.layout).sample, height, width)
+
+
+def losses(model: nn.Module, batch: Batch, objective: Objective = _PLAIN, *, target: Tensor | None = None) -> Tensor:
+    """The rectified-flow loss of each sample, (B,) fp32.
+
+    Args:
+        model: see `predict`.
+        target: (B, C, h, w) velocity; None = that of the batch, noise - x_0.
+    """
+    prediction = predict(model, batch, guidance=objective.guidance)
+    if target is None:
+        target = velocity(batch.x0, batch.noise)
     weight = None
-    if inside != 1.0:
-        weight = inside_weight(batch.layout.boxes, batch.layout.mask, height, width, inside)
-    return flow_loss(prediction, velocity(batch.x0, batch.noise), weight)
+    if objective.inside != 1.0:
+        height, width = prediction.shape[-2:]
+        weight = inside_weight(batch.layout.boxes, batch.layout.mask, height, width, objective.inside)
+    each = flow_loss(prediction, target, weight)
+    if objective.weighting != "none":
+        each = each * time_weight(batch.t, objective.weighting, gamma=objective.min_snr_gamma)
+    return each

@@ -1,9 +1,8 @@
-"""Boxes: tiny ones, the same thing boxed twice, and those that the training crop cuts off."""
+"""Boxes: tiny ones, and the same thing boxed twice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,25 +11,14 @@ from mmdit_lora.data.records import Record
 
 TINY = 0.01  # of the picture's side
 SAME_IOU = 0.95
-# Less of a box than this share, after a crop, shows no longer what the phrase says. Here and not in transforms.py, which would
-# cost the check the seconds that PyTorch takes to import.
-MIN_VISIBLE = 0.25
 
 
-def box_findings(
-    records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]], *, resolution: int | None = None
-) -> list[Finding]:
-    """Warnings of boxes.
-
-    Args:
-        sizes: picture -> (width, height) in pixels, of those that could be read.
-        resolution: side of the training pictures in pixels; None = the crop is judged at the picture's own size.
-    """
+def box_findings(records: Sequence[Record]) -> list[Finding]:
+    """Warnings of boxes."""
     total = sum(len(record.layout.boxes) for record in records)
     return [
         *_tiny(records, total),
         *_twice(records, total),
-        *_cropped(records, sizes, total, resolution),
         *finding(
             "no-boxes",
             "{n} records have no box: the layout stream learns nothing there",
@@ -115,44 +103,6 @@ def _overlapping(boxes: np.ndarray) -> list[tuple[int, int, float]]:
         overlap = shared / (areas[i] + areas[i + 1 :] - shared)
         pairs += [(i, i + 1 + int(j), float(overlap[j])) for j in np.flatnonzero(overlap > SAME_IOU)]
     return pairs
-
-
-def _cropped(
-    records: Sequence[Record], sizes: Mapping[Path, tuple[int, int]], total: int, resolution: int | None
-) -> list[Finding]:
-    found = []
-    for record in records:
-        width, height = sizes.get(record.image, (1, 1))
-        (west, east), (north, south) = _kept((width, height), resolution or min(width, height))
-        lost = []
-        for n, box in enumerate(record.layout.boxes):
-            left, top, right, bottom = box.xyxy
-            across = min(right, east) - max(left, west)
-            down = min(bottom, south) - max(top, north)
-            if max(across, 0) * max(down, 0) < (MIN_VISIBLE - 1e-9) * box.area:  # exactly a quarter is kept
-                lost.append(n)
-        if lost:
-            what = f"{len(lost)} of {len(record.layout.boxes)} boxes, picture of {width} x {height} pixels"
-            found.append((len(lost), example(record, what, lost)))
-    found.sort(key=lambda pair: -pair[0])
-    count = sum(lost_here for lost_here, _ in found)
-    return finding(
-        "cropped-boxes",
-        f"{{n}} of {{total}} boxes, in {len(found)} records, are lost to the square center crop",
-        f"they are dropped with their phrase where less than {MIN_VISIBLE:.0%} is left; captions still name them. "
-        "Cut the pictures square around what matters, or train with crop: random",
-        [shown for _, shown in found],
-        total=total,
-        unit="boxes",
-        count=count,
-    )
-
-
-def _kept(size: tuple[int, int], side: int) -> list[tuple[float, float]]:
-    """What the center crop keeps of (width, height), each as a range in [0, 1]; whole pixels, as in transforms.py."""
-    scale = side / min(size)
-    resized = [max(side, round(length * scale)) for length in size]
-    return [((length - side) // 2 / length, ((length - side) // 2 + side) / length) for length in resized]
 
 
 def _plain(text: str) -> str:

@@ -84,6 +84,7 @@ def _charts(report: CheckReport, boxes: Sequence[Box]) -> str:
     shown = (
         ("Phrases, by boxes", rows(report.phrase_counts)),
         ("Picture sizes", rows({size.replace("x", " x "): n for size, n in report.image_sizes.items()})),
+        ("Sizes in training, by pictures", rows({size.replace("x", " x "): n for size, n in report.buckets.items()})),
         ("Boxes a layout", columns(_filled(report.boxes_per_picture))),
         ("Area of boxes, up to this share of the picture", columns(by_powers([box.area for box in boxes]))),
         ("Shorter side of boxes, up to this share", columns(by_powers([min(box.width, box.height) for box in boxes]))),

@@ -123,12 +123,8 @@ def _head(record: Record, source: Path | bytes) -> Picture:
         return Picture(record)
 
 
-def picture_findings(pictures: Sequence[Picture], *, resolution: int | None) -> list[Finding]:
-    """Files that cannot be decoded (errors), and those that are not what they look like (warnings).
-
-    Args:
-        resolution: side of the training pictures in pixels; None = sizes are not judged.
-    """
+def picture_findings(pictures: Sequence[Picture]) -> list[Finding]:
+    """Files that cannot be decoded (errors), and those that are not what they look like (warnings)."""
     total = len(pictures)
     found: list[Finding] = []
     for kind, message, cure in _BROKEN:
@@ -200,16 +196,6 @@ def picture_findings(pictures: Sequence[Picture], *, resolution: int | None) -> 
         "save the frame that the boxes were drawn on",
         "{p.frames} frames",
     )
-    if resolution is not None:
-        small = [p for p in usable if p.size and min(p.size) < resolution]
-        small.sort(key=lambda p: min(p.size or (0,)))
-        some(
-            "small-pictures",
-            small,
-            f"{{n}} pictures are smaller than the training size of {resolution} pixels and are scaled up, which blurs them",
-            f"leave them out, or train at {min((min(p.size) for p in small if p.size), default=0) // 16 * 16} pixels",
-            "{size} pixels",
-        )
     return found
 
 

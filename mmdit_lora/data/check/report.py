@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmdit_lora.data.buckets import MIN_VISIBLE, Buckets, size_counts
 from mmdit_lora.data.check.boxes import TINY, box_findings
 from mmdit_lora.data.check.findings import Example, Finding, finding
 from mmdit_lora.data.check.pictures import look_at_all, picture_findings
@@ -20,6 +21,7 @@ from mmdit_lora.data.check.readings import (
     reading_findings,
 )
 from mmdit_lora.data.check.sets import leak_findings, set_findings
+from mmdit_lora.data.check.sizes import size_findings, trained_sizes
 from mmdit_lora.data.check.texts import FEW_PHRASES, TokenCount, clip_tokens, few_phrases, text_findings
 from mmdit_lora.data.records import COLUMNS, BoxFormatError, Record
 from mmdit_lora.errors import InputError
@@ -32,6 +34,7 @@ class CheckReport:
     Args:
         records: lines that could be read. pictures: distinct files among them.
         image_sizes: "WIDTHxHEIGHT" -> how many pictures, the most frequent first.
+        buckets: "WIDTHxHEIGHT" of training pictures -> how many, likewise; empty where there is one size, or none is known.
         boxes_per_picture: number of boxes -> how many records.
         phrase_counts: phrase -> how many boxes, the most frequent first.
         tiny_boxes: boxes less than 1 % of a side wide or high.
@@ -48,6 +51,7 @@ class CheckReport:
     boxes: int
     phrases: int
     image_sizes: dict[str, int]
+    buckets: dict[str, int]
     boxes_per_picture: dict[int, int]
     phrase_counts: dict[str, int] = field(repr=False)
     tiny_boxes: int
@@ -79,7 +83,9 @@ def check_dataset(
     written: Sequence[Written] | None = None,
     against: Iterable[Record] = (),
     tokens: TokenCount | None = None,
-    resolution: int | None = None,
+    buckets: Buckets | None = None,
+    batch: int = 1,
+    min_visible: float = MIN_VISIBLE,
 ) -> CheckReport:
     """Look at every record and decode every picture once.
 
@@ -89,19 +95,20 @@ def check_dataset(
         written: the boxes as they stand in the file (`read_written`); None = those of the records.
         against: records of another set, whose pictures this one must not hold.
         tokens: how texts are counted (`clip_tokens`); None = estimated.
-        resolution: side of the training pictures in pixels; None = sizes are not judged.
+        buckets, batch, min_visible: see `size_findings`.
     """
     records = list(records)
     pictures = look_at_all(records)
     lines = as_written(records) if written is None else written
-    sizes = {p.record.image: p.size for p in pictures if p.size is not None}
+    trained = {} if buckets is None or buckets.is_single else trained_sizes(pictures, buckets)[0]
     extra = Counter(column for record in records for column in record.extra)
     found = [
         *_reader_findings(errors, len(records) + len(errors), {line.where: line for line in lines}),
-        *picture_findings(pictures, resolution=resolution),
+        *picture_findings(pictures),
         *reading_findings(lines, sum(isinstance(error, BoxFormatError) for error in errors)),
         *_column_findings(extra, len(records)),
-        *box_findings(records, sizes, resolution=resolution),
+        *box_findings(records),
+        *size_findings(records, pictures, buckets=buckets, batch=batch, min_visible=min_visible),
         *text_findings(records, tokens or clip_tokens(None)),
         *set_findings(records, pictures),
         *(leak_findings(pictures, others) if (others := look_at_all(against)) else ()),
@@ -118,6 +125,7 @@ def check_dataset(
         boxes=len(boxes),
         phrases=len({box.phrase for box in boxes}),
         image_sizes=dict(Counter(f"{p.size[0]}x{p.size[1]}" for p in pictures if p.size and not p.error).most_common()),
+        buckets=size_counts(list(trained.values())),
         boxes_per_picture=dict(sorted(Counter(len(record.layout.boxes) for record in records).items())),
         phrase_counts=dict(Counter(box.phrase for box in boxes).most_common()),
         tiny_boxes=sum(box.width < TINY or box.height < TINY for box in boxes),

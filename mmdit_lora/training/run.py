@@ -1,0 +1,266 @@
+"""A run set up: base, data, adapter, optimizer, everything that the loop reads. Nothing is written yet."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from mmdit_lora.config import Config
+from mmdit_lora.data.buckets import one_size
+from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.records import read_dataset
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Layout
+from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+from mmdit_lora.training.averaging import Averaged
+from mmdit_lora.training.checkpoint import Checkpoint, save_checkpoint, trainable_parameters
+from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encode_store import EncodingStore
+from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.held_out import PairedLoss
+from mmdit_lora.training.method import TrainableReport, set_trainable
+from mmdit_lora.training.opening import DTYPES, open_base
+from mmdit_lora.training.optim import make_optimizer, make_schedule
+from mmdit_lora.training.output import CHECKPOINTS, check_output
+from mmdit_lora.training.prior import FOLDER, Prior, paint_prior, prior_layouts
+from mmdit_lora.training.run_data import read_data, run_buckets
+from mmdit_lora.training.split import fingerprint_records
+from mmdit_lora.training.step import Objective
+from mmdit_lora.training.switches import apply_switches
+
+AVERAGE = "average.safetensors"
+
+
+@dataclass
+class State:
+    """What changes as a run goes on, beside weights and optimizer; all of it is in every checkpoint.
+
+    Args:
+        step: optimizer steps done.
+        best_step, best: of the best validation so far, and its value (higher is better); None before the first.
+        stale: validations since.
+        tracker_run_id: what the tracker goes on with.
+        seconds: spent on it, over all starts.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best: float | None = None
+    stale: int = 0
+    tracker_run_id: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """Everything that the loop reads, set up by `prepare_run`."""
+
+    config: Config
+    accelerator: Accelerator
+    pipe: LayoutPipeline
+    model: nn.Module
+    trainable: TrainableReport
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    examples: Examples
+    held_out: Examples | None
+    fingerprints: dict[str, str]
+    dtype: torch.dtype
+    data_losses: tuple[dict[str, Any], list[str]]
+    average: Averaged | None = None
+    prior: Prior | None = None
+    prior_layouts: list[Layout] = field(default_factory=list)
+    state: State = field(default_factory=State)
+    base_losses: Tensor | None = None
+    compared: tuple[int, PairedLoss] | None = None  # the newest validation, and its step
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def step_batch(self) -> int:
+        """Samples of an optimizer step, over all processes."""
+        settings = self.config.train
+        return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def objective(self) -> Objective:
+        flow = self.config.flow
+        return Objective(flow.inside_weight, flow.guidance, flow.weighting, flow.min_snr_gamma)
+
+    @property
+    def settings(self) -> PaintSettings:
+        sample = self.config.sample
+        return PaintSettings(
+            steps=sample.steps,
+            guidance_scale=sample.guidance_scale,
+            layout_scale=sample.layout_scale,
+            layout_window=sample.layout_window,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.state.seconds + time.perf_counter() - self.started
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The transformer without Accelerate's wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def start_prior(self) -> None:
+        """Paint the old domain with the base, in the main process, and have it beside the training samples.
+
+        Raises:
+            InputError: see `read_dataset`.
+        """
+        if not self.prior_layouts:
+            return
+        config, folder = self.config, self.folder / FOLDER
+        side = config.data.resolution or self.pipe.default_side
+        if self.accelerator.is_main_process:
+            settings = replace(self.settings, size=(side, side))
+            self.pipe.transformer.eval()
+            with self.accelerator.autocast():
+                paint_prior(self.pipe, self.prior_layouts, folder, settings, seed=config.train.seed)
+            self.pipe.transformer.train()
+        self.accelerator.wait_for_everyone()
+        plain = config.data.model_copy(update={"crop": "center", "flip": False, "box_jitter": 0.0})
+        size = config.prior.batch_size
+        examples = Examples(
+            read_dataset(folder),
+            self.examples.encoder,
+            config.model_copy(update={"data": plain}),
+            buckets=one_size((side, side)),
+            slots=self.examples.slots,
+            batch=size * config.train.gradient_accumulation * self.accelerator.num_processes,
+            draws="prior",
+        )
+        self.prior = Prior(examples, size)
+
+    def save(self) -> None:
+        """Write a checkpoint, and prune: the newest `train.keep_checkpoints` stay, and the best."""
+        scaler = self.accelerator.scaler
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "fingerprints": self.fingerprints,
+            "schedule_step": self.schedule.last_epoch,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "run": asdict(self.state) | {"seconds": self.seconds},
+        }
+        save_checkpoint(
+            self.folder / CHECKPOINTS,
+            self.state.step,
+            self.bare_model,
+            self.optimizer,
+            state,
+            extra={} if self.average is None else {AVERAGE: self.average.save},
+            keep=self.config.train.keep_checkpoints,
+            best=self.state.best_step,
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was written.
+
+        Raises:
+            InputError: it is damaged, or of another base, data set or set of trainable parameters.
+        """
+        saved = checkpoint.state()
+        for what, digest in self.fingerprints.items():
+            if saved["fingerprints"][what] != digest:
+                raise InputError(
+                    f"the {what} is not the one that this run was started with",
+                    where=str(checkpoint.folder),
+                    cure="start a new run",
+                )
+        checkpoint.load(self.bare_model, self.optimizer)
+        if self.average is not None:
+            self.average.load(checkpoint.folder / AVERAGE)
+        self.schedule.last_epoch = saved["schedule_step"]
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.schedule.last_epoch)
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if saved["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.state = State(**saved["run"])
+
+
+def prepare_run(config: Config, *, resume: bool = False) -> Run:
+    """Everything up to the first step; writes nothing. What `--check-only` does.
+
+    Raises:
+        InputError: the base, the data or the output folder do not allow the run.
+    """
+    check_output(Path(config.output_dir), config, resume)
+    settings = config.train
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.accelerator.is_available())
+    dtype = DTYPES[settings.mixed_precision]
+    data = read_data(config)
+    layouts = prior_layouts(config)
+    pipe, base_fingerprint = open_base(config, dtype)
+    buckets = run_buckets(config, pipe)
+    _check_guidance(config, pipe)
+    fingerprints = {"base": base_fingerprint, "data": fingerprint_records(data.records)}
+    pipe.to(accelerator.device)
+
+    torch.manual_seed(settings.seed)  # the adapter's initial weights
+    trainable = set_trainable(pipe.transformer, config)
+    pipe.transformer.train()
+    # Every process opened the same files: DDP need not send what does not train around, and cannot where it is quantised.
+    named = (*pipe.transformer.named_parameters(), *pipe.transformer.named_buffers())
+    pipe.transformer._ddp_params_and_buffers_to_ignore = [n for n, tensor in named if not tensor.requires_grad]
+    apply_switches(pipe.transformer, settings, device=accelerator.device, dtype=dtype)
+    optimizer = make_optimizer(pipe.transformer, config)
+    schedule = make_schedule(optimizer, settings)
+    average = Averaged(pipe.transformer, settings.ema_decay) if settings.ema_decay else None
+    cache = config.data.cache
+    encoder = Encoder(pipe, EncodingStore(DiskCache(cache), pipe, config.base) if cache is not None else None)
+    slots = pipe.transformer.config.layout_slots
+    model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
+    batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
+    examples = Examples(data.records, encoder, config, buckets=buckets, slots=slots, batch=batch)
+    counts, warnings = data.losses(config, buckets)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        pipe=pipe,
+        model=model,
+        trainable=trainable,
+        optimizer=optimizer,
+        schedule=schedule,
+        examples=examples,
+        held_out=Examples(data.held_out, encoder, config, buckets=buckets, slots=slots) if data.held_out else None,
+        fingerprints=fingerprints,
+        dtype=dtype,
+        data_losses=(counts, [*warnings, *examples.bucket_warnings()]),
+        average=average,
+        prior_layouts=layouts,
+    )
+
+
+def settle(run: Run) -> None:
+    """What trained in fp32 goes back to the dtype of the rest, so that the pipeline can be used as it is."""
+    if run.config.method != "lora":
+        for parameter in trainable_parameters(run.pipe.transformer).values():
+            parameter.data = parameter.data.to(run.dtype)
+
+
+def _check_guidance(config: Config, pipe: LayoutPipeline) -> None:
+    if config.flow.guidance != 1.0 and not getattr(pipe.transformer.config, "guidance_embeds", False):
+        raise InputError(
+            f"is {config.flow.guidance:g}, and {config.base} has no such input: it is not guidance-distilled",
+            where="flow.guidance",
+            cure="leave it at 1.0; sample.guidance_scale is the guidance of sampling",
+        )

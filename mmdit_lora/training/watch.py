@@ -1,0 +1,121 @@
+"""What a run shows of itself while it trains: held-out loss, what the layout is worth, pictures and their fidelity."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mmdit_lora.evaluate import measure, readable
+from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+from mmdit_lora.pipelines import paint
+from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
+from mmdit_lora.training.run import Run
+from mmdit_lora.training.tracking import Tracker
+
+_BLOCK = re.compile(r"^((?:\w+_)?transformer_blocks)\.(\d+)\.")
+
+
+@contextmanager
+def shown_weights(run: Run) -> Iterator[None]:
+    """The weights that would be saved: the moving average where there is one. Modules are in evaluation mode."""
+    transformer = run.pipe.transformer
+    transformer.eval()
+    try:
+        if run.average is None:
+            yield
+        else:
+            with run.average.in_place():
+                yield
+    finally:
+        transformer.train()
+
+
+def validate(run: Run) -> PairedLoss | None:
+    """The held-out loss against the base's; None where no picture is held out."""
+    if run.held_out is None or run.base_losses is None:
+        return None
+    with shown_weights(run):
+        # Not through DDP's wrapper: only the main process comes here, and the wrapper would wait for the others.
+        now = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
+    return compare_losses(run.base_losses, now.per_picture)
+
+
+def watch(run: Run, tracker: Tracker) -> float | None:
+    """Validate, paint, log. On the main process.
+
+    Returns:
+        How good it is, higher is better: the pictures' mIoU where it was measured, else minus the held-out loss; None
+        where neither was.
+    """
+    settings, step = run.config.train, run.state.step
+    last = step == settings.max_steps
+    scalars: dict[str, float] = {}
+    good = None
+    with shown_weights(run):
+        if run.held_out is not None and run.base_losses is not None and _due(step, settings.validate_every, last):
+            device = run.accelerator.device
+            now = held_out_losses(run.pipe.transformer, run.held_out, device)
+            loss = compare_losses(run.base_losses, now.per_picture)
+            run.compared = step, loss
+            scalars |= {"held_out/loss": loss.trained, "held_out/loss_minus_base": loss.difference}
+            scalars |= {f"held_out/loss_t{n}": value for n, value in enumerate(now.by_time())}
+            scalars |= layout_matters(run.pipe.transformer, run.held_out, device)
+            good = -loss.trained
+        if _due(step, settings.sample_every, last=False):
+            fidelity = _show(run, tracker)
+            scalars |= fidelity
+            good = fidelity.get("fidelity/miou", good)
+    if scalars:
+        tracker.log(step, scalars)
+    return good
+
+
+def is_due(run: Run) -> bool:
+    """Whether something is shown at this step."""
+    settings, step = run.config.train, run.state.step
+    return _due(step, settings.validate_every, step == settings.max_steps) or _due(step, settings.sample_every, False)
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Norm of the gradients of each block's trainable parameters, and of those in none."""
+    squares: defaultdict[str, float] = defaultdict(float)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found = _BLOCK.match(name)
+            place = f"{found[1]}.{int(found[2]):02d}" if found else name.split(".")[0]
+            squares[place] += parameter.grad.float().square().sum().item()
+    return {f"grad_norm/{place}": value**0.5 for place, value in squares.items()}
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return bool(every) and (step % every == 0 or last)
+
+
+def _show(run: Run, tracker: Tracker) -> dict[str, float]:
+    """Paint the first held-out layouts at their pictures' size, always from the same noise.
+
+    Returns:
+        Where the reader can judge them, their fidelity.
+    """
+    source = run.held_out or run.examples
+    layouts = [source.records[n].layout for n in range(min(run.config.train.sample_count, len(source.records)))]
+    if not layouts:
+        return {}
+    with (
+        run.accelerator.autocast(),
+        torch.no_grad(),
+    ):  # the prepared model answers in fp32, which the VAE would not take
+        sizes = [source.size_of(index) for index in range(len(layouts))]
+        pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
+    boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
+    save_png(contact_sheet(boxed), run.folder / "samples" / f"step_{run.state.step:07d}.png")
+    tracker.pictures(run.state.step, "samples", pictures, layouts)
+    if not readable(layouts):
+        return {}
+    fidelity = measure(pictures, layouts).to_dict()
+    return {f"fidelity/{name}": float(fidelity[name]) for name in fidelity if name != "boxes"}
