@@ -23,13 +23,15 @@ from safetensors.torch import load_file
 
 from mmdit_lora.cli import main
 from mmdit_lora.config import Config
+from mmdit_lora.data.buckets import make_buckets, record_bucket
 from mmdit_lora.data.order import epoch_order
 from mmdit_lora.data.records import Record, read_dataset
-from mmdit_lora.data.shards import ShardedRecords, is_sharded, open_shards, spread
+from mmdit_lora.data.shards import ShardedRecords, Subset, is_sharded, open_shards, spread
 from mmdit_lora.data.shards.store import expand, find
 from mmdit_lora.data.shards.write import ShardWriter, write_shards
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
+from mmdit_lora.training.examples import sizes_of
 from mmdit_lora.training.run_data import read_data
 from mmdit_lora.training.split import fingerprint_records
 from mmdit_lora.training.trainer import train
@@ -482,6 +484,22 @@ def test_blocks_of_a_side_count_what_is_left_of_each(thousand: Path, monkeypatch
         counted = [sum(r.where.startswith(part.name) for r in side) for part in records.parts]
         assert list(side.blocks) == counted
     assert side.pixels().shape == (200, 2)
+
+
+def test_buckets_of_shards_come_from_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ShardWriter(tmp_path, size=5_000)
+    for number in range(60):
+        writer.add(picture(number, (64 + 16 * (number % 3), 64)), "png", Layout(caption=str(number), boxes=[]))
+    writer.close()
+    training, _ = open_shards(tmp_path).split(0.2)
+    buckets = make_buckets([64], [1.0, 1.5], multiple=8)
+    wanted = [record_bucket(record, buckets) for record in training]
+    assert len(set(wanted)) > 1
+    asked: list[int] = []
+    get = Subset.__getitem__
+    monkeypatch.setattr(Subset, "__getitem__", lambda self, index: asked.append(index) or get(self, index))
+    assert sizes_of(training, buckets) == wanted
+    assert len(asked) == 3  # a record of each size, not all
 
 
 def config_of(base: Path, path: Path, out: Path, **data: Any) -> Config:

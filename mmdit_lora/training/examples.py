@@ -61,7 +61,7 @@ class Examples:
         self.records, self.encoder, self.config = records, encoder, config
         self.slots, self.batch, self.draws = slots, batch, draws
         self._one_size = buckets.sizes[0][0] if buckets.is_single else None
-        self._sizes = [] if buckets.is_single else _sizes_of(records, buckets)
+        self._sizes = [] if buckets.is_single else sizes_of(records, buckets)
         # Where nothing is drawn for the picture, its latents are the same each time; where it has a number of variants,
         # each of them is.
         self._is_drawn = config.data.crop != "center" or config.data.flip
@@ -124,9 +124,7 @@ class Examples:
     @cached_property
     def _plan(self) -> BatchPlan:
         count, seed = len(self.records), self.config.train.seed
-        blocks = getattr(
-            self.records, "blocks", None
-        )  # of shards whose neighbouring records are cheaper to read together
+        blocks = getattr(self.records, "blocks", None)  # of shards that are cheaper to read part by part
         groups: list[Hashable] | None = None
         if self._one_size is None or self.config.data.buckets.group_boxes:
             by_boxes = self.config.data.buckets.group_boxes
@@ -270,7 +268,7 @@ class Examples:
         )
 
 
-def _sizes_of(records: Sequence[Record], buckets: Buckets) -> list[Size]:
+def sizes_of(records: Sequence[Record], buckets: Buckets) -> list[Size]:
     """The size that each record's picture is trained at; of shards from their index, where that knows the pictures' own."""
     if isinstance(records, ShardedRecords | Subset) and (pixels := records.pixels()).all():
         _, first, place = np.unique(pixels, axis=0, return_index=True, return_inverse=True)
