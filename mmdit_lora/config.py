@@ -5,6 +5,7 @@ Every field's description is one plain line; `init` prints them as comments, so 
 
 from __future__ import annotations
 
+import logging
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,11 @@ from mmdit_lora.config_sections import (
     TrackingSection,
     TrainSection,
 )
+from mmdit_lora.config_version import VERSION, migrate
 from mmdit_lora.config_yaml import dump_yaml, parse_yaml
 from mmdit_lora.errors import InputError, unknown_key
+
+log = logging.getLogger(__name__)
 
 # Pydantic's words for these speak of Python, not of YAML.
 _MESSAGES = {
@@ -43,6 +47,7 @@ class Config(Section):
         ValidationError (pydantic, a ValueError): from Python; `load_config` raises `InputError` instead.
     """
 
+    version: int = Field(default=VERSION, description="of the config's form; `train` reads earlier ones too", ge=1)
     base: str = Field(description="what is adapted: a diffusers pipeline folder or a hub id", min_length=1)
     method: Literal["lora", "layout_stream", "full"] = Field(
         default="lora",
@@ -50,6 +55,9 @@ class Config(Section):
     )
     output_dir: str = Field(
         default="outputs/run", description="where checkpoints, pictures and the adapter go", min_length=1
+    )
+    license: str = Field(
+        default="other", description="of the adapter, for its card: the hub's name of it", min_length=1
     )
     data: DataSection = Field(description="the data set")
     lora: LoraSection = Field(default=LoraSection(), description="the adapter (method lora)")
@@ -132,6 +140,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         )
     places = {keys: f"{path}:{line}" for keys, line in lines.items()}
     data = {key: _section_as_mapping(key, value) for key, value in data.items()}
+    data, moved = migrate(data, where=str(path))
+    for line in moved:
+        log.warning("%s: %s", path, line)
     for override in overrides:
         _apply_override(data, places, override)
     _refuse_unknown_keys(data, places, str(path))

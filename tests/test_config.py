@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from mmdit_lora import config_version
 from mmdit_lora.config import SECTIONS, Config, load_config
 from mmdit_lora.errors import InputError
 
@@ -203,3 +205,44 @@ def test_the_repositorys_own_configs_are_valid_and_say_how_they_are_run(file: Pa
     head = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "mmdit-lora" in head
     assert "Hardware:" in head or "NOT RUN HERE" in head
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0", "-1", "two", "true", "1.5", "999"])
+def test_a_version_that_is_none_or_to_come_is_refused(tmp_path: Path, version: str) -> None:
+    with pytest.raises(InputError, match="version") as caught:
+        load_config(write(tmp_path, f"version: {version}\n{REQUIRED}"))
+    assert caught.value.where == str(tmp_path / "config.yaml")
+    assert ("newer" in str(caught.value)) == (version == "999")
+
+
+def test_a_config_of_an_earlier_version_is_brought_up_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def from_1(data: dict[str, Any]) -> list[str]:
+        if "iterations" not in data:
+            return []
+        data["loop"] = {"steps": data.pop("iterations")}
+        return ["iterations is loop.steps now"]
+
+    def from_2(data: dict[str, Any]) -> list[str]:
+        if "loop" not in data:
+            return []
+        data.setdefault("train", {})["max_steps"] = data.pop("loop")["steps"]
+        return ["loop.steps is train.max_steps now"]
+
+    monkeypatch.setattr(config_version, "VERSION", 3)
+    monkeypatch.setattr(config_version, "MIGRATIONS", {1: from_1, 2: from_2})
+    old = load_config(write(tmp_path, f"{REQUIRED}iterations: 7\n"))
+    assert (old.train.max_steps, old.version) == (7, 3)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "iterations is loop.steps now",
+        "loop.steps is train.max_steps now",
+    ]
+    caplog.clear()
+    assert load_config(write(tmp_path, f"version: 3\n{REQUIRED}")).train.max_steps == 1000
+    assert not caplog.records
+    with pytest.raises(InputError, match="iterations"):  # no longer a key of version 3
+        load_config(write(tmp_path, f"version: 3\n{REQUIRED}iterations: 7\n"))

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From left to right; a room imports only from itself and from rooms on its left.
 ROOMS = (
     ("layout", "errors", "files"),
-    ("config", "config_filter", "config_sections", "config_yaml"),
+    ("config", "config_filter", "config_sections", "config_version", "config_yaml"),
     ("models",),
     ("data",),
     ("lora",),

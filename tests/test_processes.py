@@ -1,11 +1,15 @@
-"""Two processes give what one gives with the same global batch."""
+"""Two processes give what one gives with the same global batch; killed with two, a run goes on with one."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,40 +17,139 @@ import yaml
 from safetensors.torch import load_file
 
 from mmdit_lora.cli import main
+from mmdit_lora.training.checkpoint import checkpoints
 
 pytestmark = pytest.mark.slow
 
+STEPS = 20
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_two_processes_train_what_one_does(base: Path, data: Path, tmp_path: Path, quantization: str) -> None:
-    if quantization != "none":
-        pytest.importorskip("torchao")
-    train = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, "validate_every": 2, "checkpoint_every": 2}
+
+def write_config(folder: Path, name: str, base: Path, pictures: Path, **changes: dict[str, Any]) -> Path:
+    train = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3, "validate_every": 10, "checkpoint_every": 5}
     content = {
         "base": str(base),
-        "output_dir": str(tmp_path / "one"),
-        "data": {"path": str(data), "validation_share": 0.25},
-        "lora": {"dropout": 0.0},  # each process draws its own
-        "train": train | {"sample_every": 2, "sample_count": 2, "quantization": quantization},
+        "output_dir": str(folder / name),
+        "data": {"path": str(pictures), "validation_share": 0.25, "crop": "random", "flip": True},
+        "lora": {"dropout": 0.1},  # by sample: the same in any process
+        "train": train | {"sample_every": 10, "sample_count": 2, "log_every": 1},
+        "tracking": {"tracker": "tensorboard", "run_name": "run"},
         "sample": {"steps": 2},
     }
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(content))
-    assert main(["train", str(config)]) == 0
+    for section, values in changes.items():
+        content[section] = content.get(section, {}) | values  # type: ignore[operator]
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def two_processes(config: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mmdit_lora.cli", "train"]
-    overrides = [f"output_dir={tmp_path / 'two'}", "train.batch_size=2"]
-    done = subprocess.run(
-        [*command, str(config), *overrides],
+    return subprocess.Popen(
+        [*command, str(config), "train.batch_size=2", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("wrote ") == 1, "only the main process speaks and writes"
-    one, two = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
-    assert any(tensor.abs().max() > 1e-4 for name, tensor in one.items() if "lora_B" in name)
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard" / "run"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train": {"quantization": "int8"}},
+        {"data": {"buckets": {"ratios": ["1:1", "4:3"], "group_boxes": True}}},
+        {"prior": {"batch_size": 2}},
+    ],
+    ids=["plain", "int8", "buckets", "prior"],
+)
+def test_two_processes_train_what_one_does(base: Path, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if "quantization" in changes.get("train", {}):
+        pytest.importorskip("torchao")
+    if "prior" in changes:
+        old = {"caption": "old", "boxes": [{"xyxy": [0.1, 0.1, 0.5, 0.6], "phrase": "a red circle"}]}
+        (tmp_path / "old.jsonl").write_text((json.dumps(old) + "\n") * 4)
+        changes = {"prior": {"layouts": str(tmp_path / "old.jsonl"), "batch_size": 2}}
+    one = write_config(tmp_path, "one", base, data, **changes)
+    assert main(["train", str(one)]) == 0
+    halved = ["prior.batch_size=1"] if "prior" in changes else []
+    process = two_processes(write_config(tmp_path, "two", base, data, **changes), *halved)
+    _, said = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert said.count("wrote ") == 1, "only the main process speaks and writes"
+    before, after = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert list(before) == list(after) == list(range(1, STEPS + 1))
+    assert max(abs(before[step] - after[step]) for step in before) < 1e-5
+    alone, together = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
+    assert alone.keys() == together.keys()
+    assert max((alone[name] - together[name]).abs().max().item() for name in alone) < 1e-4
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in alone.items() if "lora_B" in name)
+
+
+def test_killed_with_two_processes_and_gone_on_with_one(base: Path, data: Path, tmp_path: Path) -> None:
+    assert main(["train", str(write_config(tmp_path, "one", base, data))]) == 0
+    config = write_config(tmp_path, "mixed", base, data)
+    process = two_processes(config)
+    folder = tmp_path / "mixed" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for child in [process.pid, *workers(process)]:  # they have a session of their own
+        os.kill(child, signal.SIGKILL)
+    process.communicate()
+    assert checkpoints(folder)
+    assert not (tmp_path / "mixed" / "adapter").exists(), "the run was over before it was killed"
+    assert main(["train", str(config), "--resume", "latest"]) == 0
+    one, mixed = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "mixed")
+    assert max((one[name] - mixed[name]).abs().max().item() for name in one) < 1e-4
+
+
+def test_a_rank_that_dies_ends_all_with_a_message(base: Path, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, "run", base, data, train={"max_steps": 100_000})
+    process = two_processes(config)
+    folder = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = workers(process)
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)  # not for ever
+    assert process.returncode != 0
+    assert "SIGKILL" in said or "exitcode" in said
+    assert all(not Path(f"/proc/{child}").exists() for child in children)
+    for checkpoint in checkpoints(folder):
+        checkpoint.state()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(base: Path, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, "run", base, data, train={"max_steps": 100_000})
+    process = two_processes(config)
+    folder = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(workers(process)[1], signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    newest = checkpoints(folder)[-1]
+    newest.state()
+    assert f"step {newest.step} is saved" in said
+    assert process.returncode != 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -347,3 +348,22 @@ def test_what_was_found_out_of_a_run_is_in_its_report(base: Path, data: Path, tm
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == report["adapter_step"] == 4
     assert report["best_step"] in (2, 4)
+
+
+def test_a_run_goes_on_in_other_parts_of_the_same_batch_and_in_no_other_batch(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    length = {"max_steps": 4, "checkpoint_every": 2, "batch_size": 4}
+    config = make_config(base, data, tmp_path / "whole", train=length | {"lr_schedule": "constant"})
+    train(config)
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step_0000004")  # goes on from step 2
+    parts = length | {"lr_schedule": "constant", "batch_size": 2, "gradient_accumulation": 2}
+    before = adapter_of(tmp_path / "whole")
+    train(make_config(base, data, tmp_path / "whole", train=parts), resume=True)
+    for name, tensor in adapter_of(tmp_path / "whole").items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="a step has 3 samples over all processes, and had 4"):
+        train(
+            make_config(base, data, tmp_path / "whole", train=parts | {"batch_size": 3, "gradient_accumulation": 1}),
+            resume=True,
+        )

@@ -57,6 +57,7 @@ def save_adapter(
     *,
     metadata: Mapping[str, Any],
     card: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
     adapter_name: str = "default",
 ) -> None:
     """Write a PEFT folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`; all or nothing.
@@ -64,6 +65,7 @@ def save_adapter(
     Args:
         metadata: goes as JSON into the safetensors header under `mmdit_lora`; its "base" also into the PEFT config.
         card: text of README.md; None = two lines.
+        beside: other files, name -> content.
 
     Raises:
         InputError: the model has no such adapter, or a weight is not finite (a diverged run is not saved as a good one).
@@ -91,6 +93,8 @@ def save_adapter(
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS_FILE, metadata=header)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, content in (beside or {}).items():
+            (temporary / name).write_bytes(content)
 
 
 def load_adapter(

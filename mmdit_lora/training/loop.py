@@ -74,7 +74,7 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
             if witness is not None:
                 witness(record)
             if logged:
-                speed = meter.read((state.step - measured) * run.step_batch)
+                speed = meter.read((state.step - measured) * run.batches["train.batch_size"])
                 measured = state.step
                 if tracker is not None:
                     scalars = {

@@ -12,15 +12,23 @@ from mmdit_lora.config_filter import nested
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, remove_leftovers
 
-CHECKPOINTS, CONFIG, REPORT = "checkpoints", "config.yaml", "report.json"
+CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.json", "samples"
 # What may differ between a run and its resumption without changing what is trained.
-_FREE_ON_RESUME = {"output_dir", "tracking", "sample", "train.checkpoint_every", "train.keep_checkpoints"}
-_FREE_ON_RESUME |= {
+_FREE_ON_RESUME = {
+    "output_dir",
+    "tracking",
+    "sample",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
     "train.validate_every",
     "train.sample_every",
     "train.sample_count",
     "train.log_every",
     "train.final",
+    # The samples of a step over all processes are compared instead: a run may go on with another number of them.
+    "train.batch_size",
+    "train.gradient_accumulation",
+    "prior.batch_size",
 }
 
 

@@ -12,8 +12,10 @@ from mmdit_lora.config import Config
 from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora import save_adapter
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
+from mmdit_lora.training.card import PICTURES, adapter_card
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.opening import stored_dtype, stream_options
+from mmdit_lora.training.output import SAMPLES
 
 
 def save_result(pipe: LayoutPipeline, config: Config, report: dict[str, Any]) -> Path:
@@ -35,9 +37,10 @@ def save_result(pipe: LayoutPipeline, config: Config, report: dict[str, Any]) ->
         "quantization": config.train.quantization,
         "version": __version__,
     }
-    save_adapter(
-        pipe.transformer, folder / "adapter", metadata=metadata, card=adapter_card(config, report, type(pipe).__name__)
-    )
+    sheets = sorted((folder / SAMPLES).glob("step_*.png"))
+    card = adapter_card(config, report, type(pipe).__name__, pictures=bool(sheets))
+    beside = {PICTURES: sheets[-1].read_bytes()} if sheets else {}
+    save_adapter(pipe.transformer, folder / "adapter", metadata=metadata, card=card, beside=beside)
     return folder / "adapter"
 
 
@@ -51,41 +54,3 @@ def whole_base(pipe: LayoutPipeline, config: Config) -> LayoutPipeline:
         for name, parameter in trainable_parameters(pipe.transformer).items():
             own[name].copy_(parameter)
     return fresh
-
-
-def adapter_card(config: Config, report: dict[str, Any], pipeline: str) -> str:
-    """The adapter's README.md: what it is, how to load it, how it was trained, what was measured.
-
-    Args:
-        pipeline: name of the class that opens its base.
-    """
-    loss = report["held_out_loss"]
-    measured = "No pictures were held out, so nothing was measured."
-    if loss:
-        low, high = loss["interval"] or (float("nan"), float("nan"))
-        measured = (
-            f"Denoising loss on {loss['pictures']} held-out pictures, same noise and times: base {loss['base']:.4f}, "
-            f"with the adapter {loss['trained']:.4f}; difference {loss['difference']:+.4f}, 95 % interval "
-            f"[{low:+.4f}, {high:+.4f}]."
-        )
-    return f"""---
-base_model: {config.base}
-library_name: peft
-tags: [lora, layout-to-image, mmdit]
----
-
-# Layout LoRA for `{config.base}`
-
-A LoRA (r={config.lora.r}, alpha={config.lora.alpha:g}, dropout={config.lora.dropout:g}) on {", ".join(f"`{t}`" for t in config.lora.targets)}
-of the layout stream: {report["trainable_params"]:,} of {report["total_params"]:,} parameters, trained for
-{report["steps"]:,} steps on {report["pictures"]:,} pictures. {measured}
-
-    mmdit-lora sample --base {config.base} --adapter . --layout layout.json --out pictures
-
-    from peft import PeftModel
-    from mmdit_lora.pipelines import {pipeline}
-    pipe = {pipeline}.from_pretrained("{config.base}")
-    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")
-
-Boxes are [left, top, right, bottom] in [0, 1] of the picture's width and height.
-"""

@@ -80,6 +80,7 @@ class Run:
     state: State = field(default_factory=State)
     base_losses: Tensor | None = None
     compared: tuple[int, PairedLoss] | None = None  # the newest validation, and its step
+    fidelity: dict[str, Any] | None = None  # of the pictures painted last
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -87,10 +88,14 @@ class Run:
         return Path(self.config.output_dir)
 
     @property
-    def step_batch(self) -> int:
-        """Samples of an optimizer step, over all processes."""
-        settings = self.config.train
-        return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+    def batches(self) -> dict[str, int]:
+        """Samples of an optimizer step over all processes: of the data set, and of the old domain."""
+        train, prior = self.config.train, self.config.prior
+        times = train.gradient_accumulation * self.accelerator.num_processes
+        return {
+            "train.batch_size": train.batch_size * times,
+            "prior.batch_size": prior.batch_size * times if prior.layouts is not None else 0,
+        }
 
     @property
     def objective(self) -> Objective:
@@ -141,7 +146,7 @@ class Run:
             config.model_copy(update={"data": plain}),
             buckets=one_size((side, side)),
             slots=self.examples.slots,
-            batch=size * config.train.gradient_accumulation * self.accelerator.num_processes,
+            batch=self.batches["prior.batch_size"],
             draws="prior",
         )
         self.prior = Prior(examples, size)
@@ -152,6 +157,7 @@ class Run:
         state = {
             "config": self.config.model_dump(mode="json"),
             "fingerprints": self.fingerprints,
+            "batches": self.batches,
             "schedule_step": self.schedule.last_epoch,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "run": asdict(self.state) | {"seconds": self.seconds},
@@ -180,6 +186,14 @@ class Run:
                     f"the {what} is not the one that this run was started with",
                     where=str(checkpoint.folder),
                     cure="start a new run",
+                )
+        for key, size in self.batches.items():
+            before = saved["batches"][key]
+            if size != before:
+                raise InputError(
+                    f"{key}: a step has {size} samples over all processes, and had {before} when the run was started",
+                    where=str(checkpoint.folder),
+                    cure="batch_size x gradient_accumulation x processes must be the same",
                 )
         checkpoint.load(self.bare_model, self.optimizer)
         if self.average is not None:

@@ -138,6 +138,8 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "steps": state.step,
         "best_step": state.best_step,
         "adapter_step": state.best_step if run.config.train.final == "best" and state.best_step else state.step,
+        "samples_a_step": run.batches["train.batch_size"],
+        "fidelity": run.fidelity,
         "seconds": run.seconds,
         "trainable_params": run.trainable.trainable_params,
         "total_params": run.trainable.total_params,

@@ -14,6 +14,7 @@ from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
 from mmdit_lora.pipelines import paint
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
+from mmdit_lora.training.output import SAMPLES
 from mmdit_lora.training.run import Run
 from mmdit_lora.training.tracking import Tracker
 
@@ -113,9 +114,11 @@ def _show(run: Run, tracker: Tracker) -> dict[str, float]:
         sizes = [source.size_of(index) for index in range(len(layouts))]
         pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
     boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
-    save_png(contact_sheet(boxed), run.folder / "samples" / f"step_{run.state.step:07d}.png")
+    save_png(contact_sheet(boxed), run.folder / SAMPLES / f"step_{run.state.step:07d}.png")
     tracker.pictures(run.state.step, "samples", pictures, layouts)
     if not readable(layouts):
         return {}
-    fidelity = measure(pictures, layouts).to_dict()
-    return {f"fidelity/{name}": float(fidelity[name]) for name in fidelity if name != "boxes"}
+    found = measure(pictures, layouts).to_dict()
+    fidelity = {name: float(value) for name, value in found.items() if name != "boxes"}
+    run.fidelity = {"step": run.state.step, "pictures": len(pictures), "values": fidelity}
+    return {f"fidelity/{name}": value for name, value in fidelity.items()}
