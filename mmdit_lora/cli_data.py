@@ -35,13 +35,27 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the pictures, where
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
-    from mmdit_lora import cli_data_check, cli_data_show, cli_data_split, cli_data_stats  # which import from here
+    from mmdit_lora import (
+        cli_data_check,
+        cli_data_shard,
+        cli_data_show,
+        cli_data_split,
+        cli_data_stats,
+    )  # import from here
 
-    data = typer.Typer(help="Make, check, convert, split and show data sets.", no_args_is_help=False)
+    data = typer.Typer(help="Make, check, convert, split, shard and show data sets.", no_args_is_help=False)
     app.command("init")(init)
     data.command("make")(make)
     data.command("convert")(convert)
-    for file in (cli_data_formats, cli_data_check, cli_data_split, cli_data_stats, cli_data_show, cli_cache):
+    for file in (
+        cli_data_formats,
+        cli_data_check,
+        cli_data_split,
+        cli_data_stats,
+        cli_data_show,
+        cli_data_shard,
+        cli_cache,
+    ):
         file.register(data)
     app.add_typer(data, name="data")
 

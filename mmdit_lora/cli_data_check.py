@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say
+from mmdit_lora.cli_data_stats import SAMPLE, DataOrShards
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def register(data: typer.Typer) -> None:
 
 
 def check(
-    data: Annotated[Path, typer.Argument(help="Data set folder.")],
+    data: DataOrShards,
     from_: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="Check a set of another format (`data formats`).")
     ] = None,
@@ -33,7 +34,7 @@ def check(
     skip_missing: SkipMissing = False,
     out: Annotated[Path | None, typer.Option(help="Write check.json and check.html (with pictures) here.")] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
+        str | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Pipeline folder or hub id: count tokens by its tokenizer, not by estimate.")
@@ -49,18 +50,20 @@ def check(
     from mmdit_lora.data.buckets import one_size
     from mmdit_lora.data.check import check_dataset, clip_tokens, read_written
     from mmdit_lora.data.formats import read_format
-    from mmdit_lora.data.records import read_dataset, scan_dataset
+    from mmdit_lora.data.records import scan_dataset
+    from mmdit_lora.data.shards import is_sharded, sample_dataset
 
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("is a file, not a folder", where=str(out), cure="give another --out")
     own_format, own_units = bbox_format or "xyxy", bbox_units or "relative"
-    others = read_dataset(against, bbox_format=own_format, bbox_units=own_units) if against else []
+    conventions = {"bbox_format": own_format, "bbox_units": own_units}
+    others = sample_dataset(against, SAMPLE, **conventions)[0] if against else []
     tokens = clip_tokens(base)
     buckets = None if resolution is None else one_size((resolution, resolution))
     if from_ not in (None, "jsonl"):
         source = read_format(
             from_,
-            data,
+            Path(data),
             split=split,
             images=images,
             bbox_format=bbox_format,
@@ -81,9 +84,16 @@ def check(
         for option, value in (("--images", images), ("--split", split)):
             if value is not None:
                 raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
-        records, errors = scan_dataset(data, bbox_format=own_format, bbox_units=own_units)
-        written = read_written(data, bbox_format=own_format, bbox_units=own_units)
-        report = check_dataset(records, errors=errors, written=written, against=others, tokens=tokens, buckets=buckets)
+        if is_sharded(data):  # opening them reads every layout and every header, unless an index says it was done
+            records, total = sample_dataset(data, SAMPLE, **conventions)
+            report = check_dataset(records, against=others, tokens=tokens, buckets=buckets)
+            report.notes.append(f"{len(records)} of {total} records, evenly spread, are what the rest is about")
+        else:
+            records, errors = scan_dataset(data, **conventions)
+            written = read_written(Path(data), **conventions)
+            report = check_dataset(
+                records, errors=errors, written=written, against=others, tokens=tokens, buckets=buckets
+            )
     _print(report)
     if out is not None:
         _write(report, records, data, out)
@@ -128,17 +138,17 @@ def _print_table(report: CheckReport) -> None:
     Console(stderr=True).print(table)
 
 
-def _write(report: CheckReport, records: Iterable[Record], data: Path, out: Path) -> None:
+def _write(report: CheckReport, records: Iterable[Record], data: str, out: Path) -> None:
     from mmdit_lora.data.check.page import page
     from mmdit_lora.files import write_json, write_text
 
     boxes = [box for record in records for box in record.layout.boxes]
-    write_text(out / "check.html", page(report, title=str(data), boxes=boxes))
-    write_json(out / "check.json", {"data": str(data), **report.to_dict()})
+    write_text(out / "check.html", page(report, title=data, boxes=boxes))
+    write_json(out / "check.json", {"data": data, **report.to_dict()})
     say(f"wrote {out / 'check.html'} and {out / 'check.json'}")
 
 
-def _raise_errors(report: CheckReport, data: Path) -> None:
+def _raise_errors(report: CheckReport, data: str) -> None:
     if len(report.errors) == 1:
         raise InputError(report.errors[0])
     if report.errors:
@@ -146,4 +156,4 @@ def _raise_errors(report: CheckReport, data: Path) -> None:
         head = f"{len(report.errors)} errors"
         if len(report.errors) > _ERRORS_SHOWN:
             head += f", the first {_ERRORS_SHOWN} of which are"
-        raise InputError(f"{head}\n{shown}", where=str(data))
+        raise InputError(f"{head}\n{shown}", where=data)

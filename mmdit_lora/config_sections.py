@@ -15,7 +15,10 @@ MAX_SEED = 2**32 - 1  # NumPy's limit, and Accelerate seeds NumPy too
 
 
 class DataSection(Section):
-    path: str = Field(description="folder of the training pictures, with its metadata.jsonl", min_length=1)
+    path: str = Field(
+        description="folder of the training pictures, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or URL",
+        min_length=1,
+    )
     validation: str | None = Field(
         default=None, description="a second such folder to validate on; null = hold out a share of path"
     )

@@ -1,6 +1,7 @@
 """What it costs: one JSON object a command.
 
     uv run python scripts/benchmark.py data > data/benchmarks/cache.json
+    uv run python scripts/benchmark.py data --records 1000000 > data/benchmarks/scale.json    (benchmark_scale.py says what)
 
 `data`: samples a second from the cache on disk, against `torch.load(weights_only=True)` of one `.pt` a sample that holds
 the same tensors, and against decoding and encoding. A sample is its latents, prompt and pooled embeddings and phrases;
@@ -269,8 +270,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = verbs.add_parser("data", help="the cache against torch.load and against decoding and encoding")
     verb.add_argument("--no-vae", action="store_true", help="leave the real-size VAE away (half a minute on a core)")
     verb.add_argument("--json", action="store_true", help="print one JSON object; without, an indented one")
+    verb.add_argument(
+        "--records", type=int, help="instead: what so many records in tar shards cost (benchmark_scale.py)"
+    )
     arguments = parser.parse_args(argv)
-    report = data(with_vae=not arguments.no_vae)
+    if arguments.records is not None:
+        from benchmark_scale import scale
+
+        report = scale(arguments.records)
+    else:
+        report = data(with_vae=not arguments.no_vae)
     json.dump(report, sys.stdout, indent=None if arguments.json else 2)
     sys.stdout.write("\n")
     return 0

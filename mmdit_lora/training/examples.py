@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from mmdit_lora.data.buckets import Buckets, Size, record_bucket, size_counts
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.order import epoch_order, seeded
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.shards import ShardedRecords, Subset
 from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
@@ -59,7 +61,7 @@ class Examples:
         self.records, self.encoder, self.config = records, encoder, config
         self.slots, self.batch, self.draws = slots, batch, draws
         self._one_size = buckets.sizes[0][0] if buckets.is_single else None
-        self._sizes = [] if buckets.is_single else [record_bucket(record, buckets) for record in records]
+        self._sizes = [] if buckets.is_single else sizes_of(records, buckets)
         # Where nothing is drawn for the picture, its latents are the same each time; where it has a number of variants,
         # each of them is.
         self._is_drawn = config.data.crop != "center" or config.data.flip
@@ -122,6 +124,7 @@ class Examples:
     @cached_property
     def _plan(self) -> BatchPlan:
         count, seed = len(self.records), self.config.train.seed
+        blocks = getattr(self.records, "blocks", None)  # of shards that are cheaper to read part by part
         groups: list[Hashable] | None = None
         if self._one_size is None or self.config.data.buckets.group_boxes:
             by_boxes = self.config.data.buckets.group_boxes
@@ -132,7 +135,7 @@ class Examples:
         return BatchPlan(
             count,
             self.batch,
-            order=lambda epoch: epoch_order(seed, epoch, count),
+            order=lambda epoch: epoch_order(seed, epoch, count, blocks),
             shuffle=lambda epoch, batches: torch.randperm(batches, generator=seeded("batches", seed, epoch)),
             groups=groups,
         )
@@ -263,3 +266,12 @@ class Examples:
             min_visible=data.min_visible,
             generator=generator,
         )
+
+
+def sizes_of(records: Sequence[Record], buckets: Buckets) -> list[Size]:
+    """The size that each record's picture is trained at; of shards from their index, where that knows the pictures' own."""
+    if isinstance(records, ShardedRecords | Subset) and (pixels := records.pixels()).all():
+        _, first, place = np.unique(pixels, axis=0, return_index=True, return_inverse=True)
+        sizes = [record_bucket(records[int(index)], buckets) for index in first]
+        return [sizes[index] for index in place.ravel()]
+    return [record_bucket(record, buckets) for record in records]
