@@ -41,6 +41,9 @@ def check(
     resolution: Annotated[
         int | None, typer.Option(min=16, help="Side of the training pictures in pixels: smaller pictures are listed.")
     ] = None,
+    against_from: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Format of the set that --against names.  [default: --from]")
+    ] = None,
     bbox_format: DeclaredFormat = None,
     bbox_units: DeclaredUnits = None,
     as_json: JsonFlag = False,
@@ -48,12 +51,24 @@ def check(
     """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
     from mmdit_lora.data.check import check_dataset, clip_tokens, read_written
     from mmdit_lora.data.formats import read_format
-    from mmdit_lora.data.records import read_dataset, scan_dataset
+    from mmdit_lora.data.records import scan_dataset
 
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("is a file, not a folder", where=str(out), cure="give another --out")
     own_format, own_units = bbox_format or "xyxy", bbox_units or "relative"
-    others = read_dataset(against, bbox_format=own_format, bbox_units=own_units) if against else []
+    if against is None and against_from is not None:
+        raise InputError("belongs to --against", where="--against-from", cure="leave it away, or give --against")
+    other_format = against_from or from_ or "jsonl"
+    # The conventions that were declared are of DATA; those of a set in another format are its own.
+    same = other_format == (from_ or "jsonl")
+    other_set = against and read_format(
+        other_format,
+        against,
+        bbox_format=bbox_format if same else None,
+        bbox_units=bbox_units if same else None,
+        skip_missing=skip_missing,
+    )
+    others = other_set.records if other_set else []
     tokens = clip_tokens(base)
     if from_ not in (None, "jsonl"):
         source = read_format(
@@ -71,6 +86,7 @@ def check(
             records,
             errors=source.errors,
             left_out=dict(source.left_out),
+            warnings=source.warnings,
             against=others,
             tokens=tokens,
             resolution=resolution,
