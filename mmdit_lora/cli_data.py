@@ -161,12 +161,14 @@ def convert(
     names = _file_names(source.records)
     write_format(to, out, {part: _items(records, names) for part, records in parts.items()})
     counts = {"records": len(source.records)} | {part: len(records) for part, records in parts.items() if part}
-    for line in (*(f"warning: {n} {what} were left out" for what, n in source.left_out.items()), *source.remarks):
+    warnings = [*source.warnings, *(f"{n} {what} were left out" for what, n in source.left_out.items())]
+    for line in (*(f"warning: {warning}" for warning in warnings), *source.remarks):
         say(line)
     say(f"wrote {', '.join(f'{count} {name}' for name, count in counts.items())} to {out}")
     if as_json:
         boxes = sum(len(record.layout.boxes) for record in source.records)
-        emit({"out": str(out), **counts, "boxes": boxes, "left_out": source.left_out, **source.notes})
+        told = {"left_out": source.left_out, "warnings": source.warnings}
+        emit({"out": str(out), **counts, "boxes": boxes, **told, **source.notes})
 
 
 def say(message: str) -> None:

@@ -203,6 +203,7 @@ class Source:
         left_out: how often something was left out, by reason.
         errors: of records that could not be read; empty unless they were asked for.
         notes: facts of the format for `--json`. remarks: lines for people.
+        warnings: what disagreed in the set, where, and what was taken instead; many of a kind are summed up.
     """
 
     records: list[Record]
@@ -210,6 +211,7 @@ class Source:
     errors: list[InputError] = field(default_factory=list)
     notes: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     # Holds the folder of pictures that lay inside other files, as long as the records may be used.
     _context: Context | None = field(default=None, repr=False)
 
@@ -299,7 +301,9 @@ def read_format(
     for key in phrases:
         if key not in names and not errors:
             raise unknown_key(key, sorted(names), where="--map")
-    return Source(records, dict(context.left_out), errors, context.notes, context.remarks, context)
+    return Source(
+        records, dict(context.left_out), errors, context.notes, context.remarks, context.warnings.lines(), context
+    )
 
 
 def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]) -> Path:
