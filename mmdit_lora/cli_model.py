@@ -110,6 +110,10 @@ def train(
         say(
             f"held-out loss: {loss['base']:.4f} -> {loss['trained']:.4f}, difference {loss['difference']:+.4f}{interval}"
         )
+    if stats := result.report["cache"]:  # of the main process
+        hits, made = (sum(stats[name].values()) for name in ("hits", "misses"))
+        damaged = f", {n} damaged and made again" if (n := sum(stats["damaged"].values())) else ""
+        say(f"cache {settings.data.cache}: {hits} entries read, {made} made{damaged}")
     say(f"wrote {result.folder / ('adapter' if settings.method == 'lora' else 'base')}")
     if as_json:
         emit(result.report)

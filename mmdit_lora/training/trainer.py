@@ -146,5 +146,6 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "pictures": len(run.examples.records),
         "buckets": run.examples.bucket_counts(),
         **run.data_losses[0],
+        "cache": None if (store := run.examples.encoder.store) is None else store.cache.stats.to_dict(),
         "held_out_loss": comparison.to_dict() if comparison else None,
     }
