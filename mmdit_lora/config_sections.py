@@ -51,6 +51,9 @@ class DataSection(Section):
         ge=0,
         lt=0.5,
     )
+    workers: int = Field(
+        default=0, description="threads that read the pictures of the next batches ahead; for shards in a store", ge=0
+    )
     cache: str | None = Field(
         default=None, description="folder for what the encoders make, shared by runs and data sets; null = memory only"
     )

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdit_lora.data.order import epoch_order, seeded
-from mmdit_lora.data.prefetch import Prefetch
 
 blocks_of = st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(lambda sizes: sum(sizes) > 0)
 
@@ -63,44 +59,3 @@ def test_blocks_are_mixed_and_epochs_and_seeds_differ() -> None:
 def test_blocks_that_hold_another_number_of_records_are_refused() -> None:
     with pytest.raises(ValueError, match="for 11 records"):
         epoch_order(0, 0, 11, (5, 5))
-
-
-def test_prefetch_keeps_the_order_whatever_is_ready_first() -> None:
-    first_may_go = threading.Event()
-
-    def load(item: int) -> int:
-        if item == 0:
-            assert first_may_go.wait(10)
-        if item == 3:
-            first_may_go.set()  # so the fourth is loaded while the first still waits
-        return item * item
-
-    with Prefetch(range(20), load, ahead=4, threads=4) as results:
-        assert list(results) == [n * n for n in range(20)]
-
-
-def test_prefetch_takes_no_more_than_it_may_of_endless_items() -> None:
-    taken = 0
-
-    def endless() -> Iterator[int]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield taken
-
-    with Prefetch(endless(), lambda n: n, ahead=3, threads=2) as results:
-        assert [next(results) for _ in range(5)] == [1, 2, 3, 4, 5]
-    assert taken <= 5 + 3
-
-
-def test_prefetch_raises_at_the_place_and_goes_on() -> None:
-    def load(item: int) -> int:
-        if item == 2:
-            raise ValueError("the third")
-        return item
-
-    results = Prefetch(range(5), load, ahead=5, threads=3)
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(ValueError, match="the third"):
-        next(results)
-    assert list(results) == [3, 4]

@@ -23,6 +23,7 @@ from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.order import epoch_order, seeded
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.shards import ShardedRecords, Subset
+from mmdit_lora.data.shards.ahead import ReadAhead
 from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
@@ -71,6 +72,13 @@ class Examples:
         self._views_bytes = 0
         # Where the store has a view's latents, and its layout: so a run looks at a picture's file once.
         self._stored: OrderedDict[tuple[int, int], tuple[str, Layout]] = OrderedDict()
+        self._reader = ReadAhead(records, threads=config.data.workers)
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        """Begin to read the pictures at these positions of the run, where they are not at hand (`data.workers`)."""
+        if self.config.data.workers:
+            known = {index for index, _ in self._views} | {index for index, _ in self._stored}
+            self._reader.announce(index for p in positions if (index := self._index_at(p)) not in known)
 
     def training_batch(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
@@ -197,7 +205,8 @@ class Examples:
 
     def _encode(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
         if self.variants is None:
-            pairs = [self._prepare(index, generator) for index, generator in zip(indices, generators, strict=True)]
+            drawn = zip(indices, generators, strict=True)
+            pairs = [self._prepare(self._reader.take(index), index, generator) for index, generator in drawn]
             return self.encoder.latents(torch.stack([pixels for pixels, _ in pairs])), [layout for _, layout in pairs]
         views = [(index, self._draw_variant(generator)) for index, generator in zip(indices, generators, strict=True)]
         pairs = [self._recent(view) for view in views]
@@ -224,17 +233,18 @@ class Examples:
         The variant depends on the seed, its number and the picture's bytes. Without `wait`, None where another process
         is making it.
         """
-        record, data, seed = self.records[index], self.config.data, self.config.train.seed
+        data, seed = self.config.data, self.config.train.seed
         store, place = self.encoder.store, (index, variant)
         if store is not None and (known := self._stored.get(place)) is not None:
             latents = store.latents(known[0])
             if latents is not None:
                 return latents, known[1]
+        record = self._reader.take(index)
         digest = hashlib.sha256(record.read_bytes()).hexdigest()
         draw = ("variant", seed, variant) if self._is_drawn else None
 
         def prepared() -> tuple[Tensor, Layout]:
-            return self._prepare(index, None if draw is None else seeded(*draw, digest))
+            return self._prepare(record, index, None if draw is None else seeded(*draw, digest))
 
         def encode(pixels: Tensor) -> Tensor:
             return self.encoder.latents(pixels[None])[0]
@@ -255,8 +265,8 @@ class Examples:
     def _draw_variant(self, generator: torch.Generator) -> int:
         return int(torch.randint(self.variants or 1, (1,), generator=generator)) if self._is_drawn else 0
 
-    def _prepare(self, index: int, generator: torch.Generator | None) -> tuple[Tensor, Layout]:
-        record, data = self.records[index], self.config.data
+    def _prepare(self, record: Record, index: int, generator: torch.Generator | None) -> tuple[Tensor, Layout]:
+        data = self.config.data
         return prepare(
             record.load(),
             record.layout,

@@ -15,6 +15,7 @@ from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, remove_lefto
 CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.json", "samples"
 # What may differ between a run and its resumption without changing what is trained.
 _FREE_ON_RESUME = {
+    "data.workers",
     "output_dir",
     "tracking",
     "sample",
