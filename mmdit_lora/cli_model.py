@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +35,12 @@ DtypeOption = Annotated[
     Literal["fp32", "bf16", "fp16"],
     typer.Option("--dtype", help="Of the weights that are loaded; bf16 needs half the memory."),
 ]
-SizeOption = Annotated[int | None, typer.Option("--size", min=16, help="Side in pixels; default: the base's own.")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--size", metavar="SIDE|WIDTHxHEIGHT", help="In pixels, e.g. 1024 or 1184x880; default: the base's own."
+    ),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**32 - 1, help="Picture i starts from the noise of SEED + i.")
@@ -281,8 +287,19 @@ def _sizes(counts: dict[str, int]) -> str:
     return f"in {len(named)} buckets: {', '.join(named[:6])}{' ...' if len(named) > 6 else ''}"
 
 
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of "1024" or "1184x880", which is width x height."""
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+    if match is None or not all(int(side) >= 16 for side in match.groups(default="16")):
+        raise InputError(
+            f"is {text!r}", where="--size", cure="give a side in pixels, or WIDTHxHEIGHT, e.g. 1024 or 1184x880"
+        )
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
 def _settings(
-    steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: int | None, batch: int
+    steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
 ) -> PaintSettings:
     if not 0 <= window[0] < window[1] <= 1:
         raise InputError(f"is {window[0]:g} {window[1]:g}", where="--layout-window", cure="give START < END in [0, 1]")
@@ -293,7 +310,7 @@ def _settings(
         guidance_scale=guidance,
         layout_scale=scale,
         layout_window=window,
-        size=None if size is None else (size, size),
+        size=None if size is None else _size(size),
         batch_size=batch,
     )
 

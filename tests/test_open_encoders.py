@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mmdit_lora.cli import main
 from mmdit_lora.config import Config
@@ -122,3 +123,13 @@ def test_what_the_config_says_is_not_said_twice(
 ) -> None:
     assert main(["data", "check", str(oblong), *option]) == 2
     assert f"{option[0]}: is said by the config" in capsys.readouterr().err
+
+
+def test_pictures_are_sampled_in_the_shape_that_was_asked_for(base: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps({"caption": "c", "boxes": [{"xyxy": [0.1, 0.1, 0.5, 0.6], "phrase": "a red circle"}]}))
+    command = ["sample", "--base", str(base), "--layout", str(layout), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, "--size", "32x24"]) == 0
+    with Image.open(tmp_path / "out" / "0000.png") as picture:
+        assert picture.size == (32, 24)
+    assert json.loads((tmp_path / "out" / "sample.json").read_text())["settings"]["size"] == [24, 32]
