@@ -164,9 +164,9 @@ FORMATS: dict[str, Format] = {
     ),
     "overlaybench": Format(
         read_overlay_bench,
-        "OverLayBench: *.parquet",
-        "not documented: refused, with the keys that were found",
-        takes=("split",),
+        "OverLayBench: *.parquet; pictures in them, or `<image_id>.*` with --images",
+        "xyxy on a square of 1024 pixels",
+        takes=("split", "images", "detailed"),
     ),
     "cocomig": Format(
         read_coco_mig,
