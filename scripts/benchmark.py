@@ -112,7 +112,7 @@ def embedded(work: Path) -> dict[str, Any]:
     run.examples.training_batch(range(BATCH))
     first_batch_s = time.perf_counter() - start
 
-    pipe, records, size = run.pipe, run.examples.records, run.size
+    pipe, records, size = run.pipe, run.examples.records, run.examples.size_of(0)
 
     def source(cached: bool) -> tuple[Encoder, Examples]:
         store = EncodingStore(DiskCache(work / "cache"), pipe, str(base)) if cached else None
