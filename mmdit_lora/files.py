@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -31,7 +32,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success its files are fsynced and it takes the place of `path`.
+    """Yield a temporary folder beside `path`; on success it takes the place of `path`.
+
+    Before that its files are fsynced, then the folders that name them, the innermost first; after it the folder that names
+    `path`: a power cut at any moment leaves the old one or the new one, whole.
 
     An existing folder at `path` is moved aside first and removed only after the rename, so that a crash never leaves
     nothing behind.
@@ -42,9 +46,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
+        inside = sorted(temporary.rglob("*"), key=lambda found: len(found.parts), reverse=True)
+        for found in [*(f for f in inside if f.is_file()), *(f for f in inside if f.is_dir()), temporary]:
+            _fsync(found)
         old = None
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
@@ -66,6 +70,19 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, data: Any) -> None:
     """Write `data` as indented JSON to `path` atomically. NaN is refused: it is no JSON."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def remove_temporaries(path: str | Path) -> None:
+    """Remove what processes that were killed in `atomic_file` or `atomic_folder` for `path` left beside it.
+
+    Only where nobody else writes `path` at this moment.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

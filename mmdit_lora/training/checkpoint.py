@@ -105,10 +105,19 @@ def save_checkpoint(
             write(temporary / name)
         digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER, *extra)}
         write_json(temporary / STATE, {**state, "step": step, "sha256": digests})
+    prune_checkpoints(folder, keep, best)
+    return Checkpoint(target)
+
+
+def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` and the one of step `best`.
+
+    At the start of a resumed run too: a kill between writing and pruning leaves one too many, and many such kills would
+    leave many. So at any moment a run has at most `keep` + 1 (the best) + 1 (just written, or half) on the disk.
+    """
     for old in checkpoints(folder)[:-keep]:
         if old.step != best:
             _remove(old.folder)
-    return Checkpoint(target)
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

@@ -69,7 +69,8 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
     meter = Meter()
     measured = state.step
     with noticed_signals() as signal_name:
-        while state.step < settings.max_steps:
+        # A run may have been killed after its early stop was saved: it trains no further.
+        while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):
             logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == settings.max_steps
             record, norms = _step(run, meter, with_norms=logged and tracker is not None)
             state.step += 1
@@ -92,8 +93,6 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
                 _save(run, tracker)
             if stopped:
                 raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
-            if settings.early_stop and state.stale >= settings.early_stop:
-                break
 
 
 def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict[str, float]]:

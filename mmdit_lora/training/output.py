@@ -10,9 +10,11 @@ from typing import Any
 from mmdit_lora.config import Config
 from mmdit_lora.config_filter import nested
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import remove_temporaries
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, remove_leftovers
 
 CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.json", "samples"
+_WRITTEN = (CONFIG, REPORT, "adapter", "base")  # of what a kill may leave a half-written neighbour
 # What may differ between a run and its resumption without changing what is trained.
 _FREE_ON_RESUME = {
     "data.workers",
@@ -44,6 +46,8 @@ def check_output(folder: Path, config: Config, resume: bool) -> None:
     found = checkpoints(folder / CHECKPOINTS)
     if resume:
         remove_leftovers(folder / CHECKPOINTS)
+        for name in _WRITTEN:
+            remove_temporaries(folder / name)
         if found:
             _check_same_config(found[-1], config)
     elif found or (folder / CONFIG).exists():

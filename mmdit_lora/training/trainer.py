@@ -10,7 +10,7 @@ from mmdit_lora.config import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.pipelines import LayoutPipeline
-from mmdit_lora.training.checkpoint import checkpoints
+from mmdit_lora.training.checkpoint import checkpoints, prune_checkpoints
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
 from mmdit_lora.training.loop import Progress, Witness, train_loop
 from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT
@@ -56,6 +56,8 @@ def train(
         run.base_losses = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device).per_picture
     if resume and (found := checkpoints(run.folder / CHECKPOINTS)):
         run.load(found[-1])
+        if main:
+            prune_checkpoints(run.folder / CHECKPOINTS, config.train.keep_checkpoints, run.state.best_step)
     tracker = _make_tracker(run) if main else None
     run.state.tracker_run_id = tracker.run_id if tracker else None
     try:
