@@ -21,6 +21,7 @@ _FREE_ON_RESUME |= {
     "train.sample_count",
     "train.log_every",
     "train.final",
+    "train.preflight",
 }
 
 
