@@ -88,8 +88,9 @@ def train(
     if check_only:
         look(settings, resume=resume is not None, as_json=as_json)
         return
-    last = settings.train.max_steps
-    with ProgressLines() as tell:
+    last, plan = settings.train.max_steps, settings.train
+    pauses = {"validation": plan.validate_every, "pictures": plan.sample_every, "checkpoint": plan.checkpoint_every}
+    with ProgressLines(pauses=pauses) as tell:
         result = trainer.train(
             settings,
             resume=resume is not None,

@@ -70,9 +70,7 @@ def test_the_costly_part_can_be_left_out(base: Path, data: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("method", ["lora", "layout_stream", "full"])
-def test_the_trial_puts_back_every_bit_and_every_generator(
-    base: Path, data: Path, tmp_path: Path, method: str
-) -> None:
+def test_the_trial_puts_back_every_bit_and_every_generator(base: Path, data: Path, tmp_path: Path, method: str) -> None:
     ready = prepare_run(make_config(base, data, tmp_path / "run", method=method, data=drawn(data)))
     model = ready.pipe.transformer
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -337,7 +335,13 @@ def test_the_forecast_of_time_counts_what_the_run_will_do(base: Path, data: Path
     settings = ready.config.train
     assert [events(settings, 30, done, last=True) for done in (0, 29, 30, 90, 100)] == [4, 4, 3, 1, 0]
     assert events(settings, 0, 0, last=True) == 0
-    assert [duration_text(s) for s in (0.1, 45, 700, 12_000, 187_200)] == ["1 s", "45 s", "12 min", "3 h 20 min", "2 d 4 h"]
+    assert [duration_text(s) for s in (0.1, 45, 700, 12_000, 187_200)] == [
+        "1 s",
+        "45 s",
+        "12 min",
+        "3 h 20 min",
+        "2 d 4 h",
+    ]
     assert [size_text(n) for n in (12, 1500, 3.2e9, 4e12)] == ["12 B", "1.5 kB", "3.2 GB", "4.0 TB"]
 
 

@@ -163,7 +163,7 @@ def _check_online(lines: Lines) -> None:
 
 def events(settings: TrainSection, every: int, done: int, *, last: bool) -> int:
     """How often something due every so many steps comes after step `done`; `last`: also after the last step."""
-    if not every:
+    if not every or done >= settings.max_steps:
         return 0
     return settings.max_steps // every - done // every + (last and settings.max_steps % every != 0)
 

@@ -98,7 +98,7 @@ def _try(run: Run, trial: Trial) -> None:
     _move(trainable)
     for place in places[1 : _MOST_TRIES + 1]:
         done = _backward(run, place, trial)
-        waiting = [name for name in waiting if name in set(_without_gradient(trainable))]
+        waiting = _without_gradient({name: trainable[name] for name in waiting})
         if done.bad or not waiting:
             break
     trial.still = waiting
