@@ -19,7 +19,7 @@ _SHOWN = {
     "memory_gb": "{:.3g} GB",
     "share_data": "data {:.0%}",
     "share_other": "other {:.0%}",
-    "tflops": "{:.2g} TFLOP/s",
+    "tflops": "{:.3g} TFLOP/s",
     "learning_rate": "lr {:.1e}",
     "grad_norm": "|g| {:.3g}",
 }
@@ -68,6 +68,8 @@ class ProgressLines:
         left = self._left[phase].at(done, now)
         left_text = "" if left is None else f"{clock(left)} left" if done < total else f"{clock(left)} in all"
         note = [text.format(scalars[key]) for key, text in _SHOWN.items() if key in scalars]
+        if scalars.get("tflops", 1.0) < 0.1:  # a small model on a CPU
+            note = [f"{1000 * scalars['tflops']:.2g} GFLOP/s" if "TFLOP" in text else text for text in note]
         if self.on_terminal:
             if not total:
                 return

@@ -69,10 +69,13 @@ def test_lines_of_a_file_hold_all_figures(capsys: pytest.CaptureFixture[str]) ->
         tell("encode", 0, 0, {})
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == (
-        "train 10/40  loss 0.5100  41.3 samples/s  1.25 GB  data 3%  other 1%  0.044 TFLOP/s  lr 1.0e-03  |g| 0.2"
+        "train 10/40  loss 0.5100  41.3 samples/s  1.25 GB  data 3%  other 1%  44 GFLOP/s  lr 1.0e-03  |g| 0.2"
     )
     assert re.fullmatch(r"train 20/40  0:00 left  loss .*", second)
     assert third == "encode ..."
+    with ProgressLines(every_seconds=0) as tell:
+        tell("train", 10, 40, {"tflops": 212.0})
+    assert capsys.readouterr().err == "train 10/40  212 TFLOP/s\n"
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
