@@ -78,7 +78,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.max_steps=100")] = None,
     resume: Annotated[Literal["latest"] | None, typer.Option(help="Go on from the newest checkpoint.")] = None,
     check_only: Annotated[
-        bool, typer.Option("--check-only", help="Set everything up, train nothing, write nothing.")
+        bool, typer.Option("--check-only", help="Look at everything that a run needs, train nothing, write nothing.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -86,27 +86,22 @@ def train(
     from mmdit_lora.config import load_config
 
     settings = load_config(config, overrides or ())
+    from mmdit_lora.cli_preflight import check_only as look
+    from mmdit_lora.cli_preflight import show_preflight
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.training import trainer
 
     if check_only:
-        run = trainer.prepare_run(settings, resume=resume is not None)
-        held_out = len(run.held_out.records) if run.held_out else 0
-        say(run.trainable.summary)
-        say(
-            f"{len(run.examples.records)} pictures to train on, {held_out} held out, {_sizes(run.examples.bucket_counts())}"
-        )
-        counts, lines = run.data_losses
-        for line in lines:
-            say(f"warning: {line}")
-        if as_json:
-            pictures = {"pictures": len(run.examples.records), "held_out": held_out}
-            emit({"trainable": run.trainable.details, **pictures, **counts})
+        look(settings, resume=resume is not None, as_json=as_json)
         return
-    last = settings.train.max_steps
-    with ProgressLines() as tell:
+    last, plan = settings.train.max_steps, settings.train
+    pauses = {"validation": plan.validate_every, "pictures": plan.sample_every, "checkpoint": plan.checkpoint_every}
+    with ProgressLines(pauses=pauses) as tell:
         result = trainer.train(
-            settings, resume=resume is not None, on_progress=lambda step, scalars: tell("train", step, last, scalars)
+            settings,
+            resume=resume is not None,
+            on_progress=lambda step, scalars: tell("train", step, last, scalars),
+            on_preflight=show_preflight,
         )
     if not result.is_main:
         return
@@ -278,13 +273,6 @@ def verify(
     say("\n".join(f"{key:<13} {value}" for key, value in report.items()))
     if as_json:
         emit(report)
-
-
-def _sizes(counts: dict[str, int]) -> str:
-    if len(counts) == 1:
-        return f"{next(iter(counts))} px"
-    named = [f"{size} ({count})" for size, count in counts.items()]
-    return f"in {len(named)} buckets: {', '.join(named[:6])}{' ...' if len(named) > 6 else ''}"
 
 
 def _size(text: str) -> tuple[int, int]:

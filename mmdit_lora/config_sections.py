@@ -206,6 +206,9 @@ class TrainSection(Section):
     validate_every: int = Field(default=250, description="steps between validation losses; 0 = none", ge=0)
     sample_every: int = Field(default=250, description="steps between sampled pictures; 0 = none", ge=0)
     sample_count: int = Field(default=8, description="pictures sampled each time", ge=0)
+    preflight: bool = Field(
+        default=True, description="two trial steps before the first: gradients, memory, time, disk (a few seconds)"
+    )
     log_every: int = Field(default=10, description="steps between log lines", ge=1)
 
 

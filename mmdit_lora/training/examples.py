@@ -111,6 +111,10 @@ class Examples:
         """(height, width) in pixels that a record's picture is trained at."""
         return self._one_size or self._sizes[index]
 
+    def size_at(self, position: int) -> Size:
+        """As `size_of`, of the record that comes at `position` of the run."""
+        return self.size_of(self._index_at(position))
+
     def bucket_counts(self) -> dict[str, int]:
         """ "WIDTHxHEIGHT" -> records, the fullest bucket first."""
         return size_counts([self.size_of(index) for index in range(len(self.records))])

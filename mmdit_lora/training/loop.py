@@ -87,10 +87,12 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
                     }
                     tracker.log(state.step, scalars | norms | {f"speed/{name}": value for name, value in speed.items()})
                     on_progress(state.step, scalars | speed)
-            better = is_due(run) and _look(run, tracker)
+            with meter.phase("pause"):
+                better = is_due(run) and _look(run, tracker)
             stopped = _agreed(run, signal_name() is not None)
             if settings.checkpoint_every and (state.step % settings.checkpoint_every == 0 or better or stopped):
-                _save(run, tracker)
+                with meter.phase("pause"):
+                    _save(run, tracker)
             if stopped:
                 raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
 

@@ -32,6 +32,7 @@ _FREE_ON_RESUME = {
     "train.batch_size",
     "train.gradient_accumulation",
     "prior.batch_size",
+    "train.preflight",
 }
 
 
