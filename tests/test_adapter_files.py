@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,3 +256,21 @@ def test_merged_is_the_same_function_and_an_ordinary_model(
     assert not any("lora" in name for name, _ in model.named_modules())
     with pytest.raises(InputError, match="no adapter to merge"):
         merge_adapter(model)
+
+
+def test_the_same_adapter_is_the_same_file_in_every_process(tiny_adapter: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from tests.tiny import tiny_transformer; from mmdit_lora.lora import add_layout_lora;"
+        "from mmdit_lora.lora.storage import save_adapter; import torch; torch.manual_seed(0); m = tiny_transformer();"
+        "add_layout_lora(m); save_adapter(m, sys.argv[1], metadata={'base': 'b', 'fingerprint': 'f'})"
+    )
+    contents = set()
+    for number in range(3):
+        folder = tmp_path / str(number)
+        subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)
+        contents.add((folder / "adapter_model.safetensors").read_bytes())
+    assert len(contents) == 1
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert json.loads(file.metadata()["mmdit_lora"])["base"] == "b"
+    assert tiny_adapter  # loads as ever, see above

@@ -11,7 +11,7 @@ from typing import Any, cast
 import peft
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, listed
@@ -91,10 +91,20 @@ def save_adapter(
         )
     with atomic_folder(folder) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata=header)
+        (temporary / WEIGHTS_FILE).write_bytes(_in_order(save(tensors, metadata=header)))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for name, content in (beside or {}).items():
             (temporary / name).write_bytes(content)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their keys: safetensors writes them in another at every start."""
+    size = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + size])
+    metadata = dict(sorted(header.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def load_adapter(
