@@ -86,7 +86,7 @@ def kill_and_check(forks: Any, config: Config, moment: Moment, *, goal: int) -> 
 
 
 def disturbed_equals_undisturbed(
-    forks: Any, base: Path, data: Path, tmp_path: Path, moments: list[Callable[[], Moment]], steps: int, **changes: Any
+    forks: Any, base: Path, data: Path, tmp_path: Path, moments: list[Callable[[], Moment]], steps: int
 ) -> None:
     train_section = {
         "max_steps": steps,

@@ -104,6 +104,7 @@ def verify_resume(config: Config, *, steps: int | None = None, kills: int = 2, t
             where="verify-resume",
             cure="run it without torchrun: the processes of a run draw alike",
         )
+    config = Config.model_validate(config.model_dump(mode="json"))  # as the killed process reads it from a file
     records, batch = len(read_data(config).records), config.train.batch_size * config.train.gradient_accumulation
     steps = steps or _enough_steps(config, records, batch)
     verdict = Verdict(steps, *_crossings(config, steps, records, batch))
