@@ -20,7 +20,7 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
         return "/".join(["TEMPORARY" if part.startswith(".out.") else part for part in relative.parts]) or "PARENT"
 
     def seen(handle: int) -> None:
-        done.append(f"fsync {place(Path(os.readlink(f'/proc/self/fd/{handle}')))}")
+        done.append(f"fsync {place(Path(f'/proc/self/fd/{handle}').readlink())}")
         fsync(handle)
 
     def renamed(self: Path, target: Path) -> Path:
