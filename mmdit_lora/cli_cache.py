@@ -48,7 +48,7 @@ def cache(
     """Encode pictures, captions and phrases in advance. It goes on where it was stopped; several may fill one folder."""
     from mmdit_lora.config import Config, load_config
 
-    most = None if prune is None else _bytes(prune)
+    most = None if prune is None else parse_bytes(prune, where="--prune")
     if source.is_dir():
         if overrides:
             raise InputError(
@@ -93,9 +93,10 @@ def cache(
         emit(report | {"stats": stats, "size": size, "bytes": total})
 
 
-def _bytes(text: str) -> int:
+def parse_bytes(text: str, *, where: str) -> int:
+    """A size such as 500MB, 20GB or 1.5TiB. Raises `InputError` with the option `where`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
     if match is None or unit is None:
-        raise InputError(f"is {text!r}", where="--prune", cure="give a size such as 500MB, 20GB or 1.5TiB")
+        raise InputError(f"is {text!r}", where=where, cure="give a size such as 500MB, 20GB or 1.5TiB")
     return int(float(match[1]) * unit)

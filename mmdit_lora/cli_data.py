@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,13 +35,27 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the pictures, where
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
-    from mmdit_lora import cli_data_check, cli_data_show, cli_data_split, cli_data_stats  # which import from here
+    from mmdit_lora import (
+        cli_data_check,
+        cli_data_shard,
+        cli_data_show,
+        cli_data_split,
+        cli_data_stats,
+    )  # import from here
 
-    data = typer.Typer(help="Make, check, convert, split and show data sets.", no_args_is_help=False)
+    data = typer.Typer(help="Make, check, convert, split, shard and show data sets.", no_args_is_help=False)
     app.command("init")(init)
     data.command("make")(make)
     data.command("convert")(convert)
-    for file in (cli_data_formats, cli_data_check, cli_data_split, cli_data_stats, cli_data_show, cli_cache):
+    for file in (
+        cli_data_formats,
+        cli_data_check,
+        cli_data_split,
+        cli_data_stats,
+        cli_data_show,
+        cli_data_shard,
+        cli_cache,
+    ):
         file.register(data)
     app.add_typer(data, name="data")
 
@@ -147,30 +161,14 @@ def convert(
     names = _file_names(source.records)
     write_format(to, out, {part: _items(records, names) for part, records in parts.items()})
     counts = {"records": len(source.records)} | {part: len(records) for part, records in parts.items() if part}
-    left_out = (f"warning: {n} {what} were left out" for what, n in source.left_out.items())
-    for line in (*left_out, *warning_lines(source.warnings), *source.remarks):
+    warnings = [*source.warnings, *(f"{n} {what} were left out" for what, n in source.left_out.items())]
+    for line in (*(f"warning: {warning}" for warning in warnings), *source.remarks):
         say(line)
     say(f"wrote {', '.join(f'{count} {name}' for name, count in counts.items())} to {out}")
     if as_json:
         boxes = sum(len(record.layout.boxes) for record in source.records)
-        emit(
-            {
-                "out": str(out),
-                **counts,
-                "boxes": boxes,
-                "left_out": source.left_out,
-                "warnings": source.warnings,
-                **source.notes,
-            }
-        )
-
-
-def warning_lines(warnings: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line a kind: how many, and the first places."""
-    return [
-        f"warning: {len(places)} {kind}: {'; '.join(places[:3])}{' ...' if len(places) > 3 else ''}"
-        for kind, places in warnings.items()
-    ]
+        told = {"left_out": source.left_out, "warnings": source.warnings}
+        emit({"out": str(out), **counts, "boxes": boxes, **told, **source.notes})
 
 
 def say(message: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say, warning_lines
+from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say
+from mmdit_lora.cli_data_stats import SAMPLE
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +26,13 @@ def register(data: typer.Typer) -> None:
 
 
 def check(
-    data: Annotated[Path, typer.Argument(help="Data set folder.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA_OR_CONFIG",
+            help="Data set folder, shards (tar, parquet: a folder, pattern or URL), or the YAML file of a run.",
+        ),
+    ],
     from_: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="Check a set of another format (`data formats`).")
     ] = None,
@@ -33,7 +41,10 @@ def check(
     skip_missing: SkipMissing = False,
     out: Annotated[Path | None, typer.Option(help="Write check.json and check.html (with pictures) here.")] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
+        str | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
+    ] = None,
+    against_from: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Format of the set that --against names.  [default: --from]")
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Pipeline folder or hub id: count tokens by its tokenizer, not by estimate.")
@@ -45,22 +56,70 @@ def check(
     bbox_units: DeclaredUnits = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Read a data set, decode its pictures, and say what is in it and what is wrong with it."""
+    """Read a data set, decode its pictures, and say what is in it and what is wrong with it.
+
+    With a run's config, it is judged as that run would use it: its buckets, its crop, its batch, its validation set.
+    """
     from mmdit_lora.data.buckets import one_size
-    from mmdit_lora.data.check import check_dataset, clip_tokens, read_written
-    from mmdit_lora.data.formats import read_format
-    from mmdit_lora.data.records import read_dataset, scan_dataset
+    from mmdit_lora.data.check import check_dataset, clip_tokens
 
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("is a file, not a folder", where=str(out), cure="give another --out")
-    own_format, own_units = bbox_format or "xyxy", bbox_units or "relative"
-    others = read_dataset(against, bbox_format=own_format, bbox_units=own_units) if against else []
+    if against is None and against_from is not None:
+        raise InputError("belongs to --against", where="--against-from", cure="leave it away, or give --against")
+    judged: dict[str, Any] = {"buckets": None if resolution is None else one_size((resolution, resolution))}
+    if data.endswith((".yaml", ".yml")):
+        given = {"--from": from_, "--against": against, "--base": base, "--resolution": resolution}
+        for option, value in (given | {"--bbox-format": bbox_format, "--bbox-units": bbox_units}).items():
+            if value is not None:
+                raise InputError("is said by the config", where=option, cure="leave it away")
+        data, against, base, judged, (own_format, own_units) = _of_run(data)
+    else:
+        own_format, own_units = bbox_format, bbox_units
     tokens = clip_tokens(base)
-    buckets = None if resolution is None else one_size((resolution, resolution))
+    found = _read(data, from_, split, images, skip_missing, own_format, own_units)
+    other_format = against_from or from_
+    # The conventions that were declared are of DATA; those of a set in another format are its own.
+    declared = (own_format, own_units) if other_format == from_ else (None, None)
+    others = _read(against, other_format, None, None, skip_missing, *declared).records if against else []
+    report = check_dataset(found.records, against=others, tokens=tokens, **judged, **found.told)
+    report.notes.extend(found.notes)
+    _print(report)
+    if out is not None:
+        _write(report, found.records, data, out)
+    if as_json:
+        emit(report.to_dict())
+    _raise_errors(report, data)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Records, what `check_dataset` is told of how they were read, and lines for people."""
+
+    records: list[Record]
+    told: dict[str, Any]
+    notes: list[str]
+    source: Any = None  # holds pictures that lay inside other files, as long as this lives
+
+
+def _read(
+    data: str,
+    from_: str | None,
+    split: str | None,
+    images: Path | None,
+    skip_missing: bool,
+    bbox_format: str | None,
+    bbox_units: str | None,
+) -> _Found:
+    from mmdit_lora.data.check import read_written
+    from mmdit_lora.data.formats import read_format
+    from mmdit_lora.data.records import scan_dataset
+    from mmdit_lora.data.shards import is_sharded, sample_dataset
+
     if from_ not in (None, "jsonl"):
         source = read_format(
             from_,
-            data,
+            Path(data),
             split=split,
             images=images,
             bbox_format=bbox_format,
@@ -68,30 +127,35 @@ def check(
             skip_missing=skip_missing,
             collect_errors=True,
         )
-        records = source.records
-        for line in warning_lines(source.warnings):
-            say(line)
-        report = check_dataset(
-            records,
-            errors=source.errors,
-            left_out=dict(source.left_out),
-            against=others,
-            tokens=tokens,
-            buckets=buckets,
-        )
-    else:
-        for option, value in (("--images", images), ("--split", split)):
-            if value is not None:
-                raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
-        records, errors = scan_dataset(data, bbox_format=own_format, bbox_units=own_units)
-        written = read_written(data, bbox_format=own_format, bbox_units=own_units)
-        report = check_dataset(records, errors=errors, written=written, against=others, tokens=tokens, buckets=buckets)
-    _print(report)
-    if out is not None:
-        _write(report, records, data, out)
-    if as_json:
-        emit(report.to_dict())
-    _raise_errors(report, data)
+        told = {"errors": source.errors, "left_out": dict(source.left_out), "warnings": source.warnings}
+        return _Found(source.records, told, list(source.remarks), source)
+    for option, value in (("--images", images), ("--split", split)):
+        if value is not None:
+            raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
+    conventions = {"bbox_format": bbox_format or "xyxy", "bbox_units": bbox_units or "relative"}
+    if is_sharded(data):  # opening them reads every layout and every header, unless an index says it was done
+        records, total = sample_dataset(data, SAMPLE, **conventions)
+        return _Found(records, {}, [f"{len(records)} of {total} records, evenly spread, are what the rest is about"])
+    records, errors = scan_dataset(data, **conventions)
+    return _Found(records, {"errors": errors, "written": read_written(Path(data), **conventions)}, [])
+
+
+def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str | None, str | None]]:
+    """Data, validation set, base, how the pictures are used, and the conventions, as a run's config has them."""
+    from mmdit_lora.config import load_config
+    from mmdit_lora.training.opening import open_encoders
+    from mmdit_lora.training.run_data import run_buckets
+
+    config = load_config(path)
+    import torch
+
+    section = config.data
+    judged = {
+        "buckets": run_buckets(config, open_encoders(config, torch.float32, texts=False)),
+        "batch": config.train.batch_size * config.train.gradient_accumulation,
+        "min_visible": section.min_visible,
+    }
+    return section.path, section.validation, config.base, judged, (section.bbox_format, section.bbox_units)
 
 
 def _print(report: CheckReport) -> None:
@@ -130,17 +194,17 @@ def _print_table(report: CheckReport) -> None:
     Console(stderr=True).print(table)
 
 
-def _write(report: CheckReport, records: Iterable[Record], data: Path, out: Path) -> None:
+def _write(report: CheckReport, records: Iterable[Record], data: str, out: Path) -> None:
     from mmdit_lora.data.check.page import page
     from mmdit_lora.files import write_json, write_text
 
     boxes = [box for record in records for box in record.layout.boxes]
-    write_text(out / "check.html", page(report, title=str(data), boxes=boxes))
-    write_json(out / "check.json", {"data": str(data), **report.to_dict()})
+    write_text(out / "check.html", page(report, title=data, boxes=boxes))
+    write_json(out / "check.json", {"data": data, **report.to_dict()})
     say(f"wrote {out / 'check.html'} and {out / 'check.json'}")
 
 
-def _raise_errors(report: CheckReport, data: Path) -> None:
+def _raise_errors(report: CheckReport, data: str) -> None:
     if len(report.errors) == 1:
         raise InputError(report.errors[0])
     if report.errors:
@@ -148,4 +212,4 @@ def _raise_errors(report: CheckReport, data: Path) -> None:
         head = f"{len(report.errors)} errors"
         if len(report.errors) > _ERRORS_SHOWN:
             head += f", the first {_ERRORS_SHOWN} of which are"
-        raise InputError(f"{head}\n{shown}", where=str(data))
+        raise InputError(f"{head}\n{shown}", where=data)

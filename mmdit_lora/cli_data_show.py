@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, refuse_file_as_folder, say
-from mmdit_lora.cli_data_stats import FilterOption
+from mmdit_lora.cli_data_stats import SAMPLE, DataOrShards, FilterOption
 from mmdit_lora.errors import InputError
 
 
@@ -18,7 +18,7 @@ def register(data: typer.Typer) -> None:
 
 
 def show(
-    data: Annotated[Path, typer.Argument(help="Data set folder.")],
+    data: DataOrShards,
     out: Annotated[Path, typer.Option(help="The .png to write.")],
     count: Annotated[int, typer.Option(min=1, max=400, help="Layouts to show, taken evenly from the whole set.")] = 16,
     cell: Annotated[int, typer.Option(min=64, max=1024, help="Longer side of each picture in pixels.")] = 256,
@@ -29,7 +29,7 @@ def show(
 ) -> None:
     """Draw a contact sheet: pictures with their boxes, phrases and captions."""
     from mmdit_lora.data.filters import filter_records, parse_filter
-    from mmdit_lora.data.records import read_dataset
+    from mmdit_lora.data.shards import sample_dataset
     from mmdit_lora.evaluate.canvas import fit
     from mmdit_lora.evaluate.draw import contact_sheet, save_png
 
@@ -39,17 +39,19 @@ def show(
         raise InputError("is a folder", where=f"--out {out}", cure="give a file name that ends in .png")
     refuse_file_as_folder(out.parent)
     rules = parse_filter(filter_ or [])
-    records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
+    most = SAMPLE if filter_ else count
+    records, whole = sample_dataset(data, most, bbox_format=bbox_format, bbox_units=bbox_units)
     filtered = filter_records(records, rules, where="--filter")
-    total = len(filtered.records)
-    shown = min(count, total)
-    chosen = [filtered.records[index * total // shown] for index in range(shown)]
+    kept = len(filtered.records)
+    shown = min(count, kept)
+    chosen = [filtered.records[index * kept // shown] for index in range(shown)]
+    total = kept if filter_ else whole
     images = [fit(record.load(), cell) for record in chosen]  # one at its full size at a time
-    title = f"{data.resolve().name}: {shown} of {total} layouts"
+    title = f"{Path(data).resolve().name}: {shown} of {total} layouts"
     sheet = contact_sheet(
         images,
         [record.layout for record in chosen],
-        captions=[f"{record.image.name}: {record.layout.caption}" for record in chosen],
+        captions=[f"{record.name}: {record.layout.caption}" for record in chosen],
         title=title,
         cell=cell,
     )

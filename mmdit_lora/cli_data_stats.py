@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +14,14 @@ if TYPE_CHECKING:
 
 _PHRASES_SHOWN = 12
 
+SAMPLE = 10_000  # records of shards that are looked at
+
+DataOrShards = Annotated[
+    str,
+    typer.Argument(
+        help="Data set folder; or shards (tar, parquet): a folder, pattern or URL, of which a sample is looked at."
+    ),
+]
 FilterOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -31,7 +38,7 @@ def register(data: typer.Typer) -> None:
 
 
 def stats(
-    data: Annotated[Path, typer.Argument(help="Data set folder.")],
+    data: DataOrShards,
     filter_: FilterOption = None,
     bbox_format: BoxFormat = "xyxy",
     bbox_units: BoxUnits = "relative",
@@ -39,19 +46,21 @@ def stats(
 ) -> None:
     """Say how large pictures and boxes are, how many, and what the phrases are; with a filter, of what it leaves."""
     from mmdit_lora.data.filters import filter_records, parse_filter
-    from mmdit_lora.data.records import read_dataset
+    from mmdit_lora.data.shards import sample_dataset
     from mmdit_lora.data.stats import dataset_stats
 
     rules = parse_filter(filter_ or [])
-    records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
+    records, total = sample_dataset(data, SAMPLE, bbox_format=bbox_format, bbox_units=bbox_units)
     filtered = filter_records(records, rules, where="--filter")
     found = dataset_stats(filtered.records)
+    if len(records) < total:
+        say(f"of {total} records {len(records)} were looked at, evenly spread")
     for line in _lines(found):
         say(line)
     if filtered.summary:
         say(f"warning: {filtered.summary}")
     if as_json:
-        emit({**found.to_dict(), "filter": filtered.to_dict()})
+        emit({**found.to_dict(), "records": total, "looked_at": len(records), "filter": filtered.to_dict()})
 
 
 def _lines(found: Stats) -> Iterator[str]:

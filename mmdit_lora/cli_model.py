@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +35,12 @@ DtypeOption = Annotated[
     Literal["fp32", "bf16", "fp16"],
     typer.Option("--dtype", help="Of the weights that are loaded; bf16 needs half the memory."),
 ]
-SizeOption = Annotated[int | None, typer.Option("--size", min=16, help="Side in pixels; default: the base's own.")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--size", metavar="SIDE|WIDTHxHEIGHT", help="In pixels, e.g. 1024 or 1184x880; default: the base's own."
+    ),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**32 - 1, help="Picture i starts from the noise of SEED + i.")
@@ -72,7 +78,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.max_steps=100")] = None,
     resume: Annotated[Literal["latest"] | None, typer.Option(help="Go on from the newest checkpoint.")] = None,
     check_only: Annotated[
-        bool, typer.Option("--check-only", help="Set everything up, train nothing, write nothing.")
+        bool, typer.Option("--check-only", help="Look at everything that a run needs, train nothing, write nothing.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -80,27 +86,22 @@ def train(
     from mmdit_lora.config import load_config
 
     settings = load_config(config, overrides or ())
+    from mmdit_lora.cli_preflight import check_only as look
+    from mmdit_lora.cli_preflight import show_preflight
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.training import trainer
 
     if check_only:
-        run = trainer.prepare_run(settings, resume=resume is not None)
-        held_out = len(run.held_out.records) if run.held_out else 0
-        say(run.trainable.summary)
-        say(
-            f"{len(run.examples.records)} pictures to train on, {held_out} held out, {_sizes(run.examples.bucket_counts())}"
-        )
-        counts, lines = run.data_losses
-        for line in lines:
-            say(f"warning: {line}")
-        if as_json:
-            pictures = {"pictures": len(run.examples.records), "held_out": held_out}
-            emit({"trainable": run.trainable.details, **pictures, **counts})
+        look(settings, resume=resume is not None, as_json=as_json)
         return
-    last = settings.train.max_steps
-    with ProgressLines() as tell:
+    last, plan = settings.train.max_steps, settings.train
+    pauses = {"validation": plan.validate_every, "pictures": plan.sample_every, "checkpoint": plan.checkpoint_every}
+    with ProgressLines(pauses=pauses) as tell:
         result = trainer.train(
-            settings, resume=resume is not None, on_progress=lambda step, scalars: tell("train", step, last, scalars)
+            settings,
+            resume=resume is not None,
+            on_progress=lambda step, scalars: tell("train", step, last, scalars),
+            on_preflight=show_preflight,
         )
     if not result.is_main:
         return
@@ -110,6 +111,10 @@ def train(
         say(
             f"held-out loss: {loss['base']:.4f} -> {loss['trained']:.4f}, difference {loss['difference']:+.4f}{interval}"
         )
+    if stats := result.report["cache"]:  # of the main process
+        hits, made = (sum(stats[name].values()) for name in ("hits", "misses"))
+        damaged = f", {n} damaged and made again" if (n := sum(stats["damaged"].values())) else ""
+        say(f"cache {settings.data.cache}: {hits} entries read, {made} made{damaged}")
     say(f"wrote {result.folder / ('adapter' if settings.method == 'lora' else 'base')}")
     if as_json:
         emit(result.report)
@@ -270,15 +275,19 @@ def verify(
         emit(report)
 
 
-def _sizes(counts: dict[str, int]) -> str:
-    if len(counts) == 1:
-        return f"{next(iter(counts))} px"
-    named = [f"{size} ({count})" for size, count in counts.items()]
-    return f"in {len(named)} buckets: {', '.join(named[:6])}{' ...' if len(named) > 6 else ''}"
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of "1024" or "1184x880", which is width x height."""
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+    if match is None or not all(int(side) >= 16 for side in match.groups(default="16")):
+        raise InputError(
+            f"is {text!r}", where="--size", cure="give a side in pixels, or WIDTHxHEIGHT, e.g. 1024 or 1184x880"
+        )
+    width = int(match[1])
+    return int(match[2] or width), width
 
 
 def _settings(
-    steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: int | None, batch: int
+    steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
 ) -> PaintSettings:
     if not 0 <= window[0] < window[1] <= 1:
         raise InputError(f"is {window[0]:g} {window[1]:g}", where="--layout-window", cure="give START < END in [0, 1]")
@@ -289,7 +298,7 @@ def _settings(
         guidance_scale=guidance,
         layout_scale=scale,
         layout_window=window,
-        size=None if size is None else (size, size),
+        size=None if size is None else _size(size),
         batch_size=batch,
     )
 

@@ -15,7 +15,10 @@ MAX_SEED = 2**32 - 1  # NumPy's limit, and Accelerate seeds NumPy too
 
 
 class DataSection(Section):
-    path: str = Field(description="folder of the training pictures, with its metadata.jsonl", min_length=1)
+    path: str = Field(
+        description="folder of the training pictures, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or URL",
+        min_length=1,
+    )
     validation: str | None = Field(
         default=None, description="a second such folder to validate on; null = hold out a share of path"
     )
@@ -47,6 +50,9 @@ class DataSection(Section):
         description="each side of a box moves by up to this share of the box's size (training)",
         ge=0,
         lt=0.5,
+    )
+    workers: int = Field(
+        default=0, description="threads that read the pictures of the next batches ahead; for shards in a store", ge=0
     )
     cache: str | None = Field(
         default=None, description="folder for what the encoders make, shared by runs and data sets; null = memory only"
@@ -200,6 +206,9 @@ class TrainSection(Section):
     validate_every: int = Field(default=250, description="steps between validation losses; 0 = none", ge=0)
     sample_every: int = Field(default=250, description="steps between sampled pictures; 0 = none", ge=0)
     sample_count: int = Field(default=8, description="pictures sampled each time", ge=0)
+    preflight: bool = Field(
+        default=True, description="two trial steps before the first: gradients, memory, time, disk (a few seconds)"
+    )
     log_every: int = Field(default=10, description="steps between log lines", ge=1)
 
 

@@ -1,6 +1,7 @@
 """What it costs: one JSON object a command.
 
     uv run python scripts/benchmark.py data > data/benchmarks/cache.json
+    uv run python scripts/benchmark.py data --records 1000000 > data/benchmarks/scale.json    (benchmark_scale.py says what)
 
 `data`: samples a second from the cache on disk, against `torch.load(weights_only=True)` of one `.pt` a sample that holds
 the same tensors, and against decoding and encoding. A sample is its latents, prompt and pooled embeddings and phrases;
@@ -69,7 +70,7 @@ def in_turns(cases: dict[str, Callable[[], float]]) -> dict[str, tuple[float, li
 
 
 def compared(rates: dict[str, tuple[float, list[float]]]) -> dict[str, Any]:
-    cached = {name: value for name, (value, _) in rates.items() if name.startswith("cache")}
+    cached = {name: value for name, (value, _) in rates.items() if name.startswith(("cache", "from_memory"))}
     out: dict[str, Any] = {
         "samples_per_s": {name: round(value, 4 if value < 1 else 1) for name, (value, _) in rates.items()}
     }
@@ -111,7 +112,7 @@ def embedded(work: Path) -> dict[str, Any]:
     run.examples.training_batch(range(BATCH))
     first_batch_s = time.perf_counter() - start
 
-    pipe, records, size = run.pipe, run.examples.records, run.size
+    pipe, records, size = run.pipe, run.examples.records, run.examples.size_of(0)
 
     def source(cached: bool) -> tuple[Encoder, Examples]:
         store = EncodingStore(DiskCache(work / "cache"), pipe, str(base)) if cached else None
@@ -213,11 +214,14 @@ def large(work: Path, *, with_vae: bool) -> dict[str, Any]:
 
     again = fetch_from(cache)
     rate(again, LARGE_SAMPLES)
+    held = [torch.load(work / f"{index}.pt", weights_only=True) for index in range(LARGE_SAMPLES)]
     rates = in_turns(
         {
             "cache_first": lambda: rate(fetch_from(DiskCache(work / "cache")), LARGE_SAMPLES),
             "cache_again": lambda: rate(again, LARGE_SAMPLES),
             "torch_load": lambda: rate(lambda i: torch.load(work / f"{i}.pt", weights_only=True), LARGE_SAMPLES),
+            # No file at all: what the batch's own copy allows, whatever stands before it.
+            "from_memory": lambda: rate(lambda i: held[i], LARGE_SAMPLES),
         }
     )
     report: dict[str, Any] = {
@@ -269,8 +273,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = verbs.add_parser("data", help="the cache against torch.load and against decoding and encoding")
     verb.add_argument("--no-vae", action="store_true", help="leave the real-size VAE away (half a minute on a core)")
     verb.add_argument("--json", action="store_true", help="print one JSON object; without, an indented one")
+    verb.add_argument(
+        "--records", type=int, help="instead: what so many records in tar shards cost (benchmark_scale.py)"
+    )
     arguments = parser.parse_args(argv)
-    report = data(with_vae=not arguments.no_vae)
+    if arguments.records is not None:
+        from benchmark_scale import scale
+
+        report = scale(arguments.records)
+    else:
+        report = data(with_vae=not arguments.no_vae)
     json.dump(report, sys.stdout, indent=None if arguments.json else 2)
     sys.stdout.write("\n")
     return 0

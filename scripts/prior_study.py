@@ -90,7 +90,7 @@ def one_run(out: Path, data: dict[str, Path], seed: int, weight: float, steps: i
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """mIoU of the two domains, a point a run; base, ceiling and floor as lines."""
+    """mIoU of the two domains, a point a run, their mean as a number; base and ceiling as lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,26 +101,23 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     for axis, domain, title in zip(axes, ("new", "old"), (f"new domain ({NEW})", f"old domain ({OLD})"), strict=True):
         for x, weight in enumerate(weights):
             values = [run[domain]["adapter"]["miou"] for run in runs if run["weight"] == weight]
-            axis.plot([x] * len(values), values, "o", color="#0072B2", alpha=0.8, markersize=7)
-            axis.hlines(sum(values) / len(values), x - 0.18, x + 0.18, color="#0072B2", linewidth=2)
-        for side, style in (("base", "--"), ("ground_truth", ":"), ("shuffled", ":")):
+            beside = [x + 0.06 * (n - (len(values) - 1) / 2) for n in range(len(values))]
+            axis.plot(beside, values, "o", color="#0072B2", alpha=0.8, markersize=6)
+            mean = sum(values) / len(values)
+            axis.annotate(f"{mean:.3f}", (x, min(values) - 0.012), fontsize=9, color="#0072B2", va="top", ha="center")
+        for side, style, above in (("base", "--", False), ("ground_truth", ":", True)):
             value = runs[0][domain][side]["miou"]
             axis.axhline(value, color="#666666", linestyle=style, linewidth=1)
-            axis.annotate(
-                side.replace("_", " "),
-                (len(weights) - 0.52, value),
-                fontsize=8,
-                color="#444444",
-                va="bottom",
-                ha="right",
-            )
+            name = "ground truth (ceiling)" if above else "base"
+            place = (len(weights) - 0.52, value + (0.004 if above else -0.004))
+            axis.annotate(name, place, fontsize=8, color="#444444", va="bottom" if above else "top", ha="right")
         axis.set_xticks(range(len(weights)), ["without" if not w else f"weight {w:g}" for w in weights])
         axis.set_xlim(-0.5, len(weights) - 0.5)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("prior preservation")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mIoU of the boxes, held-out layouts")
-    axes[0].set_ylim(0, 1)
+    axes[0].set_ylim(0.55, 1)
     figure.savefig(path, dpi=150)
 
 

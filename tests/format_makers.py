@@ -175,6 +175,19 @@ def make_sacap(folder: Path) -> None:
     parquet(folder / "train.parquet", sacap_row())
 
 
+def overlaybench_row(**changes: Any) -> dict[str, Any]:
+    """BOX of a picture of 40 x 40 pixels, on 1024."""
+    x0, y0, x1, y1 = (1024 * v for v in BOX)
+    entry = {"category": PHRASE, "bbox": [x0, y0, x1, y1], "local_prompts": "a shiny red ball"} | changes
+    annotation = {"caption": CAPTION, "annotations": {"ball_1": entry}, "relations": {}, "valid_overlap": []}
+    return {"image_id": "00000017", "annotation": repr(annotation)}
+
+
+def make_overlaybench(folder: Path) -> None:
+    picture(folder / "pictures" / "00000017.png", (40, 40))
+    parquet(folder / "simple.parquet", overlaybench_row())
+
+
 def make_cocomig(folder: Path) -> None:
     picture(folder / "val2017" / "000000000139.jpg")
     entry = json.dumps({PHRASE: [list(BOX)], "coco_id": 139})
@@ -285,6 +298,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "layoutsam-eval": make_layoutsam_eval,
     "denselayout": make_denselayout,
     "sacap": make_sacap,
+    "overlaybench": make_overlaybench,
     "cocomig": make_cocomig,
     "grit": make_grit,
     "hico": make_hico,
@@ -299,7 +313,7 @@ WITHOUT_CAPTION = {"voc", "yolo", "openimages", "cvat"}
 # Where the source is a file of the folder, or needs an option.
 SOURCES: dict[str, str] = {"labelstudio": "export.json"}
 # Subfolder of the set for --images.
-IMAGES: dict[str, str] = {"cocomig": "val2017", "hico": "images", "denselayout": "images"}
+IMAGES: dict[str, str] = {"cocomig": "val2017", "hico": "images", "denselayout": "images", "overlaybench": "pictures"}
 
 
 def options(name: str, folder: Path) -> dict[str, Any]:

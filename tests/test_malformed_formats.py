@@ -31,6 +31,7 @@ from tests.format_makers import (
     layout_sam_eval_row,
     layout_sam_row,
     options,
+    overlaybench_row,
     parquet,
     picture_bytes,
     sacap_row,
@@ -174,7 +175,10 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "hf: a phrase too few": ("hf", hf(objects={"bbox": [[1, 2, 3, 4]], "category": []}), "row 0", "not as many phrases"),
     "hf: no objects": ("hf", hf(objects=None), "row 0", "'objects' is missing"),
     "hf: no parquet": ("hf", text("data/train-00000-of-00001.parquet", "x"), ".parquet", "no readable parquet"),
-    "overlaybench": ("overlaybench", rows("test.parquet", {"image": b"x", "annotation": '{"boxes": [], "who": 1}'}), "row 0", "here are boxes, who"),
+    "overlaybench: no literal": ("overlaybench", rows("simple.parquet", overlaybench_row() | {"annotation": "__import__('os')"}), "row 0: annotation", "no Python literal"),
+    "overlaybench: a list": ("overlaybench", rows("simple.parquet", overlaybench_row() | {"annotation": "[1]"}), "row 0", "not an object"),
+    "overlaybench: no caption": ("overlaybench", rows("simple.parquet", overlaybench_row() | {"annotation": "{'annotations': {}}"}), "row 0", "'caption' is missing"),
+    "overlaybench: three numbers": ("overlaybench", rows("simple.parquet", overlaybench_row(bbox=[1, 2, 3])), "annotations['ball_1']", "four numbers"),
 }  # fmt: skip
 
 
@@ -201,7 +205,7 @@ def test_wrong_records(case: str, verb: str, tmp_path: Path, capsys: pytest.Capt
 
 def test_there_are_many() -> None:
     assert len(CASES) >= 60
-    assert {case[0] for case in CASES.values()} == (set(MAKERS) | {"overlaybench"}) - {"jsonl", "voc"}
+    assert {case[0] for case in CASES.values()} == set(MAKERS) - {"jsonl", "voc"}
 
 
 def test_a_wrong_record_does_not_hide_the_others(tmp_path: Path) -> None:

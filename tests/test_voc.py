@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmdit_lora.cli import main
 from mmdit_lora.data.formats import Source, read_format
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
@@ -95,52 +93,3 @@ def test_blood_cells() -> None:
     assert found.left_out == {"boxes without area": 2}
     assert found.notes["pixels_from"] == 1
     assert len(read_voc(Path(root) / "bccd", "test")) == 72
-
-
-def test_what_disagrees_with_the_files_is_told_with_what_was_taken(tmp_path: Path) -> None:
-    sizeless = annotation(filename="4.png").replace("<size><width>40</width><height>20</height></size>", "")
-    src = voc(
-        tmp_path,
-        annotation(filename="0.png"),  # agrees
-        annotation(filename="1.jpg"),  # on the disk it is 1.png
-        annotation(filename="old/other.png"),
-        annotation(filename="3.png", size=(0, 0)),
-        sizeless,
-        annotation(filename="5.png"),
-    )
-    picture(src / "JPEGImages" / "alone.png")
-    (src / "Annotations" / "copy.xml").write_text(annotation(filename="5.png"))
-    (src / "JPEGImages" / "notes.txt").write_text("no picture")
-    found = scan_voc(src)
-    assert len(found.records) == 7
-    assert found.warnings == {
-        "annotations that name another extension": ["1.xml names 1.jpg; 1.png was taken"],
-        "annotations that name another picture": ["2.xml names other.png; 2.png was taken"],
-        "annotations without a size": ["3.xml; that of 3.png was taken", "4.xml; that of 4.png was taken"],
-        "pictures of two annotations": ["5.png: 5.xml and copy.xml; both were read"],
-        "pictures without an annotation": ["alone.png"],
-    }
-    assert scan_voc(voc(tmp_path / "right", annotation(filename="0.png"))).warnings == {}
-
-
-@pytest.mark.parametrize("size", [(20, 40), (400, 200)], ids=["turned", "scaled"])
-def test_a_size_that_is_not_the_pictures_is_one_clear_error(tmp_path: Path, size: tuple[int, int]) -> None:
-    src = voc(tmp_path, annotation(size=size))
-    with pytest.raises(InputError, match=f"says {size[0]} x {size[1]} pixels, the picture has 40 x 20") as caught:
-        scan_voc(src)
-    assert caught.value.where == str(src / "Annotations" / "0.xml")
-
-
-def test_warnings_come_in_a_line_a_kind_and_whole_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    src = voc(tmp_path / "voc", *[annotation(filename=f"{n}.jpg") for n in range(5)])
-    assert main(["data", "convert", "--from", "voc", str(src), "--out", str(tmp_path / "out"), "--json"]) == 0
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if line.startswith("warning: ")]
-    assert len(lines) == 1
-    assert lines[0].startswith(
-        "warning: 5 annotations that name another extension: 0.xml names 0.jpg; 0.png was taken;"
-    )
-    assert lines[0].endswith(" ...")
-    assert len(json.loads(said.out)["warnings"]["annotations that name another extension"]) == 5
-    assert main(["data", "check", "--from", "voc", str(src)]) == 0
-    assert "5 annotations that name another extension" in capsys.readouterr().err

@@ -30,13 +30,13 @@ class Filtered:
             that never had any is.
         emptied: the records that are not, as they were.
         left_out: boxes left out, by the first reason that holds; those of `emptied` are among them.
-        boxes: that stay.
+        boxes: that stay; None where nobody has counted them.
     """
 
-    records: list[Record]
-    emptied: list[Record]
+    records: Sequence[Record]
+    emptied: Sequence[Record]
     left_out: dict[str, int]
-    boxes: int
+    boxes: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers alone: {"records", "records_left_out", "boxes", "boxes_left_out": {reason: count}}."""

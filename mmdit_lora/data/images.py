@@ -1,4 +1,4 @@
-"""Pictures from disk: upright, RGB, and an `InputError` where a file is none."""
+"""Pictures from files or bytes: upright, RGB, and an `InputError` where one is none."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from mmdit_lora.errors import InputError
+
+Source = str | Path | bytes  # a path, or the whole content of a file
 
 # What Pillow raises for files that are damaged in one way or another; only the first is documented.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error)
@@ -21,18 +25,18 @@ class TooManyPixels(InputError):
     """A picture that declares more pixels than are decoded."""
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: Source) -> Image.Image:
     """The picture as RGB, turned upright by its EXIF orientation; transparency over white, 16 bits scaled to 8.
 
     Raises:
         InputError: no such file, no picture, a truncated one, one of 32-bit numbers, or one that declares so many pixels
-            that decoding it could exhaust the memory (Pillow's limit); with the path.
+            that decoding it could exhaust the memory (Pillow's limit); with the path, where there is one.
     """
     with _opened(path) as image:
         if image.mode in ("I", "F"):  # a file does not say which number is white
             raise InputError(
                 "holds 32-bit numbers, of which none is known to be white",
-                where=str(path),
+                where=_place(path),
                 cure="save it with 8 or 16 bits",
             )
         upright = ImageOps.exif_transpose(image)
@@ -47,11 +51,11 @@ def load_image(path: str | Path) -> Image.Image:
         return upright.convert("RGB")
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: Source) -> tuple[int, int]:
     """(width, height) of the upright picture in pixels, from its header alone.
 
     Raises:
-        InputError: no such file, or no picture; with the path.
+        InputError: no such file, or no picture; with the path, where there is one.
     """
     with _opened(path) as image:
         # Of a TIFF, Pillow's `size` is upright already, and only its.
@@ -62,12 +66,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
-def _tells_more_behind_pixels(path: str | Path) -> bool:
+def _tells_more_behind_pixels(path: Source) -> bool:
     """Whether a PNG has EXIF or text behind its pixels, where Pillow finds it only by decoding these.
 
     Its own `getexif` decodes every PNG, which takes a hundred times as long as this walk from chunk to chunk.
     """
-    with Path(path).open("rb") as file:
+    with _file(path) as file:
         file.seek(8)
         behind = False
         while len(head := file.read(8)) == 8:
@@ -80,25 +84,33 @@ def _tells_more_behind_pixels(path: str | Path) -> bool:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: Source) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(path) if isinstance(path, bytes) else path) as image:
             yield image
     except FileNotFoundError:
-        raise InputError("no such picture", where=str(path)) from None
+        raise InputError("no such picture", where=_place(path)) from None
     except Image.DecompressionBombError as error:
         pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
         raise TooManyPixels(
             f"declares {pixels:,} pixels, and more than {limit:,} are not decoded",
-            where=str(path),
+            where=_place(path),
             cure="make the picture smaller, or leave it out",
         ) from None
     except _DAMAGED as error:
         raise InputError(
             f"is no readable picture ({_reason(error)})",
-            where=str(path),
+            where=_place(path),
             cure="restore the file, or leave the picture out",
         ) from None
+
+
+def _file(path: Source) -> BinaryIO:
+    return BytesIO(path) if isinstance(path, bytes) else Path(path).open("rb")
+
+
+def _place(path: Source) -> str | None:
+    return None if isinstance(path, bytes) else str(path)
 
 
 def _reason(error: BaseException) -> str:

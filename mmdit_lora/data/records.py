@@ -9,32 +9,35 @@ them. `write_dataset` is the inverse.
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from PIL import Image
 
 from mmdit_lora.data.images import image_size, load_image
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.data.lines import (
+    BBOX_FORMATS,
+    BBOX_UNITS,
+    COLUMNS,
+    MISSING,
+    BoxFormatError,
+    parse_layout,
+    text_of,
+)
+from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_folder
 from mmdit_lora.layout import Box, Layout, numbered_lines, parse_json
 
+__all__ = ["BBOX_FORMATS", "BBOX_UNITS", "COLUMNS", "METADATA", "BoxFormatError", "Item", "Record"]
+
 METADATA = "metadata.jsonl"
-BBOX_FORMATS = ("xyxy", "xywh", "cxcywh")
-BBOX_UNITS = ("relative", "pixel")
-COLUMNS = ("file_name", "caption", "objects", "bbox_format", "bbox_units")
-_OBJECTS = ("bbox", "phrase")
 
 Item = tuple[str, Image.Image | Path, Layout]
-
-
-class BoxFormatError(InputError):
-    """Boxes that are wrong as xyxy, and would all be right as xywh."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Record:
     def name(self) -> str:
         """The picture's file name, without folders."""
         return self.image.name
+
+    def source(self) -> Path | bytes:
+        """What Pillow opens. Raises `InputError` with the record's place where there is nothing to open."""
+        return self.image
 
     def read_bytes(self) -> bytes:
         """The picture's file. Raises `InputError` with the record's place where it cannot be read."""
@@ -153,12 +160,17 @@ def fill_dataset(folder: Path, items: Iterable[Item]) -> None:
                 shutil.copyfile(picture, target)
             else:
                 picture.save(target)
-        objects = {"bbox": [_rounded(b) for b in layout.boxes], "phrase": [b.phrase for b in layout.boxes]}
-        lines.append({"file_name": name, "caption": layout.caption, "objects": objects})
+        lines.append({"file_name": name, **layout_columns(layout)})
     if not lines:
         raise InputError("there is no picture to write", cure="a data set holds at least one picture")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / METADATA).write_text(text, encoding="utf-8")
+
+
+def layout_columns(layout: Layout) -> dict[str, Any]:
+    """`caption` and `objects` of a line: relative xyxy with 6 digits, which `parse_layout` reads."""
+    objects = {"bbox": [_rounded(b) for b in layout.boxes], "phrase": [b.phrase for b in layout.boxes]}
+    return {"caption": layout.caption, "objects": objects}
 
 
 def check_replaceable(out: Path, *, parts: tuple[str, ...] = ()) -> None:
@@ -216,17 +228,19 @@ def _metadata(folder: Path) -> str:
         raise InputError("no such data set folder", where=str(folder), cure=f"give a folder that holds {METADATA}")
     path = folder / METADATA
     if not path.is_file():
-        voc = (folder / "Annotations").is_dir()
-        cure = (
-            "it looks like Pascal VOC: `mmdit-lora data convert --from voc`"
-            if voc
-            else f"a data set holds {METADATA}; `mmdit-lora data formats` lists what can be converted"
-        )
-        raise InputError(f"has no {METADATA}", where=str(folder), cure=cure)
+        raise InputError(f"has no {METADATA}", where=str(folder), cure=_cure_without_metadata(folder))
     try:
         return path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte-order mark
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"cannot be read as UTF-8 text ({error})", where=str(path)) from None
+
+
+def _cure_without_metadata(folder: Path) -> str:
+    if (folder / "Annotations").is_dir():
+        return "it looks like Pascal VOC: `mmdit-lora data convert --from voc`"
+    if any(folder.glob("*.tar")):
+        return "its tar shards are read by `train` and by `data check|stats|show|cache`; elsewhere give the folder they were made from"
+    return f"a data set holds {METADATA}; `mmdit-lora data formats` lists what can be converted"
 
 
 def _record(data: Any, root: Path, folder: Path, where: str, bbox_format: str, bbox_units: str) -> Record:
@@ -234,31 +248,16 @@ def _record(data: Any, root: Path, folder: Path, where: str, bbox_format: str, b
         raise InputError(f"is {type(data).__name__}, not an object", cure=f"its keys are {', '.join(COLUMNS[:3])}")
     for key in COLUMNS[:3]:
         if key not in data:
-            raise InputError(f"{key!r} is missing", cure=_MISSING[key])
-    caption = _text(data["caption"], "caption")
+            raise InputError(f"{key!r} is missing", cure=MISSING[key])
+    text_of(data["caption"], "caption")
     image = _picture(data["file_name"], root, folder)
-    layout = Layout(
-        caption=caption,
-        boxes=_boxes(
-            data["objects"],
-            image,
-            _choice(data.get("bbox_format", bbox_format), BBOX_FORMATS, "bbox_format"),
-            _choice(data.get("bbox_units", bbox_units), BBOX_UNITS, "bbox_units"),
-        ),
-    )
+    layout = parse_layout(data, partial(image_size, image), bbox_format=bbox_format, bbox_units=bbox_units)
     return Record(image=image, layout=layout, where=where, extra=tuple(str(key) for key in data if key not in COLUMNS))
-
-
-_MISSING = {
-    "file_name": "name the picture, relative to the folder",
-    "caption": "give the text of the whole picture",
-    "objects": 'give {"bbox": [...], "phrase": [...]}; both lists empty for a picture without boxes',
-}
 
 
 def _inside(name: Any) -> str:
     """`name` if it is a relative path that stays in its folder."""
-    text = _text(name, "file_name")
+    text = text_of(name, "file_name")
     windows = PureWindowsPath(text)
     if not text.strip() or "\0" in text or PurePosixPath(text).is_absolute() or windows.drive or ".." in windows.parts:
         raise InputError(f"file_name is {text!r}", cure="give a path below the data set folder, without '..'")
@@ -278,95 +277,6 @@ def _picture(name: Any, root: Path, folder: Path) -> Path:
         reason = getattr(error, "strerror", None) or "a loop of links"
         raise InputError(f"file_name {reprlib.repr(name)} cannot be opened ({reason})") from None
     raise InputError(f"the picture {name!r} does not exist", cure=f"file_name is relative to {folder}")
-
-
-def _boxes(objects: Any, image: Path, bbox_format: str, bbox_units: str) -> tuple[Box, ...]:
-    if not isinstance(objects, Mapping):
-        raise InputError(f"objects is {type(objects).__name__}, not an object", cure=_MISSING["objects"])
-    for key in objects:
-        if key not in _OBJECTS:
-            raise unknown_key(key, _OBJECTS, where="objects")
-    for key in _OBJECTS:
-        if not isinstance(objects.get(key), list):
-            what = f"is {type(objects[key]).__name__}, not a list" if key in objects else "is missing"
-            raise InputError(what, where=f"objects.{key}", cure=_MISSING["objects"])
-    bbox, phrases = objects["bbox"], objects["phrase"]
-    if len(bbox) != len(phrases):
-        raise InputError(
-            f"{len(bbox)} boxes and {len(phrases)} phrases", where="objects", cure="give each box its phrase"
-        )
-    numbers = [_four_numbers(value, index) for index, value in enumerate(bbox)]
-    texts = [_text(value, f"objects.phrase[{index}]") for index, value in enumerate(phrases)]
-    width, height = image_size(image) if bbox_units == "pixel" and bbox else (1, 1)
-    try:
-        return _as_boxes(numbers, texts, bbox_format, width, height)
-    except InputError as error:
-        if bbox_format == "xyxy" and _readable(numbers, texts, "xywh", width, height):
-            cure = 'check the order [left, top, right, bottom]; as xywh all boxes of this line would fit: if that is meant, set "bbox_format": "xywh" (here or in the config)'
-            raise BoxFormatError(error.what, where=error.where, cure=cure) from None
-        raise
-
-
-def _as_boxes(
-    numbers: list[tuple[float, ...]], phrases: list[str], bbox_format: str, width: int, height: int
-) -> tuple[Box, ...]:
-    boxes = []
-    for index, (four, phrase) in enumerate(zip(numbers, phrases, strict=True)):
-        a, b, c, d = four[0] / width, four[1] / height, four[2] / width, four[3] / height
-        if bbox_format == "xywh":
-            xyxy = (a, b, a + c, b + d)
-        elif bbox_format == "cxcywh":
-            xyxy = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
-        else:
-            xyxy = (a, b, c, d)
-        try:
-            boxes.append(Box(xyxy=xyxy, phrase=phrase))
-        except InputError as error:
-            as_written = (bbox_format, width, height) == ("xyxy", 1, 1)
-            what = error.what if as_written else f"{error.what} (written as {bbox_format} {list(four)})"
-            pixels = (width, height) == (1, 1) and max(four) > 2
-            cure = 'these look like pixels: set "bbox_units": "pixel" (here or in the config)' if pixels else error.cure
-            raise InputError(what, where=f"objects.bbox[{index}]", cure=cure) from None
-    return tuple(boxes)
-
-
-def _readable(numbers: list[tuple[float, ...]], phrases: list[str], bbox_format: str, width: int, height: int) -> bool:
-    try:
-        _as_boxes(numbers, phrases, bbox_format, width, height)
-    except InputError:
-        return False
-    return True
-
-
-def _four_numbers(value: Any, index: int) -> tuple[float, ...]:
-    where = f"objects.bbox[{index}]"
-    if not isinstance(value, list) or len(value) != 4:
-        raise InputError(f"is {json.dumps(value)[:80]}", where=where, cure="give four numbers")
-    numbers = []
-    for number in value:
-        try:
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-                raise InputError(f"holds {json.dumps(number)[:80]}", where=where, cure="give four finite numbers")
-            numbers.append(float(number))
-        except OverflowError:
-            raise InputError("holds a number beyond all bounds", where=where) from None
-    return tuple(numbers)
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"is {json.dumps(value)[:80]}, not a text", where=where)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"holds half a character ({value!r})", where=where, cure="write the text as UTF-8") from None
-    return value
-
-
-def _choice(value: Any, known: tuple[str, ...], key: str) -> str:
-    if value not in known:
-        raise InputError(f"{key} is {json.dumps(value)[:80]}", cure=f"give one of {', '.join(known)}")
-    return str(value)
 
 
 def _rounded(box: Box) -> list[float]:

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mmdit_lora.data.images import image_size
 from mmdit_lora.data.records import Record
-from mmdit_lora.errors import InputError
 
 _MOST_PHRASES = 50
 _QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
@@ -51,10 +49,7 @@ def dataset_stats(records: Sequence[Record]) -> Stats:
     sizes: dict[Any, tuple[int, int]] = {}
     for record in records:
         if record.image not in sizes:
-            try:
-                sizes[record.image] = image_size(record.image)
-            except InputError as error:
-                raise error.at(record.where) from None
+            sizes[record.image] = record.size()
     pairs = [(box, sizes[record.image]) for record in records for box in record.layout.boxes]
     phrases = Counter(box.phrase for box, _ in pairs)
     return Stats(

@@ -149,6 +149,12 @@ class LayoutPipeline(DiffusionPipeline):
 
     # -- texts and layouts
 
+    @property
+    def encoding_device(self) -> torch.device:
+        """Where texts are encoded; that of the VAE where the transformer is there by its config alone."""
+        by_config_alone = self.transformer.device.type == "meta" and not hasattr(self.transformer, "_hf_hook")
+        return self.vae.device if by_config_alone else self._execution_device  # a hook: offloaded, and will be there
+
     def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
         """Phrases as this base's transformer takes them: pooled embeddings (n, P), or token embeddings (n, K, P)."""
         raise NotImplementedError

@@ -78,12 +78,15 @@ class _Flux(LayoutPipeline):
         """T5 embeddings of the first K tokens, (n, K, P), without a mask, as in CreatiLayout; or pooled CLIP, (n, P)."""
         tokens = self.transformer.phrase_tokens
         if tokens is None:
-            return self._get_clip_prompt_embeds(list(phrases))
-        return self._get_t5_prompt_embeds(list(phrases), max_sequence_length=max(PHRASE_LENGTH, tokens))[:, :tokens]
+            return self._get_clip_prompt_embeds(list(phrases), device=self.encoding_device)
+        length = max(PHRASE_LENGTH, tokens)
+        embeds = self._get_t5_prompt_embeds(list(phrases), max_sequence_length=length, device=self.encoding_device)
+        return embeds[:, :tokens]
 
     @torch.no_grad()
     def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
-        embeds, pooled, _ = self.encode_prompt(caption, None, max_sequence_length=self.config.max_sequence_length)
+        length = self.config.max_sequence_length
+        embeds, pooled, _ = self.encode_prompt(caption, None, max_sequence_length=length, device=self.encoding_device)
         return embeds, pooled
 
 

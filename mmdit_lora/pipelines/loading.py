@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,18 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines.base import LayoutPipeline
 
 
-def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32, **transformer_options: Any) -> LayoutPipeline:
+def load_pipeline(
+    base: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    components: Mapping[str, Any] | None = None,
+    **transformer_options: Any,
+) -> LayoutPipeline:
     """The pipeline of a folder or hub id, in evaluation mode, its progress bar off. The family is the one that its
     model_index.json names.
 
     Args:
+        components: to be used instead of those in the folder; None for one that is not needed.
         transformer_options: for the transformer's `from_pretrained`: `layout_init`, `layout_seed`, `layout_attention`,
             `quantization_config`, ...
 
@@ -40,7 +47,9 @@ def load_pipeline(base: str, *, dtype: torch.dtype = torch.float32, **transforme
             name = index["_class_name"]
             by_name = {opened: pipeline for pipeline in PIPELINES for opened in pipeline.opens}
             if name in by_name:
-                pipe = by_name[name].from_pretrained(base, dtype=dtype, transformer_options=transformer_options)
+                pipe = by_name[name].from_pretrained(
+                    base, dtype=dtype, transformer_options=transformer_options, **(components or {})
+                )
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:

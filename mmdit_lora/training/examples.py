@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from mmdit_lora.data.buckets import Buckets, Size, record_bucket, size_counts
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.order import epoch_order, seeded
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.shards import ShardedRecords, Subset
+from mmdit_lora.data.shards.ahead import ReadAhead
 from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
@@ -59,7 +62,7 @@ class Examples:
         self.records, self.encoder, self.config = records, encoder, config
         self.slots, self.batch, self.draws = slots, batch, draws
         self._one_size = buckets.sizes[0][0] if buckets.is_single else None
-        self._sizes = [] if buckets.is_single else [record_bucket(record, buckets) for record in records]
+        self._sizes = [] if buckets.is_single else sizes_of(records, buckets)
         # Where nothing is drawn for the picture, its latents are the same each time; where it has a number of variants,
         # each of them is.
         self._is_drawn = config.data.crop != "center" or config.data.flip
@@ -69,6 +72,13 @@ class Examples:
         self._views_bytes = 0
         # Where the store has a view's latents, and its layout: so a run looks at a picture's file once.
         self._stored: OrderedDict[tuple[int, int], tuple[str, Layout]] = OrderedDict()
+        self._reader = ReadAhead(records, threads=config.data.workers)
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        """Begin to read the pictures at these positions of the run, where they are not at hand (`data.workers`)."""
+        if self.config.data.workers:
+            known = {index for index, _ in self._views} | {index for index, _ in self._stored}
+            self._reader.announce(index for p in positions if (index := self._index_at(p)) not in known)
 
     def training_batch(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
@@ -101,6 +111,10 @@ class Examples:
         """(height, width) in pixels that a record's picture is trained at."""
         return self._one_size or self._sizes[index]
 
+    def size_at(self, position: int) -> Size:
+        """As `size_of`, of the record that comes at `position` of the run."""
+        return self.size_of(self._index_at(position))
+
     def bucket_counts(self) -> dict[str, int]:
         """ "WIDTHxHEIGHT" -> records, the fullest bucket first."""
         return size_counts([self.size_of(index) for index in range(len(self.records))])
@@ -122,6 +136,7 @@ class Examples:
     @cached_property
     def _plan(self) -> BatchPlan:
         count, seed = len(self.records), self.config.train.seed
+        blocks = getattr(self.records, "blocks", None)  # of shards that are cheaper to read part by part
         groups: list[Hashable] | None = None
         if self._one_size is None or self.config.data.buckets.group_boxes:
             by_boxes = self.config.data.buckets.group_boxes
@@ -132,7 +147,7 @@ class Examples:
         return BatchPlan(
             count,
             self.batch,
-            order=lambda epoch: epoch_order(seed, epoch, count),
+            order=lambda epoch: epoch_order(seed, epoch, count, blocks),
             shuffle=lambda epoch, batches: torch.randperm(batches, generator=seeded("batches", seed, epoch)),
             groups=groups,
         )
@@ -194,7 +209,8 @@ class Examples:
 
     def _encode(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, list[Layout]]:
         if self.variants is None:
-            pairs = [self._prepare(index, generator) for index, generator in zip(indices, generators, strict=True)]
+            drawn = zip(indices, generators, strict=True)
+            pairs = [self._prepare(self._reader.take(index), index, generator) for index, generator in drawn]
             return self.encoder.latents(torch.stack([pixels for pixels, _ in pairs])), [layout for _, layout in pairs]
         views = [(index, self._draw_variant(generator)) for index, generator in zip(indices, generators, strict=True)]
         pairs = [self._recent(view) for view in views]
@@ -221,17 +237,18 @@ class Examples:
         The variant depends on the seed, its number and the picture's bytes. Without `wait`, None where another process
         is making it.
         """
-        record, data, seed = self.records[index], self.config.data, self.config.train.seed
+        data, seed = self.config.data, self.config.train.seed
         store, place = self.encoder.store, (index, variant)
         if store is not None and (known := self._stored.get(place)) is not None:
             latents = store.latents(known[0])
             if latents is not None:
                 return latents, known[1]
+        record = self._reader.take(index)
         digest = hashlib.sha256(record.read_bytes()).hexdigest()
         draw = ("variant", seed, variant) if self._is_drawn else None
 
         def prepared() -> tuple[Tensor, Layout]:
-            return self._prepare(index, None if draw is None else seeded(*draw, digest))
+            return self._prepare(record, index, None if draw is None else seeded(*draw, digest))
 
         def encode(pixels: Tensor) -> Tensor:
             return self.encoder.latents(pixels[None])[0]
@@ -252,8 +269,8 @@ class Examples:
     def _draw_variant(self, generator: torch.Generator) -> int:
         return int(torch.randint(self.variants or 1, (1,), generator=generator)) if self._is_drawn else 0
 
-    def _prepare(self, index: int, generator: torch.Generator | None) -> tuple[Tensor, Layout]:
-        record, data = self.records[index], self.config.data
+    def _prepare(self, record: Record, index: int, generator: torch.Generator | None) -> tuple[Tensor, Layout]:
+        data = self.config.data
         return prepare(
             record.load(),
             record.layout,
@@ -263,3 +280,12 @@ class Examples:
             min_visible=data.min_visible,
             generator=generator,
         )
+
+
+def sizes_of(records: Sequence[Record], buckets: Buckets) -> list[Size]:
+    """The size that each record's picture is trained at; of shards from their index, where that knows the pictures' own."""
+    if isinstance(records, ShardedRecords | Subset) and (pixels := records.pixels()).all():
+        _, first, place = np.unique(pixels, axis=0, return_index=True, return_inverse=True)
+        sizes = [record_bucket(records[int(index)], buckets) for index in first]
+        return [sizes[index] for index in place.ravel()]
+    return [record_bucket(record, buckets) for record in records]

@@ -14,7 +14,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.opening import DTYPES, open_base
+from mmdit_lora.training.opening import DTYPES, open_encoders
 from mmdit_lora.training.run_data import read_data, run_buckets
 
 Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
@@ -34,9 +34,12 @@ def fill_cache(config: Config, cache: DiskCache, *, tell: Tell | None = None) ->
     data = read_data(config)
     if not data.records:
         raise InputError("holds no record", where=config.data.path)
-    pipe, _ = open_base(config, DTYPES[config.train.mixed_precision])
+    pipe = open_encoders(config, DTYPES[config.train.mixed_precision])
     buckets = run_buckets(config, pipe)
-    pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name != "transformer":
+            part.to(device)
     store = EncodingStore(cache, pipe, config.base)
     encoder = Encoder(pipe, store)
     examples = Examples([*data.records, *data.held_out], encoder, config, buckets=buckets, slots=None)

@@ -26,6 +26,8 @@ from mmdit_lora.training.stopping import Diverged, Interrupted, check_losses, no
 from mmdit_lora.training.tracking import Tracker
 from mmdit_lora.training.watch import gradient_norms, is_due, watch
 
+_AHEAD = 2  # batches of this process that are read ahead
+
 Progress = Callable[[int, dict[str, float]], None]
 
 
@@ -85,10 +87,12 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
                     }
                     tracker.log(state.step, scalars | norms | {f"speed/{name}": value for name, value in speed.items()})
                     on_progress(state.step, scalars | speed)
-            better = is_due(run) and _look(run, tracker)
+            with meter.phase("pause"):
+                better = is_due(run) and _look(run, tracker)
             stopped = _agreed(run, signal_name() is not None)
             if settings.checkpoint_every and (state.step % settings.checkpoint_every == 0 or better or stopped):
-                _save(run, tracker)
+                with meter.phase("pause"):
+                    _save(run, tracker)
             if stopped:
                 raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
 
@@ -104,6 +108,8 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
         positions = range(first, first + per_process)
         with meter.phase("data"):
             batch = run.examples.training_batch(positions).to(accelerator.device)
+            stride = per_process * world
+            run.examples.read_ahead([p + n * stride for n in range(1, 1 + _AHEAD) for p in positions])
         # The adapter's dropout draws from the samples' keys. Whatever else in a base may draw does so from here.
         torch.manual_seed(seeded("dropout", settings.seed, first).initial_seed())
         is_last = micro == settings.gradient_accumulation - 1

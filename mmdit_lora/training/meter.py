@@ -23,7 +23,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time within as `name`'s."""
+        """Count the time within as `name`'s; that of "pause" belongs to no step and is left out of all rates."""
         before = time.perf_counter()
         try:
             yield
@@ -39,7 +39,7 @@ class Meter:
                 PyTorch's counter, attention runs by another kernel, whose last bits differ.)
         """
         if shape not in self._flops:
-            with FlopCounterMode(display=False) as counter:
+            with self.phase("pause"), FlopCounterMode(display=False) as counter:
                 once()
             self._flops[shape] = counter.get_total_flops()
         self._done += self._flops[shape]
@@ -51,7 +51,7 @@ class Meter:
             samples_per_s; share_data, share_other: of the time, neither forward, backward nor optimizer; tflops: per second
             and process, absent where not counted; memory_gb: peak of the device, or of the process on a CPU.
         """
-        passed = time.perf_counter() - self._since
+        passed = time.perf_counter() - self._since - self._seconds.get("pause", 0.0)
         compute = self._seconds.get("compute", 0.0) + self._seconds.get("optimizer", 0.0)
         data = self._seconds.get("data", 0.0)
         out = {

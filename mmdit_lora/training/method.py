@@ -9,6 +9,7 @@ import peft
 from torch import nn
 
 from mmdit_lora.config import Config, LoraSection
+from mmdit_lora.errors import InputError
 from mmdit_lora.lora import add_layout_lora, refuse_zero_gates
 from mmdit_lora.lora.dropout import use_sample_dropout
 
@@ -59,3 +60,25 @@ def set_trainable(model: nn.Module, config: Config) -> TrainableReport:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "everything" if config.method == "full" else "the layout stream"
     return TrainableReport(f"{what} trains: {trainable:,} of {total:,} parameters", trainable, total, {})
+
+
+def refuse_frozen(model: nn.Module, report: TrainableReport) -> None:
+    """Stop where something froze what was set to train, or unfroze more, before an optimizer is made of it.
+
+    Raises:
+        InputError: the parameters that require a gradient are not those of the report.
+    """
+    now = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    adapter = set(report.details.get("targets", ()))
+    strange = [name for name in now if adapter and "lora_" not in name]
+    if sum(now.values()) == report.trainable_params and not strange:
+        return
+    cure = "freeze the base first and add the adapter after it: what is frozen later takes the adapter with it"
+    if not now:
+        raise InputError("everything is frozen: nothing would train", where="targets", cure=cure)
+    raise InputError(
+        f"{sum(now.values()):,} parameters would train, not the {report.trainable_params:,} that were set to"
+        + (f", among them {strange[0]}" if strange else ""),
+        where="targets",
+        cure=cure,
+    )

@@ -49,6 +49,27 @@ def open_base(config: Config, dtype: torch.dtype) -> tuple[LayoutPipeline, str]:
     return pipe, fingerprint
 
 
+def open_encoders(config: Config, dtype: torch.dtype, *, texts: bool = True) -> LayoutPipeline:
+    """The base without the weights of its transformer, which is there by its config alone, on the meta device.
+
+    Args:
+        texts: with the text encoders; without them it still says which sizes it takes.
+
+    Raises:
+        InputError: no such base, or the section `stream` contradicts it.
+    """
+    transformer_class: Any
+    transformer_class, stored = stored_transformer(config.base)
+    options = {key: value for key, value in stream_options(config).items() if key in _STREAM_KEYS.values()}
+    with torch.device("meta"):
+        transformer = transformer_class.from_config({**stored, **options})
+    components: dict[str, Any] = {"transformer": transformer}
+    if not texts:
+        index = DiffusionPipeline.load_config(config.base)
+        components |= dict.fromkeys(name for name in index if name.startswith(("text_encoder", "tokenizer")))
+    return load_pipeline(config.base, dtype=dtype, components=components)
+
+
 def stream_options(config: Config) -> dict[str, Any]:
     """The section `stream` as options of the transformer's `from_pretrained`.
 

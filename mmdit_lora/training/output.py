@@ -17,6 +17,7 @@ CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.jso
 _WRITTEN = (CONFIG, REPORT, "adapter", "base")  # of what a kill may leave a half-written neighbour
 # What may differ between a run and its resumption without changing what is trained.
 _FREE_ON_RESUME = {
+    "data.workers",
     "output_dir",
     "tracking",
     "sample",
@@ -31,6 +32,7 @@ _FREE_ON_RESUME = {
     "train.batch_size",
     "train.gradient_accumulation",
     "prior.batch_size",
+    "train.preflight",
 }
 
 

@@ -25,7 +25,7 @@ from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.held_out import PairedLoss
-from mmdit_lora.training.method import TrainableReport, set_trainable
+from mmdit_lora.training.method import TrainableReport, refuse_frozen, set_trainable
 from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.optim import make_optimizer, make_schedule
 from mmdit_lora.training.output import CHECKPOINTS, check_output
@@ -231,6 +231,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
 
     torch.manual_seed(settings.seed)  # the adapter's initial weights
     trainable = set_trainable(pipe.transformer, config)
+    refuse_frozen(pipe.transformer, trainable)
     pipe.transformer.train()
     # Every process opened the same files: DDP need not send what does not train around, and cannot where it is quantised.
     named = (*pipe.transformer.named_parameters(), *pipe.transformer.named_buffers())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmdit_lora.config import Config
+from mmdit_lora.config_filter import FilterSection
 from mmdit_lora.data.buckets import Buckets, make_buckets, one_size, parse_ratio
 from mmdit_lora.data.check import quick_check
 from mmdit_lora.data.filters import Filtered, crop_loss, filter_records
 from mmdit_lora.data.records import Record, read_dataset
+from mmdit_lora.data.shards import ShardedRecords, Subset, is_sharded, open_shards, spread
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.training.split import split_records
+
+_LOOKS, _CROPS = 64, 1000  # records of shards that are looked at before a run
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,14 @@ class RunData:
 
     Args:
         training: what the filter left of `data.path`. validation: of `data.validation`; None where a share of the former
-            is held out.
+            is held out. remarks: lines for people, from opening shards.
     """
 
-    records: list[Record]
-    held_out: list[Record]
+    records: Sequence[Record]
+    held_out: Sequence[Record]
     training: Filtered
     validation: Filtered | None
+    remarks: tuple[str, ...] = ()
 
     def losses(self, config: Config, buckets: Buckets) -> tuple[dict[str, Any], list[str]]:
         """What filter and centre crop cost: counts for the report, and lines for people.
@@ -35,9 +41,11 @@ class RunData:
         Raises:
             InputError: a file is no picture, or one is too small for any bucket.
         """
-        crop = crop_loss(self.records, buckets, min_visible=config.data.min_visible)
+        records = self.records
+        looked_at = spread(records, _CROPS) if isinstance(records, ShardedRecords | Subset) else records
+        crop = crop_loss(looked_at, buckets, min_visible=config.data.min_visible)
         counts: dict[str, Any] = {"filter": self.training.to_dict(), "center_crop": crop.to_dict()}
-        lines = [self.training.summary, crop.summary]
+        lines = [*self.remarks, self.training.summary, crop.summary]
         if self.validation is not None:
             counts["filter_validation"] = self.validation.to_dict()
             summary = self.validation.summary
@@ -49,16 +57,36 @@ def read_data(config: Config) -> RunData:
     """Raises `InputError`: a folder is no data set, the filter leaves nothing, or too little to hold a share out."""
     data = config.data
 
-    def read(folder: str) -> Filtered:
-        records = read_dataset(folder, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+    remarks: list[str] = []
+
+    def read(path: str) -> Filtered:
+        if is_sharded(path):
+            found = _read_shards(path, config)
+            remarks.extend(found.remarks)
+            return Filtered(found, [], {}, found.boxes)
+        records = read_dataset(path, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
         quick_check(records)
         return filter_records(records, data.filter)
 
     training = read(data.path)
     if data.validation is not None:
         validation = read(data.validation)
-        return RunData(training.records, validation.records, training, validation)
-    return RunData(*split_records(training.records, data.validation_share), training, None)
+        return RunData(training.records, validation.records, training, validation, tuple(remarks))
+    return RunData(*split_records(training.records, data.validation_share), training, None, tuple(remarks))
+
+
+def _read_shards(path: str, config: Config) -> ShardedRecords:
+    """The index knows every layout's and header's state as of when it was made; a few records are looked at all the same."""
+    if config.data.filter != FilterSection():
+        raise InputError(
+            f"does not act on shards, and {path} is some",
+            where="data.filter",
+            cure="filter when the shards are written: `mmdit-lora data shard D --out S --filter ...`",
+        )
+    records = open_shards(path, bbox_format=config.data.bbox_format, bbox_units=config.data.bbox_units)
+    for record in spread(records, _LOOKS):
+        record.read_bytes()
+    return records
 
 
 def run_buckets(config: Config, pipe: LayoutPipeline) -> Buckets:

@@ -7,17 +7,21 @@ import json
 from collections.abc import Sequence
 
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.shards import ShardedRecords, Subset
 from mmdit_lora.errors import InputError
 
 
-def split_records(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
-    """(training, held out). A record's side depends on its file name alone, so that it stays where it is when others come.
+def split_records(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
+    """(training, held out). A record's side depends on its file name alone, so that it stays where it is when others come;
+    in shards, on the picture's bytes.
 
     All layouts of one picture are on one side.
 
     Raises:
         InputError: a side would be empty although `share` is above 0.
     """
+    if isinstance(records, ShardedRecords):
+        return records.split(share)
     if share == 0:
         return list(records), []
     names = sorted({record.name for record in records}, key=_digest)
@@ -33,7 +37,12 @@ def split_records(records: Sequence[Record], share: float) -> tuple[list[Record]
 
 
 def fingerprint_records(records: Sequence[Record]) -> str:
-    """sha256 over names, sizes in bytes and layouts, in order. Pixels are not read: that takes minutes on large sets."""
+    """sha256 over names, sizes in bytes and layouts, in order. Pixels are not read: that takes minutes on large sets.
+
+    Of shards: over their index, which knows the hashes of pictures and layouts.
+    """
+    if isinstance(records, ShardedRecords | Subset):
+        return records.fingerprint()
     digest = hashlib.sha256()
     for record in records:
         entry = (record.name, record.image.stat().st_size, record.layout.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,14 @@ from mmdit_lora.config import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.pipelines import LayoutPipeline
-from mmdit_lora.training.checkpoint import checkpoints, prune_checkpoints
+from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, prune_checkpoints
+from mmdit_lora.training.checks import Preflight
+from mmdit_lora.training.full_disk import told_when_full
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
 from mmdit_lora.training.journal import with_journal
 from mmdit_lora.training.loop import Progress, Witness, train_loop
 from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT
+from mmdit_lora.training.preflight import preflight
 from mmdit_lora.training.result import save_result
 from mmdit_lora.training.run import AVERAGE, Run, prepare_run, settle
 from mmdit_lora.training.stopping import Interrupted
@@ -36,34 +40,50 @@ class TrainResult:
 
 
 def train(
-    config: Config, *, resume: bool = False, on_progress: Progress | None = None, witness: Witness | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    on_progress: Progress | None = None,
+    witness: Witness | None = None,
+    on_preflight: Callable[[Preflight], None] | None = None,
 ) -> TrainResult:
     """Train what `config.method` names, and leave `<output_dir>/adapter` (or `base`) and `report.json`.
 
     Args:
         resume: go on from the newest checkpoint of `output_dir`; without one, start.
         on_progress, witness: see `train_loop`.
+        on_preflight: called with what the look before the run found, in the main process.
 
     Raises:
-        InputError: the base, the data or the output folder do not allow the run; nothing is written then.
-        Diverged, Interrupted: see `train_loop`.
+        InputError: the base, the data, the machine or the output folder do not allow the run; nothing is written then.
+        Diverged, Interrupted: see `train_loop`. DiskFull: the last checkpoint is whole.
     """
     run = prepare_run(config, resume=resume)
-    main = run.accelerator.is_main_process
+    found = checkpoints(run.folder / CHECKPOINTS) if resume else []
+    with told_when_full(run.folder):
+        looked = preflight(run, checkpoint=found[-1] if found else None, costly=config.train.preflight)
+        if run.accelerator.is_main_process and on_preflight is not None:
+            on_preflight(looked)
+        looked.refuse_failed()
+        return _train(run, found[-1] if found else None, on_progress or (lambda *_: None), witness)
+
+
+def _train(run: Run, checkpoint: Checkpoint | None, on_progress: Progress, witness: Witness | None) -> TrainResult:
+    config, main = run.config, run.accelerator.is_main_process
     if main:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / CONFIG, config.to_yaml())
     run.start_prior()
     if run.held_out is not None:
         run.base_losses = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device).per_picture
-    if resume and (found := checkpoints(run.folder / CHECKPOINTS)):
-        run.load(found[-1])
+    if checkpoint is not None:
+        run.load(checkpoint)
         if main:
             prune_checkpoints(run.folder / CHECKPOINTS, config.train.keep_checkpoints, run.state.best_step)
     tracker = _make_tracker(run, resume) if main else None
     run.state.tracker_run_id = tracker.run_id if tracker else None
     try:
-        train_loop(run, tracker, on_progress or (lambda *_: None), witness)
+        train_loop(run, tracker, on_progress, witness)
         _choose_weights(run)
         comparison = _compare(run, tracker) if main else None
         run.accelerator.wait_for_everyone()
@@ -160,5 +180,6 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "pictures": len(run.examples.records),
         "buckets": run.examples.bucket_counts(),
         **run.data_losses[0],
+        "cache": None if (store := run.examples.encoder.store) is None else store.cache.stats.to_dict(),
         "held_out_loss": comparison.to_dict() if comparison else None,
     }

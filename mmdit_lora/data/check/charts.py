@@ -97,10 +97,11 @@ def thumbnail(example: Example) -> str | None:
     if example.image is None:
         return None
     try:
-        with Image.open(example.image) as head:
+        source = example.image if example.record is None else example.record.source()
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as head:
             if head.width * head.height > _MAX_PIXELS:
                 return None
-        image = load_image(example.image)
+        image = load_image(source)
     except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     scale = _THUMB / max(image.size)

@@ -24,6 +24,7 @@ class Example:
         text: what is wrong there.
         image: the picture, to be drawn; None where there is none to see.
         at_fault, others: boxes, xyxy in [0, 1] (at fault perhaps beyond), drawn strongly and faintly.
+        record: whose picture it is, where that is no file of its own.
     """
 
     where: str
@@ -31,6 +32,7 @@ class Example:
     image: Path | None = None
     at_fault: tuple[Corners, ...] = ()
     others: tuple[Corners, ...] = ()
+    record: Record | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         image = None if self.image is None else str(self.image)
@@ -84,6 +86,7 @@ def example(record: Record, text: str, boxes: Sequence[int] = ()) -> Example:
         where=record.where,
         text=text,
         image=record.image,
+        record=record,
         at_fault=tuple(every[n].xyxy for n in boxes),
         others=tuple(box.xyxy for n, box in enumerate(every) if n not in boxes),
     )

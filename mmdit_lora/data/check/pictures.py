@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -77,18 +78,20 @@ def look_at(record: Record) -> Picture:
     import imagehash
 
     try:
-        if record.image.stat().st_size == 0:
+        source = record.source()
+        if not (source if isinstance(source, bytes) else source.stat().st_size):
             error = InputError(
                 "is an empty file of 0 bytes", where=str(record.image), cure="restore it, or leave it out"
             )
             return Picture(record, error=error.at(record.where), kind="empty-file")
-        head = _head(record)
+        head = _head(record, source)
         if head.size is not None and head.size[0] * head.size[1] > MAX_PIXELS:
             return head
-        image = load_image(record.image)
+        image = load_image(source)
     except InputError as error:
         kind = "decompression-bomb" if isinstance(error, TooManyPixels) else "undecodable"
-        return Picture(record, error=error.at(record.where), kind=kind)
+        placed = error if error.where == record.where else error.at(record.where)
+        return Picture(record, error=placed, kind=kind)
     except OSError as problem:
         unread = InputError(f"cannot be read ({problem})", where=str(record.image))
         return Picture(record, error=unread.at(record.where), kind="undecodable")
@@ -100,16 +103,16 @@ def look_at(record: Record) -> Picture:
         orientation=head.orientation,
         frames=head.frames,
         transparency=head.transparency,
-        digest=hashlib.blake2b(record.image.read_bytes(), digest_size=16).digest(),
+        digest=hashlib.blake2b(record.read_bytes(), digest_size=16).digest(),
         phash=int.from_bytes(np.packbits(bits).tobytes(), "big"),
         thumb=np.asarray(image.resize((_THUMB, _THUMB), Image.Resampling.BOX)),
     )
 
 
-def _head(record: Record) -> Picture:
+def _head(record: Record, source: Path | bytes) -> Picture:
     """What the header alone says. A damaged one is left to `load_image`, which says it in one way."""
     try:
-        with Image.open(record.image) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:  # before the EXIF data, for which Pillow decodes a PNG
                 return Picture(record, image.size, image.mode)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

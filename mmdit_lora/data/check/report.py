@@ -80,6 +80,7 @@ def check_dataset(
     *,
     errors: Sequence[InputError] = (),
     left_out: dict[str, int] | None = None,
+    warnings: Sequence[str] = (),
     written: Sequence[Written] | None = None,
     against: Iterable[Record] = (),
     tokens: TokenCount | None = None,
@@ -91,7 +92,7 @@ def check_dataset(
 
     Args:
         errors: what the reader could not read (`scan_dataset`).
-        left_out: what it left out, by reason (`read_format`).
+        left_out: what it left out, by reason (`read_format`). warnings: what disagreed in the set (`read_format`).
         written: the boxes as they stand in the file (`read_written`); None = those of the records.
         against: records of another set, whose pictures this one must not hold.
         tokens: how texts are counted (`clip_tokens`); None = estimated.
@@ -137,7 +138,7 @@ def check_dataset(
         findings=found,
         notes=_notes(records, lines),
         errors=wrong,
-        warnings=[*mild, *(f"{number} {what} were left out" for what, number in left.items())],
+        warnings=[*warnings, *mild, *(f"{number} {what} were left out" for what, number in left.items())],
     )
 
 

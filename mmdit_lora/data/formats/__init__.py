@@ -164,9 +164,9 @@ FORMATS: dict[str, Format] = {
     ),
     "overlaybench": Format(
         read_overlay_bench,
-        "OverLayBench: *.parquet",
-        "not documented: refused, with the keys that were found",
-        takes=("split",),
+        "OverLayBench: *.parquet; pictures in them, or `<image_id>.*` with --images",
+        "xyxy on a square of 1024 pixels",
+        takes=("split", "images", "detailed"),
     ),
     "cocomig": Format(
         read_coco_mig,
@@ -203,7 +203,7 @@ class Source:
         left_out: how often something was left out, by reason.
         errors: of records that could not be read; empty unless they were asked for.
         notes: facts of the format for `--json`. remarks: lines for people.
-        warnings: what disagrees in the set -> each place, and what was taken.
+        warnings: what disagreed in the set, where, and what was taken instead; many of a kind are summed up.
     """
 
     records: list[Record]
@@ -211,7 +211,7 @@ class Source:
     errors: list[InputError] = field(default_factory=list)
     notes: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
-    warnings: Mapping[str, list[str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     # Holds the folder of pictures that lay inside other files, as long as the records may be used.
     _context: Context | None = field(default=None, repr=False)
 
@@ -301,7 +301,9 @@ def read_format(
     for key in phrases:
         if key not in names and not errors:
             raise unknown_key(key, sorted(names), where="--map")
-    return Source(records, dict(context.left_out), errors, context.notes, context.remarks, context.warnings, context)
+    return Source(
+        records, dict(context.left_out), errors, context.notes, context.remarks, context.warnings.lines(), context
+    )
 
 
 def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]) -> Path:

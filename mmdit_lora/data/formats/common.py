@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from mmdit_lora.data.formats.warnings import Warnings
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError
@@ -62,8 +63,8 @@ class Context:
 
     Args:
         src: folder or file. split, images, detailed, bbox_format, bbox_units: the options of `read_format`.
-        left_out: reason -> how often. notes: facts for `--json`. remarks: lines for people. warnings: what disagrees in
-            the set -> each place, and what was taken.
+        left_out: reason -> how often. notes: facts for `--json`. remarks: lines for people.
+        warnings: what disagreed in the set, and what was taken instead.
     """
 
     src: Path
@@ -75,7 +76,7 @@ class Context:
     left_out: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
-    warnings: dict[str, list[str]] = field(default_factory=dict)
+    warnings: Warnings = field(default_factory=Warnings)
     unpacked_count: int = 0
 
     @cached_property
@@ -110,9 +111,6 @@ class Context:
             path = path.with_name(f"{flat(stem)}-{self.unpacked_count}.{suffix}")
         path.write_bytes(data)
         return path
-
-    def warn(self, kind: str, what: str) -> None:
-        self.warnings.setdefault(kind, []).append(what)
 
     def leave_out(self, reason: str) -> None:
         self.left_out[reason] += 1
@@ -290,7 +288,8 @@ def size_of(image: Path, where: str, said: tuple[Any, Any] | None = None) -> tup
         width, height = (number(v, where) for v in said)
         if 0 not in (width, height) and (width, height) != size:
             raise InputError(
-                f"says {width:g} x {height:g} pixels, the picture has {size[0]} x {size[1]} (upright)",
+                f"says {width:g} x {height:g} pixels, the picture has {size[0]} x {size[1]} (upright)"
+                f"{': width and height are swapped' if (height, width) == size else ''}",
                 where=where,
                 cure="annotate the picture as it is, or remove the size if the boxes are right",
             )

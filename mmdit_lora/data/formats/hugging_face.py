@@ -90,11 +90,9 @@ def _named(label: Any, names: list[str], where: str) -> Any:
 def _class_names(path: Path) -> list[str]:
     parquet = import_or_explain("pyarrow.parquet", str(path))
     try:
-        stored = (parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
-        features = json.loads(stored).get("info", {}).get("features", {})
+        return class_names(parquet.read_schema(path).metadata)
     except (OSError, ValueError) as error:
         raise InputError(f"is no readable parquet file ({str(error).splitlines()[0]})", where=str(path)) from None
-    return _label_names(features.get("objects"))
 
 
 def _label_names(feature: Any) -> list[str]:
@@ -155,3 +153,24 @@ def _leaves(value: XYXY, kind: str, unit: str, size: tuple[int, int]) -> bool:
     right, bottom = {"xyxy": (c, d), "xywh": (a + c, b + d), "cxcywh": (a + c / 2, b + d / 2)}[kind]
     left, top = (a - c / 2, b - d / 2) if kind == "cxcywh" else (a, b)
     return right > 1.001 * width or bottom > 1.001 * height or left < -0.001 * width or top < -0.001 * height
+
+
+def line_of(row: Mapping[str, Any], names: list[str], where: str) -> dict[str, Any]:
+    """`caption` and `objects` of a row as a line of metadata.jsonl has them; its boxes' numbers as they stand.
+
+    Args:
+        names: of the classes, for rows that number them (`class_names`).
+
+    Raises:
+        InputError: a column is missing, or wrong, with `where`.
+    """
+    pairs = list(_objects(row, where))
+    caption = next((row[key] for key in _CAPTIONS if row.get(key)), "")
+    phrases = [_named(label, names, f"{where}: objects[{index}]") for index, (_, label) in enumerate(pairs)]
+    return {"caption": caption, "objects": {"bbox": [box for box, _ in pairs], "phrase": phrases}}
+
+
+def class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+    """The names of the classes, from the metadata of a parquet file's schema. Raises `ValueError` where that is no JSON."""
+    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return _label_names(features.get("objects"))

@@ -24,6 +24,7 @@ from mmdit_lora.data.formats.common import (
     need,
     read_json,
     read_text,
+    size_of,
     spoken,
     stated_size,
     text,
@@ -32,6 +33,7 @@ from mmdit_lora.data.formats.tables import each, rows, table_files
 from mmdit_lora.errors import InputError
 
 _TABLES = (".parquet", ".jsonl", ".json")
+_OVERLAY_SIDE = 1024
 
 
 def read_layout_sam(context: Context) -> Reads:
@@ -131,19 +133,35 @@ def _sacap(row: Any, where: str, context: Context) -> Sample:
 
 
 def read_overlay_bench(context: Context) -> Reads:
-    """OverLayBench: refused with what was found, since what its `annotation` holds is documented nowhere."""
-    paths = table_files(context, ".parquet", ".jsonl")
-    for where, row in rows(paths):
-        if isinstance(row, InputError):
-            raise row
-        annotation = _unpacked(need(row, "annotation", where), f"{where}: annotation", object)
-        entries = ", ".join(annotation) if isinstance(annotation, Mapping) else f"a {type(annotation).__name__}"
+    """OverLayBench and its eval: `image_id`, `annotation` {caption, annotations: {name: {category, bbox, local_prompts}}}.
+
+    The annotation is the text of a Python literal, as the set's own evaluation reads it (github.com/mlpc-ucsd/OverLayBench,
+    8f73c1d, overlaybenchpytools): boxes are xyxy on a square of 1024 pixels, whatever the picture's own side. The phrase is
+    `category`, or with `detailed` `local_prompts`. Without an `image` column the pictures are `<image_id>.*` below `--images`.
+    """
+    return each(rows(table_files(context, ".parquet", ".jsonl")), partial(_overlay_bench, context=context))
+
+
+def _overlay_bench(row: Any, where: str, context: Context) -> Sample:
+    annotation = _evaluated(need(row, "annotation", where), f"{where}: annotation")
+    if not isinstance(annotation, Mapping):
+        raise InputError(f"annotation is {type(annotation).__name__}, not an object", where=where)
+    image = _picture(row, str(row.get("image_id", "")), where, context)
+    width, height = size_of(image, where)
+    if width != height:
         raise InputError(
-            f"the keys of OverLayBench's annotation are not documented, so its boxes are not guessed; here are {entries}",
-            where=where,
-            cure='write metadata.jsonl with the keys that you know, and "bbox_format" and "bbox_units" in each line',
+            f"its picture has {width} x {height} pixels, and OverLayBench's boxes lie on a square", where=where
         )
-    yield from ()
+    entries = need(annotation, "annotations", f"{where}: annotation")
+    if not isinstance(entries, Mapping):
+        raise InputError(f"annotations is {type(entries).__name__}, not an object", where=where)
+    things: list[tuple[str, XYXY]] = []
+    for name, entry in entries.items():
+        place = f"{where}: annotations[{str(name)[:40]!r}]"
+        side = (_OVERLAY_SIDE, _OVERLAY_SIDE)
+        box = context.box(need(entry, "bbox", place), "xyxy", place, unit="pixel", size=side)
+        _add(things, spoken(entry.get("category"), entry.get("local_prompts"), context.detailed, place), box)
+    return Sample(image, where, things, text(need(annotation, "caption", where), "caption", where))
 
 
 def read_coco_mig(context: Context) -> Reads:
@@ -217,13 +235,18 @@ def _unpacked(value: Any, where: str, kind: type = Mapping) -> Any:
 
 
 def _literal(row: Any, key: str, where: str) -> list[Any]:
-    """The list that a column holds, as such or as the text of a Python literal; nothing is executed."""
-    value = need(row, key, where)
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise InputError(f"{key} is no Python literal ({value[:40]!r})", where=where) from None
+    """The list that a column holds, as such or as the text of a Python literal."""
+    value = _evaluated(need(row, key, where), f"{where}: {key}")
     if not isinstance(value, list | tuple):
         raise InputError(f"{key} is {type(value).__name__}, not a list", where=where)
     return list(value)
+
+
+def _evaluated(value: Any, where: str) -> Any:
+    """A value as it is, or what the text of a Python literal says; nothing is executed."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise InputError(f"is no Python literal ({value[:40]!r})", where=where) from None

@@ -36,6 +36,8 @@ _ZERO = re.compile(rb"<[xy]min>\s*0+(\.0*)?\s*</")
 def read_voc(context: Context) -> Reads:
     """Records of a VOC folder, in the order of their names, or of the lines of a split.
 
+    What disagrees and yet can be read (names, extensions, missing sizes, pictures without annotation) is warned of.
+
     Raises:
         InputError: the folder or the split does not exist. A record: an XML file is damaged, has a DTD, or names no
             picture or a picture of another size.
@@ -50,13 +52,11 @@ def read_voc(context: Context) -> Reads:
         )
     if split is None and splits:
         context.remarks.append(f"every annotation was read; --split takes {', '.join(sorted(splits))}")
-    taken: dict[Path, str] = {}
+    taken: dict[Path, Path] = {}
     for path in annotations if split is None else _of_split(src, split, splits):
         yield partial(_sample, path, context, from_zero, taken)
     if split is None:
-        for picture in sorted((context.images or src / "JPEGImages").iterdir()):
-            if picture.suffix in SUFFIXES and picture not in taken:
-                context.warn("pictures without an annotation", picture.name)
+        _warn_of_leftovers(annotations, splits, context, taken)
 
 
 def write_voc(folder: Path, items: Iterable[Item]) -> None:
@@ -140,18 +140,21 @@ def _of_split(src: Path, split: str, splits: Mapping[str, Path]) -> Iterator[Pat
         yield path
 
 
-def _sample(path: Path, context: Context, from_zero: bool, taken: dict[Path, str]) -> Sample:
+def _sample(path: Path, context: Context, from_zero: bool, taken: dict[Path, Path]) -> Sample:
     root = parse_xml(path)
     if root.tag != "annotation":
         raise InputError(f"its root is <{root.tag}>, not <annotation>", where=str(path))
     image = _picture(root, path, context)
-    if image in taken:
-        context.warn("pictures of two annotations", f"{image.name}: {taken[image]} and {path.name}; both were read")
-    taken[image] = path.name
+    first = taken.setdefault(image, path)
+    if first != path:
+        what = f"annotates {image.name}, as {first.name} does; both were read, each as a layout of its own"
+        context.warnings.add("annotations of a picture that has one already", str(path), what)
     said = _said_size(root, path)
-    if said is None or 0 in said:
-        context.warn("annotations without a size", f"{path.name}; that of {image.name} was taken")
     size = size_of(image, str(path), said)
+    if said is None or 0 in said:
+        states = "no <size>" if said is None else f"a <size> of {said[0]:g} x {said[1]:g}"
+        what = f"states {states}; that of {image.name} was taken, {size[0]} x {size[1]}"
+        context.warnings.add("annotations that state no size", str(path), what)
     things = []
     for number, item in enumerate(root.findall("object"), start=1):
         where = f"{path}: object {number}"
@@ -176,18 +179,46 @@ def _picture(root: Element, path: Path, context: Context) -> Path:
     """The file beside the annotation's own name; else the one that it names (which tools often leave stale)."""
     folder = context.images or context.src / "JPEGImages"
     named = PureWindowsPath((root.findtext("filename") or "").strip()).name
-    candidates = [f"{path.stem}{suffix}" for suffix in SUFFIXES] + ([named] if named else [])
-    for name in candidates:
-        if is_file(folder / name):
-            if named and name != named:
-                other = "extension" if PureWindowsPath(named).stem == Path(name).stem else "picture"
-                context.warn(f"annotations that name another {other}", f"{path.name} names {named}; {name} was taken")
-            return folder / name
-    raise MissingPictureError(
-        f"its picture {named or path.stem + '.jpg'!r} is not in {folder.name}",
-        where=str(path),
-        cure="add it, or leave such records out with --skip-missing",
-    )
+    candidates = [f"{path.stem}{suffix}" for suffix in SUFFIXES]
+    if named:  # of two pictures of one stem, the one that is named
+        candidates.insert(0 if PureWindowsPath(named).stem == path.stem else len(candidates), named)
+    found = next((name for name in candidates if is_file(folder / name)), None)
+    if found is None:
+        raise MissingPictureError(
+            f"its picture {named or path.stem + '.jpg'!r} is not in {folder.name}",
+            where=str(path),
+            cure="add it, or leave such records out with --skip-missing",
+        )
+    if named not in ("", found, path.stem):
+        if PureWindowsPath(named).stem == path.stem:
+            kind, why = "annotations that name another extension", "which is not there"
+        else:
+            kind = "annotations that name another picture"
+            why = f"which {'is there too' if is_file(folder / named) else 'is not there'}"
+        context.warnings.add(kind, str(path), f"its <filename> is {named!r}, {why}; {found} was taken")
+    elif found == named and PureWindowsPath(named).stem != path.stem:
+        what = f"no picture has its own name; the one of its <filename> was taken, {found}"
+        context.warnings.add("annotations that are not named as their picture", str(path), what)
+    return folder / found
+
+
+def _warn_of_leftovers(
+    annotations: list[Path], splits: Mapping[str, Path], context: Context, taken: Mapping[Path, Path]
+) -> None:
+    """Warn of pictures that no annotation took, and of names in ImageSets that have no annotation."""
+    stems = {path.stem for path in annotations}
+    # The picture of an annotation that could not be read is not without one.
+    unread = stems - {path.stem for path in taken.values()}
+    folder = context.images or context.src / "JPEGImages"
+    for picture in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if picture.suffix in SUFFIXES and picture not in taken and picture.stem not in unread:
+            context.warnings.add("pictures without annotation", str(picture), "has no annotation; it was left out")
+    for file in (splits[name] for name in sorted(splits)):
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            stem, *member = line.split() or [""]
+            if stem and member != ["-1"] and stem not in stems:
+                what = f"names {stem!r}, which has no annotation; the line was passed over"
+                context.warnings.add("names in ImageSets without annotation", f"{file}:{number}", what)
 
 
 def _said_size(root: Element, path: Path) -> tuple[float, float] | None:

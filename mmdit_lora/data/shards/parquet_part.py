@@ -1,0 +1,160 @@
+"""A parquet shard that is open, as Hugging Face `datasets` writes them: image, caption, objects.
+
+Its footer alone is read when it is opened. A row group is what is read at once; a few are kept. So a wrong row is found when
+its turn comes, not before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmdit_lora.data.formats.hugging_face import class_names, line_of
+from mmdit_lora.data.formats.tables import import_or_explain
+from mmdit_lora.data.images import image_size
+from mmdit_lora.data.lines import parse_layout
+from mmdit_lora.data.shards.records import ShardRecord
+from mmdit_lora.data.shards.store import Stored
+from mmdit_lora.data.shards.tar import digest
+from mmdit_lora.errors import InputError
+
+_COLUMNS = ("image", "caption", "text", "prompt", "objects", "bbox_format", "bbox_units")
+_BLOCK = 2**20  # bytes that are read ahead in a remote file
+KEPT = 20  # row groups; more than the order's window, so that each is read once an epoch
+
+
+class RowGroups:
+    """The row groups read last, of all shards of a set together.
+
+    Args:
+        most: groups that are kept; below the window of the order they are read again and again.
+    """
+
+    def __init__(self, most: int = KEPT) -> None:
+        self._most, self._kept = most, OrderedDict[tuple[str, int], Any]()
+        self._lock = threading.Lock()
+
+    def get(self, part: ParquetPart, group: int) -> Any:
+        """The table of one row group. Threads that ask for the same one at once may read it twice."""
+        key = (part.name, group)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        table = part.read_group(group)
+        with self._lock:
+            self._kept[key] = table
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return table
+
+
+class ParquetPart:
+    """Raises `InputError`: the file is no parquet file, holds no row, or lacks a column."""
+
+    def __init__(self, stored: Stored, groups: RowGroups, *, bbox_format: str, bbox_units: str) -> None:
+        self.stored, self._groups = stored, groups
+        self._read_line = partial(parse_layout, bbox_format=bbox_format, bbox_units=bbox_units)
+        footer, schema = self._with_file(lambda file: (file.metadata, file.schema_arrow))
+        self._columns = [name for name in _COLUMNS if name in schema.names]
+        try:
+            self._names = class_names(schema.metadata)
+        except ValueError:
+            self._names = []
+        for column in ("image", "objects"):
+            if column not in self._columns:
+                raise InputError(
+                    f"has no column {column!r}",
+                    where=self.name,
+                    cure="its columns are image, caption and objects {bbox, phrase}",
+                )
+        groups_of = [footer.row_group(n) for n in range(footer.num_row_groups)]
+        self._sizes = tuple(group.num_rows for group in groups_of)
+        if not sum(self._sizes):
+            raise InputError("holds no row", where=self.name)
+        self._starts = np.cumsum([0, *self._sizes])
+        # What is known without reading the rows: where they begin, and how long each group is.
+        known = [Path(self.name).name, stored.size, [(group.num_rows, group.total_byte_size) for group in groups_of]]
+        self._digest = digest(repr(known).encode())
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def is_remote(self) -> bool:
+        return self.stored.is_remote
+
+    @property
+    def content(self) -> np.ndarray:
+        """Not of the pictures, which are not read: of the shard and the row's number."""
+        with np.errstate(over="ignore"):  # splitmix64, a public-domain mixer by Sebastiano Vigna
+            z = np.uint64(self._digest) + np.arange(1, len(self) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            return z ^ (z >> np.uint64(31))
+
+    @property
+    def meta(self) -> np.ndarray:
+        return np.full(len(self), self._digest, dtype=np.uint64)
+
+    @property
+    def boxes(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def pixels(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return self._sizes
+
+    @property
+    def run(self) -> int:
+        return max(self._sizes)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def record(self, index: int) -> ShardRecord:
+        where = f"{self.name}: row {index}"
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        table = self._groups.get(self, group)
+        (row,) = table.slice(index - int(self._starts[group]), 1).to_pylist()
+        image = row["image"]
+        content = image.get("bytes") if isinstance(image, Mapping) else image
+        if not isinstance(content, bytes) or not content:
+            what = "its image holds no bytes"
+            raise InputError(
+                what, where=where, cure="embed the pictures, as `datasets` does with push_to_hub or to_parquet"
+            )
+        path = image.get("path") if isinstance(image, Mapping) else None
+        name = Path(path).name if isinstance(path, str) and path else f"row-{index}"
+        conventions = {key: row[key] for key in ("bbox_format", "bbox_units") if row.get(key) is not None}
+        try:
+            layout = self._read_line({**line_of(row, self._names, where), **conventions}, partial(image_size, content))
+        except InputError as error:
+            raise error if (error.where or "").startswith(where) else error.at(where) from None
+        return ShardRecord(
+            image=Path(self.name) / str(index) / name, layout=layout, where=where, read=lambda: content, pixels=None
+        )
+
+    def read_group(self, group: int) -> Any:
+        """One row group as a pyarrow table. Raises `InputError` where it cannot be read."""
+        return self._with_file(lambda file: file.read_row_group(group, columns=self._columns))
+
+    def _with_file(self, use: Callable[[Any], Any]) -> Any:
+        parquet = import_or_explain("pyarrow.parquet", self.name)
+
+        def attempt() -> Any:
+            with self.stored.open(block=_BLOCK) as source:
+                return use(parquet.ParquetFile(source))
+
+        return self.stored.again(attempt)

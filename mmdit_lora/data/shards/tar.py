@@ -1,0 +1,188 @@
+"""Tar shards: members of one key are one record (the convention of the package webdataset, its page "The WebDataset format").
+
+    000001.jpg     the picture (jpg, jpeg, png, webp)
+    000001.json    {"caption": "...", "objects": {"bbox": [...], "phrase": [...]}}, as a line of metadata.jsonl without file_name
+    000001.txt     the caption, where the json has none
+
+A key is a member's name up to the first dot behind its last slash. Members of other endings are ignored.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from mmdit_lora.data.images import image_size
+from mmdit_lora.data.lines import COLUMNS, parse_layout
+from mmdit_lora.data.shards.index import row_type
+from mmdit_lora.data.shards.store import Stored
+from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Layout, parse_json
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass
+class _Member:
+    name: str
+    block: int
+    content: bytes
+
+
+def scan(shard: Stored, *, bbox_format: str, bbox_units: str) -> np.ndarray:
+    """The rows of a shard's index, in the order of its keys' first members. Every layout and every picture's header is read.
+
+    Raises:
+        InputError: it is no whole tar file, a record lacks a member, or one is wrong; with `shard:key`.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for key, members in _records(shard):
+        try:
+            rows.append(_row(members, bbox_format, bbox_units))
+        except InputError as error:
+            raise error.at(f"{shard.name}:{key}") from None
+    if not rows:
+        raise InputError("holds no record", where=shard.name, cure=f"a record is KEY.{PICTURES[0]} and KEY.json")
+    names = max(len(row[-1]) for row in rows)
+    return np.array(rows, dtype=row_type(names))
+
+
+def read_layout(
+    data: bytes | None,
+    caption: bytes | None,
+    size: Callable[[], tuple[int, int]],
+    *,
+    bbox_format: str,
+    bbox_units: str,
+) -> tuple[Layout, tuple[str, ...]]:
+    """Layout and ignored keys of a record's json and txt. Raises `InputError` without place."""
+    if data is None:
+        raise InputError("has no .json", cure="each picture has its layout beside it, under the same key")
+    parsed = parse_json(_text(data, "its .json"), where="its .json")
+    if isinstance(parsed, dict):
+        if parsed.get("caption") is None and caption is not None:
+            parsed["caption"] = _text(caption, "its .txt").strip()
+        extra = tuple(str(key) for key in parsed if key not in COLUMNS)
+    else:
+        extra = ()
+    return parse_layout(parsed, size, bbox_format=bbox_format, bbox_units=bbox_units), extra
+
+
+def digest(*parts: bytes) -> int:
+    """XXH3 of 64 bits over the parts."""
+    if len(parts) == 1:
+        return xxhash.xxh3_64_intdigest(parts[0])
+    state = xxhash.xxh3_64()
+    for part in parts:
+        state.update(part)
+    return state.intdigest()
+
+
+def _text(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"is no UTF-8 text ({error.reason} at byte {error.start})", where=what) from None
+
+
+def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str) -> tuple[Any, ...]:
+    picture, layout, caption = (members.get(kind) for kind in ("picture", "json", "txt"))
+    if picture is None:
+        raise InputError("has no picture", cure=f"give it one: {', '.join(PICTURES)}")
+    if not picture.content:
+        raise InputError("its picture is empty, 0 bytes")
+    size = image_size(picture.content)
+    found, _ = read_layout(
+        layout.content if layout else None,
+        caption.content if caption else None,
+        lambda: size,
+        bbox_format=bbox_format,
+        bbox_units=bbox_units,
+    )
+    assert layout is not None
+    text = caption or _Member("", 0, b"")
+    return (
+        picture.block,
+        len(picture.content),
+        layout.block,
+        len(layout.content),
+        text.block,
+        len(text.content),
+        *size,
+        len(found.boxes),
+        digest(picture.content),
+        digest(layout.content, text.content),
+        picture.name.encode(),
+    )
+
+
+def _records(shard: Stored) -> Iterator[tuple[str, dict[str, _Member]]]:
+    """(key, its members), which by the convention are neighbours."""
+    seen: set[str] = set()
+    current: dict[str, _Member] = {}
+    last = None
+    for member in _members(shard):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key, ending = f"{folder}{slash}{stem}", ending.lower()
+        kind = "picture" if ending in PICTURES else ending
+        if kind not in ("picture", "json", "txt"):
+            continue
+        if key != last:
+            if last is not None:
+                yield last, current
+            current, last = {}, key
+            if key in seen:
+                raise InputError(
+                    "its members are not together, or the key comes twice",
+                    where=f"{shard.name}:{key}",
+                    cure="write each record's members one after the other, under a key of its own",
+                )
+            seen.add(key)
+        if kind in current:
+            raise InputError(f"has two members that are its {kind}", where=f"{shard.name}:{key}")
+        current[kind] = member
+    if last is not None:
+        yield last, current
+
+
+def _members(shard: Stored) -> Iterator[_Member]:
+    with shard.open() as file:
+        yield from _members_of(file, shard)
+
+
+def _members_of(file: BinaryIO, shard: Stored) -> Iterator[_Member]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all that it has seen
+                if not info.isreg():
+                    continue
+                handle = tar.extractfile(info)
+                assert handle is not None
+                content = handle.read()
+                if len(content) != info.size:
+                    raise InputError("is cut off", where=f"{shard.name}:{info.name}", cure="restore the shard")
+                yield _Member(info.name, info.offset_data // _BLOCK, content)
+            end = tar.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(
+            f"is no whole tar file ({error})", where=shard.name, cure="restore the shard; compressed ones are not read"
+        ) from None
+    if shard.size < end + _BLOCK:
+        raise InputError("is cut off: its end-of-archive mark is missing", where=shard.name, cure="restore the shard")
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Append a member whose bytes depend on nothing but name and content. Returns the block where its content begins."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(content), 0o644
+    tar.addfile(info, BytesIO(content))
+    return tar.offset // _BLOCK - -(-len(content) // _BLOCK)

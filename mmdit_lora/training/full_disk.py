@@ -1,0 +1,51 @@
+"""A disk that fills up in the middle of a run: one message, and where to go on from."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmdit_lora.errors import Stopped
+from mmdit_lora.training.checkpoint import checkpoints
+from mmdit_lora.training.output import CHECKPOINTS
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFull(Stopped):
+    """A file could not be written for want of space. Nothing half-written has a final name."""
+
+
+@contextmanager
+def told_when_full(folder: Path) -> Iterator[None]:
+    """Within it, an error for want of space becomes `DiskFull`, with what is safe in the run's `folder`."""
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None:
+            raise
+        kept = checkpoints(folder / CHECKPOINTS)
+        safe = (
+            f"step {kept[-1].step} is saved: free some space, and `--resume latest` goes on from there"
+            if kept
+            else "there is no checkpoint yet: free some space and start again"
+        )
+        why = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file would be larger than is allowed"}
+        raise DiskFull(f"{why.get(number, 'the disk is full')} at {folder}; {safe}") from error
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of a want of space, also where a library has wrapped it in an error of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return seen.errno
+        text = str(seen)
+        for number in _FULL:
+            if f"os error {number})" in text:  # as Rust's libraries write it, safetensors among them
+                return number
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,183 @@
+"""The look before a run: every way to train nothing, to stop late or to write half a file that can be seen in seconds.
+
+What makes a run impossible to set up (no such target, zero gates, no data) `prepare_run` refuses already.
+"""
+
+from __future__ import annotations
+
+from accelerate.utils import DistributedType, gather_object
+
+from mmdit_lora.errors import listed
+from mmdit_lora.lora.adapt import with_adapter
+from mmdit_lora.training.checkpoint import Checkpoint
+from mmdit_lora.training.checks import Check, Lines, Preflight
+from mmdit_lora.training.needs import check_disk, check_memory, check_time, check_tracker, size_text, step_text
+from mmdit_lora.training.run import Run
+from mmdit_lora.training.trial import Trial, try_steps
+
+_WHOLE = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+}  # elsewhere no process has all of a weight
+_SHOWN_DIGITS = 12
+
+
+def preflight(
+    run: Run, *, checkpoint: Checkpoint | None = None, costly: bool = True, write_cache: bool = True
+) -> Preflight:
+    """All checks of a run that is set up and has not begun. Nothing of the run is changed, no generator's state either.
+
+    Args:
+        checkpoint: that the run will go on from.
+        costly: also the two trial steps, and what is forecast from them.
+        write_cache: whether what the trial encodes may go into the store on disk, as in the run itself.
+
+    Returns:
+        The same verdict in every process: a check that fails in one fails in all.
+    """
+    report = Preflight()
+    done = checkpoint.step if checkpoint is not None else 0
+    with report.timed("data") as lines:
+        _check_data(run, lines)
+    with report.timed("targets") as lines:
+        _check_targets(run, lines)
+    with report.timed("base") as lines:
+        _check_base(run, checkpoint, lines)
+    trial = None
+    if costly and run.accelerator.distributed_type in _WHOLE and not report.failed:
+        with report.timed("gradients") as lines:
+            trial = try_steps(run, write_cache=write_cache)
+            _check_gradients(run, trial, lines)
+        if trial.out_of_memory or not trial.bad_samples:
+            with report.timed("memory") as lines:
+                check_memory(run, trial, lines)
+        if not report.failed:
+            with report.timed("time") as lines:
+                check_time(run, trial, lines, done=done)
+    with report.timed("disk") as lines:
+        check_disk(run, trial, lines, done=done)
+    with report.timed("tracker") as lines:
+        check_tracker(run, lines)
+    if run.accelerator.num_processes > 1:
+        _agree(run, report)
+    return report
+
+
+def _check_data(run: Run, lines: Lines) -> None:
+    examples, held_out = run.examples, len(run.held_out.records) if run.held_out else 0
+    boxes = run.data_losses[0]["filter"]["boxes"]  # None: only reading every record would say
+    counts = examples.bucket_counts()
+    sizes = f"{next(iter(counts))} px" if len(counts) == 1 else f"{len(counts)} sizes, most {next(iter(counts))} px"
+    known = "" if boxes is None else f", {boxes:,} boxes"
+    text = f"{len(examples.records):,} pictures to train on, {held_out:,} held out{known}, {sizes}"
+    if boxes == 0:
+        lines.fail(
+            f"none of {len(examples.records):,} pictures has a box", "see `mmdit-lora data check`, and data.filter"
+        )
+    elif (batch := run.batches["train.batch_size"]) > len(examples.records):
+        lines.fail(
+            f"a step takes {batch} pictures, and there are {len(examples.records)} to train on",
+            "lower train.batch_size or train.gradient_accumulation, or give more pictures",
+        )
+    else:
+        lines.ok(text)
+    for line in run.data_losses[1]:
+        lines.warn(line)
+
+
+def _check_targets(run: Run, lines: Lines) -> None:
+    report = run.trainable
+    share = 100 * report.trainable_params / max(report.total_params, 1)
+    text = f"{report.trainable_params:,} of {report.total_params:,} parameters ({share:.3g} %)"
+    details = report.details
+    if not details:
+        lines.ok(report.summary)
+        return
+    lora = run.config.lora
+    ranks = sorted({lora.r, *lora.rank_pattern.values()})
+    lines.ok(
+        f"{len(details['targets'])} linears with LoRA of rank {', '.join(map(str, ranks))}: {text}; "
+        f"adapter {size_text(details['adapter_bytes'])}"
+    )
+    dead = details["dead_targets"]
+    if not dead:
+        return
+    found = f"{len(dead)} targets that no gradient ever reaches: {listed(dead)}"
+    cure = "leave them out of lora.targets"
+    if run.accelerator.num_processes > 1:
+        lines.fail(f"{found}; several processes would wait for their gradients for ever", cure)
+    else:
+        lines.warn(found, cure)
+
+
+def _check_base(run: Run, checkpoint: Checkpoint | None, lines: Lines) -> None:
+    digest = run.fingerprints["base"]
+    lines.ok(f"{run.config.base} ({run.pipe.transformer.family}), {digest[:_SHOWN_DIGITS]}")
+    if checkpoint is None:
+        return
+    saved = checkpoint.state()["fingerprints"]
+    for what, now in run.fingerprints.items():
+        if saved[what] != now:
+            lines.fail(
+                f"the {what} is not the one that this run was started with: {now[:_SHOWN_DIGITS]}, "
+                f"and {saved[what][:_SHOWN_DIGITS]} in {checkpoint.folder}",
+                f"put the {what} back as it was, or start a new run in another output_dir",
+            )
+
+
+def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:
+    if trial.out_of_memory:
+        lines.warn("not seen: memory ran out")
+        return
+    if trial.bad_samples:
+        lines.fail(
+            f"the loss is no finite number at {listed(trial.bad_samples)}",
+            "look at these pictures; train.mixed_precision=bf16 has the range that fp16 has not",
+        )
+        return
+    if trial.outside:
+        lines.fail(
+            f"{len(trial.outside)} parameters get a gradient that are not to train: {listed(trial.outside)}",
+            "freeze the base before the adapter is added",
+        )
+    still = [name for name in trial.still if name not in _expected_still(run)]
+    seen = f"loss {trial.loss:.4f}, {trial.alive} of {trial.alive + len(trial.still)} tensors get a gradient"
+    if not trial.alive or (still and run.config.method == "lora"):
+        lines.fail(
+            f"{len(still)} tensors that are to train get none in the first batches: {listed(still)}",
+            "leave their modules out of lora.targets"
+            if trial.alive
+            else "see that the layout stream is trained and the layouts have boxes",
+        )
+    elif still:
+        lines.warn(f"{seen}; none so far: {listed(still)}")
+    else:
+        seen += f" ({len(trial.still)} are read by nothing)" if trial.still else ""
+        lines.ok(f"{seen}, nothing else does; a batch takes {step_text(trial.step_seconds)}")
+
+
+def _expected_still(run: Run) -> set[str]:
+    """Parameters that are known to get no gradient: of dead targets, the place-holders of absent boxes, and the queries of
+    tokens that leave the last block unread."""
+    model = run.pipe.transformer
+    names = {name for name, _ in model.named_parameters()}
+    expected = {name for name in names if name.rpartition(".")[2].startswith("null_")}
+    for name, module in model.named_modules():
+        if getattr(module, "context_pre_only", False):
+            unread = (f"{name}.add_q_proj.", f"{name}.norm_added_q.")
+            expected |= {parameter for parameter in names if parameter.startswith(unread)}
+    for target in run.trainable.details.get("dead_targets", ()):
+        stem = with_adapter(f"{target}.lora_A.weight", "default").partition(".lora_A.")[0]
+        expected |= {name for name in names if name.startswith(f"{stem}.lora_")}
+    return expected
+
+
+def _agree(run: Run, report: Preflight) -> None:
+    """What fails in one process fails in all: none goes on and waits for one that stopped."""
+    mine = [(run.accelerator.process_index, check) for check in report.failed]
+    known = {(check.name, check.found) for check in report.checks}
+    for process, check in gather_object(mine):
+        if (check.name, check.found) not in known:
+            found = f"in process {process}: {check.found}"
+            report.checks.append(Check(check.name, "failed", found, check.cure))
