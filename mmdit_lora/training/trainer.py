@@ -65,10 +65,12 @@ def train(
         if run.accelerator.is_main_process and on_preflight is not None:
             on_preflight(looked)
         looked.refuse_failed()
-        return _train(run, found[-1] if found else None, on_progress or (lambda *_: None), witness)
+        return _train(run, found[-1] if found else None, resume, on_progress or (lambda *_: None), witness)
 
 
-def _train(run: Run, checkpoint: Checkpoint | None, on_progress: Progress, witness: Witness | None) -> TrainResult:
+def _train(
+    run: Run, checkpoint: Checkpoint | None, resume: bool, on_progress: Progress, witness: Witness | None
+) -> TrainResult:
     config, main = run.config, run.accelerator.is_main_process
     if main:
         run.folder.mkdir(parents=True, exist_ok=True)
