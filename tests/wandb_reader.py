@@ -1,21 +1,14 @@
-"""Read back what W&B wrote offline, from the bytes of the run file: for tests.
-
-wandb 0.31 ships the Protobuf messages but no Python reader of the file around them (`sdk.internal.datastore` is gone), so
-that small format is read here: LevelDB's log. A header of 7 bytes, then blocks of 32 KiB of chunks, each a checksum (4
-bytes), a length (2), a type (1: whole record, 2: first part, 3: middle, 4: last) and the data.
-"""
+"""Read back what W&B wrote offline, from the bytes of the run file (`mmdit_lora/training/wandb_file.py`): for tests."""
 
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BLOCK, HEADER = 32768, 7
+from mmdit_lora.training.wandb_file import records
 
 
 @dataclass
@@ -79,7 +72,7 @@ def _read(path: Path) -> OfflineRun:
     from wandb.proto.wandb_internal_pb2 import Record
 
     run = OfflineRun(files=path.parent / "files")
-    for data in _records(path.read_bytes()):
+    for data in records(path.read_bytes()):
         record = Record.FromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -107,22 +100,3 @@ def _update(target: dict[str, Any], items: Any) -> None:
         for key in keys[:-1]:
             place = place.setdefault(key, {})
         place[keys[-1]] = json.loads(item.value_json)
-
-
-def _records(data: bytes) -> Iterator[bytes]:
-    assert data[:4] == b":W&B", "not a W&B run file"
-    position, parts = HEADER, b""
-    while position + HEADER <= len(data):
-        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that is too short for a chunk is padding
-            position += BLOCK - position % BLOCK
-            continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, position)
-        chunk = data[position + HEADER : position + HEADER + length]
-        assert kind in (1, 2, 3, 4), f"a chunk of kind {kind} at byte {position}"
-        if len(chunk) < length:  # the run was killed while it wrote; what came before is whole
-            return
-        assert checksum == zlib.crc32(bytes([kind]) + chunk), f"wrong checksum at byte {position}"
-        parts = chunk if kind in (1, 2) else parts + chunk
-        position += HEADER + length
-        if kind in (1, 4):
-            yield parts

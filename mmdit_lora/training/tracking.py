@@ -19,6 +19,7 @@ from PIL import Image
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.draw import draw_boxes
 from mmdit_lora.layout import Layout
+from mmdit_lora.training.wandb_file import logged_keys
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,16 @@ class Tracker(ABC):
     @abstractmethod
     def summary(self, values: Mapping[str, Any]) -> None:
         """Numbers and short texts that describe the whole run, e.g. the best fidelity."""
+
+    def artifact(self, folder: Path, metadata: Mapping[str, Any]) -> None:  # noqa: B027 - most have no such thing
+        """The adapter's folder, with its card; only W&B keeps it."""
+
+    def logged(self) -> set[tuple[int, str]] | None:
+        """(step, key) of all scalars and pictures of this run that earlier starts left on the disk; None: cannot be told.
+
+        To be asked before anything is logged. Who asks logs nothing again: what is there already then stays visible.
+        """
+        return None
 
     @abstractmethod
     def finish(self, *, failed: bool = False) -> None:
@@ -182,6 +193,19 @@ class WandbTracker(Tracker):
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(_plain(values))
 
+    def artifact(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        if self._run.disabled:
+            return
+        artifact = self._wandb.Artifact(f"adapter-{self._run.id}", type="model", metadata=_plain(metadata))
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact)
+
+    def logged(self) -> set[tuple[int, str]] | None:
+        if self._run.disabled or not self._run.offline:
+            return None
+        folders = Path(self._run.settings.wandb_dir).glob(f"offline-run-*-{self._run.id}")
+        return logged_keys(folder / f"run-{self._run.id}.wandb" for folder in folders)
+
     def finish(self, *, failed: bool = False) -> None:
         self._run.finish(exit_code=1 if failed else 0)
         # Offline, `finish` returns before the run file is on the disk (seen, 0.31.0: 7 bytes of it under load); only the
@@ -221,6 +245,7 @@ class TensorBoardTracker(Tracker):
             name = f"{run_name or 'run'}-{number}"
         self._folder, self._run_id, self._config = root / name, name, config
         self._writer: Any = None
+        self._purges = True
         self._folder.mkdir(parents=True, exist_ok=True)  # takes the name, before anything is logged
         logger.info("TensorBoard run: %s", self._folder)
 
@@ -237,7 +262,9 @@ class TensorBoardTracker(Tracker):
         """The writer, made at the first use: only the first step tells which steps of an earlier try are obsolete."""
         if self._writer is None:
             going_on = any(self._folder.iterdir())
-            self._writer = self._make_writer(log_dir=str(self._folder), purge_step=step if going_on else None)
+            self._writer = self._make_writer(
+                log_dir=str(self._folder), purge_step=step if going_on and self._purges else None
+            )
             self._writer.add_text("config", _as_code(self._config), global_step=step)
         return self._writer
 
@@ -254,6 +281,20 @@ class TensorBoardTracker(Tracker):
         for index, (image, layout) in enumerate(zip(images, layouts, strict=True)):
             drawn = np.asarray(draw_boxes(image, layout))
             self._open(step).add_image(f"{key}/{index}", drawn, global_step=step, dataformats="HWC")
+        if images:
+            self._writer.flush()
+
+    def logged(self) -> set[tuple[int, str]] | None:
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+        self._purges = False
+        files = sorted(self._folder.glob("events.out.tfevents.*"))
+        return {
+            (event.step, value.tag)
+            for file in files
+            for event in EventFileLoader(str(file)).Load()
+            for value in event.summary.value
+        }
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._open(None).add_text("summary", _as_code(values))

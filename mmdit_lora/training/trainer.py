@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, prune_checkp
 from mmdit_lora.training.checks import Preflight
 from mmdit_lora.training.full_disk import told_when_full
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
+from mmdit_lora.training.journal import with_journal
 from mmdit_lora.training.loop import Progress, Witness, train_loop
 from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT
 from mmdit_lora.training.preflight import preflight
@@ -63,10 +65,12 @@ def train(
         if run.accelerator.is_main_process and on_preflight is not None:
             on_preflight(looked)
         looked.refuse_failed()
-        return _train(run, found[-1] if found else None, on_progress or (lambda *_: None), witness)
+        return _train(run, found[-1] if found else None, resume, on_progress or (lambda *_: None), witness)
 
 
-def _train(run: Run, checkpoint: Checkpoint | None, on_progress: Progress, witness: Witness | None) -> TrainResult:
+def _train(
+    run: Run, checkpoint: Checkpoint | None, resume: bool, on_progress: Progress, witness: Witness | None
+) -> TrainResult:
     config, main = run.config, run.accelerator.is_main_process
     if main:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,7 @@ def _train(run: Run, checkpoint: Checkpoint | None, on_progress: Progress, witne
         run.load(checkpoint)
         if main:
             prune_checkpoints(run.folder / CHECKPOINTS, config.train.keep_checkpoints, run.state.best_step)
-    tracker = _make_tracker(run) if main else None
+    tracker = _make_tracker(run, resume) if main else None
     run.state.tracker_run_id = tracker.run_id if tracker else None
     try:
         train_loop(run, tracker, on_progress, witness)
@@ -88,10 +92,12 @@ def _train(run: Run, checkpoint: Checkpoint | None, on_progress: Progress, witne
         run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         report = _report(run, comparison)
         if main:
-            save_result(run.pipe, config, report)
+            result = save_result(run.pipe, config, report)
             settle(run)
             write_json(run.folder / REPORT, report)
         if tracker is not None:
+            if config.method == "lora":
+                tracker.artifact(result, report)
             tracker.summary({key: value for key, value in report.items() if isinstance(value, int | float | str)})
     except BaseException as error:
         if tracker is not None:
@@ -137,16 +143,24 @@ def _compare(run: Run, tracker: Tracker | None) -> PairedLoss | None:
     return comparison
 
 
-def _make_tracker(run: Run) -> Tracker:
+def _make_tracker(run: Run, resume: bool) -> Tracker:
     tracking = run.config.tracking
-    return make_tracker(
+    make = partial(
+        make_tracker,
         tracking.tracker,
         project=tracking.project,
         run_name=tracking.run_name,
         mode=tracking.wandb_mode,
         folder=run.folder,
-        run_id=run.state.tracker_run_id,
         config=run.config.model_dump(mode="json") | {"fingerprints": run.fingerprints},
+    )
+    return with_journal(
+        run.folder,
+        tracking.tracker,
+        lambda run_id: make(run_id=run_id),
+        run_id=run.state.tracker_run_id,
+        step=run.state.step,
+        resume=resume,
     )
 
 

@@ -105,7 +105,7 @@ def end_difference(one: Path, two: Path) -> str | None:
     for key in ("schedule_step", "scaler", "fingerprints"):
         if states[0][key] != states[1][key]:
             return f"the checkpoint of step {first.step}: {key} is {states[0][key]!r} against {states[1][key]!r}"
-    for key in states[0]["run"].keys() - _FREE:
+    for key in (key for key in states[0]["run"] if key not in _FREE):
         a, b = states[0]["run"][key], states[1]["run"][key]
         if a != b:
             return f"the checkpoint of step {first.step}: {key} is {a!r} against {b!r}"

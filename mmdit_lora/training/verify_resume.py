@@ -87,7 +87,7 @@ def verify_resume(config: Config, *, steps: int | None = None, kills: int = 2, t
 
     Batch, optimizer, precision, moving average, data, base and cache are the config's; what the encoders make goes to its
     cache as in any run. Of the rest, only lengths change: `max_steps` is 2N, warm-up and the steps between validations and
-    pictures are cut to fit in, two pictures are painted each time, `early_stop` is off, and no tracker is told.
+    pictures are cut to fit in, two pictures are painted each time, `early_stop` and `preflight` are off, and no tracker is told.
 
     Args:
         steps: N; None = enough to cross the warm-up and an epoch's end, where that takes at most `MOST`.
@@ -104,6 +104,7 @@ def verify_resume(config: Config, *, steps: int | None = None, kills: int = 2, t
             where="verify-resume",
             cure="run it without torchrun: the processes of a run draw alike",
         )
+    config = Config.model_validate(config.model_dump(mode="json"))  # as the killed process reads it from a file
     records, batch = len(read_data(config).records), config.train.batch_size * config.train.gradient_accumulation
     steps = steps or _enough_steps(config, records, batch)
     verdict = Verdict(steps, *_crossings(config, steps, records, batch))
@@ -173,6 +174,7 @@ def _shortened(config: Config, steps: int, folder: Path, *, checkpoint_every: in
         "sample_every": min(train.sample_every, steps),
         "sample_count": min(train.sample_count, 2),
         "early_stop": 0,
+        "preflight": False,
     }
     return config.model_copy(
         update={

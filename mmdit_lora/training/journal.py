@@ -1,0 +1,129 @@
+"""A run's rows in a file of our own beside the tracker's, so that a killed and resumed run is one curve without a gap.
+
+`<output_dir>/tracking.jsonl`: a first line {"tracker", "run_id"}, then each row before it is handed to the tracker. A line is
+in the system's hands when `log` returns, so it survives SIGKILL; what the trackers hold does not (see `wandb_file`). A
+resumed run
+
+- goes on with the run id of the first line: the newest checkpoint may be older than the run's start, or there may be none;
+- logs again, first of all, the rows up to the checkpoint that the tracker lost; lost ones behind it come by themselves;
+- skips every (step, key) that was logged already. A resumed run makes the same draws, so that the values that stand there
+  are those that it would log; only `speed/` is that of the killed start.
+
+What is not restored: pictures of steps up to the checkpoint that W&B lost (their sheets are in `samples/`); and of a W&B run that is online,
+rows that were not yet sent when the machine, and not only the process, died: nobody but the server knows of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmdit_lora.layout import Layout
+from mmdit_lora.training.tracking import Tracker
+
+JOURNAL = "tracking.jsonl"
+
+
+def with_journal(
+    folder: Path, name: str, make: Callable[[str | None], Tracker], *, run_id: str | None, step: int, resume: bool
+) -> Tracker:
+    """The tracker `name`, with its journal in `folder`; in the main process only.
+
+    Args:
+        make: makes the tracker, given the id of the run to go on with, or None.
+        run_id, step: of the checkpoint; None and 0 where there is none.
+        resume: whether to go on with the run whose journal is in `folder`, if it is of the same tracker.
+    """
+    if name == "none":
+        return make(None)
+    path = folder / JOURNAL
+    header, rows = _read(path) if resume else (None, [])
+    if header is not None and header["tracker"] == name:
+        run_id = header["run_id"]
+    elif header is not None:
+        run_id, rows = None, []  # the checkpoint's id is of the other tracker
+    return Journaled(make(run_id), path, name, rows, step)
+
+
+class Journaled(Tracker):
+    """A tracker whose rows are in a journal first.
+
+    Args:
+        tracker: to hand them to.
+        path: of the journal; is written anew, with what is in it already.
+        name: of the tracker, for the first line.
+        rows: of earlier starts. step: of the checkpoint.
+    """
+
+    def __init__(self, tracker: Tracker, path: Path, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        self.tracker = tracker
+        there = tracker.logged()
+        known = {pair for row in rows for pair in _pairs(row)}
+        if there is not None:  # what is lost and will be done again is logged when it is done, so that steps go up
+            known = {(at, key) for at, key in known if at <= step or (at, key) in there}
+        rows = [row for row in rows if any(pair in known for pair in _pairs(row))]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"tracker": name, "run_id": tracker.run_id}, *rows]
+        temporary = path.with_name(f".{path.name}.new")  # cut off where a kill left half a line
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._done = known | (there or set())
+        if there is not None:
+            for row in rows:
+                lost = {key: value for key, value in row.get("scalars", {}).items() if (row["step"], key) not in there}
+                if lost and row["step"] <= step:
+                    tracker.log(row["step"], lost)
+
+    @property
+    def run_id(self) -> str | None:
+        return self.tracker.run_id
+
+    @property
+    def location(self) -> str | None:
+        return self.tracker.location
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        new = {key: float(value) for key, value in scalars.items() if (step, key) not in self._done}
+        if new:
+            self._done |= {(step, key) for key in new}
+            self._file.write(json.dumps({"step": step, "scalars": new}) + "\n")
+            self.tracker.log(step, new)
+
+    def pictures(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
+        # W&B has a list for each size, TensorBoard a tag for each picture.
+        if any(at == step and (k == key or k.startswith((f"{key}_", f"{key}/"))) for at, k in self._done):
+            return
+        self._done.add((step, key))
+        self._file.write(json.dumps({"step": step, "pictures": key}) + "\n")
+        self.tracker.pictures(step, key, images, layouts)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self.tracker.summary(values)
+
+    def artifact(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        self.tracker.artifact(folder, metadata)
+
+    def logged(self) -> set[tuple[int, str]] | None:
+        return set(self._done)
+
+    def finish(self, *, failed: bool = False) -> None:
+        self._file.close()
+        self.tracker.finish(failed=failed)
+
+
+def _pairs(row: Mapping[str, Any]) -> list[tuple[int, str]]:
+    return [(row["step"], key) for key in ([row["pictures"]] if "pictures" in row else row["scalars"])]
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """First line and rows; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return None, []
+    text = path.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return (lines[0], lines[1:]) if lines else (None, [])
