@@ -45,7 +45,11 @@ def preflight(
     with report.timed("base") as lines:
         _check_base(run, checkpoint, lines)
     trial = None
-    if costly and run.accelerator.distributed_type in _WHOLE and not report.failed:
+    whole = run.accelerator.distributed_type in _WHOLE
+    if costly and not whole:
+        with report.timed("gradients") as lines:
+            lines.ok(f"not tried: {run.accelerator.distributed_type.value} spreads the weights over processes")
+    if costly and whole and not report.failed:
         with report.timed("gradients") as lines:
             trial = try_steps(run, write_cache=write_cache)
             _check_gradients(run, trial, lines)
