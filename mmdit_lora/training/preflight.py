@@ -106,12 +106,9 @@ def _check_targets(run: Run, lines: Lines) -> None:
     dead = details["dead_targets"]
     if not dead:
         return
-    found = f"{len(dead)} targets that no gradient ever reaches: {listed(dead)}"
-    cure = "leave them out of lora.targets"
-    if run.accelerator.num_processes > 1:
-        lines.fail(f"{found}; several processes would wait for their gradients for ever", cure)
-    else:
-        lines.warn(found, cure)
+    found = f"no gradient ever reaches {listed(dead)}"
+    cure = "name the modules without these in lora.targets, block by block where need be"
+    lines.warn(found, cure)
 
 
 def _check_base(run: Run, checkpoint: Checkpoint | None, lines: Lines) -> None:
@@ -139,6 +136,11 @@ def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:
             "look at these pictures; train.mixed_precision=bf16 has the range that fp16 has not",
         )
         return
+    if trial.unreached and run.accelerator.num_processes > 1:
+        lines.fail(
+            f"a step leaves out {listed(trial.unreached)}; several processes wait for the gradients of all that trains",
+            "name the modules without these in lora.targets, or train with one process",
+        )
     if trial.outside:
         lines.fail(
             f"{len(trial.outside)} parameters get a gradient that are not to train: {listed(trial.outside)}",
