@@ -248,7 +248,7 @@ def test_dead_targets_are_told_and_stop_several_processes_where_no_gradient_come
     original = stream.attn.add_q_proj.forward
     stream.attn.add_q_proj.forward = lambda x: original(x).detach()
     (failed,) = preflight.preflight(ready).failed
-    assert "several processes wait" in failed.found
+    assert "DDP stops at the second step" in failed.found
     assert "transformer_blocks.2.layout_stream.attn.add_q_proj" in failed.found
     monkeypatch.setattr(type(ready.accelerator), "num_processes", property(lambda _: 1))
     assert not preflight.preflight(ready).failed

@@ -138,7 +138,7 @@ def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:
         return
     if trial.unreached and run.accelerator.num_processes > 1:
         lines.fail(
-            f"a step leaves out {listed(trial.unreached)}; several processes wait for the gradients of all that trains",
+            f"a step leaves out {listed(trial.unreached)}; with several processes DDP stops at the second step",
             "name the modules without these in lora.targets, or train with one process",
         )
     if trial.outside:
