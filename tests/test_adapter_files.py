@@ -225,7 +225,7 @@ def test_nothing_half_written_is_left(tiny_adapter: Path, tmp_path: Path, monkey
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmdit_lora.lora.storage.save_file", full_disk)
+        patch.setattr("mmdit_lora.lora.storage.save", full_disk)
         with pytest.raises(OSError, match="no space"):
             save_adapter(model, folder, metadata={"base": "second"})
     assert read_adapter_header(folder) == {"base": "first"}

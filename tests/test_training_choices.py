@@ -280,7 +280,8 @@ def test_the_meter_counts_each_shape_once_and_reads_shares() -> None:
     read = meter.read(samples=6)
     assert len(calls) == 1
     assert read["tflops"] > 0
-    assert 0 < read["share_data"] < read["share_data"] + read["share_other"] <= 1 + 1e-9
+    assert 0 < read["share_data"] < 1
+    assert read["share_data"] + read["share_other"] == pytest.approx(1)  # nothing was computed; the count is left out
     assert "tflops" not in meter.read(samples=0)
 
 

@@ -45,7 +45,11 @@ def preflight(
     with report.timed("base") as lines:
         _check_base(run, checkpoint, lines)
     trial = None
-    if costly and run.accelerator.distributed_type in _WHOLE and not report.failed:
+    whole = run.accelerator.distributed_type in _WHOLE
+    if costly and not whole:
+        with report.timed("gradients") as lines:
+            lines.ok(f"not tried: {run.accelerator.distributed_type.value} spreads the weights over processes")
+    if costly and whole and not report.failed:
         with report.timed("gradients") as lines:
             trial = try_steps(run, write_cache=write_cache)
             _check_gradients(run, trial, lines)
@@ -103,12 +107,9 @@ def _check_targets(run: Run, lines: Lines) -> None:
     dead = details["dead_targets"]
     if not dead:
         return
-    found = f"{len(dead)} targets that no gradient ever reaches: {listed(dead)}"
-    cure = "leave them out of lora.targets"
-    if run.accelerator.num_processes > 1:
-        lines.fail(f"{found}; several processes would wait for their gradients for ever", cure)
-    else:
-        lines.warn(found, cure)
+    found = f"no gradient ever reaches {listed(dead)}"
+    cure = "name the modules without these in lora.targets, block by block where need be"
+    lines.warn(found, cure)
 
 
 def _check_base(run: Run, checkpoint: Checkpoint | None, lines: Lines) -> None:
@@ -136,6 +137,11 @@ def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:
             "look at these pictures; train.mixed_precision=bf16 has the range that fp16 has not",
         )
         return
+    if trial.unreached and run.accelerator.num_processes > 1:
+        lines.fail(
+            f"a step leaves out {listed(trial.unreached)}; with several processes DDP stops at the second step",
+            "name the modules without these in lora.targets, or train with one process",
+        )
     if trial.outside:
         lines.fail(
             f"{len(trial.outside)} parameters get a gradient that are not to train: {listed(trial.outside)}",

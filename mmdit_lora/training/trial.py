@@ -37,6 +37,7 @@ class Trial:
         bad_samples: `file:line` of those whose loss is no finite number.
         outside: parameters that got a gradient and are not to train.
         still: parameters that were to get one, and got none or 0 throughout.
+        unreached: parameters to train that the last batch had no part for, not even a gradient of 0: DDP takes none such.
         alive: how many got one.
         step_seconds: forward and backward of a batch, warm.
         data_seconds: of a batch whose pictures are encoded. encode_seconds: of encoding a batch, beside it.
@@ -50,6 +51,7 @@ class Trial:
     bad_samples: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     still: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
     alive: int = 0
     step_seconds: float = 0.0
     data_seconds: float = 0.0
@@ -102,6 +104,7 @@ def _try(run: Run, trial: Trial) -> None:
         if done.bad or not waiting:
             break
     trial.still = waiting
+    trial.unreached = [name for name, p in trainable.items() if p.grad is None]
     trial.alive = len(trainable) - len(waiting)
 
 
