@@ -76,7 +76,7 @@ class DataSection(Section):
 class LoraSection(Section):
     r: int = Field(default=16, description="rank of each adapter", ge=1)
     alpha: float = Field(
-        default=32, description="strength: the update is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0
+        default=32.0, description="strength: the update is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0
     )
     dropout: float = Field(default=0.1, description="dropout before each adapter, in training only", ge=0, lt=1)
     targets: list[str] = Field(

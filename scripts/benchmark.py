@@ -276,8 +276,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb.add_argument(
         "--records", type=int, help="instead: what so many records in tar shards cost (benchmark_scale.py)"
     )
+    verb = verbs.add_parser("train", help="a training step, and what a run spends beside it")
+    verb.add_argument("--size", choices=("tiny", "small", "sd3-medium"), default="small")
+    verb.add_argument("--peer", type=Path, help="CreatiLayout's checkout: its class beside ours, in turns")
+    verb.add_argument("--json", action="store_true", help="print one JSON object; without, an indented one")
     arguments = parser.parse_args(argv)
-    if arguments.records is not None:
+    if arguments.verb == "train":
+        from benchmark_train import train_benchmark
+
+        report = train_benchmark(arguments.size, arguments.peer)
+    elif arguments.records is not None:
         from benchmark_scale import scale
 
         report = scale(arguments.records)
