@@ -45,9 +45,16 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors as PEFT names them on an injected model: `<module>.lora_A.weight`, sorted."""
-    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
+def lora_state_dict(
+    model: nn.Module, adapter_name: str = "default", weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter's tensors as PEFT names them on an injected model: `<module>.lora_A.weight`, sorted.
+
+    Args:
+        weights: to be taken instead of the model's own, by the names of its parameters.
+    """
+    own = None if weights is None else dict(weights)
+    state = peft.get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter_name)
     return {name: state[name].detach() for name in sorted(state)}
 
 
@@ -58,6 +65,7 @@ def save_adapter(
     metadata: Mapping[str, Any],
     card: str | None = None,
     beside: Mapping[str, bytes] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
 ) -> None:
     """Write a PEFT folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`; all or nothing.
@@ -66,6 +74,7 @@ def save_adapter(
         metadata: goes as JSON into the safetensors header under `mmdit_lora`; its "base" also into the PEFT config.
         card: text of README.md; None = two lines.
         beside: other files, name -> content.
+        weights: of the adapter's parameters, by their names in the model, where that has only a part of each (FSDP).
 
     Raises:
         InputError: the model has no such adapter, or a weight is not finite (a diverged run is not saved as a good one).
@@ -74,7 +83,7 @@ def save_adapter(
         raise InputError(f"the model has no adapter {adapter_name!r}")
     tensors = {
         KEY_PREFIX + name: value.to("cpu", torch.float32).contiguous()
-        for name, value in lora_state_dict(model, adapter_name).items()
+        for name, value in lora_state_dict(model, adapter_name, weights).items()
     }
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:

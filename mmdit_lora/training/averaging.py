@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,9 +10,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import trainable_parameters
+from mmdit_lora.training.sharding import put, whole
 
 
 class Averaged:
@@ -24,7 +26,10 @@ class Averaged:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._parameters = trainable_parameters(model)
-        self._ema = EMAModel(self._parameters.values(), decay=decay, foreach=True)
+        at_once = not any(
+            isinstance(p, DTensor) for p in self._parameters.values()
+        )  # PyTorch has no such kernel for parts
+        self._ema = EMAModel(self._parameters.values(), decay=decay, foreach=at_once)
 
     def update(self) -> None:
         """After every optimizer step."""
@@ -44,14 +49,14 @@ class Averaged:
         """Give the model the averaged weights for good."""
         self._ema.copy_to(self._parameters.values())
 
-    def save(self, path: Path) -> None:
-        """Averages by parameter name, and the number of updates."""
-        tensors = dict(zip(self._parameters, self._ema.shadow_params, strict=True))
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole | {"updates": torch.tensor(self._ema.optimization_step)}, path)
+    def state(self) -> Callable[[Path], None]:
+        """What writes averages by parameter name, and the number of updates; gathered now, where they are spread."""
+        tensors = {n: whole(shadow) for n, shadow in zip(self._parameters, self._ema.shadow_params, strict=True)}
+        tensors["updates"] = torch.tensor(self._ema.optimization_step)
+        return lambda path: save_file(tensors, path)
 
     def load(self, path: Path) -> None:
-        """The inverse of `save`.
+        """Take back what `state` wrote.
 
         Raises:
             InputError: it is of other parameters.
@@ -61,4 +66,4 @@ class Averaged:
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self._parameters.items()}:
             raise InputError("the moving average is of another set of parameters", where=str(path))
         for name, shadow in zip(self._parameters, self._ema.shadow_params, strict=True):
-            shadow.copy_(tensors[name])
+            put(shadow, tensors[name])

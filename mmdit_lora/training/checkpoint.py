@@ -17,7 +17,8 @@ from torch import nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_folder, write_json
-from mmdit_lora.training.optimizer_state import load_optimizer, save_optimizer
+from mmdit_lora.training.optimizer_state import OptimizerState, load_optimizer
+from mmdit_lora.training.sharding import put, whole
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{7})")
@@ -72,7 +73,7 @@ class Checkpoint:
             )
         with torch.no_grad():
             for name, parameter in trainable.items():
-                parameter.copy_(tensors[name])
+                put(parameter, tensors[name])
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -90,19 +91,24 @@ def save_checkpoint(
     extra: Mapping[str, Callable[[Path], None]],
     keep: int,
     best: int | None = None,
+    write: bool = True,
 ) -> Checkpoint:
     """Write `folder/step_NNNNNNN`, then remove all but the newest `keep` and the one of step `best`.
 
     Args:
         extra: file name -> what writes it.
+        write: false = only take part: where parameters are spread over processes, all are needed to gather them.
     """
     target = folder / f"step_{step:07d}"
+    tensors = {name: whole(p) for name, p in trainable_parameters(model).items()}
+    kept = OptimizerState.of(optimizer)
+    if not write:
+        return Checkpoint(target)
     with atomic_folder(target) as temporary:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable_parameters(model).items()}
         save_file(tensors, temporary / WEIGHTS)
-        save_optimizer(optimizer, temporary / OPTIMIZER)
-        for name, write in extra.items():
-            write(temporary / name)
+        kept.save(temporary / OPTIMIZER)
+        for name, write_file in extra.items():
+            write_file(temporary / name)
         digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER, *extra)}
         write_json(temporary / STATE, {**state, "step": step, "sha256": digests})
     prune_checkpoints(folder, keep, best)

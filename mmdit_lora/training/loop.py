@@ -21,9 +21,10 @@ from mmdit_lora.training.meter import Meter
 from mmdit_lora.training.output import CHECKPOINTS
 from mmdit_lora.training.prior import prior_losses
 from mmdit_lora.training.run import Run
+from mmdit_lora.training.sharding import whole
 from mmdit_lora.training.step import Batch, losses
 from mmdit_lora.training.stopping import Diverged, Interrupted, check_losses, noticed_signals
-from mmdit_lora.training.tracking import Tracker
+from mmdit_lora.training.tracking import NullTracker, Tracker
 from mmdit_lora.training.watch import gradient_norms, is_due, watch
 
 _AHEAD = 2  # batches of this process that are read ahead
@@ -72,7 +73,8 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
         # A run may have been killed after its early stop was saved: it trains no further.
         while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):
             logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == settings.max_steps
-            record, norms = _step(run, meter, with_norms=logged and tracker is not None)
+            takes_part = tracker is not None or run.is_sharded
+            record, norms = _step(run, meter, with_norms=logged and takes_part)
             state.step += 1
             if witness is not None:
                 witness(record)
@@ -92,7 +94,8 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
             stopped = _agreed(run, signal_name() is not None)
             if settings.checkpoint_every and (state.step % settings.checkpoint_every == 0 or better or stopped):
                 with meter.phase("pause"):
-                    _save(run, tracker)
+                    if takes_part:
+                        run.save()
             if stopped:
                 raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
 
@@ -136,7 +139,7 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
         each_loss.append(found.detach())
     norms = gradient_norms(run.bare_model) if with_norms else {}
     with meter.phase("optimizer"):
-        norm = torch.as_tensor(accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm))
+        norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)))
         if accelerator.scaler is None and not norm.isfinite():  # a scaler expects some, and skips the step
             raise Diverged(f"a gradient is no finite number in step {step + 1}. {_safe(run)}")
         rate = float(run.schedule.get_last_lr()[0])
@@ -163,8 +166,8 @@ def _once(run: Run, batch: Batch) -> None:
 def _look(run: Run, tracker: Tracker | None) -> bool:
     """Validate and paint in the main process; whether this is the best so far, known to all."""
     state = run.state
-    if tracker is not None:
-        good = watch(run, tracker)
+    if tracker is not None or run.is_sharded:
+        good = watch(run, tracker or NullTracker())
         if good is not None and (state.best is None or good > state.best):
             state.best_step, state.best, state.stale = state.step, good, 0
         elif good is not None:
@@ -183,11 +186,6 @@ def _agreed(run: Run, asked: bool) -> bool:
     if asked:
         run.accelerator.set_trigger()
     return bool(run.accelerator.check_trigger())
-
-
-def _save(run: Run, tracker: Tracker | None) -> None:
-    if tracker is not None:
-        run.save()
 
 
 def _safe(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,26 +13,44 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.training.sharding import like, whole
 
 _GROUPS = "groups"
 
 
-def save_optimizer(optimizer: Optimizer, path: str | Path) -> None:
-    """Write every state tensor of `optimizer` as `<parameter index>.<name>`, and the numbers of its groups in the header.
+@dataclass(frozen=True)
+class OptimizerState:
+    """Everything that an optimizer knows, whole and on the CPU.
 
-    Most hyperparameters come from the config; but Prodigy keeps what it has found out among them.
+    Args:
+        tensors: `<parameter index>.<name>` -> state. groups: the numbers of its groups. Most hyperparameters come from the
+            config; but Prodigy keeps what it has found out among them.
     """
-    whole = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, state in whole["state"].items()
-        for name, value in state.items()
-        if value is not None
-    }
-    groups = [
-        {name: _number(value) for name, value in group.items() if _is_number(value)} for group in whole["param_groups"]
-    ]
-    save_file(tensors, path, metadata={_GROUPS: json.dumps(groups)})
+
+    tensors: dict[str, Tensor]
+    groups: list[dict[str, int | float]]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> OptimizerState:
+        """Collective where parameters are spread over processes."""
+        now = optimizer.state_dict()
+        tensors = {
+            f"{index}.{name}": whole(torch.as_tensor(value))
+            for index, state in now["state"].items()
+            for name, value in state.items()
+            if value is not None
+        }
+        numbers = [{name: _number(v) for name, v in group.items() if _is_number(v)} for group in now["param_groups"]]
+        return cls(tensors, numbers)
+
+    def save(self, path: Path) -> None:
+        """As safetensors, the groups in the header."""
+        save_file(self.tensors, path, metadata={_GROUPS: json.dumps(self.groups)})
+
+
+def save_optimizer(optimizer: Optimizer, path: str | Path) -> None:
+    """Write what `load_optimizer` reads."""
+    OptimizerState.of(optimizer).save(Path(path))
 
 
 def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
@@ -61,7 +80,11 @@ def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
     for group, saved in zip(now, groups or [{}] * len(now), strict=True):
         # A schedule sets the rate; what a group has beyond the constructor's arguments is the optimizer's own finding.
         group |= {name: value for name, value in saved.items() if name in group}
-    optimizer.load_state_dict({"state": state, "param_groups": now})
+    spread = {
+        index: {name: like(tensor, parameters[index]) for name, tensor in entry.items()}
+        for index, entry in state.items()
+    }
+    optimizer.load_state_dict({"state": spread, "param_groups": now})
 
 
 def _is_number(value: object) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmdit_lora import __version__
 from mmdit_lora.config import Config
@@ -18,8 +19,14 @@ from mmdit_lora.training.opening import stored_dtype, stream_options
 from mmdit_lora.training.output import SAMPLES
 
 
-def save_result(pipe: LayoutPipeline, config: Config, report: dict[str, Any]) -> Path:
-    """Write `<output_dir>/adapter` (method lora) or `<output_dir>/base` (the others), all or nothing; returns it."""
+def save_result(
+    pipe: LayoutPipeline, config: Config, report: dict[str, Any], weights: dict[str, Tensor] | None = None
+) -> Path:
+    """Write `<output_dir>/adapter` (method lora) or `<output_dir>/base` (the others), all or nothing; returns it.
+
+    Args:
+        weights: of the trainable parameters, by name, where the model has only a part of each.
+    """
     folder = Path(config.output_dir)
     if config.method != "lora":
         with atomic_folder(folder / "base") as temporary, quiet():
@@ -40,7 +47,7 @@ def save_result(pipe: LayoutPipeline, config: Config, report: dict[str, Any]) ->
     sheets = sorted((folder / SAMPLES).glob("step_*.png"))
     card = adapter_card(config, report, type(pipe).__name__, pictures=bool(sheets))
     beside = {PICTURES: sheets[-1].read_bytes()} if sheets else {}
-    save_adapter(pipe.transformer, folder / "adapter", metadata=metadata, card=card, beside=beside)
+    save_adapter(pipe.transformer, folder / "adapter", metadata=metadata, card=card, beside=beside, weights=weights)
     return folder / "adapter"
 
 

@@ -31,6 +31,7 @@ from mmdit_lora.training.optim import make_optimizer, make_schedule
 from mmdit_lora.training.output import CHECKPOINTS, check_output
 from mmdit_lora.training.prior import FOLDER, Prior, paint_prior, prior_layouts
 from mmdit_lora.training.run_data import read_data, run_buckets
+from mmdit_lora.training.sharding import check_sharding, is_sharded
 from mmdit_lora.training.split import fingerprint_records
 from mmdit_lora.training.step import Objective
 from mmdit_lora.training.switches import apply_switches
@@ -151,8 +152,16 @@ class Run:
         )
         self.prior = Prior(examples, size)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a forward of the model needs every process."""
+        return is_sharded(self.accelerator.distributed_type)
+
     def save(self) -> None:
-        """Write a checkpoint, and prune: the newest `train.keep_checkpoints` stay, and the best."""
+        """Write a checkpoint, and prune: the newest `train.keep_checkpoints` stay, and the best.
+
+        In the main process; where parameters are spread over processes, all of them call it, and the main one writes.
+        """
         scaler = self.accelerator.scaler
         state = {
             "config": self.config.model_dump(mode="json"),
@@ -168,9 +177,10 @@ class Run:
             self.bare_model,
             self.optimizer,
             state,
-            extra={} if self.average is None else {AVERAGE: self.average.save},
+            extra={} if self.average is None else {AVERAGE: self.average.state()},
             keep=self.config.train.keep_checkpoints,
             best=self.state.best_step,
+            write=self.accelerator.is_main_process,
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -221,6 +231,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.accelerator.is_available())
     dtype = DTYPES[settings.mixed_precision]
+    check_sharding(accelerator.distributed_type, config)
     data = read_data(config)
     layouts = prior_layouts(config)
     pipe, base_fingerprint = open_base(config, dtype)
@@ -239,11 +250,12 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     apply_switches(pipe.transformer, settings, device=accelerator.device, dtype=dtype)
     optimizer = make_optimizer(pipe.transformer, config)
     schedule = make_schedule(optimizer, settings)
-    average = Averaged(pipe.transformer, settings.ema_decay) if settings.ema_decay else None
     cache = config.data.cache
     encoder = Encoder(pipe, EncodingStore(DiskCache(cache), pipe, config.base) if cache is not None else None)
     slots = pipe.transformer.config.layout_slots
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
+    # Only now: sharding puts other parameters in the place of those that were.
+    average = Averaged(accelerator.unwrap_model(model), settings.ema_decay) if settings.ema_decay else None
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     examples = Examples(data.records, encoder, config, buckets=buckets, slots=slots, batch=batch)
     counts, warnings = data.losses(config, buckets)

@@ -12,7 +12,7 @@ from mmdit_lora.config import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.pipelines import LayoutPipeline
-from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, prune_checkpoints
+from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, prune_checkpoints, trainable_parameters
 from mmdit_lora.training.checks import Preflight
 from mmdit_lora.training.full_disk import told_when_full
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
@@ -22,6 +22,7 @@ from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT
 from mmdit_lora.training.preflight import preflight
 from mmdit_lora.training.result import save_result
 from mmdit_lora.training.run import AVERAGE, Run, prepare_run, settle
+from mmdit_lora.training.sharding import parted, whole
 from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.tracking import Tracker, make_tracker
 from mmdit_lora.training.watch import validate
@@ -78,6 +79,7 @@ def _train(
     run.start_prior()
     if run.held_out is not None:
         run.base_losses = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device).per_picture
+    parted(run.pipe.transformer)
     if checkpoint is not None:
         run.load(checkpoint)
         if main:
@@ -87,12 +89,14 @@ def _train(
     try:
         train_loop(run, tracker, on_progress, witness)
         _choose_weights(run)
-        comparison = _compare(run, tracker) if main else None
+        comparison = _compare(run, tracker) if main or run.is_sharded else None
+        trained = trainable_parameters(run.bare_model)
+        weights = {name: whole(parameter) for name, parameter in trained.items()} if run.is_sharded else None
         run.accelerator.wait_for_everyone()
         run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         report = _report(run, comparison)
         if main:
-            result = save_result(run.pipe, config, report)
+            result = save_result(run.pipe, config, report, weights)
             settle(run)
             write_json(run.folder / REPORT, report)
         if tracker is not None:

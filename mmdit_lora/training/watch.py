@@ -16,6 +16,7 @@ from mmdit_lora.pipelines import paint
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
 from mmdit_lora.training.output import SAMPLES
 from mmdit_lora.training.run import Run
+from mmdit_lora.training.sharding import parted, whole
 from mmdit_lora.training.tracking import Tracker
 
 _BLOCK = re.compile(r"^((?:\w+_)?transformer_blocks)\.(\d+)\.")
@@ -33,6 +34,7 @@ def shown_weights(run: Run) -> Iterator[None]:
             with run.average.in_place():
                 yield
     finally:
+        parted(transformer)
         transformer.train()
 
 
@@ -89,7 +91,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
         if parameter.grad is not None:
             found = _BLOCK.match(name)
             place = f"{found[1]}.{int(found[2]):02d}" if found else name.split(".")[0]
-            squares[place] += parameter.grad.float().square().sum().item()
+            squares[place] += whole(parameter.grad).float().square().sum().item()
     return {f"grad_norm/{place}": value**0.5 for place, value in squares.items()}
 
 
@@ -114,7 +116,8 @@ def _show(run: Run, tracker: Tracker) -> dict[str, float]:
         sizes = [source.size_of(index) for index in range(len(layouts))]
         pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
     boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
-    save_png(contact_sheet(boxed), run.folder / SAMPLES / f"step_{run.state.step:07d}.png")
+    if run.accelerator.is_main_process:
+        save_png(contact_sheet(boxed), run.folder / SAMPLES / f"step_{run.state.step:07d}.png")
     tracker.pictures(run.state.step, "samples", pictures, layouts)
     if not readable(layouts):
         return {}
