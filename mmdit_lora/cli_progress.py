@@ -63,7 +63,7 @@ class ProgressLines:
     def __call__(self, phase: str, done: int, total: int, scalars: Mapping[str, float]) -> None:
         """`phase` is at `done` of `total` (0 = a phase that does not count)."""
         now = time.perf_counter()
-        if phase not in self._left:
+        if phase not in self._left or self._left[phase].total != total:  # announced before it could be counted
             self._left[phase] = TimeLeft(total, self.pauses if phase == "train" else {})
         left = self._left[phase].at(done, now)
         left_text = "" if left is None else f"{clock(left)} left" if done < total else f"{clock(left)} in all"

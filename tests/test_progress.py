@@ -104,3 +104,15 @@ def test_a_pause_is_no_part_of_a_rate() -> None:
     read = meter.read(samples=2)
     assert read["samples_per_s"] > 2 / 0.15
     assert read["share_other"] < 0.5
+
+
+def test_a_phase_that_was_announced_before_it_counts_says_what_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 10.0, 20.0, 30.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    tell = ProgressLines(every_seconds=0)
+    tell("train", 0, 0, {})  # as the quickstart announces its phases
+    for done in (10, 20, 30):
+        tell("train", done, 100, {})
+    assert "train 30/100  1:10 left" in capsys.readouterr().err
