@@ -12,7 +12,7 @@ from mmdit_lora import __version__, cli
 from mmdit_lora.cli import main
 from mmdit_lora.config import load_config
 from mmdit_lora.data.records import read_dataset
-from tests.data_makers import annotation, dataset, line, voc
+from tests.data_makers import annotation, dataset, line, objects, picture, voc
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> str:
@@ -132,3 +132,25 @@ def test_what_is_not_the_inputs_fault(
     stderr = capsys.readouterr().err
     assert stderr.startswith(says)
     assert len(stderr.strip().splitlines()) == 1
+
+
+def test_init_gives_buckets_where_a_square_would_cut_boxes_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chosen(name: str, *sizes: tuple[int, int], box: list[float]) -> list[str]:
+        folder = tmp_path / name
+        lines = []
+        for number, size in enumerate(sizes):
+            picture(folder / f"{number}.png", size)
+            lines.append(json.dumps(line(f"{number}.png", objects=objects([box]))))
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        config = tmp_path / f"{name}.yaml"
+        run(capsys, "init", folder, "--out", config)
+        return load_config(config).data.buckets.ratios
+
+    corner, middle = [0.0, 0.0, 0.1, 0.1], [0.4, 0.4, 0.6, 0.6]
+    wide, tall, square = (80, 60), (60, 80), (60, 60)
+    assert chosen("mixed", wide, wide, tall, square, box=corner) == ["1:1", "4:3", "3:4"]
+    assert chosen("wide", *[wide] * 30, square, box=corner) == ["4:3"]  # the square is one of 31
+    assert chosen("square", square, square, box=corner) == []
+    assert chosen("middle", wide, tall, box=middle) == []  # no box is lost
