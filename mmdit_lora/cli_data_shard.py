@@ -49,6 +49,7 @@ def shard(
     written = write_shards(out, filtered.records, size=most)
     if filtered.summary:
         say(f"warning: {filtered.summary}")
-    say(f"wrote {written.records} records in {written.shards} shards to {out}")
+    shards = "1 shard" if written.shards == 1 else f"{written.shards} shards"
+    say(f"wrote {written.records} records in {shards} to {out}")
     if as_json:
         emit({"out": str(out), "records": written.records, "shards": written.shards, "filter": filtered.to_dict()})
