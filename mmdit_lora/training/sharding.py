@@ -54,7 +54,7 @@ def check_sharding(kind: DistributedType, config: Config) -> None:
     """
     if kind == DistributedType.DEEPSPEED:
         raise InputError(
-            "has DeepSpeed: its engine keeps weights and optimizer in files of its own, which no exact resume can be built on",
+            "has DeepSpeed: its engine steps by itself, and keeps the optimizer in pickles, which are never read here",
             where="Accelerate's config",
             cure="an adapter's optimizer is a few dozen MB: use DDP, or FSDP2 for a base that one GPU cannot hold",
         )
