@@ -59,6 +59,12 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
+def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
@@ -109,9 +115,7 @@ def test_killed_with_two_processes_and_gone_on_with_one(base: Path, data: Path, 
     config = write_config(tmp_path, "mixed", base, data)
     process = two_processes(config)
     folder = tmp_path / "mixed" / "checkpoints"
-    deadline = time.monotonic() + 300
-    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(process, folder)
     for child in [process.pid, *workers(process)]:  # they have a session of their own
         os.kill(child, signal.SIGKILL)
     process.communicate()
@@ -126,9 +130,7 @@ def test_a_rank_that_dies_ends_all_with_a_message(base: Path, data: Path, tmp_pa
     config = write_config(tmp_path, "run", base, data, train={"max_steps": 100_000})
     process = two_processes(config)
     folder = tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 300
-    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(process, folder)
     children = workers(process)
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
@@ -144,9 +146,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(base: Path, data:
     config = write_config(tmp_path, "run", base, data, train={"max_steps": 100_000})
     process = two_processes(config)
     folder = tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 300
-    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(process, folder)
     os.kill(workers(process)[1], signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     newest = checkpoints(folder)[-1]

@@ -77,8 +77,11 @@ class Examples:
     def read_ahead(self, positions: Sequence[int]) -> None:
         """Begin to read the pictures at these positions of the run, where they are not at hand (`data.workers`)."""
         if self.config.data.workers:
-            known = {index for index, _ in self._views} | {index for index, _ in self._stored}
-            self._reader.announce(index for p in positions if (index := self._index_at(p)) not in known)
+            self._reader.announce(index for p in positions if not self._is_at_hand(index := self._index_at(p)))
+
+    def _is_at_hand(self, index: int) -> bool:
+        views = [(index, variant) for variant in range(self.variants or 0)]
+        return any(view in self._views or view in self._stored for view in views)
 
     def training_batch(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` of the run, with their augmentation, dropout, time and noise."""
@@ -117,6 +120,9 @@ class Examples:
 
     def bucket_counts(self) -> dict[str, int]:
         """ "WIDTHxHEIGHT" -> records, the fullest bucket first."""
+        if self._one_size is not None:
+            height, width = self._one_size
+            return {f"{width}x{height}": len(self.records)}
         return size_counts([self.size_of(index) for index in range(len(self.records))])
 
     def bucket_warnings(self) -> list[str]:

@@ -6,7 +6,7 @@ one that was not, and two processes those of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +74,7 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
         while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):
             logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == settings.max_steps
             takes_part = tracker is not None or run.is_sharded
-            record, norms = _step(run, meter, with_norms=logged and takes_part)
+            record, norms = _step(run, meter, with_norms=logged and takes_part, with_samples=witness is not None)
             state.step += 1
             if witness is not None:
                 witness(record)
@@ -100,7 +100,7 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
                 raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
 
 
-def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict[str, float]]:
+def _step(run: Run, meter: Meter, *, with_norms: bool, with_samples: bool) -> tuple[StepRecord, dict[str, float]]:
     """One optimizer step: draw, loss, backward, clip, update."""
     settings, accelerator, step = run.config.train, run.accelerator, run.state.step
     per_process, world = settings.batch_size, accelerator.num_processes
@@ -122,8 +122,8 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
         with meter.phase("compute"), nullcontext() if syncs else accelerator.no_sync(run.model):
             with accelerator.autocast():
                 found = losses(run.model, batch, run.objective)
-            names = [run.examples.record_at(position).where for position in positions]
-            check_losses(found.detach(), names, step=step, checkpoint=_safe(run))
+            names = partial(_names, run, positions)
+            check_losses(found.detach(), names, step=step, checkpoint=partial(_safe, run))
             accelerator.backward(found.mean() / settings.gradient_accumulation)
         if run.prior is not None:
             number = step * settings.gradient_accumulation + micro
@@ -134,7 +134,8 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
                     moved = prior_losses(run.model, run.pipe.transformer, old, run.objective).mean()
                 accelerator.backward(run.config.prior.weight * moved / settings.gradient_accumulation)
             prior_loss += moved.detach() / settings.gradient_accumulation
-        samples += names
+        if with_samples:
+            samples += names()
         times.append(batch.t)
         each_loss.append(found.detach())
     norms = gradient_norms(run.bare_model) if with_norms else {}
@@ -154,6 +155,10 @@ def _step(run: Run, meter: Meter, *, with_norms: bool) -> tuple[StepRecord, dict
     loss, moved_by = total.tolist()
     record = StepRecord(step + 1, tuple(samples), torch.cat(times), torch.cat(each_loss), loss, rate, norm.item())
     return record, norms if run.prior is None else norms | {"prior_loss": moved_by}
+
+
+def _names(run: Run, positions: Sequence[int]) -> list[str]:
+    return [run.examples.record_at(position).where for position in positions]
 
 
 def _once(run: Run, batch: Batch) -> None:

@@ -48,13 +48,8 @@ class OptimizerState:
         save_file(self.tensors, path, metadata={_GROUPS: json.dumps(self.groups)})
 
 
-def save_optimizer(optimizer: Optimizer, path: str | Path) -> None:
-    """Write what `load_optimizer` reads."""
-    OptimizerState.of(optimizer).save(Path(path))
-
-
 def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
-    """The inverse of `save_optimizer`, for an optimizer over the same parameters in the same order.
+    """Take back what `OptimizerState.save` wrote, for an optimizer over the same parameters in the same order.
 
     Raises:
         InputError: the state belongs to other parameters.

@@ -56,19 +56,23 @@ def noticed_signals() -> Iterator[Callable[[], str | None]]:
             signal.signal(one, handler)
 
 
-def check_losses(losses: Tensor, names: Sequence[str], *, step: int, checkpoint: str) -> None:
+def check_losses(
+    losses: Tensor, names: Callable[[], Sequence[str]], *, step: int, checkpoint: Callable[[], str]
+) -> None:
     """Stop at samples whose loss is no finite number.
 
     Args:
-        losses: (B,). names: of the B samples. checkpoint: what the run can go back to, for the message.
+        losses: (B,). names: of the B samples. checkpoint: what the run can go back to. These two are for the message, and
+            asked for only then: the name of a sample may lie in a store, and checkpoints are looked for on the disk.
 
     Raises:
         Diverged: with their names.
     """
     finite = losses.isfinite().tolist()
-    bad = [f"{name} ({value})" for name, value, good in zip(names, losses.tolist(), finite, strict=True) if not good]
-    if bad:
-        raise Diverged(
-            f"the loss is no finite number in step {step + 1}, at {', '.join(bad[:4])}{' ...' if len(bad) > 4 else ''}. "
-            f"{checkpoint} Look at these pictures; a lower train.learning_rate or mixed_precision bf16 may help"
-        )
+    if all(finite):
+        return
+    bad = [f"{name} ({value})" for name, value, good in zip(names(), losses.tolist(), finite, strict=True) if not good]
+    raise Diverged(
+        f"the loss is no finite number in step {step + 1}, at {', '.join(bad[:4])}{' ...' if len(bad) > 4 else ''}. "
+        f"{checkpoint()} Look at these pictures; a lower train.learning_rate or mixed_precision bf16 may help"
+    )

@@ -93,7 +93,27 @@ class Part(Protocol):
     def record(self, index: int) -> ShardRecord: ...
 
 
-class ShardedRecords(Sequence[Record]):
+class _Places(Sequence[Record]):
+    """A sequence of which a class says what lies at a place that is there."""
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        """Raises `InputError`: the record cannot be read, or is not as it was when its shard was looked through."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self._at(place)
+
+    def _at(self, place: int) -> Record:
+        raise NotImplementedError
+
+
+class ShardedRecords(_Places):
     """The records of shards in order, fetched one by one.
 
     Args:
@@ -107,17 +127,7 @@ class ShardedRecords(Sequence[Record]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        """Raises `InputError`: the record cannot be read, or is not as it was when its shard was looked through."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+    def _at(self, place: int) -> Record:
         shard = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self.parts[shard].record(place - int(self._starts[shard]))
 
@@ -179,7 +189,7 @@ class ShardedRecords(Sequence[Record]):
         return Subset(self, held, without=True), Subset(self, held, without=False)
 
 
-class Subset(Sequence[Record]):
+class Subset(_Places):
     """Some records of a sharded set, or all but some.
 
     Args:
@@ -194,16 +204,7 @@ class Subset(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.whole) - len(self.chosen) if self.without else len(self.chosen)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+    def _at(self, place: int) -> Record:
         if self.without:
             return self.whole[place + int(np.searchsorted(self._before, place, side="right"))]
         return self.whole[int(self.chosen[place])]
