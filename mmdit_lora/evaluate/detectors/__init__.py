@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from mmdit_lora.errors import InputError, unknown_key
-from mmdit_lora.evaluate.detectors.common import Detection, Detector, parse_options
+from mmdit_lora.evaluate.detectors.common import Detection, Detector, known_layouts, parse_options
 from mmdit_lora.evaluate.detectors.judge import Judge
 from mmdit_lora.evaluate.detectors.matching import BoxMatch, match
-from mmdit_lora.layout import Layout
+from mmdit_lora.evaluate.detectors.self_testing import JudgeTest, SelfTest, self_test, self_test_judge
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,6 @@ def open_judge(spec: str, *, device: str | None = None, **options: Any) -> Judge
     return judge
 
 
-def known_layouts(detector: Detector, layouts: Sequence[Layout]) -> list[Layout]:
-    """The layouts without the boxes whose phrases the detector cannot look for."""
-    return [
-        replace(layout, boxes=tuple(box for box in layout.boxes if detector.knows(box.phrase))) for layout in layouts
-    ]
-
-
 def _open(plugins: dict[str, Plugin], spec: str, what: str, device: str | None, options: dict[str, Any]) -> Any:
     head, _, query = spec.partition("?")
     kind, _, target = head.partition(":")
@@ -125,9 +118,13 @@ __all__ = [
     "Detection",
     "Detector",
     "Judge",
+    "JudgeTest",
     "Plugin",
+    "SelfTest",
     "known_layouts",
     "match",
     "open_detector",
     "open_judge",
+    "self_test",
+    "self_test_judge",
 ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -74,6 +74,13 @@ class Detector(Protocol):
         return agrees(label, phrase)
 
 
+def known_layouts(detector: Detector, layouts: Sequence[Layout]) -> list[Layout]:
+    """The layouts without the boxes whose phrases the detector cannot look for."""
+    return [
+        replace(layout, boxes=tuple(box for box in layout.boxes if detector.knows(box.phrase))) for layout in layouts
+    ]
+
+
 class Options(BaseModel):
     """Options of a plug-in, as `?key=value&key=value` behind its spec or as keyword arguments."""
 
@@ -111,7 +118,9 @@ def parse_options(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise InputError(
-            f"{key} is {values[key]!r}: {first['msg'].lower()}", where=where, cure=kind.model_fields[key].description
+            f"{key} is {values[key]!r}: {first['msg'].lower()}",
+            where=where,
+            cure=f"{key}: {kind.model_fields[key].description}",
         ) from None
 
 
@@ -195,21 +204,23 @@ def model_folder(source: str | None, *, spec: str, example: str) -> Path:
         InputError: no source, no such folder, not on the hub or not to be reached, or no safetensors in it.
     """
     kind = spec.partition(":")[0]
-    get = f"`hf download {example} --local-dir models/{example.rpartition('/')[2]}`, then {kind}:models/{example.rpartition('/')[2]}"
+
+    def get(hub_id: str) -> str:
+        local = f"models/{hub_id.rpartition('/')[2]}"
+        return f"`hf download {hub_id} --local-dir {local}`, then {kind}:{local}"
+
     if not source:
-        raise InputError("names no weights", where=spec, cure=f"get some: {get}")
+        raise InputError("names no weights", where=spec, cure=f"get some: {get(example)}")
     folder = Path(source)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-            raise InputError(f"no such folder {source!r}", where=spec, cure=f"get weights: {get}")
-        folder = _from_hub(
-            source, spec=spec, cure=f"get the weights where there is a connection: {get}".replace(example, source)
-        )
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+            raise InputError(f"no such folder {source!r}", where=spec, cure=f"get weights: {get(example)}")
+        folder = _from_hub(source, spec=spec, cure=f"where there is a connection: {get(source)}")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json", where=spec, cure=f"give a model's folder: {get}")
+        raise InputError(f"{folder} holds no config.json", where=spec, cure=f"give a model's folder: {get(example)}")
     if not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{folder} holds no safetensors; pickles are not read, as they may run code", where=spec, cure=f"{get}"
+            f"{folder} holds no safetensors; pickles are not read, as they may run code", where=spec, cure=get(example)
         )
     return folder
 
@@ -231,9 +242,11 @@ def load_whole(load: Callable[..., Any], folder: Path, *, spec: str, **options: 
     Raises:
         InputError: it does not load, or weights are missing or of other shapes (transformers would draw them at random).
     """
+    from safetensors import SafetensorError
+
     try:
         model, info = load(folder, use_safetensors=True, output_loading_info=True, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder} does not load: {reason}", where=spec, cure="get the model's folder anew") from None
     wrong = sorted(str(name) for name in {*info["missing_keys"], *info["mismatched_keys"]})

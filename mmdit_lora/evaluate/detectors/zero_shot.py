@@ -125,7 +125,8 @@ class ZeroShot(Detector):
 class GroundingDino(ZeroShot):
     """Grounding DINO (Liu et al., arXiv 2303.05499), and MM Grounding DINO.
 
-    A phrase's score is that of its best token, as in the paper's own inference. Phrases are asked for together,
+    A phrase's score is that of its best token, as in the paper's own inference; the ends of the text and the stops between
+    phrases name nothing and do not count. Phrases are asked for together,
     "a red circle. a blue square.", as many as its text length takes, then the rest. A phrase's own stops and question marks
     would part it and are blanks. A phrase that alone is too long is cut.
     """
@@ -162,12 +163,12 @@ class GroundingDino(ZeroShot):
         texts: list[list[int]] = []
         spans: list[list[tuple[int, int]]] = []
         for asked in phrases:
-            ids, places = [self.tokenizer.cls_token_id], []
+            text, places = [int(self.tokenizer.cls_token_id)], []
             for phrase in asked:
                 tokens = self._tokens(phrase)[: self._limit]
-                places.append((len(ids), len(ids) + len(tokens)))
-                ids += [*tokens, stop]
-            texts.append([*ids, self.tokenizer.sep_token_id])
+                places.append((len(text), len(text) + len(tokens)))
+                text += [*tokens, stop]
+            texts.append([*text, int(self.tokenizer.sep_token_id)])
             spans.append(places)
         longest = max(map(len, texts))
         ids = torch.full((len(texts), longest), self.tokenizer.pad_token_id)

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluate.detectors import Detection, Detector, known_layouts
-from mmdit_lora.evaluate.detectors.common import same_number, words
+from mmdit_lora.evaluate.detectors.common import Detection, Detector, known_layouts, same_number, words
 from mmdit_lora.evaluate.detectors.judge import QUESTION, Judge, crops
 from mmdit_lora.evaluate.detectors.matching import iou_table, match
 from mmdit_lora.layout import Box, Layout
