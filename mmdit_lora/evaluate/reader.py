@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mmdit_lora.data.shapes import COLORS, SHAPES, phrase_attributes
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluate.detectors.common import Detection
 from mmdit_lora.evaluate.ink import read
 from mmdit_lora.layout import Layout
 
@@ -23,15 +24,6 @@ Pictures = NDArray[np.uint8] | Sequence[Image.Image]
 
 _COLOR_NAMES = tuple(COLORS)
 _BONUS = 0.05  # what the same colour is worth in matching, in IoU
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One object seen. `xyxy` is relative to the picture; `shape` is None where the ink has none of the known shapes."""
-
-    xyxy: tuple[float, float, float, float]
-    color: str
-    shape: str | None
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,9 @@ def detect_all(images: Pictures) -> list[list[Detection]]:
         for start in range(0, len(indices), 64):  # larger batches fall out of the CPU's caches
             part = indices[start : start + 64]
             for thing in read(np.stack([arrays[index] for index in part])):
-                shape = None if thing.shape is None else SHAPES[thing.shape]
-                out[part[thing.picture]].append(Detection(thing.xyxy, _COLOR_NAMES[thing.color], shape))
+                color, shape = _COLOR_NAMES[thing.color], None if thing.shape is None else SHAPES[thing.shape]
+                label = f"{color} {shape or 'thing'}"
+                out[part[thing.picture]].append(Detection(thing.xyxy, label, color=color, shape=shape))
     return out
 
 
