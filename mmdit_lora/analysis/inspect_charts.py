@@ -67,7 +67,7 @@ def energy(modules: Sequence[ModuleFigures], suggested: int) -> str:
             axes.axhline(share, color=SOFT, lw=0.8, ls=":")
         axes.axvline(suggested, color=SOFT, lw=0.9, ls="--")
         axes.annotate(
-            f"rank {suggested}", (suggested, 0.02), xycoords=("data", "axes fraction"), color=SOFT, xytext=(4, 0),
+            f"rank {suggested}", (suggested, 0.45), xycoords=("data", "axes fraction"), color=SOFT, xytext=(4, 0),
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
         axes.set_xlabel("rank")
@@ -82,7 +82,7 @@ def blocks(inspection: Inspection) -> str:
     """Each block's part of ||dW||_F^2, by kind of linear."""
     names = [block.name for block in inspection.blocks]
     colors = colors_of(inspection.modules)
-    with figure(5.2, max(1.6, 0.26 * len(names) + 0.9)) as (drawn, axes):
+    with figure(10.8, max(1.6, 0.26 * len(names) + 0.9)) as (drawn, axes):
         left = np.zeros(len(names))
         for kind, color in colors.items():
             parts = np.zeros(len(names))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
 from mmdit_lora.analysis import inspect_charts as charts
-from mmdit_lora.analysis.inspection import SUGGESTED_SHARE, Inspection, ModuleFigures
+from mmdit_lora.analysis.inspection import RANK_NAMES, SUGGESTED_SHARE, Inspection, ModuleFigures
 from mmdit_lora.html import document
 
 _EXTRA = """<style>
@@ -19,28 +20,41 @@ _EXTRA = """<style>
 .lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
 .charts.one{grid-template-columns:1fr;margin-top:12px}code{font-size:13px;overflow-wrap:anywhere}
 </style>"""
-_COLUMNS = (
-    ("linear", "the adapted linear; W is (outputs x inputs)"),
-    ("shape", "outputs x inputs of W"),
-    ("r", "rank as stored"),
-    ("scale", "factor of B A: alpha / r, or alpha / sqrt(r)"),
-    ("|dW|", "Frobenius norm of the change, scale included"),
-    ("|dW|₂", "largest singular value of the change"),
-    ("|W|", "Frobenius norm of the base's weight"),
-    ("dW/W", "|dW| / |W|"),
-    ("share", "of the adapter's whole |dW|²"),
-    ("effective", "effective rank: exp of the entropy of the singular values"),
-    ("stable", "stable rank: |dW|² / |dW|₂²"),
-    ("90 %", "smallest rank that holds 90 % of the energy"),
-    ("95 %", "smallest rank that holds 95 % of the energy"),
-    ("99 %", "smallest rank that holds 99 % of the energy: the suggested rank"),
-    ("k", "directions of dW compared with W"),
-    ("|UᵀWV|", "norm of W in the top k directions of dW"),
-    ("own", "norm of W in its own top k directions"),
-    ("random", "norm of W in k random directions"),
-    ("amplification", "|dW| / |UᵀWV| in the directions of dW"),
-    ("own", "the same with W's own directions"),
-    ("random", "the same with random directions"),
+
+
+def _rank_at(share: str, module: ModuleFigures) -> str:
+    return str(module.ranks[share])
+
+
+def number(value: float | None) -> str:
+    """Three digits; a dash for what is not known."""
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+_Column = tuple[str, str, Callable[[ModuleFigures], str]]
+_SIZE: tuple[_Column, ...] = (
+    ("shape", "outputs x inputs of W", lambda m: f"{m.shape[0]} × {m.shape[1]}"),
+    ("r", "rank as stored", lambda m: f"{m.rank}"),
+    ("scale", "factor of B A: alpha / r, or alpha / sqrt(r)", lambda m: f"{m.scale:.4g}"),
+    ("|dW|", "Frobenius norm of the change, scale included", lambda m: number(m.norm)),
+    ("|dW|₂", "largest singular value of the change", lambda m: number(m.spectral_norm)),
+    ("|W|", "Frobenius norm of the base's weight", lambda m: number(m.weight_norm)),
+    ("|W|₂", "largest singular value of the base's weight", lambda m: number(m.weight_spectral_norm)),
+    ("|dW|/|W|", "", lambda m: number(m.relative_norm)),
+    ("share", "of the adapter's whole |dW|²", lambda m: f"{m.energy_share:.1%}"),
+    ("effective", "effective rank: exp of the entropy of the singular values", lambda m: f"{m.effective_rank:.2f}"),
+    ("stable", "stable rank: |dW|² / |dW|₂²", lambda m: f"{m.stable_rank:.2f}"),
+    *((share, f"smallest rank that holds {share} of the energy", partial(_rank_at, share)) for share in RANK_NAMES),
+)
+_DIRECTIONS: tuple[_Column, ...] = (
+    ("k", "directions of dW that are more than rounding", lambda m: f"{m.directions}"),
+    ("|UᵀWV|", "norm of W in the top k directions of dW", lambda m: number(m.projected)),
+    ("of W's own", "norm of W in its own top k directions", lambda m: number(m.projected_own)),
+    ("of random ones", "norm of W in k random directions", lambda m: number(m.projected_random)),
+    ("|dW|", "Frobenius norm of the change", lambda m: number(m.norm)),
+    ("amplification", "|dW| / |UᵀWV| in the directions of dW", lambda m: number(m.amplification)),
+    ("W's own", "|dW| / |UᵀWV| with W's own directions", lambda m: number(m.amplification_own)),
+    ("random", "|dW| / |UᵀWV| with random directions", lambda m: number(m.amplification_random)),
 )
 
 
@@ -62,12 +76,11 @@ def page(inspection: Inspection) -> str:
         f'<p class="lead">{escape(amplification_line(modules))}</p>',
         _charts("one", ("W in the directions of dW, and how far dW goes beyond it", charts.amplification(modules))),
         _against(inspection),
-        f"<h2>Every linear</h2>{_table(modules)}",
+        f"<h2>Every linear</h2>{_table(modules, _SIZE)}{_table(modules, _DIRECTIONS)}",
         f'<p class="of">adapter <code>{escape(inspection.adapter)}</code>, base <code>{escape(inspection.base)}</code></p>',
     ]  # fmt: skip
-    return document(
-        "".join(body), kind="adapter", title=Path(inspection.adapter).resolve().name, verdict=_verdict(inspection)
-    )
+    title = "/".join(Path(inspection.adapter).resolve().parts[-2:])
+    return document("".join(body), kind="adapter", title=title, verdict=_verdict(inspection))
 
 
 def lines(inspection: Inspection) -> list[str]:
@@ -78,15 +91,13 @@ def lines(inspection: Inspection) -> list[str]:
     out = [f"{head} {'amplif.':>8} {'own':>6} {'random':>7}"]
     for m in modules:
         ranks = " ".join(f"{rank:>4}" for rank in m.ranks.values())
-        factors = (
-            f"{_number(m.amplification):>8} {_number(m.amplification_own):>6} {_number(m.amplification_random):>7}"
-        )
+        factors = f"{number(m.amplification):>8} {number(m.amplification_own):>6} {number(m.amplification_random):>7}"
         out.append(
-            f"{charts.short(m.name):<{width}} {m.rank:>4} {_number(m.norm):>9} {_number(m.relative_norm):>7} {m.energy_share:>6.1%} "
+            f"{charts.short(m.name):<{width}} {m.rank:>4} {number(m.norm):>9} {number(m.relative_norm):>7} {m.energy_share:>6.1%} "
             f"{m.effective_rank:>6.2f} {m.stable_rank:>6.2f} {ranks} {factors}"
         )
     out += [
-        f"{charts.short(b.name)}: {b.share:.1%} of the change, |dW|/|W| {_number(b.relative_norm)}"
+        f"{charts.short(b.name)}: {b.share:.1%} of the change, |dW|/|W| {number(b.relative_norm)}"
         for b in inspection.blocks
     ]
     out += [rank_line(inspection), amplification_line(modules), *inspection.notes]
@@ -149,8 +160,8 @@ def _figures(inspection: Inspection) -> str:
         (", ".join(map(str, sorted({module.rank for module in modules}))), "rank as stored"),
         (f"{statistics.median(module.effective_rank for module in modules):.1f}", "median effective rank"),
         (str(inspection.suggested_rank), f"rank for {SUGGESTED_SHARE:.0%} of the energy"),
-        (_number(statistics.median(relative)) if relative else "–", "median |dW| / |W|"),
-        (_number(statistics.median(factors)) if factors else "–", "median amplification"),
+        (number(statistics.median(relative)) if relative else "–", "median |dW| / |W|"),
+        (number(statistics.median(factors)) if factors else "–", "median amplification"),
         (f"{largest.share:.0%}", f"of it in {charts.short(largest.name)}"),
     )
     return "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in shown)
@@ -169,23 +180,12 @@ def _against(inspection: Inspection) -> str:
     )
 
 
-def _table(modules: Sequence[ModuleFigures]) -> str:
-    head = "".join(f'<th title="{escape(meaning, quote=True)}">{name}</th>' for name, meaning in _COLUMNS)
-    rows = "".join(_row(module) for module in modules)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _row(m: ModuleFigures) -> str:
-    cells = (
-        f"{m.shape[0]} × {m.shape[1]}", f"{m.rank}", f"{m.scale:.4g}", _number(m.norm), _number(m.spectral_norm),
-        _number(m.weight_norm), _number(m.relative_norm), f"{m.energy_share:.1%}", f"{m.effective_rank:.2f}",
-        f"{m.stable_rank:.2f}", *map(str, m.ranks.values()), f"{m.directions}", _number(m.projected),
-        _number(m.projected_own), _number(m.projected_random), _number(m.amplification),
-        _number(m.amplification_own), _number(m.amplification_random),
-    )  # fmt: skip
-    name = f'<td title="{escape(m.name, quote=True)}">{escape(charts.short(m.name))}</td>'
-    return f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+def _table(modules: Sequence[ModuleFigures], columns: Sequence[_Column]) -> str:
+    head = "".join(f'<th title="{escape(meaning, quote=True)}">{name}</th>' for name, meaning, _ in columns)
+    rows = "".join(
+        f'<tr><td title="{escape(module.name, quote=True)}">{escape(charts.short(module.name))}</td>'
+        + "".join(f"<td>{value(module)}</td>" for _, _, value in columns)
+        + "</tr>"
+        for module in modules
+    )
+    return f'<div class="wide"><table><thead><tr><th>linear</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

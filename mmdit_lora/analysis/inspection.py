@@ -26,6 +26,7 @@ from mmdit_lora.analysis.updates import OpenedAdapter, Update, open_adapter
 from mmdit_lora.errors import InputError, listed
 
 SHARES = (0.90, 0.95, 0.99)
+RANK_NAMES = tuple(f"{share:.0%}" for share in SHARES)
 SUGGESTED_SHARE = 0.99  # of the energy of dW that a suggested rank holds
 _BLOCK = re.compile(r"^(?:.*\.)?[a-z_]*blocks\.\d+(?=\.)")
 
@@ -176,7 +177,7 @@ def measure(update: Update) -> ModuleFigures:
     )
     weight_norm = frobenius(update.weight)
     factors = [_ratio(norm, each) if norm else None for each in projections]
-    ranks = {f"{share:.0%}": rank_holding(low.values, share) for share in SHARES}
+    ranks = {name: rank_holding(low.values, share) for name, share in zip(RANK_NAMES, SHARES, strict=True)}
     return ModuleFigures(
         name=update.name,
         block=block_of(update.name),
