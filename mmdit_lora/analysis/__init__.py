@@ -1,0 +1,1 @@
+"""What the papers of low-rank adaptation measured, on one's own adapter: spectra, amplification, smaller ranks."""

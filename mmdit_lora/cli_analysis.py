@@ -1,0 +1,126 @@
+"""The verbs that look into adapters: `inspect`, `resize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdit_lora.cli_data import JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_model import DtypeOption, SeedOption, StepsOption, _refuse_foreign
+from mmdit_lora.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmdit_lora.analysis.resize import Resized
+
+OwnBase = Annotated[str | None, typer.Option("--base", help="Its base; default: the one that it names.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verbs to the app."""
+    for verb in (inspect, resize):
+        app.command(verb.__name__)(verb)
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    base: OwnBase = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="A second adapter on the same base, whose directions are compared.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for inspect.json and inspect.html.")] = None,
+    dtype: DtypeOption = "fp32",
+    as_json: JsonFlag = False,
+) -> None:
+    """What an adapter changes: norms, spectrum, ranks that hold it, and what it amplifies, linear by linear."""
+    if out is not None:
+        refuse_file_as_folder(out)
+        _refuse_foreign(out, "inspect.json")
+    from mmdit_lora.analysis.inspect_page import lines, page
+    from mmdit_lora.analysis.inspection import inspect_adapter
+    from mmdit_lora.files import write_json, write_text
+
+    found = inspect_adapter(adapter, base=base, against=against, dtype=_dtype(dtype))
+    for line in lines(found):
+        say(line)
+    if out is not None:
+        write_text(out / "inspect.html", page(found))
+        write_json(out / "inspect.json", found.to_dict())
+        say(f"wrote {out / 'inspect.html'} and inspect.json")
+    if as_json:
+        emit(found.to_dict())
+
+
+def resize(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="The new rank of every linear.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", help="Or the share of its energy that each linear keeps, in (0, 1], e.g. 0.99."),
+    ] = None,
+    base: OwnBase = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data set folder: fidelity is measured on it, before and after.")
+    ] = None,
+    steps: StepsOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "fp32",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write an adapter at a smaller rank: the nearest one, by SVD of its updates."""
+    if (rank is None) == (energy is None):
+        what = "give --rank or --energy" if rank is None else "--rank and --energy are given"
+        raise InputError(what, cure="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"is {energy:g}", where="--energy", cure="give a share in (0, 1], e.g. 0.99")
+    refuse_file_as_folder(out)
+    records = None
+    if data is not None:
+        from mmdit_lora.data.records import read_dataset
+
+        records = read_dataset(data)
+    import torch
+
+    from mmdit_lora.analysis.resize import resize_adapter
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.pipelines import PaintSettings
+
+    with ProgressLines() as tell:
+        report = resize_adapter(
+            adapter,
+            out,
+            rank=rank,
+            energy=energy,
+            base=base,
+            records=records,
+            settings=PaintSettings(steps=steps),
+            seed=seed,
+            dtype=_dtype(dtype),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            on_progress=lambda side, done: tell(f"paint {side}", done, len(records or ()), {}),
+        )
+    for line in _resized_lines(report):
+        say(line)
+    if as_json:
+        emit(report.to_dict())
+
+
+def _resized_lines(report: Resized) -> list[str]:
+    width = max(len(module.name) for module in report.modules)
+    lines = [f"{'':<{width}} {'r':>4} {'new':>4} {'relative error':>15}"]
+    lines += [f"{m.name:<{width}} {m.rank:>4} {m.new_rank:>4} {m.error:>15.2e}" for m in report.modules]
+    for name, side in (report.fidelity or {}).items():
+        lines.append(f"{name:<7} " + "  ".join(f"{key} {value:.3f}" for key, value in side.items() if key != "boxes"))
+    size = f"{report.parameters:,} to {report.new_parameters:,} parameters, relative error {report.error:.2e}"
+    return [*lines, f"wrote {report.out}: {size}"]
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    known: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return known[name]
