@@ -1,7 +1,6 @@
 """What a picture shows, and how well that is the layout that was asked for."""
 
 from mmdit_lora.evaluate.reader import (
-    BoxReading,
     Detection,
     Fidelity,
     detect,
@@ -13,7 +12,6 @@ from mmdit_lora.evaluate.reader import (
 )
 
 __all__ = [
-    "BoxReading",
     "Detection",
     "Fidelity",
     "detect",

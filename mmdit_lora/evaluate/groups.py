@@ -15,7 +15,7 @@ Place = tuple[int, int]  # picture, box
 
 
 def picture_groups(layouts: Sequence[Layout]) -> dict[str, list[int]]:
-    """"1-4", ... -> the pictures with so many boxes; groups without any are absent."""
+    """ "1-4", ... -> the pictures with so many boxes; groups without any are absent."""
     out = {}
     for low, high in BOXES:
         rows = [n for n, layout in enumerate(layouts) if low <= len(layout.boxes) <= (high or 10**9)]

@@ -52,9 +52,7 @@ def judged(detector: Detector, seen: Sequence[Sequence[Detection]], layouts: Seq
     for things, layout in zip(seen, layouts, strict=True):
         if detector.by_label:
             things = [t for t in things if any(detector.agrees(t.label, box.phrase) for box in layout.boxes)]
-        boxes = match(
-            things, layout, by_label=detector.by_label, attributes=detector.attributes, agree=detector.agrees
-        )
+        boxes = match(things, layout, by_label=detector.by_label, attributes=detector.attributes, agree=detector.agrees)
         out.append(Judged(layout, tuple(things), tuple(boxes)))
     return out
 
@@ -100,7 +98,7 @@ def sums(pictures: Sequence[Judged]) -> dict[str, Table]:
 
 def box_sums(boxes: Sequence[BoxMatch]) -> dict[str, float]:
     """The figures of boxes alone, for groups of boxes over all pictures."""
-    found = {
+    found: dict[str, Sequence[float]] = {
         "miou": [box.iou for box in boxes],
         "iou50": [box.iou >= MET for box in boxes],
         "color_acc": [box.color for box in boxes if box.color is not None],
@@ -135,7 +133,7 @@ def _centre(xyxy: Sequence[float]) -> tuple[float, float]:
 
 
 def average_precision(pictures: Sequence[Judged], detector: Detector) -> dict[str, float]:
-    """COCO's `ap`, `ap50`, `ap75` and `ar_100`, a category a phrase; mean over IoU 0.50 to 0.95 where none is named.
+    """COCO's `ap`, `ap50` and `ar_100`, a category a phrase; mean over IoU 0.50 to 0.95 where none is named.
 
     A detection is of the category of the phrase that its label agrees with; of several, the first of its picture. Without
     a phrase it counts for nothing, since no box asked for it. The exact reader's detections all score 1: their order, and
@@ -160,7 +158,7 @@ def average_precision(pictures: Sequence[Judged], detector: Detector) -> dict[st
         if category in numbers
     ]
     figures = coco_figures(images, categories, truth, entries)
-    return {name: figures[name] for name in ("ap", "ap50", "ap75", "ar_100") if name in figures}
+    return {name: figures[name] for name in ("ap", "ap50", "ar_100") if name in figures}
 
 
 def _annotation(image: int, category: int, xyxy: Sequence[float]) -> dict[str, object]:

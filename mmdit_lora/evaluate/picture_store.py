@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -43,14 +44,14 @@ class PictureStore:
 
     def paint(
         self,
-        side: str,
         pipe: LayoutPipeline,
         layouts: Sequence[Layout],
         settings: PaintSettings,
         *,
+        side: str,
         seed: int,
         on_progress: Callable[[int], None],
-    ) -> StoredPictures:
+    ) -> Lazy:
         """As `pipelines.paint`, batch by batch; a batch whose pictures are all there is not painted again.
 
         The batches are cut as they were, since a picture's last bits may depend on what it is painted with.
@@ -65,21 +66,21 @@ class PictureStore:
                     save_png(picture, path)
             out += paths
             on_progress(len(out))
-        return StoredPictures(out)
+        return stored(out)
 
     def path(self, side: str, index: int) -> Path:
         """Of picture `index` of a side."""
         return self.folder / PICTURES / side / f"{index:05d}.png"
 
 
-class StoredPictures(Sequence[Image.Image]):
-    """Pictures on disk, decoded whenever they are looked at: thousands of them are too many to hold."""
+class Lazy(Sequence[Image.Image]):
+    """Pictures that are decoded whenever they are looked at: thousands of them are too many to hold."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
+    def __init__(self, loaders: Sequence[Callable[[], Image.Image]]) -> None:
+        self._loaders = list(loaders)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._loaders)
 
     @overload
     def __getitem__(self, index: int) -> Image.Image: ...
@@ -87,11 +88,16 @@ class StoredPictures(Sequence[Image.Image]):
     def __getitem__(self, index: slice) -> list[Image.Image]: ...
     def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(index, slice):
-            return [load_image(path) for path in self._paths[index]]
-        return load_image(self._paths[index])
+            return [load() for load in self._loaders[index]]
+        return self._loaders[index]()
 
 
-def pictures_of(folder: Path, records: Sequence[Record]) -> StoredPictures:
+def stored(paths: Sequence[Path]) -> Lazy:
+    """Pictures in files."""
+    return Lazy([partial(load_image, path) for path in paths])
+
+
+def pictures_of(folder: Path, records: Sequence[Record]) -> Lazy:
     """Pictures that something else made of a data set's layouts: `<the record's file name, any suffix>`, or, where none is
     named so, `0000.png`, ... in the data set's order, as `sample` writes them.
 
@@ -116,7 +122,7 @@ def pictures_of(folder: Path, records: Sequence[Record]) -> StoredPictures:
             where=f"--images {folder}",
             cure="name each picture as the data set's picture, or 0000.png, 0001.png, ... in its order",
         )
-    return StoredPictures([found[stem][0] for stem in stems])
+    return stored([found[stem][0] for stem in stems])
 
 
 def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

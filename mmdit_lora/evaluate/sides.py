@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluate.clip import Clip, kid, spread
 from mmdit_lora.evaluate.detectors import Detector, SelfTest, open_detector, self_test
 from mmdit_lora.evaluate.groups import box_groups, picture_groups
 from mmdit_lora.evaluate.intervals import Bootstrap, value
-from mmdit_lora.evaluate.judged import FIGURES, Judged, Table, average_precision, box_sums, judge, sums
-from mmdit_lora.evaluate.picture_store import PictureStore
+from mmdit_lora.evaluate.judged import Judged, Table, average_precision, box_sums, judge, sums
+from mmdit_lora.evaluate.picture_store import Lazy, PictureStore
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 
 SIDES = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth", "shuffled")
 _AT_ONCE = 64  # pictures that are held decoded while they are judged
+VARIED = 16
+_FAR = 1_000_003  # between the seeds of a picture and of its variations: further than an evaluation is long
 _TESTED = 256  # of the data set's own pictures that the detector is tried on
 
 Progress = Callable[[str, int], None]
@@ -36,17 +40,19 @@ class Side:
 
     pictures: Sequence[Image.Image]
     judged: list[Judged]
-    precision: dict[str, float] = field(default_factory=dict)
+    clip: dict[str, Table] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def sums(self) -> dict[str, Table]:
-        return sums(self.judged)
+        return sums(self.judged) | self.clip
 
     @property
     def fidelity(self) -> dict[str, float]:
-        """Every figure by name (see `judged.FIGURES`), COCO's average precision, and the number of boxes."""
+        """Every figure by name (see `judged.FIGURES`), those that only all pictures together have (`whole`: COCO's average
+        precision, spread, KID), and the number of boxes."""
         found = {name: value(table) for name, table in self.sums.items()}
-        return found | self.precision | {"boxes": sum(len(picture.boxes) for picture in self.judged)}
+        return found | self.whole | {"boxes": sum(len(picture.boxes) for picture in self.judged)}
 
     @property
     def picture_ious(self) -> list[float]:
@@ -109,8 +115,8 @@ class Evaluation:
                 a, b = self.sides[one].sums, self.sides[other].sums
                 out[f"{one}_minus_{other}"] = {
                     name: {"value": value(a[name]) - value(b[name]), "interval": draws.difference(a[name], b[name])}
-                    for name in FIGURES
-                    if name in a and name in b
+                    for name in a
+                    if name in b
                 }
         return out
 
@@ -123,6 +129,8 @@ def evaluate(
     seed: int = 0,
     detector: Detector | None = None,
     ablations: bool = False,
+    variations: int = 0,
+    clip: Clip | None = None,
     images: Sequence[Image.Image] | None = None,
     store: PictureStore | None = None,
     test_detector: bool = False,
@@ -135,6 +143,8 @@ def evaluate(
             and the ground truth is the records' pictures as they are.
         detector: None = the exact reader of procedural scenes.
         ablations: also paint without boxes, and without captions.
+        variations: paint the first `VARIED` layouts from so many other noises too, for the figure `spread`.
+        clip: for the figures `clip_score`, `clip_box` and `kid_clip`.
         images: made by something else, one a record.
         store: where painted pictures are kept and found again; None = in memory only.
         test_detector: try it on the records' own pictures (`Evaluation.detector`).
@@ -146,41 +156,76 @@ def evaluate(
     detector = detector or open_detector()
     _refuse_unreadable(records, detector)
     tell = on_progress or (lambda *_: None)
-    sides: dict[str, Side] = {}
-
-    def looked(name: str, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
-        seen: list[Judged] = []
-        for start in range(0, len(pictures), _AT_ONCE):
-            seen += judge(detector, pictures[start : start + _AT_ONCE], layouts[start : start + _AT_ONCE])
-        sides[name] = Side(pictures, seen, average_precision(seen, detector))
-
+    look = _Look(detector, clip)
     layouts = [record.layout for record in records]
-    truth: Sequence[Image.Image]
     if pipe is None:
-        truth = [record.load() for record in records]
+        truth: Sequence[Image.Image] = Lazy([record.load for record in records])
     else:
         size = settings.size or (pipe.default_side,) * 2
         prepared = [prepare(record.load(), record.layout, size) for record in records]
         layouts = [layout for _, layout in prepared]
         truth = through_vae(pipe, [pixels for pixels, _ in prepared], batch_size=settings.batch_size)
         del prepared
+    sides = {"ground_truth": look.at(truth, layouts)}
+    sides["shuffled"] = look.at(truth, layouts[1:] + layouts[:1])
+    if pipe is not None:
+        painter = partial(_in_memory, pipe) if store is None else partial(store.paint, pipe)
         for name, wanted in _painted(pipe, layouts, ablations):
+            say = partial(tell, name)
             with _adapter_off(pipe, off=name == "base"):
-                say = lambda done, name=name: tell(name, done)  # noqa: E731
-                if store is not None:
-                    pictures = store.paint(name, pipe, wanted, settings, seed=seed, on_progress=say)
-                else:
-                    pictures = paint(pipe, wanted, settings, seed=seed, on_progress=say)
-            looked(name, pictures, layouts)
+                pictures = painter(wanted, settings, seed=seed, on_progress=say, side=name)
+                others = [
+                    painter(
+                        wanted[:VARIED],
+                        settings,
+                        seed=seed + (n + 1) * _FAR,
+                        on_progress=partial(tell, f"{name}, noise {n + 2}"),
+                        side=f"{name}_{n + 2}",
+                    )
+                    for n in range(variations)
+                ]
+            sides[name] = look.at(pictures, layouts, others=[pictures[:VARIED], *others] if others else ())
     if images is not None:
-        looked("images", images, [record.layout for record in records])
-    looked("ground_truth", truth, layouts)
-    looked("shuffled", truth, layouts[1:] + layouts[:1])
+        sides["images"] = look.at(images, [record.layout for record in records])
+    sides = {name: sides[name] for name in SIDES if name in sides}
     tested = None
     if test_detector and len(records) > 1:
-        own = records[:_TESTED]
-        tested = self_test(detector, [record.load() for record in own], [record.layout for record in own])
+        tried = records[:_TESTED]
+        tested = self_test(detector, [record.load() for record in tried], [record.layout for record in tried])
     return Evaluation(layouts, sides, settings, seed, tested)
+
+
+class _Look:
+    """What looks at pictures: a detector, and CLIP where it is given."""
+
+    def __init__(self, detector: Detector, clip: Clip | None) -> None:
+        self.detector, self.clip = detector, clip
+        self._truth: Tensor | None = None  # features of the pictures that were looked at first
+
+    def at(
+        self, pictures: Sequence[Image.Image], layouts: Sequence[Layout], others: Sequence[Sequence[Image.Image]] = ()
+    ) -> Side:
+        seen: list[Judged] = []
+        tables: list[dict[str, Table]] = []
+        features: list[Tensor] = []
+        for start in range(0, len(pictures), _AT_ONCE):
+            shown, asked = pictures[start : start + _AT_ONCE], layouts[start : start + _AT_ONCE]
+            seen += judge(self.detector, shown, asked)
+            if self.clip is not None:
+                table, feature = self.clip.look(shown, asked)
+                tables.append(table)
+                features.append(feature)
+        whole = average_precision(seen, self.detector)
+        if others:
+            whole["spread"] = spread(others)
+        if self.clip is None:
+            return Side(pictures, seen, {}, whole)
+        found = torch.cat(features)
+        self._truth = found if self._truth is None else self._truth
+        if (distance := kid(found, self._truth)) is not None and found is not self._truth:
+            whole["kid_clip"] = distance
+        joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+        return Side(pictures, seen, {name: table for name, table in joined.items() if table[:, 1].any()}, whole)
 
 
 def _painted(
@@ -193,6 +238,13 @@ def _painted(
     if ablations:
         yield "text_only", [Layout(layout.caption) for layout in layouts]
         yield "layout_only", [Layout("", layout.boxes) for layout in layouts]
+
+
+def _in_memory(
+    pipe: LayoutPipeline, layouts: Sequence[Layout], settings: PaintSettings, *, side: str, **options: Any
+) -> list[Image.Image]:
+    del side
+    return paint(pipe, layouts, settings, **options)
 
 
 @contextmanager
