@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,11 +124,12 @@ def test_what_an_answer_means(answer: str, expected: bool | None) -> None:
 def test_crops_are_what_stands_in_the_boxes() -> None:
     picture = noise(100, 50)
     layout = Layout("", [Box((0.1, 0.2, 0.5, 0.6), "x"), Box((0.999, 0.0, 1.0, 0.001), "x")])
-    first, second = crops(picture, layout)
+    first, second = crops(picture, layout, least=1)
     assert np.array_equal(np.asarray(first), np.asarray(picture)[10:30, 10:50])
     assert second.size == (1, 1)
-    wide, _ = crops(picture, layout, margin=0.5)
+    wide, _ = crops(picture, layout, margin=0.5, least=1)
     assert np.array_equal(np.asarray(wide), np.asarray(picture)[0:40, 0:70])
+    assert [crop.size for crop in crops(picture, layout)] == [(64, 32), (32, 32)]
 
 
 def test_the_server_gets_the_crops_and_questions_and_answers_come_back_in_order() -> None:
@@ -244,6 +246,17 @@ def test_a_model_of_transformers_answers_as_it_does_alone(llava: Path) -> None:
     assert judge.fingerprint() != open_judge(f"transformers:{llava}", device="cpu").fingerprint()
     with pytest.raises(ValueError, match="6 pictures, but questions for 1"):
         judge.ask(pictures, questions[:1])
+
+
+def test_a_folder_with_code_of_its_own_is_not_run(llava: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llava, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForImageTextToText": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(InputError, match=r"does not load.*\n.*asked as openai:URL#MODEL"):
+        open_judge(f"transformers:{folder}", device="cpu")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_model_that_cannot_chat_is_refused(tmp_path: Path) -> None:

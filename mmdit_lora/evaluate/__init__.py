@@ -1,8 +1,8 @@
 """What a picture shows, and how well that is the layout that was asked for."""
 
+from mmdit_lora.evaluate.detectors.common import Detection
 from mmdit_lora.evaluate.reader import (
     BoxReading,
-    Detection,
     Fidelity,
     detect,
     detect_all,
