@@ -137,25 +137,20 @@ class TransformersJudge:
 
         out: list[bool | None] = []
         for start in range(0, len(pairs), self.options.batch_size):
+            part = pairs[start : start + self.options.batch_size]
             chats = [
-                [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image", "image": picture.convert("RGB")},
-                            {"type": "text", "text": question},
-                        ],
-                    }
-                ]
-                for picture, question in pairs[start : start + self.options.batch_size]
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+                for _, question in part
             ]
-            inputs = self.processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
+            texts = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+            begin = self.processor.tokenizer.bos_token
+            twice = begin is not None and texts[0].startswith(begin)  # the template has written it already
+            inputs = self.processor(
+                text=texts,
+                images=[[picture.convert("RGB")] for picture, _ in part],
+                padding=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True},
+                **({"add_special_tokens": False} if twice else {}),
             ).to(self.device, self.model.dtype)
             with torch.inference_mode():
                 tokens = self.model.generate(
