@@ -6,6 +6,7 @@ import re
 import shutil
 import urllib.error
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,31 @@ def test_without_weights_the_message_says_how_to_get_them(kind: str, tmp_path: P
         open_detector(f"{kind}:some/other")
 
 
+def test_a_hub_id_is_fetched_without_its_pickles(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[Any] = []
+
+    def fetched(hub_id: str, *, allow_patterns: list[str]) -> str:
+        asked_for.append((hub_id, allow_patterns))
+        return str(folders["owlv2"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    detector = open_detector(f"owlv2:{HUB['owlv2']}", device="cpu")
+    assert detector.name == f"owlv2:{HUB['owlv2']}"
+    assert detector.fingerprint() == open_detector(f"owlv2:{folders['owlv2']}", device="cpu").fingerprint()
+    ((hub_id, patterns),) = asked_for
+    assert hub_id == HUB["owlv2"]
+    names = (
+        "model.safetensors",
+        "config.json",
+        "vocab.txt",
+        "pytorch_model.bin",
+        "model.pth",
+        "own.py",
+        "flax.msgpack",
+    )
+    assert [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)] == list(names[:3])
+
+
 def test_folders_that_would_answer_wrongly_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a owlv2, not a grounding-dino"):
         open_detector(f"grounding-dino:{folders['owlv2']}")
@@ -213,6 +239,11 @@ def test_folders_that_would_answer_wrongly_are_refused(folders: dict[str, Path],
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="does not load"):
         open_detector(f"owlv2:{broken}")
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text('{"model_type": "nothing known"}')
+    with pytest.raises(InputError, match="does not load"):
+        open_detector(f"owlv2:{broken}")
+    (broken / "config.json").write_text(config)
     (broken / "model.safetensors").unlink()
     torch.save(weights, broken / "pytorch_model.bin")
     with pytest.raises(InputError, match="holds no safetensors; pickles are not read"):

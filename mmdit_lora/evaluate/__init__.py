@@ -1,7 +1,7 @@
 """What a picture shows, and how well that is the layout that was asked for."""
 
+from mmdit_lora.evaluate.detectors.common import Detection
 from mmdit_lora.evaluate.reader import (
-    Detection,
     Fidelity,
     detect,
     detect_all,

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.errors import InputError, listed, unknown_key
 from mmdit_lora.layout import Layout
 
 
@@ -236,24 +236,37 @@ def _from_hub(source: str, *, spec: str, cure: str) -> Path:
         raise InputError(f"no folder {source!r}, and not had from the hub ({reason})", where=spec, cure=cure) from None
 
 
+def part_of(load: Callable[..., Any], folder: Path, *, spec: str, **options: Any) -> Any:
+    """`load(folder)` of a part of a transformers model (config, processor, weights), from that folder alone.
+
+    Code that a folder brings along is not run, and nobody is asked whether it may.
+
+    Raises:
+        InputError: it does not load.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return load(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cure = "get the model's folder anew"
+        if "trust_remote_code" in str(error):
+            cure = "a model with code of its own is not run here; a judge may be served and asked as openai:URL#MODEL"
+        raise InputError(f"{folder} does not load: {reason}", where=spec, cure=cure) from None
+
+
 def load_whole(load: Callable[..., Any], folder: Path, *, spec: str, **options: Any) -> Any:
     """`load(folder)` of a transformers model in eval mode, from safetensors only.
 
     Raises:
         InputError: it does not load, or weights are missing or of other shapes (transformers would draw them at random).
     """
-    from safetensors import SafetensorError
-
-    try:
-        model, info = load(folder, use_safetensors=True, output_loading_info=True, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder} does not load: {reason}", where=spec, cure="get the model's folder anew") from None
+    model, info = part_of(load, folder, spec=spec, use_safetensors=True, output_loading_info=True, **options)
     wrong = sorted(str(name) for name in {*info["missing_keys"], *info["mismatched_keys"]})
     if wrong:
         raise InputError(
-            f"{folder} lacks weights of {type(model).__name__}, or has them in other shapes: {', '.join(wrong[:4])}"
-            + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""),
+            f"{folder} lacks weights of {type(model).__name__}, or has them in other shapes: {listed(wrong)}",
             where=spec,
             cure="get the model's folder anew",
         )

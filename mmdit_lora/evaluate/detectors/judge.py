@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ from mmdit_lora.evaluate.detectors.common import (
     folder_files,
     load_whole,
     model_folder,
+    part_of,
 )
 from mmdit_lora.layout import Layout
 
@@ -70,11 +72,12 @@ def yes_or_no(answer: str) -> bool | None:
     return found[0] == "yes" if len(set(found)) == 1 else None
 
 
-def crops(picture: Image.Image, layout: Layout, *, margin: float = 0.0) -> list[Image.Image]:
-    """What stands in each box of a layout, in its order; at least one pixel.
+def crops(picture: Image.Image, layout: Layout, *, margin: float = 0.0, least: int = 32) -> list[Image.Image]:
+    """What stands in each box of a layout, in its order.
 
     Args:
         margin: how much is added on every side, as a share of the box's own sides.
+        least: pixels of the shorter side; smaller crops are enlarged, as many models refuse those below 28.
     """
     out = []
     for box in layout.boxes:
@@ -84,7 +87,11 @@ def crops(picture: Image.Image, layout: Layout, *, margin: float = 0.0) -> list[
         y0 = min(int(max(top - dy, 0) * picture.height), picture.height - 1)
         x1 = max(round(min(right + dx, 1) * picture.width), x0 + 1)
         y1 = max(round(min(bottom + dy, 1) * picture.height), y0 + 1)
-        out.append(picture.crop((x0, y0, x1, y1)))
+        crop = picture.crop((x0, y0, x1, y1))
+        scale = least / min(crop.size)
+        if scale > 1:
+            crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.BICUBIC)
+        out.append(crop)
     return out
 
 
@@ -103,14 +110,7 @@ class TransformersJudge:
         folder = model_folder(target, spec=spec, example=EXAMPLE)
         load = transformers.AutoModelForImageTextToText.from_pretrained
         self.model = load_whole(load, folder, spec=spec, dtype="auto").to(self.device)
-        try:
-            self.processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder} has no processor ({str(error).splitlines()[0]})",
-                where=spec,
-                cure="get the whole folder anew",
-            ) from None
+        self.processor = part_of(transformers.AutoProcessor.from_pretrained, folder, spec=spec)
         if not getattr(self.processor, "chat_template", None):
             raise InputError(
                 f"{folder} has no chat template", where=spec, cure=f"take a model tuned for chats, as {EXAMPLE}"
@@ -118,8 +118,12 @@ class TransformersJudge:
         self.processor.tokenizer.padding_side = "left"  # answers are appended on the right
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
-        self._weights = digest_of_files(*folder_files(folder))
+        self._folder = folder
         self._version = transformers.__version__
+
+    @cached_property
+    def _weights(self) -> list[list[str]]:
+        return digest_of_files(*folder_files(self._folder))  # reads them all: only where it is asked for
 
     def fingerprint(self) -> str:
         return digest("transformers judge", self._version, self._weights, self.options.model_dump())
@@ -133,25 +137,20 @@ class TransformersJudge:
 
         out: list[bool | None] = []
         for start in range(0, len(pairs), self.options.batch_size):
+            part = pairs[start : start + self.options.batch_size]
             chats = [
-                [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image", "image": picture.convert("RGB")},
-                            {"type": "text", "text": question},
-                        ],
-                    }
-                ]
-                for picture, question in pairs[start : start + self.options.batch_size]
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+                for _, question in part
             ]
-            inputs = self.processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
+            texts = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+            begin = self.processor.tokenizer.bos_token
+            twice = begin is not None and texts[0].startswith(begin)  # the template has written it already
+            inputs = self.processor(
+                text=texts,
+                images=[[picture.convert("RGB")] for picture, _ in part],
+                padding=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True},
+                **({"add_special_tokens": False} if twice else {}),
             ).to(self.device, self.model.dtype)
             with torch.inference_mode():
                 tokens = self.model.generate(

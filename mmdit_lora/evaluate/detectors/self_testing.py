@@ -19,7 +19,7 @@ SHIFT = 0.1  # of a box's own sides
 MET = 0.5  # the IoU from which a box counts as found
 
 # What a detector needs to be trusted, and below what it is useless: see `self_test`.
-TRUSTED = {"recall": 0.8, "precision": 0.5, "miou": 0.7, "label_agreement": 0.8, "margin": 0.3, "slope": 0.5}
+TRUSTED = {"recall": 0.8, "precision": 0.5, "miou": 0.75, "label_agreement": 0.8, "margin": 0.3, "slope": 0.4}
 USELESS = {"recall": 0.2, "label_agreement": 0.2, "margin": 0.1, "slope": 0.1}
 JUDGE_TRUSTED = {"said_yes_to_true": 0.85, "said_no_to_false": 0.85, "answered": 0.95}
 JUDGE_USELESS = {"balanced": 0.6}  # a coin has 0.5, and so has one who always says yes
@@ -53,7 +53,8 @@ class SelfTest:
         true: on the pictures' own layouts. shuffled: on those of other pictures.
         margin: true recall minus shuffled recall.
         slope: how much of the IoU is lost where the boxes are shifted by 10 % of their sides, as a share of what a perfect
-            detector loses: 1 sees every shift, 0 none.
+            detector loses: 1 sees every shift, 0 none. Normal errors of 2, 5 and 8 % of the sides at every edge give 0.81,
+            0.57 and 0.39 (and an mIoU of 0.94, 0.86 and 0.78).
         verdict: trusted, weak or useless. reasons: what is missing to trusted.
         unknown: boxes left out, as the detector cannot look for their phrases.
     """
@@ -85,8 +86,8 @@ class SelfTest:
 def self_test(detector: Detector, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> SelfTest:
     """Try a detector on ground-truth pictures.
 
-    trusted: recall >= 0.8, precision >= 0.5, mIoU of the boxes met >= 0.7, labels right >= 0.8, recall at least 0.3 above
-    that on shuffled layouts, slope >= 0.5. useless: any of recall < 0.2, labels right < 0.2, that margin < 0.1,
+    trusted: recall >= 0.8, precision >= 0.5, mIoU of the boxes met >= 0.75, labels right >= 0.8, recall at least 0.3
+    above that on shuffled layouts, slope >= 0.4. useless: any of recall < 0.2, labels right < 0.2, that margin < 0.1,
     slope < 0.1. weak: what is between. (`TRUSTED`, `USELESS`.)
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import transformers
@@ -30,6 +31,7 @@ from mmdit_lora.evaluate.detectors.common import (
     folder_files,
     load_whole,
     model_folder,
+    part_of,
     same_number,
 )
 from mmdit_lora.layout import Layout
@@ -54,7 +56,7 @@ class ZeroShot(Detector):
     def __init__(self, target: str | None, options: DetectorOptions, *, spec: str, device: str | None) -> None:
         self.name, self.options, self.device = spec.partition("?")[0], options, default_device(device)
         folder = model_folder(target, spec=spec, example=self.example)
-        kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        kind = part_of(transformers.AutoConfig.from_pretrained, folder, spec=spec).model_type
         if kind not in self.model_types:
             raise InputError(
                 f"{folder} is a {kind}, not a {' or '.join(self.model_types)}",
@@ -63,16 +65,13 @@ class ZeroShot(Detector):
             )
         load = transformers.AutoModelForZeroShotObjectDetection.from_pretrained
         self.model = load_whole(load, folder, spec=spec, dtype=torch.float32).to(self.device)
-        try:
-            self.processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder} has no processor ({str(error).splitlines()[0]})",
-                where=spec,
-                cure="get the whole folder anew",
-            ) from None
+        self.processor = part_of(transformers.AutoProcessor.from_pretrained, folder, spec=spec)
         self.tokenizer = self.processor.tokenizer
-        self._weights = digest_of_files(*folder_files(folder))
+        self._folder = folder
+
+    @cached_property
+    def _weights(self) -> list[list[str]]:
+        return digest_of_files(*folder_files(self._folder))  # reads them all: only where it is asked for
 
     def fingerprint(self) -> str:
         return digest(self.example, transformers.__version__, self._weights, self.options.model_dump())
