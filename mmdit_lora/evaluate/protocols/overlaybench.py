@@ -15,7 +15,9 @@ Each for all pictures and for those of each split (simple, medium, hard; the pap
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -73,6 +75,12 @@ class OverLayBench(PublishedProtocol):
         for file in table_files(Context(path), ".parquet", ".jsonl"):
             split = next((split for split in SPLITS if file.name.startswith(split)), "")
             cases += [_case(row, where, file, split) for where, row in rows([file])]
+        counts = Counter(case.extra["image_id"] for case in cases)
+        for index, case in enumerate(
+            cases
+        ):  # a picture outside its split's folder is known by its name, where that is enough
+            if counts[case.extra["image_id"]] == 1:
+                cases[index] = replace(case, keys=tuple(dict.fromkeys((case.id, case.extra["image_id"]))))
         return checked(cases, path)
 
     def key(self, picture: PurePath) -> str:
@@ -117,12 +125,12 @@ class OverLayBench(PublishedProtocol):
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
         """baseline_bbox_predictions.json, entity_VQA.json and relation_VQA.json as meter.py writes them, in `split/seed/`.
 
-        Seeds are the folders that the pictures lay in; pictures that lay elsewhere have none.
+        Seeds are the folders that the pictures lay in; pictures that lay in none have none.
         """
         folders: dict[Path, dict[str, dict[str, Any]]] = {}
         for case, one in paired(cases, seen):
             split, parts = case.extra["split"], PurePath(one.picture).parts
-            seed = parts[-2] if len(parts) >= 3 and parts[-3] == split else ""
+            seed = parts[-2] if len(parts) > 1 else ""
             files = folders.setdefault(Path(out) / split / seed, {})
             image_id = case.extra["image_id"]
             if one.detections is not None:
@@ -240,8 +248,7 @@ def _case(row: Any, where: str, path: Path, split: str) -> Case:
     caption = text(need(annotation, "caption", where), "caption", where)
     id_ = f"{split}/{image_id}" if split else image_id
     names = (f"{split}/SEED/{image_id}.png", f"{image_id}.png") if split else (f"{image_id}.png",)
-    keys = (id_, image_id) if split else (image_id,)
-    return Case(id_, layout_of(caption, things, where), size, tuple(things), names, keys, where, extra)
+    return Case(id_, layout_of(caption, things, where), size, tuple(things), names, (id_,), where, extra)
 
 
 def _place(value: object, things: Sequence[Thing]) -> bool:
