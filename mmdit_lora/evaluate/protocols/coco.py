@@ -110,7 +110,9 @@ def _case(image: Any, where: str, own: list[tuple[Any, str]], said: Instances, p
     file = text(need(image, "file_name", where), "file_name", where)
     if any(annotation.get("iscrowd") for annotation, _ in own):
         return None
-    things, truth, persons = [], [], 0
+    things: list[Thing] = []
+    truth: list[dict[str, Any]] = []
+    persons = 0
     for annotation, place in own:
         category = said.category(annotation, place)
         persons += said.names[category].lower() == "person"
