@@ -106,30 +106,47 @@ def _facts(report: dict[str, Any]) -> list[str]:
     return [*facts, f"Computed as {report['source']}. It differs in this: " + "; ".join(report["deviations"]) + "."]
 
 
-def _page(protocol: PublishedProtocol, report: dict[str, Any], table: str) -> str:
-    lines = [f"# {protocol.title}", "", *_facts(report), "", "| score | | what it is |", "| --- | ---: | --- |"]
-    lines += [f"| {key} | {100 * value:.2f} | {protocol.metrics[key]} |" for key, value in report["scores"].items()]
-    if table:
-        lines += ["", "## Published figures", "", "Shares in percent.", "", table]
-    return "\n".join(lines) + "\n"
+def _own_table(protocol: PublishedProtocol, scores: dict[str, float]) -> list[list[str]]:
+    """Head and lines: a metric's figures over all pictures and over the parts that there are, and what it is."""
+    parts = {
+        part: form for part, form in protocol.parts.items() if any(form.format(m) in scores for m in protocol.metrics)
+    }
+    lines = [["", "all", *parts, "what it is"]]
+    for metric, meaning in protocol.metrics.items():
+        keys = [metric, *(form.format(metric) for form in parts.values())]
+        if metric in scores:
+            lines.append([metric, *(f"{100 * scores[key]:.2f}" if key in scores else "-" for key in keys), meaning])
+    return lines
 
 
-def _html_page(protocol: PublishedProtocol, report: dict[str, Any], table: str) -> str:
+def _page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> str:
+    head, *lines = _own_table(protocol, report["scores"])
+    page = [f"# {protocol.title}", ""]
+    for fact in _facts(report):
+        page += [fact, ""]
+    page += ["In percent:", "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 2) + " --- |"]
+    page += ["| " + " | ".join(line) + " |" for line in lines]
+    if tables:
+        page += ["", "## Published figures", "", "Shares in percent, other figures as printed.", "", tables]
+    return "\n".join(page).rstrip() + "\n"
+
+
+def _html_page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> str:
     from html import escape
 
     style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.25rem .5rem;text-align:left}"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse;font-size:13px;margin-bottom:1.5rem}"
+        "td,th{border:1px solid #ccc;padding:.25rem .5rem;text-align:left}"
         "th{background:#f3f3f3}.own{font-weight:600;background:#eef6ee}div{overflow-x:auto}"
     )
-    scores = "".join(
-        f"<tr><td>{escape(key)}</td><td>{100 * value:.2f}</td><td>{escape(protocol.metrics[key])}</td></tr>"
-        for key, value in report["scores"].items()
-    )
+    head, *lines = _own_table(protocol, report["scores"])
+    own = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    own += "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     facts = "".join(f"<p>{escape(fact)}</p>" for fact in _facts(report))
-    beside = f"<h2>Published figures</h2><p>Shares in percent.</p><div>{table}</div>" if table else ""
+    beside = f"<h2>Published figures</h2><p>Shares in percent, other figures as printed.</p><div>{tables}</div>"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(protocol.title)}</title>'
-        f"<style>{style}</style><h1>{escape(protocol.title)}</h1>{facts}"
-        f"<table><tr><th>score</th><th>percent</th><th>what it is</th></tr>{scores}</table>{beside}</html>\n"
+        f"<style>{style}</style><h1>{escape(protocol.title)}</h1>{facts}<p>In percent:</p>"
+        f"<div><table>{own}</table></div>{beside if tables else ''}</html>\n"
     )

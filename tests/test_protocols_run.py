@@ -16,7 +16,7 @@ from mmdit_lora.cli_protocols import score_protocol
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.protocols import PROTOCOLS
 from mmdit_lora.evaluate.protocols.look import Found
-from mmdit_lora.evaluate.protocols.published import KINDS, as_html, beside, columns, markdown, published
+from mmdit_lora.evaluate.protocols.published import KINDS, as_html, beside, markdown, published
 from mmdit_lora.layout import Layout
 from tests.format_makers import (
     coco_data,
@@ -95,7 +95,8 @@ def test_coco_mig_from_its_files_to_its_report(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     page = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"^\| this run \| 100\.00 \| 100\.00 \| 90\.00 \|", page, re.MULTILINE)
-    assert re.search(r"^\| MIGC \| 27\.75 \| 66\.44 \| 56\.96 \|.*\| primary \|", page, re.MULTILINE)
+    assert re.search(r"^\| MIGC \| 27\.75 \| 66\.44 \| 56\.96 \|", page, re.MULTILINE)
+    assert re.search(r"^\| miou \| 90\.00 \| 90\.00 \| mean over things", page, re.MULTILINE), "all, L2; no L3"
     html = (tmp_path / "out" / "report.html").read_text()
     assert '<tr class="own"><td>this run</td><td>100.00</td>' in html
     assert (tmp_path / "out" / "metric_mmdit_lora.json").is_file()
@@ -324,7 +325,7 @@ def test_published_figures(name: str) -> None:
     for row in rows:
         assert row.kind in KINDS
         assert row.source
-        assert set(row.metrics) & set(PROTOCOLS[name].metrics), f"{row.method} has nothing that is measured here"
+        assert set(row.metrics) & set(PROTOCOLS[name].keys()), f"{row.method} has nothing that is measured here"
         shares = {key: value for key, value in row.metrics.items() if key not in ("ir", "clip", "pick", "fid")}
         assert all(1 < value <= 100 for value in shares.values()), "shares are in percent"
 
@@ -343,14 +344,25 @@ def test_tables_put_one_s_own_first(tmp_path: Path) -> None:
     }
     file = write(tmp_path / "p.json", {"protocols": {"coco-mig": [row]}})
     rows = beside("coco-mig", {"sr": 0.1, "isr": 0.256, "isr_L2": 0.5}, path=file)
-    assert columns(rows) == ["isr", "clip"], "what is published nowhere stands in the report's own table"
-    assert markdown(rows).splitlines()[2:] == [
-        "| this run | 25.60 | - | this run |  |  |",
-        "| A \\| B | 50.00 | 25.50 | secondary | p. 3 | <x> |",
+    assert markdown(rows).splitlines() == [
+        "p. 3 (secondary); <x>",
+        "",
+        "| method | isr | clip |",
+        "| --- | ---: | ---: |",
+        "| this run | 25.60 | - |",
+        "| A \\| B | 50.00 | 25.50 |",
     ]
-    assert "<td>A | B</td><td>50.00</td><td>25.50</td><td>secondary</td><td>p. 3</td><td>&lt;x&gt;</td>" in as_html(
-        rows
+    assert "<tr><td>A | B</td><td>50.00</td><td>25.50</td></tr>" in as_html(rows)
+    assert "<p>p. 3 (secondary); &lt;x&gt;</p>" in as_html(rows)
+
+    def beside_own(*published: dict[str, Any]) -> str:
+        return markdown(beside("coco-mig", {"isr": 0.256}, path=write(file, {"protocols": {"coco-mig": published}})))
+
+    other = row | {"method": "C", "note": "another subset"}
+    assert beside_own(row, other).splitlines()[-1] == "| C | 50.00 | 25.50 | another subset |", (
+        "two notes, each at its row"
     )
+    assert beside_own(row, other | {"source": "p. 4"}).count("| this run | 25.60 | - |") == 2, "a table a source"
 
 
 @pytest.mark.parametrize(

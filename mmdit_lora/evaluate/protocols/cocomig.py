@@ -64,15 +64,12 @@ class CocoMig(PublishedProtocol):
     name = "coco-mig"
     title = "COCO-MIG"
     source = "github.com/LeyRio/MIG_Bench 063ec45, eval_mig.py; arXiv 2402.05408"
-    metrics = {
+    metrics = {  # noqa: RUF012
         "sr": "share of pictures of which every thing is met",
         "isr": f"share of things that are met: IoU >= {MET:g} and the right colour",
         "miou": f"mean over things of the IoU, 0 where the place is right (IoU >= {MET:g}) and the colour wrong",
-    } | {
-        f"{key}_L{level}": f"{key}, of pictures with {level} things"
-        for key in ("sr", "isr", "miou")
-        for level in LEVELS
     }
+    parts = {f"L{level}": f"{{}}_L{level}" for level in LEVELS}  # noqa: RUF012
     several = True
     deviations = (
         "the colour is read in all of the asked box (HSV ranges and the fifth as published); the authors read it in a SAM "
@@ -119,13 +116,13 @@ class CocoMig(PublishedProtocol):
         """SR, I-SR and mIoU; by the number of things for those numbers that there are."""
         figures = [(len(case.things), *_figures(case, one)) for case, one in paired(cases, seen)]
         out: dict[str, float] = {}
-        for suffix, level in [("", None), *((f"_L{level}", level) for level in LEVELS)]:
+        for form, level in [("{}", None), *((self.parts[f"L{level}"], level) for level in LEVELS)]:
             of_level = [one for one in figures if level in (None, one[0])]
             if of_level:
                 things = sum(count for count, _, _ in of_level)
-                out[f"sr{suffix}"] = share(sum(met == count for count, met, _ in of_level), len(of_level))
-                out[f"isr{suffix}"] = share(sum(met for _, met, _ in of_level), things)
-                out[f"miou{suffix}"] = share(sum(total for _, _, total in of_level), things)
+                out[form.format("sr")] = share(sum(met == count for count, met, _ in of_level), len(of_level))
+                out[form.format("isr")] = share(sum(met for _, met, _ in of_level), things)
+                out[form.format("miou")] = share(sum(total for _, _, total in of_level), things)
         return out
 
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
@@ -146,7 +143,7 @@ def opencv_hsv(rgb: NDArray[np.uint8]) -> NDArray[np.int64]:
 
     Source: OpenCV's documentation of color conversions, "RGB <-> HSV", for 8-bit images.
     """
-    r, g, b = (rgb[..., channel].astype(np.float64) for channel in range(3))
+    r, g, b = (rgb[..., channel].astype(np.float32) for channel in range(3))
     value = np.maximum(np.maximum(r, g), b)
     spread = value - np.minimum(np.minimum(r, g), b)
     safe = np.where(spread == 0, 1, spread)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from PIL import Image
@@ -112,6 +113,7 @@ class PublishedProtocol(ABC):
     Attributes:
         name: key in `PROTOCOLS`. title: for people. source: repository and commit, or paper, that the formulas follow.
         metrics: key of a score -> what it is. Scores are shares in [0, 1].
+        parts: name of a part of the pictures -> the key of a metric over that part, with "{}" for the metric's own.
         detector, judge: what it takes: "needed", "optional" (scores that need it are left out without it), or "unused".
         several: whether a case may have several pictures (of several seeds), each of which counts.
         deviations: where this differs from what the authors run.
@@ -121,6 +123,7 @@ class PublishedProtocol(ABC):
     title: str
     source: str
     metrics: Mapping[str, str]
+    parts: Mapping[str, str] = MappingProxyType({})
     detector: str = "needed"
     judge: str = "unused"
     several: bool = False
@@ -145,6 +148,10 @@ class PublishedProtocol(ABC):
     @abstractmethod
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
         """Write the files that the set's own tools write, by their names, into the folder `out`; each whole or not at all."""
+
+    def keys(self) -> list[str]:
+        """The keys of all scores that `score` may give: metrics over all pictures, then over each part."""
+        return [*self.metrics, *(form.format(metric) for form in self.parts.values() for metric in self.metrics)]
 
     def key(self, picture: PurePath) -> str:
         """What ties a file (relative to the folder of pictures) to a case; "" for files that are none of its pictures."""

@@ -42,12 +42,6 @@ from mmdit_lora.evaluate.protocols.common import (
 from mmdit_lora.files import write_json
 
 SPLITS = ("simple", "medium", "hard")
-_METRICS = {
-    "miou": "mean over pictures of the mean IoU of asked boxes with the found ones of their category, paired greedily",
-    "o_miou": "the same for the intersections of the pairs that the set lists as overlapping",
-    "sr_e": "share of instances that are as described, by the judge",
-    "sr_r": "share of relations that are as described, by the judge",
-}
 Whole = tuple[int, int, int, int]  # xyxy in pixels of the square of 1024
 
 
@@ -57,7 +51,13 @@ class OverLayBench(PublishedProtocol):
     name = "overlaybench"
     title = "OverLayBench"
     source = "github.com/mlpc-ucsd/OverLayBench 67073aa, overlaybenchpytools; arXiv 2509.19282"
-    metrics = _METRICS | {f"{split}_{key}": f"{key} of the split {split}" for split in SPLITS for key in _METRICS}
+    metrics = {  # noqa: RUF012
+        "miou": "mean over pictures of the mean IoU of asked boxes with the found ones of their category, paired greedily",
+        "o_miou": "the same for the intersections of the pairs that the set lists as overlapping",
+        "sr_e": "share of instances that are as described, by the judge",
+        "sr_r": "share of relations that are as described, by the judge",
+    }
+    parts = {split: f"{split}_{{}}" for split in SPLITS}  # noqa: RUF012
     detector = "optional"
     judge = "optional"
     several = True
@@ -119,7 +119,7 @@ class OverLayBench(PublishedProtocol):
         out = _scores(pairs)
         for split in SPLITS:
             of_split = [pair for pair in pairs if pair[0].extra["split"] == split]
-            out |= {f"{split}_{key}": value for key, value in _scores(of_split).items()}
+            out |= {self.parts[split].format(key): value for key, value in _scores(of_split).items()}
         return out
 
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:

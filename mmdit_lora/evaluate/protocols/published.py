@@ -70,38 +70,61 @@ def beside(protocol: str, own: Mapping[str, float], *, method: str = OWN, path: 
     return [Row(method, {key: 100 * value for key, value in own.items()}, "", OWN), *published(protocol, path)]
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-    """The metrics that a table of these rows has: those of the published rows in their order, else all of one's own."""
-    names = dict.fromkeys(key for row in rows if row.kind != OWN for key in row.metrics)
-    own = [key for row in rows if row.kind == OWN for key in row.metrics]
-    return [key for key in own if key in names] + [key for key in names if key not in own] if names else own
+def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[Row]]]:
+    """The rows in one table a source, since what one source prints is comparable: (heading, metrics, rows).
+
+    One's own row stands first in each, with the metrics that the source has.
+    """
+    own = [row for row in rows if row.kind == OWN]
+    sources: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.kind != OWN:
+            sources.setdefault((row.source, row.kind), []).append(row)
+    out = []
+    for (source, kind), found in sources.items():
+        names = list(dict.fromkeys(key for row in found for key in row.metrics))
+        notes = {row.note for row in found}
+        heading = f"{source} ({kind})" + (f"; {found[0].note}" if len(notes) == 1 and found[0].note else "")
+        if len(notes) == 1:
+            found = [Row(row.method, row.metrics, row.source, row.kind) for row in found]
+        out.append((heading, names, own + found))
+    return out
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table; what a row does not have is "-"."""
-    names = columns(rows)
-    lines = [
-        "| method | " + " | ".join(names) + " | kind | source | note |",
-        "| --- |" + " ---: |" * len(names) + " --- |" * 3,
-    ]
-    for row in rows:
-        cells = [row.method, *_figures(row, names), row.kind, row.source, row.note]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    """Markdown tables, one a source; what a row does not have is "-"."""
+    lines: list[str] = []
+    for heading, names, of_source in tables(rows):
+        noted = any(row.note for row in of_source)
+        lines += [heading.replace("\n", " "), ""]
+        lines += [_line(["method", *names, *(["note"] if noted else [])])]
+        lines += ["| --- |" + " ---: |" * len(names) + (" --- |" if noted else "")]
+        lines += [_line([row.method, *_figures(row, names), *([row.note] if noted else [])]) for row in of_source]
+        lines += [""]
+    return "\n".join(lines)
 
 
 def as_html(rows: Sequence[Row]) -> str:
-    """The same as an HTML table of its own, without styles; one's own row has the class `own`."""
-    names = columns(rows)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["method", *names, "kind", "source", "note"])
-    body = []
-    for row in rows:
-        cells = [row.method, *_figures(row, names), row.kind, row.source, row.note]
-        mark = ' class="own"' if row.kind == OWN else ""
-        body.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    return (
-        f'<table class="published"><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(body) + "\n</tbody></table>\n"
-    )
+    """The same as HTML tables without styles; one's own rows have the class `own`."""
+    parts = []
+    for heading, names, of_source in tables(rows):
+        noted = any(row.note for row in of_source)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ["method", *names, *(["note"] if noted else [])])
+        body = []
+        for row in of_source:
+            cells = [row.method, *_figures(row, names), *([row.note] if noted else [])]
+            mark = ' class="own"' if row.kind == OWN else ""
+            body.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+        parts.append(
+            f'<p>{html.escape(heading)}</p>\n<table class="published"><thead><tr>{head}</tr></thead><tbody>\n'
+            + "\n".join(body)
+            + "\n</tbody></table>\n"
+        )
+    return "".join(parts)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
