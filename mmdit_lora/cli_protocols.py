@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -77,6 +78,26 @@ def score_protocol(
     write_text(out / "report.md", _page(protocol, report, markdown(rows) if rows else ""))
     write_text(out / "report.html", _html_page(protocol, report, as_html(rows) if rows else ""))
     return report
+
+
+def write_layouts(name: str, annotations: str | Path, out: str | Path) -> int:
+    """Write a benchmark's layouts as a layout file, one a line, for `sample --layout`; returns their number.
+
+    Args:
+        name: a key of `PROTOCOLS`. annotations: the set's own file or folder. out: a .jsonl file.
+
+    Raises:
+        InputError: an unknown protocol; annotations that cannot be read; `out` is no .jsonl.
+    """
+    import json
+
+    from mmdit_lora.evaluate.protocols import find_protocol
+
+    if Path(out).suffix != ".jsonl":
+        raise InputError("is no .jsonl file", where=str(out), cure="many layouts stand in a .jsonl, one a line")
+    cases = find_protocol(name).read(annotations)
+    write_text(out, "".join(json.dumps(case.layout.to_dict(), ensure_ascii=False) + "\n" for case in cases))
+    return len(cases)
 
 
 def _named(one: object) -> str | None:

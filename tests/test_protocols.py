@@ -94,6 +94,16 @@ def test_coco_mig_counts_the_colour_of_things_in_their_place_only(tmp_path: Path
     assert (wrong["sr"], wrong["isr"], wrong["miou"]) == (0.0, 0.5, 0.5)
 
 
+def test_coco_mig_takes_the_surer_of_two_that_are_one(tmp_path: Path) -> None:
+    first, _ = mig(tmp_path)
+    # 0.45 / 0.5 = 0.9 of the car, and the car itself, which is less sure: they overlap by 0.9 and are one, the first. Of
+    # dogs that overlap by 0.7 both count: the better.
+    cars = [Det((0, 0, 0.45, 0.5), "car", 0.8), Det((0, 0, 0.5, 0.5), "car", 0.7)]
+    dogs = [Det((0.5, 0.5, 0.85, 1), "dog", 0.8), Det((0.5, 0.5, 1, 1), "dog", 0.7)]
+    scores = PROTOCOLS["coco-mig"].score([first], [Seen(cars + dogs, measured={"0": 1, "1": 1})])
+    assert scores["miou"] == pytest.approx((0.9 + 1) / 2, abs=EXACT)
+
+
 def test_coco_mig_result_file(tmp_path: Path) -> None:
     first, second = mig(tmp_path)
     (file,) = PROTOCOLS["coco-mig"].write_results([first, second, first], MIG_SEEN, tmp_path / "out")

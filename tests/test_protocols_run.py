@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmdit_lora.cli_protocols import score_protocol
+from mmdit_lora.cli_protocols import score_protocol, write_layouts
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.protocols import PROTOCOLS
 from mmdit_lora.evaluate.protocols.look import Found
 from mmdit_lora.evaluate.protocols.published import KINDS, as_html, beside, markdown, published
-from mmdit_lora.layout import Layout
+from mmdit_lora.layout import Box, Layout, read_layouts
 from tests.format_makers import (
     coco_data,
     dense_layout_row,
@@ -188,6 +188,32 @@ def test_overlaybench_from_its_folders(tmp_path: Path) -> None:
     assert report["published"][0]["metrics"]["simple_miou"] == 69.98
 
 
+@pytest.mark.parametrize("place", ["", "seed_1", "EXP/simple/seed_1", "elsewhere/a/b"])
+def test_overlaybench_pictures_in_one_folder(tmp_path: Path, place: str) -> None:
+    parquet(tmp_path / "simple-00000-of-00001.parquet", overlaybench_row() | {"image": b"unread"})
+    picture(tmp_path / "painted" / place / "00000017.png", (64, 64))
+    out = tmp_path / "out"
+    report = score_protocol(
+        "overlaybench", tmp_path / "simple-00000-of-00001.parquet", tmp_path / "painted", out, Exact()
+    )
+    seed = f"{Path(place).name}/" if place else ""
+    assert report["results"] == [f"simple/{seed}baseline_bbox_predictions.json"]
+
+
+def test_a_box_outside_the_picture_is_not_asked_about(tmp_path: Path) -> None:
+    row = layout_sam_eval_row(tmp_path, file_name="a.jpg")
+    row |= {"bbox_list": "[[40, 4, 44, 16], [0, 0, 20, 20]]", "region_captions": "['a ball', 'a wolf']"}
+    parquet(tmp_path / "test.parquet", row | {"detail_region_captions": "['a red ball', 'a grey wolf']"})
+    picture(tmp_path / "images" / "a.jpg")
+    judge = Answers()
+    args = ("layoutsam-eval", tmp_path / "test.parquet", tmp_path / "images", tmp_path / "out")
+    report = score_protocol(*args, judge=judge)
+    assert report["scores"]["spatial"] == 0.5, "it counts as a box, and as not there"
+    assert (report["questions"], report["unanswered"]) == (5, 1)
+    assert len(PROTOCOLS["layoutsam-eval"].read(args[1])[0].layout.boxes) == 1
+    assert len(judge.shown) == 2
+
+
 def test_coco_from_its_files(tmp_path: Path) -> None:
     boxes = [[0, 0, 20, 20], [20, 0, 20, 20]]
     annotations = [{"id": i, "image_id": 7, "category_id": 3, "bbox": b, "iscrowd": 0} for i, b in enumerate(boxes)]
@@ -196,6 +222,28 @@ def test_coco_from_its_files(tmp_path: Path) -> None:
     report = score_protocol("coco", tmp_path / "coco", tmp_path / "images", tmp_path / "out", Exact())
     assert report["scores"]["ap"] == pytest.approx(1.0)
     assert "a photo of a red ball" in PROTOCOLS["coco"].read(tmp_path / "coco")[0].layout.caption
+
+
+def test_layouts_out_to_sample_and_its_pictures_in(tmp_path: Path) -> None:
+    """As `sample` names them: by number. Which is whose is told by sample.json; the last was painted another layout."""
+    bench, _ = mig(tmp_path, 3)
+    assert write_layouts("coco-mig", bench, tmp_path / "layouts.jsonl") == 3
+    layouts = read_layouts(tmp_path / "layouts.jsonl")
+    assert layouts[1].boxes[1] == Box((0.5, 0.5, 1.0, 1.0), "a red dog")
+    folder = tmp_path / "sampled"
+    entries = []
+    for number, (layout, color) in enumerate(zip(reversed(layouts), ("red", "blue", "red"), strict=True)):
+        picture(folder / f"{number:04d}.png", (64, 64), color)
+        picture(folder / f"{number:04d}_boxes.png", (64, 64), "white")
+        entries.append({"file": f"{number:04d}.png", "layout": layout.to_dict()})
+    write(folder / "sample.json", {"pictures": entries})
+    report = score_protocol("coco-mig", bench, folder, tmp_path / "out", Exact())
+    assert (report["pictures"], report["scores"]["sr"]) == (3, pytest.approx(2 / 3))
+    seen = [json.loads(line)["measured"]["0"] for line in (tmp_path / "out" / "seen.jsonl").read_text().splitlines()]
+    assert seen == [1.0, 0.0, 1.0], "in the order of the benchmark"
+    write(folder / "sample.json", {"pictures": entries[:2]})
+    with pytest.raises(InputError, match=r"1 of 3 pictures are missing: a photo of a red car and a red dog 0_100\.png"):
+        score_protocol("coco-mig", bench, folder, tmp_path / "other", Exact())
 
 
 def test_missing_pictures_in_one_message_and_nothing_written(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Source: github.com/LeyRio/MIG_Bench, 063ec45, eval_mig.py; the layouts are those of github.com/limuloo/MIGC, effd6cc,
 bench_file (paper: arXiv 2402.05408). A detector is asked for the noun of each phrase ("car" of "a red car"). Of a thing,
-v is the best IoU of what it finds, and c whether at least a fifth of its pixels has the colour:
+v is the best IoU of what it finds (after
+non-maximum suppression at 0.8), and c whether at least a fifth of its pixels has the colour:
 
     it is met          if v >= 0.5 and c
     it adds to mIoU    v if v < 0.5, v if v >= 0.5 and c, and 0 if v >= 0.5 and not c
@@ -29,11 +30,13 @@ from mmdit_lora.data.formats.layout_sets import coco_mig_boxes, coco_mig_prompts
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.protocols.common import (
     Case,
+    Detected,
     PublishedProtocol,
     Seen,
     Thing,
     best,
     checked,
+    iou,
     labelled,
     layout_of,
     paired,
@@ -43,6 +46,7 @@ from mmdit_lora.evaluate.protocols.common import (
 from mmdit_lora.files import write_json
 
 MET = 0.5  # IoU from which on the position is right (--miou_threshold)
+SAME = 0.8  # IoU above which two detections of a noun are one thing (NMS_THRESHOLD)
 COLORED = 0.2  # share of a thing's pixels that must have its colour
 SIDE = 512  # pictures are brought to this size before their colours are read
 # OpenCV's 8-bit HSV (H in half degrees, 0 to 180; S, V to 255), both ends included: `color_dict` of eval_mig.py.
@@ -74,7 +78,7 @@ class CocoMig(PublishedProtocol):
     deviations = (
         "the colour is read in all of the asked box (HSV ranges and the fifth as published); the authors read it in a SAM "
         "mask made from that box",
-        "the authors detect with Grounding DINO Swin-T (box and text threshold 0.25, then NMS at 0.8)",
+        "the authors detect with Grounding DINO Swin-T (box and text threshold 0.25)",
     )
 
     def read(self, path: str | Path) -> list[Case]:
@@ -165,11 +169,20 @@ def _color_share(hsv: NDArray[np.int64], thing: Thing) -> float:
     return float(np.any([np.all((pixels >= low) & (pixels <= high), axis=1) for low, high in ranges], axis=0).mean())
 
 
+def _suppressed(found: Sequence[Detected]) -> list[Detected]:
+    """Non-maximum suppression: of detections that overlap by an IoU above `SAME`, the surest."""
+    kept: list[Detected] = []
+    for one in sorted(found, key=lambda each: -each.score):
+        if all(iou(one.xyxy, other.xyxy) <= SAME for other in kept):
+            kept.append(one)
+    return kept
+
+
 def _figures(case: Case, seen: Seen) -> tuple[int, float]:
     """How many things are met, and what they add to mIoU."""
     met, total = 0, 0.0
     for thing in case.things:
-        value, _ = best(thing, labelled(seen, thing.label))
+        value, _ = best(thing, _suppressed(labelled(seen, thing.label)))
         colored = seen.measured.get(thing.key, 0.0) >= COLORED
         met += value >= MET and colored
         total += value if value < MET or colored else 0.0

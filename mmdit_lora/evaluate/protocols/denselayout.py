@@ -59,7 +59,7 @@ class DenseLayout(PublishedProtocol):
     def read(self, path: str | Path) -> list[Case]:
         """Rows of *.parquet (or .jsonl, .json): id, prompt, width, height, annos [{bbox, category_name, caption}]."""
         path = Path(path)
-        table = rows(table_files(Context(path), ".parquet", ".jsonl", ".json"))
+        table = rows(table_files(Context(path), ".parquet", ".jsonl", ".json"), without=("image",))
         return checked([_case(row, where, path) for where, row in table], path)
 
     def questions(self, case: Case, seen: Seen = Seen()) -> list[Question]:  # noqa: B008

@@ -52,7 +52,7 @@ class LayoutSamEval(PublishedProtocol):
     def read(self, path: str | Path) -> list[Case]:
         """Rows of *.parquet (or .jsonl, .json): global_caption, bbox_list, region_captions, detail_region_captions, ..."""
         path = Path(path)
-        table = rows(table_files(Context(path), ".parquet", ".jsonl", ".json"))
+        table = rows(table_files(Context(path), ".parquet", ".jsonl", ".json"), without=("image",))
         return checked([_case(row, where, path) for where, row in table], path)
 
     def questions(self, case: Case, seen: Seen = Seen()) -> list[Question]:  # noqa: ARG002, B008

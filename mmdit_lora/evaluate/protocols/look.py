@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from mmdit_lora.data.formats.common import SUFFIXES
+from mmdit_lora.data.formats.common import SUFFIXES, items_of, need, read_json, text
 from mmdit_lora.data.images import load_image
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.evaluate.protocols.common import XYXY, Case, Detected, PublishedProtocol, Question, Seen
@@ -49,7 +49,8 @@ def find_pictures(protocol: PublishedProtocol, cases: Sequence[Case], folder: st
     """The pictures of every case, relative to the folder, in the order of the cases.
 
     Files are looked for anywhere below the folder, with any suffix of a picture. Folders named `*with_layout` (drawn layouts,
-    which the authors' scripts leave beside the pictures) and hidden ones are left out.
+    which the authors' scripts leave beside the pictures) and hidden ones are left out. In a folder that `mmdit-lora sample`
+    wrote, the pictures are those whose layout in sample.json is the case's.
 
     Raises:
         InputError: no such folder; pictures are missing (the first names, and how many); or a case has several and the
@@ -60,14 +61,18 @@ def find_pictures(protocol: PublishedProtocol, cases: Sequence[Case], folder: st
         raise InputError(
             "no such folder", where=str(folder), cure="give the folder of the painted pictures with --images"
         )
+    sampled = _sampled(folder, cases) if (folder / "sample.json").is_file() else None
     by_key: dict[str, list[Path]] = {}
-    for picture in _pictures_below(folder):
+    for picture in _pictures_below(folder) if sampled is None else ():
         if key := protocol.key(picture):
             by_key.setdefault(key, []).append(picture)
     pairs: list[tuple[Case, Path]] = []
     missing = []
     for case in cases:
-        found = [picture for key in case.keys for picture in by_key.get(key, ())]
+        if sampled is None:
+            found = [picture for key in case.keys for picture in by_key.get(key, ())]
+        else:
+            found = sampled[case.id]
         if not found:
             missing.append(case.pictures[0])
         if len(found) > 1 and not protocol.several:
@@ -84,6 +89,30 @@ def find_pictures(protocol: PublishedProtocol, cases: Sequence[Case], folder: st
             cure=f"paint them first; {protocol.title}'s own tools expect these names",
         )
     return pairs
+
+
+def _sampled(folder: Path, cases: Sequence[Case]) -> dict[str, list[Path]]:
+    """Id of a case -> the pictures that `sample` painted of its layout. Cases of one layout share its pictures in turn."""
+    file = folder / "sample.json"
+    painted: dict[Layout, list[Path]] = {}
+    for index, entry in enumerate(items_of(read_json(file), "pictures", str(file))):
+        where = f"{file}: pictures[{index}]"
+        try:
+            layout = Layout.from_dict(need(entry, "layout", where))
+        except InputError as error:
+            raise error.at(where) from None
+        picture = Path(text(need(entry, "file", where), "file", where))
+        if not (folder / picture).is_file():
+            raise InputError("no such file", where=str(folder / picture))
+        painted.setdefault(layout, []).append(picture)
+    sharing: dict[Layout, list[str]] = {}
+    for case in cases:
+        sharing.setdefault(case.layout, []).append(case.id)
+    return {
+        id_: painted.get(layout, [])[turn :: len(ids)]
+        for layout, ids in sharing.items()
+        for turn, id_ in enumerate(ids)
+    }
 
 
 def _pictures_below(folder: Path) -> Iterator[Path]:
@@ -234,9 +263,9 @@ def _read_kept(log: Path) -> dict[str, Seen]:
     """What a file of kept lines holds. A last line that a kill tore is taken away, so that the next one is not glued to it."""
     if not log.is_file():
         return {}
-    text = log.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+    content = log.read_text(encoding="utf-8", errors="replace")
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
         write_text(log, whole)
     known: dict[str, Seen] = {}
     for number, line in numbered_lines(whole):

@@ -74,7 +74,7 @@ class OverLayBench(PublishedProtocol):
         cases = []
         for file in table_files(Context(path), ".parquet", ".jsonl"):
             split = next((split for split in SPLITS if file.name.startswith(split)), "")
-            cases += [_case(row, where, file, split) for where, row in rows([file])]
+            cases += [_case(row, where, file, split) for where, row in rows([file], without=("image",))]
         counts = Counter(case.extra["image_id"] for case in cases)
         for index, case in enumerate(
             cases
