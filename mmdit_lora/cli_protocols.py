@@ -120,11 +120,11 @@ def _report(protocol: PublishedProtocol, cases: list[Case], seen: list[Seen]) ->
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
-    facts = [f"{report['cases']} layouts with {report['boxes']} boxes; {report['pictures']} pictures."]
+    facts = [f"Layouts: {report['cases']}; boxes: {report['boxes']}; pictures: {report['pictures']}."]
     facts += [f"{kind.capitalize()}: {report[kind]}." for kind in ("detector", "judge") if report[kind]]
     if report["questions"]:
-        facts.append(f"{report['questions']} questions, {report['unanswered']} without yes or no (counted as no).")
-    return [*facts, f"Computed as {report['source']}. It differs in this: " + "; ".join(report["deviations"]) + "."]
+        facts.append(f"Questions: {report['questions']}; without yes or no (counted as no): {report['unanswered']}.")
+    return [*facts, f"Computed as {report['source']}. What differs from what its authors run:"]
 
 
 def _own_table(protocol: PublishedProtocol, scores: dict[str, float]) -> list[list[str]]:
@@ -145,6 +145,7 @@ def _page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> s
     page = [f"# {protocol.title}", ""]
     for fact in _facts(report):
         page += [fact, ""]
+    page += [*(f"- {deviation}" for deviation in report["deviations"]), ""]
     page += ["In percent:", "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 2) + " --- |"]
     page += ["| " + " | ".join(line) + " |" for line in lines]
     if tables:
@@ -165,6 +166,7 @@ def _html_page(protocol: PublishedProtocol, report: dict[str, Any], tables: str)
     own = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     own += "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     facts = "".join(f"<p>{escape(fact)}</p>" for fact in _facts(report))
+    facts += "<ul>" + "".join(f"<li>{escape(deviation)}</li>" for deviation in report["deviations"]) + "</ul>"
     beside = f"<h2>Published figures</h2><p>Shares in percent, other figures as printed.</p><div>{tables}</div>"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(protocol.title)}</title>'
