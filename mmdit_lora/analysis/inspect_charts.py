@@ -166,7 +166,7 @@ def similarity(found: Sequence[Similarity]) -> str:
         right.grid(visible=False)
         right.set_xlabel("top j directions of the other adapter")
         right.set_ylabel("top i directions of this one")
-        right.set_title(f"phi(i, j), mean of the linears that have i and j", fontsize=9, color=INK)
+        right.set_title("phi(i, j), mean of the linears that have i and j", fontsize=9, color=INK)
         drawn.colorbar(image, ax=right, fraction=0.05)
         return to_svg(drawn, "similarity")
 
