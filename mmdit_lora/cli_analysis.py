@@ -1,14 +1,30 @@
-"""The verbs that look into adapters: `inspect`, `resize`."""
+"""The verbs that look into adapters: `inspect`, `resize`, `attribute`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, refuse_file_as_folder, say
-from mmdit_lora.cli_model import DtypeOption, SeedOption, StepsOption, _refuse_foreign
+from mmdit_lora.cli_model import (
+    AdapterOption,
+    BaseOption,
+    BatchOption,
+    DtypeOption,
+    GuidanceOption,
+    ScaleOption,
+    SeedOption,
+    SizeOption,
+    StepsOption,
+    WindowOption,
+    _open,
+    _refuse_foreign,
+    _settings,
+)
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +37,7 @@ OwnBase = Annotated[str | None, typer.Option("--base", help="Its base; default: 
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
-    for verb in (inspect, resize):
+    for verb in (inspect, resize, attribute):
         app.command(verb.__name__)(verb)
 
 
@@ -107,6 +123,81 @@ def resize(
         say(line)
     if as_json:
         emit(report.to_dict())
+
+
+def attribute(
+    base: BaseOption,
+    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, or a .jsonl of many.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    adapter: AdapterOption = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    layout_scale: ScaleOption = 1.0,
+    layout_window: WindowOption = (0.0, 1.0),
+    size: SizeOption = None,
+    batch_size: BatchOption = 8,
+    dtype: DtypeOption = "fp32",
+    count: Annotated[int | None, typer.Option("--count", min=1, help="The first COUNT layouts only.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
+    from dataclasses import asdict
+
+    from mmdit_lora.layout import read_layouts
+
+    layouts = read_layouts(layout)[:count]
+    bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
+    if bare is not None:
+        raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")
+    refuse_file_as_folder(out)
+    _refuse_foreign(out, "attribution.json")
+    settings = _settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+    from mmdit_lora.analysis.attribution import attribute as run
+    from mmdit_lora.analysis.attribution_sheet import sheet
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.evaluate.draw import save_png
+    from mmdit_lora.files import atomic_folder, write_json
+
+    pipe = _open(base, adapter, dtype)
+    found = []
+    with ProgressLines() as tell:
+        for number, each in enumerate(layouts):
+            total, name = len(each.boxes) + 1, f"paint layout {number + 1} of {len(layouts)}"
+            found.append(run(pipe, each, settings, seed=seed + number, on_progress=partial(_tell, tell, name, total)))
+    report = {
+        "base": base,
+        "adapters": adapter or [],
+        "settings": asdict(settings),
+        "layouts": [
+            {
+                "file": f"{number:04d}.png",
+                "seed": seed + number,
+                "caption": each.layout.caption,
+                "boxes": [box.to_dict() for box in each.boxes],
+            }
+            for number, each in enumerate(found)
+        ],
+    }
+    with atomic_folder(out) as temporary:
+        for number, each_found in enumerate(found):
+            save_png(sheet(each_found), temporary / f"{number:04d}.png")
+        write_json(temporary / "attribution.json", report)
+    say(f"{'share inside the box / its area':<40} {'change':>9} {'attention':>10}")
+    for each_found in found:
+        for box in each_found.boxes:
+            say(f"  {box.phrase[:38]:<38} {_lift(box.change_lift):>9} {_lift(box.attention_lift):>10}")
+    say(f"wrote {len(found)} sheet{'s' if len(found) > 1 else ''} to {out}; look at {out / '0000.png'}")
+    if as_json:
+        emit(report | {"out": str(out)})
+
+
+def _tell(tell: Callable[..., None], name: str, total: int, done: int) -> None:
+    tell(name, done, total, {})
+
+
+def _lift(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _resized_lines(report: Resized) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,8 @@ def amplification(modules: Sequence[ModuleFigures]) -> str:
         ):
             left.scatter([getattr(m, field) for m in modules], rows, color=color, s=24, zorder=2, label=label)
         left.scatter([m.norm for m in modules], rows, color=INK, marker="|", s=60, zorder=2, label="||dW||")
-        left.set_xscale("log")
+        if any(module.directions for module in modules):
+            left.set_xscale("log")
         left.set_xlabel("Frobenius norm of W, projected on k directions")
         left.set_yticks(rows, [short(module.name) for module in modules])
         left.set_ylim(len(modules) - 0.4, -0.6)
@@ -135,7 +137,11 @@ def similarity(found: Sequence[Similarity]) -> str:
     """phi by linear beside its chance level, and phi(i, j) averaged over those linears that have all of i and j."""
     rows = np.arange(len(found))
     shape = tuple(max(np.shape(each.phi)[axis] for each in found) for axis in (0, 1))
-    whole = [np.array(each.phi) for each in found if np.shape(each.phi) == shape]
+    padded = np.full((len(found), *shape), np.nan)
+    for place, each in enumerate(found):
+        padded[place, : len(each.phi), : len(each.phi[0])] = each.phi
+    known = np.isfinite(padded)
+    mean = np.ma.array(np.where(known, padded, 0).sum(0), mask=~known.any(0)) / known.sum(0).clip(min=1)
     with figure(10.8, max(3.0, 0.23 * len(found) + 1.2), ncols=2) as (drawn, (left, right)):
         left.barh(rows, [each.full for each in found], color=BAR, height=0.62, label="all directions of both")
         left.scatter(
@@ -154,25 +160,25 @@ def similarity(found: Sequence[Similarity]) -> str:
         left.set_xlabel("phi of all directions")
         left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         image = right.imshow(
-            np.mean(whole, axis=0), vmin=0, vmax=1, cmap="viridis", origin="upper", aspect="auto",
+            mean, vmin=0, vmax=1, cmap="viridis", origin="upper", aspect="auto",
             extent=(0.5, shape[1] + 0.5, shape[0] + 0.5, 0.5),
         )  # fmt: skip
         right.grid(visible=False)
         right.set_xlabel("top j directions of the other adapter")
         right.set_ylabel("top i directions of this one")
-        right.set_title(f"phi(i, j), mean of {len(whole)} linears", fontsize=9, color=INK)
+        right.set_title("phi(i, j), mean of the linears that have i and j", fontsize=9, color=INK)
         drawn.colorbar(image, ax=right, fraction=0.05)
         return to_svg(drawn, "similarity")
 
 
-def _whole_numbers(axes: object) -> None:
+def _whole_numbers(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # type: ignore[attr-defined]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _key(axes: object, colors: dict[str, str], loc: str = "best") -> None:
+def _key(axes: Any, colors: dict[str, str], loc: str = "best") -> None:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=color, lw=2, label=kind) for kind, color in colors.items()]
-    axes.legend(handles=lines[:8], loc=loc)  # type: ignore[attr-defined]
+    axes.legend(handles=lines[:8], loc=loc)

@@ -275,15 +275,9 @@ def _similarities(
     found = []
     for update in shared:
         phi = similarity(update.down, other[update.name])
+        if not phi.numel():  # one of the two is zero, and has no direction
+            continue
         width = update.down.shape[1]
-        found.append(
-            Similarity(
-                update.name,
-                phi.tolist(),
-                phi[-1, -1].item() if phi.numel() else 0.0,
-                max(phi.shape) / width,
-                phi[0, 0].item() if phi.numel() else 0.0,
-                1 / width,
-            )
-        )
+        chance = max(phi.shape) / width
+        found.append(Similarity(update.name, phi.tolist(), phi[-1, -1].item(), chance, phi[0, 0].item(), 1 / width))
     return found

@@ -126,13 +126,14 @@ def resize_adapter(
         fidelity |= {"after": sides["after"]}
         opened.pipe.to("cpu")
     report = Resized(
-        str(adapter),
-        str(out),
-        opened.base,
-        modules,
-        error,
-        *(sum(u.up.numel() + u.down.numel() for u in side) for side in (before, applied)),
-        fidelity,
+        adapter=str(adapter),
+        out=str(out),
+        base=opened.base,
+        modules=modules,
+        error=error,
+        parameters=sum(update.up.numel() + update.down.numel() for update in before),
+        new_parameters=sum(update.up.numel() + update.down.numel() for update in applied),
+        fidelity=fidelity,
     )
     how = f"rank {rank}" if rank is not None else f"{energy:.4g} of the energy"
     save_adapter(

@@ -17,7 +17,7 @@ INK, SOFT, LINE, BAR = "#1b1f27", "#667085", "#e2e5ea", "#3b6fd4"  # of the page
 # Okabe and Ito's palette, those that show on light and on dark ground.
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c8c")
 _VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", BAR: "var(--bar)"}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
