@@ -21,9 +21,9 @@ from mmdit_lora.cli_model import (
     SizeOption,
     StepsOption,
     WindowOption,
-    _open,
     _refuse_foreign,
-    _settings,
+    open_with_adapters,
+    paint_settings,
 )
 from mmdit_lora.errors import InputError
 
@@ -152,14 +152,14 @@ def attribute(
         raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")
     refuse_file_as_folder(out)
     _refuse_foreign(out, "attribution.json")
-    settings = _settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+    settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.analysis.attribution import attribute as run
     from mmdit_lora.analysis.attribution_sheet import sheet
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.evaluate.draw import save_png
     from mmdit_lora.files import atomic_folder, write_json
 
-    pipe = _open(base, adapter, dtype)
+    pipe = open_with_adapters(base, adapter, dtype)
     found = []
     with ProgressLines() as tell:
         for number, each in enumerate(layouts):

@@ -1,4 +1,4 @@
-"""`mmdit-lora evaluate`: is the layout obeyed?"""
+"""`mmdit-lora evaluate`: is the layout obeyed? By our own figures, or as a published benchmark counts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option("--data", help="Data set folder of layouts with pictures.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; the same call goes on where it was stopped.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Data set folder of layouts with pictures.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Pipeline folder or hub id, to paint with.")] = None,
     adapter: AdapterOption = None,
     images: Annotated[
@@ -49,6 +49,20 @@ def evaluate(
             "--detector", help="What looks at pictures: shapes, torchvision:..., grounding-dino:..., owlv2:..."
         ),
     ] = "shapes",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            "--protocol",
+            help="Score --images as a published benchmark does: coco, coco-mig, layoutsam-eval, denselayout, overlaybench.",
+        ),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="With --protocol: the benchmark's own file or folder.")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", help="With --protocol: what answers questions: transformers:..., openai:URL#MODEL."),
+    ] = None,
     clip: Annotated[str | None, typer.Option("--clip", help="CLIP model, folder or hub id, for CLIP scores.")] = None,
     ablations: Annotated[
         bool, typer.Option("--ablations", help="Paint also without boxes, and without captions.")
@@ -69,6 +83,19 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure how well layouts are obeyed, without and with the adapter, beside a ceiling and a floor."""
+    if protocol is not None:
+        if annotations is None or base is not None or data is not None:
+            raise InputError(
+                "scores pictures that are there, by a benchmark's own file",
+                where="--protocol",
+                cure="give --annotations and --images; without --images it writes OUT/layouts.jsonl for `sample --layout`",
+            )
+        _published(protocol, annotations, images, out, detector, judge, as_json=as_json)
+        return
+    if annotations is not None or judge is not None:
+        raise InputError("is for --protocol", where="--annotations, --judge", cure="give --protocol NAME too")
+    if data is None:
+        raise InputError("is missing", where="--data", cure="give a data set folder, or --protocol NAME")
     if base is None and images is None:
         raise InputError("nothing to judge", cure="give --base, to paint with, or --images, a folder of pictures")
     if base is None and (adapter or ablations or variations):
@@ -121,6 +148,41 @@ def evaluate(
     for group, sides in report["by_boxes"].items():
         say(fidelity_table(sides, f"{group} boxes, {sides['pictures']} layouts"))
     say(f"look at {out / 'report.html'}")
+    if as_json:
+        emit(report)
+
+
+def _published(
+    protocol: str,
+    annotations: Path,
+    images: Path | None,
+    out: Path,
+    detector: str,
+    judge: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Score pictures by a published benchmark; without pictures, write its layouts to paint them from."""
+    from mmdit_lora.cli_protocols import score_protocol, write_layouts
+
+    if images is None:
+        count = write_layouts(protocol, annotations, out / "layouts.jsonl")
+        say(f"wrote {count} layouts to {out / 'layouts.jsonl'}; paint them by `sample --layout`, then give --images")
+        return
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.evaluate.detectors import open_detector, open_judge
+    from mmdit_lora.evaluate.protocols import find_protocol
+
+    known = find_protocol(protocol)
+    looks = open_detector(detector) if known.detector != "unused" else None
+    judges = open_judge(judge) if judge is not None else None
+    with ProgressLines() as tell:
+        report = score_protocol(
+            protocol, annotations, images, out, looks, judges, on_progress=lambda done: tell("look", done, 0, {})
+        )
+    for name, share in report["scores"].items():
+        say(f"{name:<28}{100 * share:>8.2f} %")
+    say(f"look at {out / 'report.html'}, where the published figures stand beside")
     if as_json:
         emit(report)
 

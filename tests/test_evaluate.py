@@ -155,7 +155,12 @@ def test_average_precision_is_that_of_torchmetrics() -> None:
     pictures = random_pictures(detector)
     ours = average_precision(pictures, detector)
     numbers: dict[str, int] = {}
-    theirs = MeanAveragePrecision(box_format="xyxy", backend="pycocotools")
+    # Its own thresholds are float32 numbers: a recall of 12/20 then misses that of 0.6.
+    thresholds = {
+        "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(),
+        "rec_thresholds": np.linspace(0, 1, 101).tolist(),
+    }
+    theirs = MeanAveragePrecision(box_format="xyxy", backend="pycocotools", **thresholds)
     for picture in pictures:
         sides = []
         for boxes, labels in (

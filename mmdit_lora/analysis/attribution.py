@@ -132,7 +132,7 @@ def _watch(name: str, stream: Any, seen: dict[str, tuple[Tensor, int]]) -> list[
     counts: list[tuple[int, int]] = []  # image and layout tokens of a call whose first attention is still to come
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        image = args[0] if args else kwargs.get("norm_hidden_states", kwargs.get("hidden_states"))
+        image: Any = args[0] if args else kwargs.get("norm_hidden_states", kwargs.get("hidden_states"))
         layout = args[1] if len(args) > 1 else kwargs["layout_states"]
         counts[:] = [(image.shape[1], layout.shape[1])]
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.detectors.common import default_device, digest_of_files, folder_files, load_whole, model_folder
 from mmdit_lora.evaluate.detectors.judge import crops
 from mmdit_lora.evaluate.judged import Table
@@ -93,7 +94,12 @@ def kid(features: Tensor, truth: Tensor) -> float | None:
     """
     if min(len(features), len(truth)) < FEWEST:
         return None
-    from torchmetrics.image.kid import poly_mmd
+    try:
+        from torchmetrics.image.kid import poly_mmd
+    except ImportError:
+        raise InputError(
+            "a distance of pictures needs torchmetrics", where="--clip", cure="pip install 'mmdit_lora[eval]'"
+        ) from None
 
     size = min(len(features), len(truth))
     return float(poly_mmd(truth[:size].double(), features[:size].double()))

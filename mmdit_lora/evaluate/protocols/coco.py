@@ -12,23 +12,20 @@ AP, AR: COCO's own definitions (cocodataset.org, "Detection Evaluation"; pycocot
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdit_lora.data.formats.coco import Instances, annotation_box, read_instances
 from mmdit_lora.data.formats.common import Context, four, need, number, text
-from mmdit_lora.data.formats.tables import import_or_explain
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluate.average_precision import coco_figures
 from mmdit_lora.evaluate.protocols.common import Case, PublishedProtocol, Seen, Thing, checked, layout_of, paired
 from mmdit_lora.files import write_json
 
 SMALLEST = 0.02  # of the picture's area
 BOXES = (2, 10)
 PERSONS = 3
-_NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar_100")
 
 
 class CocoLayout(PublishedProtocol):
@@ -65,19 +62,10 @@ class CocoLayout(PublishedProtocol):
     def score(self, cases: Sequence[Case], seen: Sequence[Seen]) -> dict[str, float]:
         """COCO's twelve figures, without those that no thing decides (e.g. `ap_small` without small things)."""
         pairs = paired(cases, seen)
-        images = import_or_explain("pycocotools.coco", "COCO's AP")
-        evaluation = import_or_explain("pycocotools.cocoeval", "COCO's AP")
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            sides: list[Any] = []
-            for content in (_truth([case for case, _ in pairs]), _as_annotations(pairs)):
-                sides.append(images.COCO())
-                sides[-1].dataset = content
-                sides[-1].createIndex()
-            run = evaluation.COCOeval(*sides, "bbox")
-            run.evaluate()
-            run.accumulate()
-            run.summarize()
-        return {name: float(v) for name, v in zip(_NAMES, run.stats, strict=False) if v >= 0}
+        cases = [case for case, _ in pairs]
+        truth = _truth(cases)
+        results = [entry | {"area": entry["bbox"][2] * entry["bbox"][3]} for entry in _results(pairs)]
+        return coco_figures(truth["images"], truth["categories"], truth["annotations"], results)
 
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
         """The detections in COCO's result format, and the filtered ground truth that they are scored against."""
@@ -185,13 +173,3 @@ def _results(pairs: Sequence[tuple[Case, Seen]]) -> list[dict[str, Any]]:
                 entry = {"image_id": case.extra["image_id"], "category_id": category, "bbox": bbox}
                 out.append(entry | {"score": float(found.score)})
     return out
-
-
-def _as_annotations(pairs: Sequence[tuple[Case, Seen]]) -> dict[str, Any]:
-    """The results as pycocotools' `loadRes` would complete them (it takes no empty list)."""
-    cases = [case for case, _ in pairs]
-    annotations = [
-        entry | {"id": number, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
-        for number, entry in enumerate(_results(pairs), start=1)
-    ]
-    return {"images": _images(cases), "annotations": annotations, "categories": _categories(cases)}
