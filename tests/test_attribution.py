@@ -86,9 +86,9 @@ def test_one_box_at_a_time_is_left_out(family: str, tmp_path: Path) -> None:
     assert difference(found.picture, whole).max() == 0
     for index in range(2):
         (other,) = paint(pipe, [Layout(TWO.caption, [TWO.boxes[1 - index]])], FAST, seed=5)
-        assert difference(found.without[index], other).max() <= 2 / 255  # a batch rounds otherwise
+        assert difference(found.without[index], other).max() <= 1 / 255  # a batch rounds otherwise
         assert found.changes[index].shape == (32, 32)
-        assert found.changes[index].max() > 10 / 255
+        assert found.changes[index].max() > 2 / 255
     blocks = {name for box in found.boxes for name in box.attention_lift_by_block}
     assert len(blocks) == len([n for n, _ in pipe.transformer.named_modules() if n.endswith(".layout_stream")])
     assert sum(box.attention for box in found.boxes) < 1
