@@ -12,14 +12,14 @@ from mmdit_lora.analysis import inspect_charts as charts
 from mmdit_lora.analysis.inspection import RANK_NAMES, SUGGESTED_SHARE, Inspection, ModuleFigures
 from mmdit_lora.html import document
 
-_EXTRA = """<style>
+_STYLE = """
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:12px}
 .wide table{border:0;margin:0;font-size:13px;white-space:nowrap}.wide th,.wide td{padding:4px 9px;text-align:right;width:auto}
 .wide th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line);position:sticky;top:0;background:var(--card)}
 .wide td{font-variant-numeric:tabular-nums}.wide th:first-child,.wide td:first-child{text-align:left;width:auto}
 .lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
 .charts.one{grid-template-columns:1fr;margin-top:12px}code{font-size:13px;overflow-wrap:anywhere}
-</style>"""
+"""
 
 
 def _rank_at(share: str, module: ModuleFigures) -> str:
@@ -63,7 +63,6 @@ def page(inspection: Inspection) -> str:
     modules = inspection.modules
     notes = "".join(f"<li>{escape(note)}</li>" for note in inspection.notes)
     body = [
-        _EXTRA,
         f'<div class="figures">{_figures(inspection)}</div>',
         f'<ul class="notes">{notes}</ul>' if notes else "",
         "<h2>How low its rank is</h2>",
@@ -80,7 +79,7 @@ def page(inspection: Inspection) -> str:
         f'<p class="of">adapter <code>{escape(inspection.adapter)}</code>, base <code>{escape(inspection.base)}</code></p>',
     ]  # fmt: skip
     title = "/".join(Path(inspection.adapter).resolve().parts[-2:])
-    return document("".join(body), kind="adapter", title=title, verdict=_verdict(inspection))
+    return document("".join(body), kind="adapter", title=title, verdict=_verdict(inspection), style=_STYLE)
 
 
 def lines(inspection: Inspection) -> list[str]:
