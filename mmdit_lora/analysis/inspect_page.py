@@ -110,10 +110,12 @@ def rank_line(inspection: Inspection) -> str:
     stored = sorted({module.rank for module in inspection.modules})
     effective = statistics.median(module.effective_rank for module in inspection.modules)
     ranks = f"{stored[0]}" if len(stored) == 1 else f"{stored[0]} to {stored[-1]}"
+    own = sum(module.suggested_rank * sum(module.shape) for module in inspection.modules)
     return (
         f"Stored at rank {ranks}; the median effective rank is {effective:.1f}. Rank {inspection.suggested_rank} for all keeps "
-        f"{SUGGESTED_SHARE:.0%} of the energy. Energy is no fidelity: `mmdit-lora resize ADAPTER --rank {inspection.suggested_rank} "
-        "--data D` measures both sides."
+        f"{SUGGESTED_SHARE:.0%} of the energy of all together; a rank of its own for each linear, with {SUGGESTED_SHARE:.0%} of its "
+        f"energy, would leave {own:,} of {inspection.parameters:,} parameters (`mmdit-lora resize --energy {SUGGESTED_SHARE}`). "
+        "Energy is no fidelity: `mmdit-lora resize --data D` measures that before and after."
     )
 
 
@@ -172,10 +174,13 @@ def _charts(kind: str, *shown: tuple[str, str]) -> str:
 
 
 def _against(inspection: Inspection) -> str:
-    if not inspection.similarity:
+    found = inspection.similarity
+    if not found:
         return ""
     return f'<h2>Against another adapter</h2><p class="lead">{escape(similarity_line(inspection))}</p>' + _charts(
-        "one", ("phi of the input directions (LoRA paper, equation 4)", charts.similarity(inspection.similarity))
+        "pair",
+        ("phi of the input directions (LoRA paper, equation 4)", charts.similarity(found)),
+        ("phi(i, j), mean of the linears that have i and j", charts.similarity_map(found)),
     )
 
 
