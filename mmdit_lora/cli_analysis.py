@@ -127,7 +127,7 @@ def resize(
 
 def attribute(
     base: BaseOption,
-    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, or a .jsonl of many.")],
+    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, a .jsonl of many, or a data set folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     adapter: AdapterOption = None,
     seed: SeedOption = 0,
@@ -144,9 +144,11 @@ def attribute(
     """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
     from dataclasses import asdict
 
+    from mmdit_lora.data.records import read_dataset
     from mmdit_lora.layout import read_layouts
 
-    layouts = read_layouts(layout)[:count]
+    layouts = [item.layout for item in read_dataset(layout)] if layout.is_dir() else read_layouts(layout)
+    layouts = layouts[:count]
     bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
     if bare is not None:
         raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")

@@ -35,7 +35,7 @@ section{padding:18px 20px;margin:14px 0}section p{margin:8px 0}h3 .of{font-weigh
 """
 
 
-def document(body: str, *, kind: str, title: str, verdict: str = "", state: str = "") -> str:
+def document(body: str, *, kind: str, title: str, verdict: str = "", state: str = "", style: str = "") -> str:
     """A whole page.
 
     Args:
@@ -43,12 +43,13 @@ def document(body: str, *, kind: str, title: str, verdict: str = "", state: str 
         kind: what the page is, e.g. "data check", above the title.
         title: plain text; it is escaped.
         verdict: one line of HTML below the title; state: "good", "mild" or "bad", its colour; "" = that of the text.
+        style: more CSS, of this kind of page.
     """
     line = f'<p class="verdict {state}">{verdict}</p>' if verdict else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(kind)}: {escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{escape(kind)}: {escape(title)}</title><style>{STYLE}{style}</style></head><body><main>"
         f'<header><p class="kind">{escape(kind)}</p><h1>{escape(title)}</h1>{line}</header>'
         f"{body}</main></body></html>\n"
     )
