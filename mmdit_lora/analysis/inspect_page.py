@@ -13,12 +13,8 @@ from mmdit_lora.analysis.inspection import RANK_NAMES, SUGGESTED_SHARE, Inspecti
 from mmdit_lora.html import document
 
 _STYLE = """
-.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:12px}
-.wide table{border:0;margin:0;font-size:13px;white-space:nowrap}.wide th,.wide td{padding:4px 9px;text-align:right;width:auto}
-.wide th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line);position:sticky;top:0;background:var(--card)}
-.wide td{font-variant-numeric:tabular-nums}.wide th:first-child,.wide td:first-child{text-align:left;width:auto}
 .lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
-.charts.one{grid-template-columns:1fr;margin-top:12px}code{font-size:13px;overflow-wrap:anywhere}
+code{font-size:13px;overflow-wrap:anywhere}
 """
 
 
