@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,12 +24,11 @@ from mmdit_lora.cli_model import (
     _refuse_foreign,
     open_with_adapters,
     paint_settings,
+    torch_dtype,
 )
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from mmdit_lora.analysis.resize import Resized
 
 OwnBase = Annotated[str | None, typer.Option("--base", help="Its base; default: the one that it names.")]
@@ -59,7 +58,7 @@ def inspect(
     from mmdit_lora.analysis.inspection import inspect_adapter
     from mmdit_lora.files import write_json, write_text
 
-    found = inspect_adapter(adapter, base=base, against=against, dtype=_dtype(dtype))
+    found = inspect_adapter(adapter, base=base, against=against, dtype=torch_dtype(dtype))
     for line in lines(found):
         say(line)
     if out is not None:
@@ -115,7 +114,7 @@ def resize(
             records=records,
             settings=PaintSettings(steps=steps),
             seed=seed,
-            dtype=_dtype(dtype),
+            dtype=torch_dtype(dtype),
             device="cuda" if torch.cuda.is_available() else "cpu",
             on_progress=lambda side, done: tell(f"paint {side}", done, len(records or ()), {}),
         )
@@ -210,10 +209,3 @@ def _resized_lines(report: Resized) -> list[str]:
         lines.append(f"{name:<7} " + "  ".join(f"{key} {value:.3f}" for key, value in side.items() if key != "boxes"))
     size = f"{report.parameters:,} to {report.new_parameters:,} parameters, relative error {report.error:.2e}"
     return [*lines, f"wrote {report.out}: {size}"]
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    known: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return known[name]
