@@ -42,8 +42,8 @@ _SIDE_TEXT = {
     "text_only": "painted without boxes",
     "layout_only": "painted without a caption",
     "images": "pictures made by something else",
-    "ground_truth": "the data set's own pictures: the ceiling",
-    "shuffled": "those, against the layouts of others: the floor",
+    "ground_truth": "the data's own pictures: the ceiling",
+    "shuffled": "those, with layouts of others: the floor",
 }
 
 
@@ -144,8 +144,8 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
     return document(body, kind="evaluation", title=title, verdict=verdict, style=_STYLE)
 
 
-def _html_table(report: Mapping[str, Any]) -> str:
-    names = figures_of(report)
+def _html_table(report: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    names = [name for name in figures_of(report) if names is None or name in names]
     head = "".join(f'<th title="{escape(FIGURE_TEXT[name], quote=True)}">{_words(name)}</th>' for name in names)
     rows = ""
     for side in sides_of(report):
@@ -182,7 +182,7 @@ def _html_groups(report: Mapping[str, Any]) -> str:
     for heading, group, sides in _groups(report):
         if heading != last:
             out += f'{"</div>" if last else ""}<h2>{heading}</h2><div class="pairs">'
-        out += f"<div><h3>{escape(group)}</h3>{_html_table(sides)}</div>"
+        out += f"<div><h3>{escape(group)}</h3>{_html_table(sides, _PLOTTED)}</div>"
         last = heading
     return out + ("</div>" if last else "")
 
@@ -256,9 +256,10 @@ def _data_url(picture: Image.Image, evaluation: Evaluation, row: int) -> str:
 
 
 _STYLE = """
+main{max-width:1240px}
 .wide i,.key i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:7px}.wide small{font-size:11px}
 .wide th,.wide td{padding:4px 8px}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr));gap:12px}.pairs>*{min-width:0}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(560px,100%),1fr));gap:12px}.pairs>*{min-width:0}
 .key{display:flex;flex-wrap:wrap;gap:16px;margin:0 0 8px;font-size:13px}
 svg .bar{stroke-width:2.5}svg .name{fill:var(--ink);font-size:12px}details{margin-top:12px}summary{cursor:pointer}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr));gap:14px}
