@@ -1,0 +1,1 @@
+"""What is in an adapter, and what the LoRA papers found: studies, inspection, resizing."""

@@ -1,0 +1,93 @@
+"""Runs of a study, one after another: finished ones are read, an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mmdit_lora.analysis.study.setup import Arm, Scan, Setup
+from mmdit_lora.analysis.study.worker import FIGURES, run_alone, run_arm
+
+Tell = Callable[[str, int, int, dict[str, Any]], None]  # setting and seed, done, of how many, figures
+Figures = dict[str, Any]
+
+_EXTENSIONS, _FACTOR = 2, 3.0  # how often, and by how much, a scan goes on beyond a best rate at its end
+
+
+def run_all(setup: Setup, arms: Sequence[Arm], tell: Tell | None = None, *, isolate: bool = True) -> list[Figures]:
+    """The figures of every arm, in order.
+
+    Args:
+        isolate: each run in a process of its own, forked from one that has loaded the libraries and nothing else.
+
+    Raises:
+        InputError, Interrupted: see `train`.
+    """
+    found = []
+    with ExitStack() as stack:
+        pool: ProcessPoolExecutor | None = None
+        for number, arm in enumerate(arms):
+            path = setup.out / "runs" / arm.folder / FIGURES
+            if not path.is_file():
+                if not isolate:
+                    run_arm(setup, arm)
+                else:
+                    pool = pool or stack.enter_context(_pool())
+                    pool.submit(run_alone, setup, arm).result()
+            figures = read_figures(path)
+            found.append(figures)
+            if tell is not None:
+                tell(f"{arm.setting}, seed {arm.seed}", number + 1, len(arms), figures)
+    return found
+
+
+def read_figures(path: Path) -> Figures:
+    """What `run_arm` wrote."""
+    figures: Figures = json.loads(path.read_text(encoding="utf-8"))
+    return figures
+
+
+def scan_rates(
+    setup: Setup, scans: Sequence[Scan], tell: Tell | None = None, *, isolate: bool = True
+) -> tuple[dict[str, float], dict[str, list[dict[str, float]]]]:
+    """The learning rate of each kind with the lowest held-out loss, and all that were tried.
+
+    A best rate at an end of its scan is followed by up to two more beyond it. With `quick` nothing is tried: the middle one
+    is taken.
+    """
+    chosen: dict[str, float] = {}
+    tried: dict[str, list[dict[str, float]]] = {}
+    for scan in scans:
+        if setup.quick:
+            chosen[scan.kind] = scan.rates[len(scan.rates) // 2]
+            continue
+        losses: dict[float, float] = {}
+        rates = list(scan.rates)
+        for _ in range(1 + _EXTENSIONS):
+            new = [rate for rate in rates if rate not in losses]
+            for rate, figures in zip(
+                new, run_all(setup, [scan.arm(setup, rate) for rate in new], tell, isolate=isolate), strict=True
+            ):
+                differences = figures["loss_minus_base"]
+                losses[rate] = sum(differences) / len(differences)
+            best = min(losses, key=lambda rate: losses[rate])
+            if best == max(rates):
+                rates.append(float(f"{best * _FACTOR:.3g}"))
+            elif best == min(rates):
+                rates.insert(0, float(f"{best / _FACTOR:.3g}"))
+            else:
+                break
+        chosen[scan.kind] = best
+        tried[scan.kind] = [{"learning_rate": rate, "loss_minus_base": losses[rate]} for rate in sorted(losses)]
+    return chosen, tried
+
+
+def _pool() -> ProcessPoolExecutor:
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([run_alone.__module__])
+    return ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1)
