@@ -44,7 +44,7 @@ def fold_ia3(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Name of parameter -> its new value, fp32. Empty where the model has no factors.
     """
-    changed = {}
+    changed: dict[str, Tensor] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, IA3Layer):
             layer: Any = module
@@ -58,5 +58,5 @@ def fold_ia3(model: nn.Module) -> dict[str, Tensor]:
             setattr(model.get_submodule(parent), child, plain)
     if changed:
         del model.peft_config  # type: ignore[attr-defined]
-        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+        model._hf_peft_config_loaded = False
     return changed

@@ -92,7 +92,7 @@ def _set_folded(model: nn.Module, config: Config, total: int) -> TrainableReport
         details = add_subspace(model, chosen.dimension, structured=chosen.structured, seed=seed)
         what = f"{chosen.dimension:,} numbers move {details['weights']:,} weights"
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return TrainableReport(f"{what}: {trainable:,} of {total:,} parameters", trainable, total, details)
+    return TrainableReport(f"{what}: {trainable:,} of {total:,} parameters", trainable, total, {})
 
 
 def refuse_frozen(model: nn.Module, report: TrainableReport) -> None:

@@ -74,7 +74,7 @@ class BudgetStudy:
     def ways(self, setup: Setup) -> dict[str, dict[str, int]]:
         """Ways to spend -> rank of each linear."""
         model = open_encoders(setup.config, torch.float32, texts=False).transformer
-        shapes = {name: tuple(linear.weight.shape) for name, linear in subspace_linears(model).items()}
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in subspace_linears(model).items()}
         found = groups(shapes)
         if setup.quick:
             found = {way: found[way] for way in (ONE, BOTH)}

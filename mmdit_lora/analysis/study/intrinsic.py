@@ -114,7 +114,7 @@ class IntrinsicDimensionStudy:
         for label in bases:
             for kind in kinds:
                 for measure in ("ious", "loss"):
-                    curve = self._curve(setup, table, label, kind, measure)  # type: ignore[arg-type]
+                    curve = self._curve(setup, table, label, kind, measure)
                     if curve is not None:
                         found[label, kind, measure] = bootstrap_d90(curve)
                         shares = curve.gains.mean((1, 2)) / curve.full.mean()
@@ -137,7 +137,7 @@ class IntrinsicDimensionStudy:
             }
             decided.append(Decided(claim.text, claim.rule, all_of(verdicts), figures))
         if len(bases) > 1:
-            small, large = list(bases)[0], list(bases)[-1]
+            small, *_, large = bases
             for kind in kinds:
                 claim = next(claims)
                 ratio = log_ratio(found[large, kind, table.main], found[small, kind, table.main])

@@ -67,7 +67,8 @@ class MethodsStudy:
     def conclude(self, setup: Setup, table: Table) -> tuple[list[Decided], dict[str, Any]]:
         claims = self.claims(setup)
         lora, full = table.gains(LORA, table.main), table.gains(FULL, table.main)
-        assert lora is not None and full is not None
+        assert lora is not None
+        assert full is not None
         margin = mean_interval(lora - _SHARE * full)
         decided = [
             Decided(

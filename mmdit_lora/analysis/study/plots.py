@@ -55,7 +55,7 @@ class Canvas:
     def curve(
         self, axes: Any, table: Table, x: Sequence[float], settings: Sequence[str], measure: Measure, x_name: str
     ) -> None:
-        """A measure by setting on a logarithmic axis: each seed a dot, their mean with its interval."""
+        """A measure by setting on a logarithmic axis: each seed a dot, their mean with the interval of its gain."""
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(x), [f"{value:g}" for value in x])
         axes.set_xlabel(x_name)
@@ -63,8 +63,7 @@ class Canvas:
             return
         means = []
         for value, setting in zip(x, settings, strict=True):
-            values = table.values(setting, measure)
-            assert values is not None
+            values = _shown(table, setting, measure)
             interval = mean_interval(values)
             means.append(interval.mean)
             axes.plot([value] * len(values), values.mean(1), "o", color=COLORS[5], markersize=4, zorder=2)
@@ -73,20 +72,20 @@ class Canvas:
                 fmt="s", color=COLORS[0], capsize=4, markersize=5, zorder=3,
             )  # fmt: skip
         axes.plot(list(x), means, "-", color=COLORS[0], zorder=1)
+        axes.set_title("bars: 95 % interval of the gain over the base", fontsize=9)
         _base_line(axes, table, measure, vertical=False)
         axes.set_ylabel(_NAMES[measure])
         axes.grid(alpha=0.3)
 
     def dots(self, axes: Any, table: Table, labels: Mapping[str, str], measure: Measure) -> None:
-        """A measure of each setting in a row of its own: each seed a dot, their mean with its interval."""
+        """A measure of each setting in a row of its own: each seed a dot, their mean with the interval of its gain."""
         rows = list(range(len(labels)))[::-1]
         axes.set_yticks(rows, list(labels.values()), fontsize=9)
         axes.set_ylim(-0.6, len(labels) - 0.4)
         if self._nothing(axes, table, list(labels), measure):
             return
         for row, setting in zip(rows, labels, strict=True):
-            values = table.values(setting, measure)
-            assert values is not None
+            values = _shown(table, setting, measure)
             interval = mean_interval(values)
             axes.plot(values.mean(1), [row - 0.15] * len(values), "o", color=COLORS[5], markersize=4)
             axes.errorbar(
@@ -94,7 +93,7 @@ class Canvas:
                 fmt="s", color=COLORS[0], capsize=4, markersize=5,
             )  # fmt: skip
         _base_line(axes, table, measure, vertical=True)
-        axes.set_xlabel(_NAMES[measure] + " (bar: 95 %)")
+        axes.set_xlabel(_NAMES[measure] + " (bar: 95 % of the gain)")
         axes.grid(alpha=0.3)
 
     def heat(self, axes: Any, values: Array, title: str) -> None:
@@ -106,6 +105,8 @@ class Canvas:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("j")
         axes.set_ylabel("i")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         self.figure.colorbar(image, ax=axes, shrink=0.85)
 
     def shares(
@@ -140,6 +141,15 @@ class Canvas:
             return False
         axes.text(0.5, 0.5, "not measured:\nthe phrases cannot be read", ha="center", transform=axes.transAxes)
         return True
+
+
+def _shown(table: Table, setting: str, measure: Measure) -> Array:
+    """(S, P) gains over the base, set on the base's mean: so the bars are of the paired difference, not of how much
+    layouts differ in difficulty."""
+    gains = table.gains(setting, measure)
+    assert gains is not None
+    base = table.values(BASE, measure)
+    return gains if measure == "loss" or base is None else gains + base.mean()
 
 
 def _base_line(axes: Any, table: Table, measure: Measure, *, vertical: bool) -> None:

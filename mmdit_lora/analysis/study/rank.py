@@ -103,7 +103,8 @@ class RankStudy:
         small, middle, large = self._roles(setup)
         enough, top, seeds = self.claims(setup)
         less, most = table.gains(f"r={small}", table.main), table.gains(f"r={large}", table.main)
-        assert less is not None and most is not None
+        assert less is not None
+        assert most is not None
         margin = mean_interval(less - 0.9 * most)
         maps = self._maps(setup, "BA")
         names = list(maps)
@@ -149,12 +150,9 @@ class RankStudy:
         ranks = self.ranks(setup)
         maps = extra["similarity"]
         canvas = Canvas(self.title, rows=3, columns=len(maps["BA"]), size=(3.4, 3.2))
-        for place, measure in ((slice(0, 2), "ious"), (slice(2, 4), "loss")):
-            if len(maps["BA"]) < 4:
-                place = slice(0, 1) if measure == "ious" else slice(1, 2)
-            canvas.curve(
-                canvas.place(0, place), table, list(ranks), [f"r={r}" for r in ranks], measure, "rank r (log scale)"
-            )
+        half, settings = len(maps["BA"]) // 2, [f"r={r}" for r in ranks]
+        canvas.curve(canvas.place(0, slice(0, half)), table, ranks, settings, "ious", "rank r (log scale)")
+        canvas.curve(canvas.place(0, slice(half, None)), table, ranks, settings, "loss", "rank r (log scale)")
         for row, (which, text) in enumerate((("BA", "update B A"), ("A", "A alone, as in the paper")), start=1):
             for column, (name, values) in enumerate(maps[which].items()):
                 canvas.heat(canvas.place(row, column), np.array(values), f"{text}\n{name}")

@@ -32,7 +32,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += [
         "",
         "In brackets 95 % intervals over seeds and held-out layouts. mIoU is the mean over layouts of the mean IoU of "
-        "their boxes; loss is the held-out loss minus the base's, below 0 is better. Memory is the peak of the "
+        "their boxes; gain and change are its differences from the base, paired by layout; loss is the held-out loss minus the base's, below 0 is better. Memory is the peak of the "
         "training above the loaded libraries, the largest of the setting's runs; size is that of what was trained, in fp32.",
     ]
     if results["learning_rates"]["tried"]:
@@ -74,15 +74,24 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             row["setting"],
             f"{row['trainable_params']:,}" if trained else "",
             f"{row['learning_rate']:g}" if trained else "",
-            _value(row["miou"]),
-            *([_value(row["old_miou"])] if has_old else []),
-            _value(row["loss_minus_base"]),
+            _mean(row["miou"]),
+            _cell(row["gain"]),
+            *([_mean(row["old_miou"]), _cell(row["old_change"])] if has_old else []),
+            _cell(row["loss_minus_base"]),
             f"{row['train_seconds']:.0f}" if trained else "",
             f"{row['peak_memory'] / 2**20:,.0f} MiB" if trained else "",
             f"{row['bytes'] / 1024:,.0f} KiB" if trained else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _mean(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else f"{interval['mean']:.3f}"
+
+
+def _cell(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**interval)
 
 
 def _value(value: Any) -> str:

@@ -115,9 +115,8 @@ def bootstrap_d90(curve: Curve) -> tuple[Interval, Array]:
     """d90 with a 95 % interval, and (DRAWS,) resampled values: seeds and layouts are drawn with replacement, together."""
     draw = np.random.default_rng(0)
     _, seeds, layouts = curve.gains.shape
-    found = np.array(
-        [curve.d90(draw.integers(seeds, size=seeds), draw.integers(layouts, size=layouts)) for _ in range(DRAWS)]
-    )
+    resampled = [(draw.integers(seeds, size=(seeds,)), draw.integers(layouts, size=(layouts,))) for _ in range(DRAWS)]
+    found = np.array([curve.d90(*drawn) for drawn in resampled])
     low, high = np.quantile(found, [0.025, 0.975], method="nearest")  # others would interpolate with infinity
     return Interval(curve.d90(), float(low), float(high)), found
 

@@ -26,6 +26,7 @@ from mmdit_lora.analysis.study.statistics import plain
 from mmdit_lora.analysis.study.table import Decided, Table
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
+from mmdit_lora.training.run_data import read_data
 
 PLAN, RESULTS, PLOT, PAGE, VERDICT = "plan.json", "study.json", "study.png", "study.md", "verdict.json"
 
@@ -65,6 +66,10 @@ def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isol
     """
     check_matplotlib()
     study, out = STUDIES[setup.name], setup.out
+    if not read_data(setup.config).held_out:
+        raise InputError(
+            "holds nothing out", where="data", cure="give data.validation or a data.validation_share above 0"
+        )
     _claim_folder(setup, study)
     rates, tried = scan_rates(setup, study.scans(setup), tell, isolate=isolate)
     runs = run_all(setup, study.arms(setup, rates), tell, isolate=isolate)

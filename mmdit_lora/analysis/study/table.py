@@ -71,6 +71,19 @@ class Table:
         values = self.values(setting, measure)
         return None if values is None else mean_interval(values)
 
+    def gain(self, setting: str, measure: Measure) -> Interval | None:
+        """Over the base, paired by picture; None for the base itself."""
+        base = next((name for name in self.bases if setting.startswith(name.removesuffix(BASE))), None)
+        if base is None or setting == base:
+            return None
+        gains = self.gains(setting, measure, base)
+        return None if gains is None else mean_interval(gains)
+
+    @property
+    def bases(self) -> list[str]:
+        """Settings that are a base itself: `base`, or `<label> base` where there are several."""
+        return [run["setting"] for run in self.runs if run["learning_rate"] is None]
+
     def _row(self, setting: str) -> dict[str, Any]:
         runs = self.of(setting)
         loss = self.interval(setting, "loss")
@@ -82,9 +95,11 @@ class Table:
             "bytes": runs[0]["bytes"],
             "learning_rate": runs[0]["learning_rate"],
             "miou": self.interval(setting, "ious"),
+            "gain": self.gain(setting, "ious"),
             "over_boxes": _means([run["fidelity"] for run in runs]),
             "loss_minus_base": None if loss is None else Interval(-loss.mean, -loss.high, -loss.low),
             "old_miou": self.interval(setting, "old_ious"),
+            "old_change": self.gain(setting, "old_ious"),
             "train_seconds": _mean([run["train_seconds"] for run in trained]),
             "seconds": _mean([run["seconds"] for run in runs]),
             "peak_memory": max((run["peak_memory"] for run in trained), default=None),
