@@ -57,6 +57,7 @@ def fold_ia3(model: nn.Module) -> dict[str, Tensor]:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
     if changed:
-        del model.peft_config  # type: ignore[attr-defined]
-        model._hf_peft_config_loaded = False
+        transformer: Any = model
+        del transformer.peft_config
+        transformer._hf_peft_config_loaded = False
     return changed

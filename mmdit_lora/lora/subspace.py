@@ -89,7 +89,8 @@ class _Moved(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         theta, scales = self.shared
-        change = self.fastfood(theta).view(self.shape) * self.gain
+        # The gain first: torch's FLOP counter does not take a parameter itself as a module's input.
+        change = self.fastfood(theta * self.gain).view(self.shape)
         return weight + (change if scales is None else change * scales[self.block])
 
 
