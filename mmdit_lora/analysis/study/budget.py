@@ -38,30 +38,34 @@ def groups(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
 
 
 def spend(budget: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Ranks for these linears whose LoRA has `budget` parameters, to within `TOLERANCE`: all the same, or one more in some.
+    """Ranks for these linears whose LoRA has `budget` parameters, to within `TOLERANCE`: all the same, or one more in some;
+    where that is more than a small matrix can have, its full rank.
 
     Raises:
-        InputError: a rank of 1 is too much already, a matrix is too small for the rank, or the sum cannot be met.
+        InputError: a rank of 1 is too much already, the full ranks are too little, or the sum cannot be met.
     """
     costs = {name: sum(shape) for name, shape in shapes.items()}
-    rank = budget // sum(costs.values())
-    ranks = dict.fromkeys(shapes, rank)
-    left = budget - rank * sum(costs.values())
-    # Spread over the whole depth, not filled up from the first block on.
+
+    def at(level: int) -> dict[str, int]:
+        return {name: min(level, *shapes[name]) for name in shapes}
+
+    def cost(ranks: Mapping[str, int]) -> int:
+        return sum(costs[name] * rank for name, rank in ranks.items())
+
+    levels = range(1, max(min(shape) for shape in shapes.values()) + 1)
+    level = max((level for level in levels if cost(at(level)) <= budget), default=0)
+    ranks = at(level)
+    left = budget - cost(ranks)
+    # The cheapest first, which comes nearest; and spread over the depth, not filled up from the first block on.
     for name in sorted(costs, key=lambda name: (costs[name], name[::-1])):
-        if costs[name] <= 2 * left:
+        if ranks[name] < min(shapes[name]) and costs[name] <= 2 * left:
             ranks[name] += 1
             left -= costs[name]
-        if left <= 0:
-            break
-    spent = sum(costs[name] * ranks[name] for name in shapes)
-    if rank < 1 or abs(spent - budget) > TOLERANCE * budget or any(ranks[n] > min(shapes[n]) for n in shapes):
+    if level < 1 or abs(left) > TOLERANCE * budget:
         raise InputError(
-            f"gives a budget of {budget:,} parameters, which {len(shapes)} linears cannot have: {spent:,} at rank {rank}",
+            f"gives a budget of {budget:,} parameters, which {len(shapes)} linears cannot have: {budget - left:,} is nearest",
             where="lora.r",
-            cure="give a larger rank"
-            if rank < 1 or abs(spent - budget) > TOLERANCE * budget
-            else "give a smaller rank",
+            cure="give a smaller rank" if level == levels[-1] else "give a larger rank",
         )
     return ranks
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,17 @@ def run_all(setup: Setup, arms: Sequence[Arm], tell: Tell | None = None, *, isol
         InputError, Interrupted: see `train`.
     """
     found = []
-    with ExitStack() as stack:
-        pool: ProcessPoolExecutor | None = None
-        for number, arm in enumerate(arms):
-            path = setup.out / "runs" / arm.folder / FIGURES
-            if not path.is_file():
-                if not isolate:
-                    run_arm(setup, arm)
-                else:
-                    pool = pool or stack.enter_context(_pool())
-                    pool.submit(run_alone, setup, arm).result()
-            figures = read_figures(path)
-            found.append(figures)
-            if tell is not None:
-                tell(f"{arm.setting}, seed {arm.seed}", number + 1, len(arms), figures)
+    for number, arm in enumerate(arms):
+        path = setup.out / "runs" / arm.folder / FIGURES
+        if not path.is_file() and isolate:
+            with _pool() as pool:
+                pool.submit(run_alone, setup, arm).result()
+        elif not path.is_file():
+            run_arm(setup, arm)
+        figures = read_figures(path)
+        found.append(figures)
+        if tell is not None:
+            tell(f"{arm.setting}, seed {arm.seed}", number + 1, len(arms), figures)
     return found
 
 
@@ -88,6 +84,7 @@ def scan_rates(
 
 
 def _pool() -> ProcessPoolExecutor:
+    """One process for one run. Not `max_tasks_per_child=1`, by which a pool may hang (python/cpython issue 115634)."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([run_alone.__module__])
-    return ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1)
+    context.set_forkserver_preload([run_alone.__module__])  # loaded once, for all runs
+    return ProcessPoolExecutor(max_workers=1, mp_context=context)

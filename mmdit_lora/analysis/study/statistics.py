@@ -56,8 +56,6 @@ def mean_interval(values: Array) -> Interval:
 
 def above(interval: Interval, limit: float) -> Verdict:
     """Held: all of the interval is above the limit. Did not hold: all of it is below. Else undecided."""
-    if not math.isfinite(interval.mean):
-        return "undecided"
     return "held" if interval.low > limit else "did not hold" if interval.high < limit else "undecided"
 
 
@@ -117,19 +115,28 @@ def bootstrap_d90(curve: Curve) -> tuple[Interval, Array]:
     _, seeds, layouts = curve.gains.shape
     resampled = [(draw.integers(seeds, size=(seeds,)), draw.integers(layouts, size=(layouts,))) for _ in range(DRAWS)]
     found = np.array([curve.d90(*drawn) for drawn in resampled])
-    low, high = np.quantile(found, [0.025, 0.975], method="nearest")  # others would interpolate with infinity
-    return Interval(curve.d90(), float(low), float(high)), found
+    return Interval(curve.d90(), *_middle(found)), found
 
 
 def log_ratio(large: tuple[Interval, Array], small: tuple[Interval, Array]) -> Interval:
-    """log(d90 of one / d90 of the other), of two independent bootstraps; not a number where both are infinite."""
+    """log(d90 of one / d90 of the other), of two independent bootstraps.
+
+    Where both are infinite in a resample their ratio may be anything: it counts as the lowest for the lower end and as the
+    highest for the upper one.
+    """
     with np.errstate(invalid="ignore"):
         drawn = np.log(large[1]) - np.log(small[1])
         mean = float(np.log(large[0].mean) - np.log(small[0].mean))
-    if np.isnan(drawn).any():
-        return Interval(math.nan, math.nan, math.nan)
-    low, high = np.quantile(drawn, [0.025, 0.975], method="nearest")
-    return Interval(mean, float(low), float(high))
+    unknown = np.isnan(drawn)
+    low, high = (_middle(np.where(unknown, extreme, drawn))[end] for end, extreme in ((0, -math.inf), (1, math.inf)))
+    return Interval(mean, low, high)
+
+
+def _middle(drawn: Array) -> tuple[float, float]:
+    """Ends of the middle 95 %, without interpolation: values may be infinite."""
+    ordered = np.sort(drawn)
+    out = round(0.025 * (len(ordered) - 1))
+    return float(ordered[out]), float(ordered[-1 - out])
 
 
 def plain(value: Any) -> Any:
