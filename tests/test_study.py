@@ -287,9 +287,10 @@ def test_a_stopped_study_goes_on_and_does_no_finished_run_again(
         return measure(*arguments)
 
     monkeypatch.setattr(study_runs, "run_arm", counted)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(worker, "_fidelity", killed)
+    monkeypatch.setattr(worker, "_fidelity", killed)
+    with pytest.raises(KeyboardInterrupt):
         run_study(setup, isolate=False)
+    monkeypatch.setattr(worker, "_fidelity", measure)
     assert done == ["base_seed0", "r=2_seed0"]
     assert not (setup.out / "study.json").exists()
     before = (setup.out / "runs/r=2_seed0/figures.json").read_bytes()
