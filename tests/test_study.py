@@ -37,6 +37,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.lora import add_layout_lora
 from mmdit_lora.lora.subspace import subspace_linears
 from mmdit_lora.training.method import lora_config
+from mmdit_lora.training.stopping import Diverged
 from tests.tiny import tiny_transformer
 
 
@@ -361,6 +362,22 @@ def test_a_scan_goes_on_beyond_a_best_rate_at_its_end(
     assert [one["learning_rate"] for one in tried["in"]] == [0.1, 0.3, 0.9]
 
 
+def test_a_trial_may_diverge_and_a_run_may_not(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmdit_lora.analysis.study import worker
+
+    def diverge(config: Config, **_: Any) -> None:
+        raise Diverged(f"too far at {config.train.learning_rate}")
+
+    monkeypatch.setattr(worker, "train", diverge)
+    setup = make_setup(base, data, tmp_path, quick=False)
+    with pytest.raises(InputError, match=r"diverges for x at all of 0\.0111, 0\.0333, 0\.1, 0\.3"):
+        study_runs.scan_rates(setup, [Scan("x", [0.1, 0.3], {})], isolate=False)
+    with pytest.raises(Diverged):
+        study_runs.run_all(setup, [Arm("x", 0, {"train.learning_rate": 0.3})], isolate=False)
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_of_a_study_has_a_folder_of_its_own(name: str, base: Path, data: Path, tmp_path: Path) -> None:
     setup = make_setup(base, data, tmp_path, name, quick=False, bases=(str(base),) if "intrinsic" in name else ())
@@ -404,6 +421,11 @@ def test_nothing_held_out_and_a_foreign_folder_are_refused(base: Path, data: Pat
         run_study(
             Setup("rank", setup.config.model_copy(update={"data": bare}), tmp_path / "out", quick=True), isolate=False
         )
+    assert not (tmp_path / "out").exists()
+    gone = make_setup(base, data, tmp_path / "out", "methods", old=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="nowhere"):
+        run_study(gone, isolate=False)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     with pytest.raises(InputError, match="holds no study"):

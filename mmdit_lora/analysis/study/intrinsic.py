@@ -22,9 +22,9 @@ from mmdit_lora.lora.subspace import subspace_linears
 from mmdit_lora.training.opening import open_encoders
 
 KINDS = {"DID": False, "SAID": True}
-_DIMENSIONS, _QUICK = (16, 64, 256, 1024, 4096, 16384), (16, 64)
+_DIMENSIONS, _QUICK = (64, 256, 1024, 4096, 16384, 65536), (16, 64)
 _LOW = 0.01
-_FULL_RATES, _SUBSPACE_RATES = (0.04, 0.12, 0.36), (0.06, 0.18, 0.54)
+_FULL_RATES, _SUBSPACE_RATES = (0.04, 0.12, 0.36), (0.18, 0.54, 1.62)
 
 
 class IntrinsicDimensionStudy:

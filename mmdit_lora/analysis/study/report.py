@@ -47,7 +47,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             "| --- | --- | --- |",
         ]
         for kind, tried in results["learning_rates"]["tried"].items():
-            tries = ", ".join(f"{one['learning_rate']:g}: {one['loss_minus_base']:.4f}" for one in tried)
+            tries = ", ".join(f"{one['learning_rate']:g}: {_tried(one['loss_minus_base'])}" for one in tried)
             lines.append(f"| {kind} | {tries} | {results['learning_rates']['chosen'][kind]:g} |")
     else:
         lines += ["", "No learning rate was searched for (`--quick`)."]
@@ -84,6 +84,10 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _tried(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.4f}"
 
 
 def _mean(interval: Mapping[str, float] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 
 from mmdit_lora.analysis.study.setup import Arm, Scan, Setup
 from mmdit_lora.analysis.study.worker import FIGURES, run_alone, run_arm
+from mmdit_lora.errors import InputError
 
 Tell = Callable[[str, int, int, dict[str, Any]], None]  # setting and seed, done, of how many, figures
 Figures = dict[str, Any]
@@ -25,7 +27,7 @@ def run_all(setup: Setup, arms: Sequence[Arm], tell: Tell | None = None, *, isol
         isolate: each run in a process of its own, forked from one that has loaded the libraries and nothing else.
 
     Raises:
-        InputError, Interrupted: see `train`.
+        InputError, Stopped: see `train`.
     """
     found = []
     for number, arm in enumerate(arms):
@@ -55,6 +57,9 @@ def scan_rates(
 
     A best rate at an end of its scan is followed by up to two more beyond it. With `quick` nothing is tried: the middle one
     is taken.
+
+    Raises:
+        InputError: a kind diverges at all of its rates. See also `run_all`.
     """
     chosen: dict[str, float] = {}
     tried: dict[str, list[dict[str, float]]] = {}
@@ -70,14 +75,20 @@ def scan_rates(
                 new, run_all(setup, [scan.arm(setup, rate) for rate in new], tell, isolate=isolate), strict=True
             ):
                 differences = figures["loss_minus_base"]
-                losses[rate] = sum(differences) / len(differences)
-            best = min(losses, key=lambda rate: losses[rate])
+                losses[rate] = math.inf if differences is None else sum(differences) / len(differences)
+            best = min(losses, key=lambda rate: (losses[rate], rate))
             if best == max(rates):
                 rates.append(float(f"{best * _FACTOR:.3g}"))
             elif best == min(rates):
                 rates.insert(0, float(f"{best / _FACTOR:.3g}"))
             else:
                 break
+        if not math.isfinite(losses[best]):
+            raise InputError(
+                f"diverges for {scan.kind} at all of {', '.join(f'{rate:g}' for rate in sorted(losses))}",
+                where="train.learning_rate",
+                cure="give a lower one: the rates that are tried are around it",
+            )
         chosen[scan.kind] = best
         tried[scan.kind] = [{"learning_rate": rate, "loss_minus_base": losses[rate]} for rate in sorted(losses)]
     return chosen, tried

@@ -61,12 +61,14 @@ class Arm:
     Args:
         setting: what it stands for in tables; together with the seed it is unique.
         changes: dotted key of the config -> value. None = nothing is trained: the base itself.
+        base: instead of the config's. trial: of a scan: nothing is painted, and it may diverge.
     """
 
     setting: str
     seed: int
     changes: Mapping[str, Any] | None = field(hash=False, default_factory=dict)
     base: str | None = None
+    trial: bool = False
 
     @property
     def folder(self) -> str:
@@ -129,7 +131,7 @@ class Scan:
             "train.learning_rate": rate,
             "train.max_steps": max(1, setup.config.train.max_steps // 3),
         }
-        return Arm(f"scan {self.kind} {rate:.2g}", setup.scan_seed, changes, self.base)
+        return Arm(f"scan {self.kind} {rate:.2g}", setup.scan_seed, changes, self.base, trial=True)
 
 
 def scaled(rate: float, factors: Sequence[float]) -> list[float]:

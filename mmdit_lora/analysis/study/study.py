@@ -24,8 +24,10 @@ from mmdit_lora.analysis.study.runs import Tell, run_all, scan_rates
 from mmdit_lora.analysis.study.setup import Arm, Claim, Scan, Setup
 from mmdit_lora.analysis.study.statistics import plain
 from mmdit_lora.analysis.study.table import Decided, Table
+from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
+from mmdit_lora.training.opening import open_encoders
 from mmdit_lora.training.run_data import read_data
 
 PLAN, RESULTS, PLOT, PAGE, VERDICT = "plan.json", "study.json", "study.png", "study.md", "verdict.json"
@@ -62,16 +64,13 @@ def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isol
         What `study.json` holds.
 
     Raises:
-        InputError: the folder holds something else, or a run is not possible. Interrupted: start it again, it goes on.
+        InputError: the folder holds something else, or a run is not possible. Stopped: start it again, it goes on.
     """
     check_matplotlib()
     study, out = STUDIES[setup.name], setup.out
-    if not read_data(setup.config).held_out:
-        raise InputError(
-            "holds nothing out", where="data", cure="give data.validation or a data.validation_share above 0"
-        )
+    scans = _look(setup, study)
     _claim_folder(setup, study)
-    rates, tried = scan_rates(setup, study.scans(setup), tell, isolate=isolate)
+    rates, tried = scan_rates(setup, scans, tell, isolate=isolate)
     runs = run_all(setup, study.arms(setup, rates), tell, isolate=isolate)
     table = Table(runs)
     decided, extra = study.conclude(setup, table)
@@ -114,6 +113,26 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"mmdit_lora": __version__, **versions},
     }
+
+
+def _look(setup: Setup, study: Study) -> list[Scan]:
+    """See what can be seen before the first run is started and anything is written; the scans of the study.
+
+    Raises:
+        InputError: nothing is held out, a base or data set cannot be opened, or a run's config is not valid.
+    """
+    if not read_data(setup.config).held_out:
+        raise InputError(
+            "holds nothing out", where="data", cure="give data.validation or a data.validation_share above 0"
+        )
+    if setup.old is not None:
+        read_dataset(setup.old)
+    for base in setup.bases or (setup.config.base,):
+        open_encoders(setup.config.model_copy(update={"base": base}), torch.float32, texts=False)
+    scans = study.scans(setup)
+    for scan in scans:
+        scan.arm(setup, scan.rates[0]).config(setup)
+    return scans
 
 
 def _claim_folder(setup: Setup, study: Study) -> None:

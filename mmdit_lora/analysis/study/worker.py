@@ -21,12 +21,14 @@ from mmdit_lora.analysis.study.setup import Arm, Setup
 from mmdit_lora.config import Config
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import prepare
+from mmdit_lora.errors import Stopped
 from mmdit_lora.evaluate.reader import per_picture, readable, summarise
 from mmdit_lora.files import write_json
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.output import CHECKPOINTS
 from mmdit_lora.training.run_data import read_data
+from mmdit_lora.training.stopping import Diverged, Interrupted
 from mmdit_lora.training.trainer import train
 
 FIGURES = "figures.json"
@@ -37,7 +39,8 @@ def run_arm(setup: Setup, arm: Arm) -> None:
     """Train an arm from its newest checkpoint, or its start, and measure it.
 
     Raises:
-        InputError: the config, the base or the data do not allow it. Interrupted: it goes on at the next start.
+        InputError: the config, the base or the data do not allow it. Interrupted: it goes on at the next start. Diverged:
+            a loss is no finite number, and it is no trial.
     """
     config = arm.config(setup)
     folder = Path(config.output_dir)
@@ -49,7 +52,14 @@ def run_arm(setup: Setup, arm: Arm) -> None:
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         figures |= {"trainable_params": 0, "bytes": 0, "learning_rate": None, "loss_minus_base": None}
     else:
-        result = train(config, resume=True)
+        try:
+            result = train(config, resume=True)
+        except Diverged:
+            if not arm.trial:
+                raise
+            nothing = {"diverged": True, "loss_minus_base": None, "fidelity": None, "learning_rate": None}
+            write_json(folder / FIGURES, figures | nothing | {"seconds": round(time.perf_counter() - start, 2)})
+            return
         pipe, report = result.pipe, result.report
         comparison = result.comparison
         figures |= {
@@ -63,8 +73,11 @@ def run_arm(setup: Setup, arm: Arm) -> None:
         }
         figures["peak_memory"] = _memory() - before
     pipe.transformer.eval()
-    figures |= _fidelity(pipe, config, read_data(config).held_out, setup.pictures, "")
-    if setup.old is not None:
+    if arm.trial:
+        figures |= {"fidelity": None, "ious": None}
+    else:
+        figures |= _fidelity(pipe, config, read_data(config).held_out, setup.pictures, "")
+    if setup.old is not None and not arm.trial:
         figures |= _fidelity(pipe, config, read_dataset(setup.old), setup.pictures, "old_")
     figures["seconds"] = round(time.perf_counter() - start, 2)
     write_json(folder / FIGURES, figures)
@@ -85,7 +98,10 @@ def run_alone(setup: Setup, arm: Arm) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # the trainer then saves; otherwise two would write to one folder
 
     threading.Thread(target=watch, daemon=True).start()
-    run_arm(setup, arm)
+    try:
+        run_arm(setup, arm)
+    except Interrupted as error:  # its arguments are not its message, so that it does not come through a pipe as it is
+        raise Stopped(str(error)) from None
 
 
 def _fidelity(
