@@ -15,7 +15,17 @@ from typing import Annotated
 
 import typer
 
-from mmdit_lora import __version__, cli_data, cli_import, cli_model, cli_plan, cli_study, cli_verify_resume
+from mmdit_lora import (
+    __version__,
+    cli_analysis,
+    cli_data,
+    cli_evaluate,
+    cli_import,
+    cli_model,
+    cli_plan,
+    cli_study,
+    cli_verify_resume,
+)
 from mmdit_lora.errors import InputError, Stopped
 
 # ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
@@ -49,9 +59,11 @@ def _options(
         print(context.get_help())
 
 
+cli_analysis.register(app)
 cli_data.register(app)
 cli_import.register(app)
 cli_model.register(app)
+cli_evaluate.register(app)
 cli_plan.register(app)
 cli_study.register(app)
 cli_verify_resume.register(app)

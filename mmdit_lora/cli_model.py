@@ -1,4 +1,4 @@
-"""The verbs that work with models: `quickstart`, `train`, `sample`, `evaluate`, `export`, `verify`."""
+"""The verbs that work with models: `quickstart`, `train`, `sample`, `export`, `verify`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mmdit_lora.errors import InputError
 if TYPE_CHECKING:
     from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 
-_SIDES = ("base", "adapter", "ground_truth", "shuffled")
-_FIGURES = ("miou", "iou50", "color_acc", "shape_acc")
+_SIDES = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth", "shuffled")
+_FIGURES = ("miou", "iou50", "color_acc", "shape_acc", "ap", "relations", "clip_box")
 
 BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub id.")]
 AdapterOption = Annotated[
@@ -49,7 +49,7 @@ SeedOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
-    for verb in (quickstart, train, sample, evaluate, export, verify):
+    for verb in (quickstart, train, sample, export, verify):
         app.command(verb.__name__)(verb)
 
 
@@ -63,8 +63,8 @@ def quickstart(
 
     with ProgressLines() as tell:
         report = run(out, tell=tell)
-    say(_table(report, "held-out layouts of the new domain"))
-    say(_table(report["old_domain"], "layouts of the old domain"))
+    say(fidelity_table(report, "held-out layouts of the new domain"))
+    say(fidelity_table(report["old_domain"], "layouts of the old domain"))
     say(
         f"{report['trainable_params']:,} of {report['total_params']:,} parameters, {report['adapter_bytes'] / 1024:.0f} KiB"
     )
@@ -145,13 +145,13 @@ def sample(
     layouts = [item.layout for item in read_dataset(layout)] if layout.is_dir() else read_layouts(layout)
     layouts = layouts[:count]
     _refuse_foreign(out, "sample.json")
-    settings = _settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+    settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
     from mmdit_lora.files import atomic_folder, write_json
     from mmdit_lora.pipelines import paint
 
-    pipe = _open(base, adapter, dtype)
+    pipe = open_with_adapters(base, adapter, dtype)
     with ProgressLines() as tell:
         pictures = paint(
             pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
@@ -180,56 +180,6 @@ def sample(
     say(f"wrote {len(pictures)} pictures to {out}; look at {out / 'contact_sheet.png'}")
     if as_json:
         emit(record | {"out": str(out)})
-
-
-def evaluate(
-    base: BaseOption,
-    data: Annotated[Path, typer.Option("--data", help="Data set folder of layouts with pictures.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    adapter: AdapterOption = None,
-    seed: SeedOption = 0,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    layout_scale: ScaleOption = 1.0,
-    layout_window: WindowOption = (0.0, 1.0),
-    size: SizeOption = None,
-    batch_size: BatchOption = 32,
-    dtype: DtypeOption = "fp32",
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure how well layouts are obeyed, without and with the adapter, beside a ceiling and a floor."""
-    from mmdit_lora.data.records import read_dataset
-
-    records = read_dataset(data)
-    _refuse_foreign(out, "report.json")
-    settings = _settings(steps, guidance, layout_scale, layout_window, size, batch_size)
-    from mmdit_lora.cli_progress import ProgressLines
-    from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
-    from mmdit_lora.evaluate.sides import evaluate as run
-    from mmdit_lora.files import write_json
-
-    pipe = _open(base, adapter, dtype)
-    with ProgressLines() as tell:
-        result = run(
-            pipe,
-            records,
-            settings,
-            seed=seed,
-            on_progress=lambda side, done: tell(f"paint {side}", done, len(records), {}),
-        )
-    report = {"base_model": base, "adapters": adapter or [], "data": str(data)} | result.to_dict()
-    out.mkdir(parents=True, exist_ok=True)
-    for name, side in result.sides.items():
-        if name == "shuffled":
-            continue  # the ground truth's pictures again
-        shown = [draw_boxes(p, item) for p, item in zip(side.pictures[:16], result.layouts, strict=False)]
-        save_png(contact_sheet(shown), out / f"{name}.png")
-    write_json(out / "report.json", report)
-    say(_table(report, f"{len(records)} layouts"))
-    for group, sides in report["by_boxes"].items():
-        say(_table(sides, f"{group} boxes, {sides['pictures']} layouts"))
-    if as_json:
-        emit(report)
 
 
 def export(
@@ -286,7 +236,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[2] or width), width
 
 
-def _settings(
+def paint_settings(
     steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
 ) -> PaintSettings:
     if not 0 <= window[0] < window[1] <= 1:
@@ -303,7 +253,7 @@ def _settings(
     )
 
 
-def _open(base: str, adapters: list[str] | None, dtype: str) -> LayoutPipeline:
+def open_with_adapters(base: str, adapters: list[str] | None, dtype: str) -> LayoutPipeline:
     """The base with its adapters on it, all active, on the GPU where there is one."""
     import torch
 
@@ -315,7 +265,7 @@ def _open(base: str, adapters: list[str] | None, dtype: str) -> LayoutPipeline:
     weights: dict[str, float] = {}
     fingerprint = base_fingerprint(pipe.transformer) if adapters else ""
     for number, given in enumerate(adapters or []):
-        folder, weight = _folder_and_weight(given)
+        folder, weight = folder_and_weight(given)
         load_adapter(pipe.transformer, folder, adapter_name=f"adapter_{number}", expect_fingerprint=fingerprint)
         weights[f"adapter_{number}"] = weight
     if weights:
@@ -324,7 +274,7 @@ def _open(base: str, adapters: list[str] | None, dtype: str) -> LayoutPipeline:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _folder_and_weight(text: str) -> tuple[str, float]:
+def folder_and_weight(text: str) -> tuple[str, float]:
     folder, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
@@ -342,11 +292,12 @@ def _refuse_foreign(out: Path, mark: str) -> None:
         raise InputError(f"exists and holds no {mark}", where=f"--out {out}", cure="give another folder")
 
 
-def _table(report: dict[str, Any], title: str) -> str:
-    rows = [f"{title:<40}" + "".join(f"{name:>11}" for name in _FIGURES)]
-    rows += [
-        f"  {side.replace('_', ' '):<38}" + "".join(f"{report[side][name]:>11.3f}" for name in _FIGURES)
-        for side in _SIDES
-        if side in report
-    ]
+def fidelity_table(report: dict[str, Any], title: str) -> str:
+    """The chief figures of the sides that `report` has, as lines for a terminal."""
+    sides = [side for side in _SIDES if side in report]
+    names = [name for name in _FIGURES if any(name in report[side] for side in sides)]
+    rows = [f"{title:<40}" + "".join(f"{name:>11}" for name in names)]
+    for side in sides:
+        cells = (f"{report[side][name]:>11.3f}" if name in report[side] else f"{'-':>11}" for name in names)
+        rows.append(f"  {side.replace('_', ' '):<38}" + "".join(cells))
     return "\n".join(rows)

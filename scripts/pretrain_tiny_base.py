@@ -4,6 +4,10 @@
 
 Every stage writes to `--work` as it goes and takes up again from there after a break. About 15 minutes for the VAE and
 40 minutes for the transformer on two CPU cores. The classes are those of a full-size SD3; only the config is small.
+
+A base of half the width, with the same VAE and text encoders, for the studies that compare widths:
+
+    uv run python scripts/pretrain_tiny_base.py --width 64 --parts data/tiny_base --work .work/narrow --out data/tiny_base_narrow
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import copy
 import json
 import math
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -36,7 +41,7 @@ from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline, paint, quiet
-from mmdit_lora.training.optimizer_state import load_optimizer, save_optimizer
+from mmdit_lora.training.optimizer_state import OptimizerState, load_optimizer
 from mmdit_lora.training.step import Batch, losses
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
@@ -197,10 +202,19 @@ def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
     back.weight *= std[None, :, None, None]
 
 
+def take_parts(base: Path, work: Path) -> None:
+    """VAE, text encoders and tokenizers of another base, and the VAE's curve, where the stages look for them."""
+    for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae"):
+        shutil.copytree(base / name, work / name, dirs_exist_ok=True)
+    curve = json.loads((base / "training_log.json").read_text())["curves"]["vae"]
+    (work / "vae_training").mkdir(exist_ok=True)
+    write_json(work / "vae_training" / "progress.json", {"step": curve[-1]["step"], "curve": curve})
+
+
 # -- transformer ---------------------------------------------------------------------------------------------------------
 
 
-def new_transformer() -> LayoutSD3Transformer2DModel:
+def new_transformer(width: int) -> LayoutSD3Transformer2DModel:
     return LayoutSD3Transformer2DModel(
         sample_size=32,
         patch_size=4,
@@ -208,9 +222,9 @@ def new_transformer() -> LayoutSD3Transformer2DModel:
         out_channels=4,
         num_layers=4,
         attention_head_dim=32,
-        num_attention_heads=4,
+        num_attention_heads=width // 32,
         joint_attention_dim=2 * TEXT_WIDTH,
-        caption_projection_dim=128,
+        caption_projection_dim=width,
         pooled_projection_dim=2 * TEXT_WIDTH,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
@@ -221,7 +235,7 @@ def assemble(work: Path, transformer: LayoutSD3Transformer2DModel) -> LayoutStab
     pipe = LayoutStableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        vae=AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32),
         text_encoder=CLIPTextModelWithProjection.from_pretrained(work / "text_encoder", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(work / "text_encoder_2", dtype=torch.float32),
@@ -271,9 +285,9 @@ class Scenes:
         return self.latents[index].float(), self.prompts[rows], self.pooled[rows], layouts
 
 
-def train_transformer(work: Path, steps: int, count: int, batch: int = 32, rate: float = 1.3e-3) -> None:
+def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: int = 32, rate: float = 1.3e-3) -> None:
     torch.manual_seed(0)
-    model = new_transformer()
+    model = new_transformer(width)
     for block in model.transformer_blocks:  # trained from nothing: no base to be kept as it is, so the gates may open
         torch.nn.init.normal_(block.layout_stream.out_proj.weight, std=0.02)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -349,7 +363,7 @@ def publish(work: Path, out: Path) -> None:
             save_png(contact_sheet(shown), temporary / f"samples_{domain}.png")
         write_json(temporary / "training_log.json", {"curves": curves, "evaluation": reports})
         plot_curves(curves, temporary / "curves.png")
-        (temporary / "README.md").write_text(card(curves, reports), encoding="utf-8")
+        (temporary / "README.md").write_text(card(curves, reports, saved.transformer), encoding="utf-8")
 
 
 def plot_curves(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -376,7 +390,9 @@ def plot_curves(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def card(curves: dict[str, list[dict[str, float]]], reports: dict[str, dict]) -> str:
+def card(
+    curves: dict[str, list[dict[str, float]]], reports: dict[str, dict], transformer: LayoutSD3Transformer2DModel
+) -> str:
     def row(name: str, figures: dict[str, float]) -> str:
         values = " | ".join(f"{figures[key]:.3f}" for key in ("miou", "iou50", "color_acc", "shape_acc"))
         return f"| {name} | {values} |"
@@ -386,6 +402,7 @@ def card(curves: dict[str, list[dict[str, float]]], reports: dict[str, dict]) ->
     basic, mixed = reports["basic"], reports["mixed"]["by_boxes"]
     own = [row(text, basic[side]) for side, text in names.items()]
     many = [row(f"{group} boxes, {text}", mixed[group][side]) for group in mixed for side, text in names.items()]
+    millions = sum(p.numel() for p in transformer.parameters()) / 1e6
     newline = "\n"
     return f"""---
 license: apache-2.0
@@ -397,7 +414,7 @@ library_name: diffusers
 A Stable Diffusion 3 pipeline with a layout stream, 64 x 64 px, made from nothing by `scripts/pretrain_tiny_base.py` on
 procedural scenes: 1 to 10 coloured shapes on grey, with captions, boxes and phrases. It exists so that every command of
 this project runs in minutes on a CPU. The classes are those of a full-size SD3; only the config is small: a transformer
-of 4 blocks, width 128 (3.67 M parameters), a VAE of two levels, two frozen CLIP text encoders with random weights.
+of {transformer.config.num_layers} blocks, width {transformer.inner_dim} ({millions:.2f} M parameters), a VAE of two levels, two frozen CLIP text encoders with random weights.
 
 It paints coloured shapes and nothing else: it is no model of photographs.
 
@@ -419,7 +436,7 @@ The domain `mixed`, on which it was trained (256 pictures, sides from 9 px, some
 ## Training
 
 VAE: {curves["vae"][-1]["step"]} steps of 16 pictures; scenes of all domains and smooth colour noise. Transformer: {curves["transformer"][-1]["step"]:,}
-steps of 32 scenes, about 40 minutes on two CPU cores, EMA weights. The log is `training_log.json`.
+steps of 32 scenes on two CPU cores, EMA weights. The log is `training_log.json`.
 
 ![curves](curves.png)
 """
@@ -433,7 +450,7 @@ def save_progress(
 ) -> None:
     with atomic_folder(folder) as temporary:
         save_file(model.state_dict(), temporary / "model.safetensors")
-        save_optimizer(optimizer, temporary / "optimizer.safetensors")
+        OptimizerState.of(optimizer).save(temporary / "optimizer.safetensors")
         write_json(temporary / "progress.json", {"step": step, "curve": curve})
 
 
@@ -454,12 +471,16 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1150)
     parser.add_argument("--steps", type=int, default=9_000, help="of the transformer")
     parser.add_argument("--scenes", type=int, default=24_000)
+    parser.add_argument("--width", type=int, default=128, help="of the transformer; a multiple of 32")
+    parser.add_argument("--parts", type=Path, default=None, help="a base to take the VAE and the text encoders from")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.parts is not None:
+        take_parts(args.parts, args.work)
     make_text(args.work)
     train_vae(args.work, args.vae_steps)
     if not (args.work / "transformer").exists():
-        train_transformer(args.work, args.steps, args.scenes)
+        train_transformer(args.work, args.steps, args.scenes, width=args.width)
     publish(args.work, args.out)
 
 

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From left to right; a room imports only from itself and from rooms on its left.
 ROOMS = (
-    ("layout", "errors", "files"),
+    ("layout", "errors", "files", "html"),
     ("config", "config_filter", "config_sections", "config_version", "config_yaml"),
     ("models",),
     ("data",),
@@ -37,7 +37,18 @@ FAMILY_NAME = re.compile(r"sd3|stable_?diffusion|flux", re.IGNORECASE)
 CHECKPOINT_NAME = re.compile(r"\b(sd3(\.5)?|flux)-[a-z]+\b")  # of a published one, as help texts give examples
 KNOW_FAMILIES = {f"models/{name}.py" for name in ("__init__", "families", "sd3", "flux", "flux_blocks", "creatilayout")}
 KNOW_FAMILIES |= {f"pipelines/{name}.py" for name in ("__init__", "stable_diffusion_3", "flux")}
-HEAVY = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "wandb", "gradio", "scipy")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "wandb",
+    "gradio",
+    "scipy",
+    "matplotlib",
+)
 
 
 def room_of(module: str) -> int:

@@ -182,7 +182,8 @@ def test_an_object_behind_another_keeps_its_box() -> None:
 
 def test_matching_prefers_the_colour_in_near_ties_and_reports_the_pure_iou() -> None:
     layout = Layout("", (Box((0, 0, 0.5, 0.5), "a red circle"),))
-    blue, red = Detection((0, 0, 0.5, 0.48), "blue", "circle"), Detection((0, 0, 0.5, 0.47), "red", "square")
+    blue = Detection((0, 0, 0.5, 0.48), "blue circle", color="blue", shape="circle")
+    red = Detection((0, 0, 0.5, 0.47), "red square", color="red", shape="square")
     (reading,) = _match([blue, red], layout)
     assert (reading.color, reading.shape) == (True, False)
     assert reading.iou == pytest.approx(0.94)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from mmdit_lora.cli import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.sharding import check_sharding
+from mmdit_lora.training.zero import set_engine
 from tests.test_trainer import make_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +38,9 @@ def test_accelerate_reads_its_configs(file: Path) -> None:
     if file.stem == "fsdp2":
         assert config.distributed_type == DistributedType.FSDP
         assert config.fsdp_config["fsdp_version"] == 2
+    if file.stem.startswith("zero"):
+        assert config.distributed_type == DistributedType.DEEPSPEED
+        assert config.deepspeed_config["zero_stage"] == int(file.stem[-1])
 
 
 def test_the_cluster_files_are_whole() -> None:
@@ -50,7 +56,11 @@ def test_the_cluster_files_are_whole() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "where"),
     [
-        (DistributedType.DEEPSPEED, {}, "Accelerate's config"),
+        (DistributedType.DEEPSPEED, {"method": "full"}, "method"),
+        (DistributedType.DEEPSPEED, {"prior": {"layouts": "old.jsonl"}}, "prior.layouts"),
+        (DistributedType.DEEPSPEED, {"train": {"ema_decay": 0.9}}, "train.ema_decay"),
+        (DistributedType.DEEPSPEED, {"train": {"mixed_precision": "fp16"}}, "train.mixed_precision"),
+        (DistributedType.DEEPSPEED, {"train": {"optimizer": "prodigy"}}, "train.optimizer"),
         (DistributedType.FSDP, {"method": "layout_stream"}, "method"),
         (DistributedType.FSDP, {"prior": {"layouts": "old.jsonl"}}, "prior.layouts"),
     ],
@@ -64,6 +74,32 @@ def test_what_cannot_be_spread_is_refused(
     assert caught.value.where == where
     check_sharding(DistributedType.MULTI_GPU, config)
     check_sharding(DistributedType.NO, config)
+    check_sharding(kind, make_config(base, data, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("zero", "where"),
+    [
+        ({"stage": 1}, "zero_stage"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer_device"),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}}, None),
+        ({"stage": 3}, None),
+    ],
+)
+def test_zero_is_taken_at_stages_2_and_3_with_the_optimizer_on_the_device(
+    zero: dict[str, Any], where: str | None, base: Path, data: Path, tmp_path: Path
+) -> None:
+    config = make_config(base, data, tmp_path, train={"max_grad_norm": 0.7, "batch_size": 2})
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    if where is None:
+        set_engine(accelerator, config)
+        assert plugin.deepspeed_config["gradient_clipping"] == 0.7
+        assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
+        return
+    with pytest.raises(InputError) as caught:
+        set_engine(accelerator, config)
+    assert where in (caught.value.where or "")
 
 
 def launched(*command: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -79,13 +115,16 @@ def launched(*command: str, processes: int = 2) -> subprocess.CompletedProcess[s
     )
 
 
-def written(folder: Path, name: str, base: Path, pictures: Path, batch: int) -> Path:
+def written(
+    folder: Path, name: str, base: Path, pictures: Path, batch: int, *, accumulate: int = 1, average: bool = True
+) -> Path:
     train = {"max_steps": 6, "batch_size": batch, "learning_rate": 1e-3, "checkpoint_every": 3, "validate_every": 3}
+    train["gradient_accumulation"] = accumulate
     content = {
         "base": str(base),
         "output_dir": str(folder / name),
         "data": {"path": str(pictures), "validation_share": 0.25},
-        "train": train | {"sample_every": 3, "sample_count": 2, "ema_decay": 0.5, "log_every": 1},
+        "train": train | {"sample_every": 3, "sample_count": 2, "ema_decay": 0.5 * average, "log_every": 1},
         "sample": {"steps": 2},
     }
     path = folder / f"{name}.yaml"
@@ -93,19 +132,28 @@ def written(folder: Path, name: str, base: Path, pictures: Path, batch: int) -> 
     return path
 
 
+def needs_deepspeed(*stages: int) -> list[Any]:
+    absent = importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None
+    reason = "needs DeepSpeed (uv sync --group zero) and a C++ compiler, which it builds its communication with"
+    return [pytest.param(f"zero{stage}", marks=pytest.mark.skipif(absent, reason=reason)) for stage in stages]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp2", *needs_deepspeed(2, 3)])
 def test_spread_over_two_processes_it_trains_saves_and_resumes_as_in_one(
-    base: Path, data: Path, tmp_path: Path
+    kind: str, base: Path, data: Path, tmp_path: Path
 ) -> None:
-    assert main(["train", str(written(tmp_path, "one", base, data, 4))]) == 0
-    config = written(tmp_path, "spread", base, data, 2)
-    done = launched("tests.fsdp_child", str(config))
+    average, accumulate = kind == "fsdp2", 1 if kind == "fsdp2" else 2
+    alone = written(tmp_path, "one", base, data, 4 * accumulate, average=average)
+    assert main(["train", str(alone)]) == 0
+    config = written(tmp_path, "spread", base, data, 2, accumulate=accumulate, average=average)
+    done = launched("tests.spread_child", kind, str(config))
     assert done.returncode == 0, done.stderr[-3000:]
     folders = {name: tmp_path / name for name in ("one", "spread")}
     kept = {name: checkpoints(folder / "checkpoints") for name, folder in folders.items()}
     assert [c.step for c in kept["one"]] == [c.step for c in kept["spread"]]
     for ours, theirs in zip(kept["one"], kept["spread"], strict=True):
-        for file in ("trainable", "optimizer", "average"):
+        for file in ("trainable", "optimizer", *(["average"] if average else [])):
             one, two = (load_file(c.folder / f"{file}.safetensors") for c in (ours, theirs))
             assert one.keys() == two.keys()
             for key in one:
@@ -117,14 +165,13 @@ def test_spread_over_two_processes_it_trains_saves_and_resumes_as_in_one(
         torch.testing.assert_close(adapters[0][key], adapters[1][key], rtol=1e-3, atol=1e-5)
     # Back to step 3, and on from there: spread again, and with one process.
     before = adapters[1]
-    for again in (lambda: launched("tests.fsdp_child", str(config), "--resume"), None):
+    for again in (lambda: launched("tests.spread_child", kind, str(config), "--resume"), None):
         shutil.rmtree(kept["spread"][-1].folder)
         if again is not None:
             done = again()
             assert done.returncode == 0, done.stderr[-3000:]
         else:
-            alone = ["train", str(config), "train.batch_size=4", "--resume", "latest"]
-            assert main(alone) == 0
+            assert main(["train", str(config), "train.batch_size=4", "--resume", "latest"]) == 0
         now = load_file(folders["spread"] / "adapter" / "adapter_model.safetensors")
         for key in before:
             torch.testing.assert_close(now[key], before[key], rtol=1e-3, atol=1e-5)
@@ -156,10 +203,11 @@ def test_accelerates_own_launcher_starts_a_run(base: Path, data: Path, tmp_path:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP2 through accelerate's own config needs two GPUs")
-def test_fsdp2_by_accelerates_config_on_gpus(base: Path, data: Path, tmp_path: Path) -> None:
-    config = written(tmp_path, "run", base, data, 2)
-    file = str(ROOT / "configs" / "accelerate" / "fsdp2.yaml")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="Accelerate's own config of a spread base needs two GPUs")
+@pytest.mark.parametrize("kind", ["fsdp2", *needs_deepspeed(2, 3)])
+def test_spread_by_accelerates_config_on_gpus(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+    config = written(tmp_path, "run", base, data, 2, average=kind == "fsdp2")
+    file = str(ROOT / "configs" / "accelerate" / f"{kind}.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
     done = subprocess.run([*command, "-m", "mmdit_lora.cli", "train", str(config)], cwd=ROOT, check=False)
     assert done.returncode == 0

@@ -1,1 +1,1 @@
-"""What is in an adapter, and what the LoRA papers found: studies, inspection, resizing."""
+"""What the papers of low-rank adaptation measured, on one's own adapter: spectra, amplification, smaller ranks."""

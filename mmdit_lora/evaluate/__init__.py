@@ -1,8 +1,7 @@
 """What a picture shows, and how well that is the layout that was asked for."""
 
+from mmdit_lora.evaluate.detectors.common import Detection
 from mmdit_lora.evaluate.reader import (
-    BoxReading,
-    Detection,
     Fidelity,
     detect,
     detect_all,
@@ -13,7 +12,6 @@ from mmdit_lora.evaluate.reader import (
 )
 
 __all__ = [
-    "BoxReading",
     "Detection",
     "Fidelity",
     "detect",

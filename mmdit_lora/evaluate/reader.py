@@ -12,35 +12,17 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 
 from mmdit_lora.data.shapes import COLORS, SHAPES, phrase_attributes
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluate.detectors.common import Detection
+from mmdit_lora.evaluate.detectors.matching import BoxMatch, match
 from mmdit_lora.evaluate.ink import read
 from mmdit_lora.layout import Layout
 
 Pictures = NDArray[np.uint8] | Sequence[Image.Image]
 
 _COLOR_NAMES = tuple(COLORS)
-_BONUS = 0.05  # what the same colour is worth in matching, in IoU
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One object seen. `xyxy` is relative to the picture; `shape` is None where the ink has none of the known shapes."""
-
-    xyxy: tuple[float, float, float, float]
-    color: str
-    shape: str | None
-
-
-@dataclass(frozen=True)
-class BoxReading:
-    """How one requested box was met: its IoU with the object matched to it (0: none), and whether colour and shape are right."""
-
-    iou: float
-    color: bool
-    shape: bool
 
 
 @dataclass(frozen=True)
@@ -76,7 +58,7 @@ def measure(images: Pictures, layouts: Sequence[Layout]) -> Fidelity:
     return summarise([box for boxes in per_picture(images, layouts) for box in boxes])
 
 
-def summarise(boxes: Sequence[BoxReading]) -> Fidelity:
+def summarise(boxes: Sequence[BoxMatch]) -> Fidelity:
     """The means over `boxes` (of all pictures, or of a bootstrap sample of them).
 
     Raises:
@@ -84,12 +66,12 @@ def summarise(boxes: Sequence[BoxReading]) -> Fidelity:
     """
     if not boxes:
         raise InputError("these layouts hold no boxes: there is nothing to measure", cure="give layouts with boxes")
-    table = np.array([(box.iou, box.iou >= 0.5, box.color, box.shape) for box in boxes], dtype=np.float64)
+    table = np.array([(box.iou, box.iou >= 0.5, bool(box.color), bool(box.shape)) for box in boxes], dtype=np.float64)
     miou, iou50, color_acc, shape_acc = table.mean(axis=0).tolist()
     return Fidelity(miou=miou, iou50=iou50, color_acc=color_acc, shape_acc=shape_acc, boxes=len(boxes))
 
 
-def per_picture(images: Pictures, layouts: Sequence[Layout]) -> list[list[BoxReading]]:
+def per_picture(images: Pictures, layouts: Sequence[Layout]) -> list[list[BoxMatch]]:
     """One reading per box, per picture, in the layout's order. Arguments and errors as in `measure` (no boxes are fine)."""
     if len(images) != len(layouts):
         raise ValueError(f"{len(images)} images, but {len(layouts)} layouts")
@@ -121,36 +103,19 @@ def detect_all(images: Pictures) -> list[list[Detection]]:
         for start in range(0, len(indices), 64):  # larger batches fall out of the CPU's caches
             part = indices[start : start + 64]
             for thing in read(np.stack([arrays[index] for index in part])):
-                shape = None if thing.shape is None else SHAPES[thing.shape]
-                out[part[thing.picture]].append(Detection(thing.xyxy, _COLOR_NAMES[thing.color], shape))
+                color, shape = _COLOR_NAMES[thing.color], None if thing.shape is None else SHAPES[thing.shape]
+                label = f"{color} {shape or 'thing'}"
+                out[part[thing.picture]].append(Detection(thing.xyxy, label, color=color, shape=shape))
     return out
 
 
-def _match(seen: list[Detection], layout: Layout) -> list[BoxReading]:
-    """Boxes to detections, one to one, so that the sum of IoUs is largest.
-
-    Of an overlapping pair the same colour counts `_BONUS` more, which decides ties between objects that lie on one
-    another. The IoU that is reported never holds the bonus.
-    """
-    asked = [phrase_attributes(box.phrase) for box in layout.boxes]
-    for index, (box, known) in enumerate(zip(layout.boxes, asked, strict=True)):
-        if known is None:
+def _match(seen: list[Detection], layout: Layout) -> list[BoxMatch]:
+    """Boxes to detections; raises `InputError` for a phrase that the reader does not know."""
+    for index, box in enumerate(layout.boxes):
+        if phrase_attributes(box.phrase) is None:
             raise InputError(
                 f"the reader does not know the phrase {box.phrase!r}",
                 where=f"boxes[{index}]",
                 cure=f"it reads phrases like 'a red circle': {', '.join(COLORS)}; {', '.join(SHAPES)}",
             )
-    readings = [BoxReading(0.0, False, False)] * len(asked)
-    if not seen or not asked:
-        return readings
-    a = np.array([box.xyxy for box in layout.boxes])[:, None]
-    b = np.array([thing.xyxy for thing in seen])[None]
-    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
-    both = sides.prod(-1)
-    iou = both / ((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both)
-    same = np.array([[known is not None and known[0] == thing.color for thing in seen] for known in asked])
-    for row, column in zip(*linear_sum_assignment(iou + _BONUS * (same & (iou > 0)), maximize=True), strict=True):
-        known, thing, value = asked[row], seen[column], float(iou[row, column])
-        if known is not None and value > 0:
-            readings[row] = BoxReading(value, known[0] == thing.color, known[1] == thing.shape)
-    return readings
+    return match(seen, layout, by_label=False, attributes=True)

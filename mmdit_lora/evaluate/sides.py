@@ -2,112 +2,275 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluate.reader import BoxReading, per_picture, readable, summarise
+from mmdit_lora.evaluate.clip import Clip, kid, spread
+from mmdit_lora.evaluate.detectors import Detector, SelfTest, open_detector, self_test
+from mmdit_lora.evaluate.groups import box_groups, picture_groups
+from mmdit_lora.evaluate.intervals import Bootstrap, value
+from mmdit_lora.evaluate.judged import Judged, Table, average_precision, box_sums, judge, sums
+from mmdit_lora.evaluate.picture_store import Lazy, PictureStore
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 
-BOX_GROUPS = ((1, 4), (5, 10))  # numbers of boxes a picture that are also reported apart
+SIDES = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth", "shuffled")
+_AT_ONCE = 64  # pictures that are held decoded while they are judged
+VARIED = 16
+_FAR = 1_000_003  # between the seeds of a picture and of its variations: further than an evaluation is long
+_TESTED = 256  # of the data set's own pictures that the detector is tried on
+
+Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
 class Side:
-    """Pictures of one kind, and how each of their boxes was met."""
+    """Pictures of one kind, and what a detector saw in them."""
 
-    pictures: list[Image.Image]
-    readings: list[list[BoxReading]]
+    pictures: Sequence[Image.Image]
+    judged: list[Judged]
+    clip: dict[str, Table] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def sums(self) -> dict[str, Table]:
+        return sums(self.judged) | self.clip
 
     @property
     def fidelity(self) -> dict[str, float]:
-        return _fidelity(self.readings)
+        """Every figure by name (see `judged.FIGURES`), those that only all pictures together have (`whole`: COCO's average
+        precision, spread, KID), and the number of boxes."""
+        found = {name: value(table) for name, table in self.sums.items()}
+        return found | self.whole | {"boxes": sum(len(picture.boxes) for picture in self.judged)}
 
     @property
     def picture_ious(self) -> list[float]:
         """Mean IoU of each picture, over its boxes; NaN where it has none."""
-        return [float(np.mean([box.iou for box in boxes])) if boxes else float("nan") for boxes in self.readings]
+        return [picture.miou for picture in self.judged]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sides by name, all on `layouts`: `base`, with an adapter `adapter`, `ground_truth` (the data set's own pictures
-    through the VAE: the ceiling), `shuffled` (those against the layouts of others: the floor)."""
+    """Sides by name, in the order of `SIDES`, all on `layouts`.
+
+    `base`, with an adapter `adapter`; `text_only` and `layout_only`: painted without boxes, and without a caption, by the last
+    of these; `images`: made by something else; `ground_truth`: the data set's own pictures (through the VAE: the ceiling);
+    `shuffled`: those against the layouts of others (the floor).
+    """
 
     layouts: list[Layout]
     sides: dict[str, Side]
     settings: PaintSettings
     seed: int
+    detector: SelfTest | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds."""
-        report: dict[str, Any] = {name: side.fidelity for name, side in self.sides.items()}
-        report["by_boxes"] = {}
-        for low, high in BOX_GROUPS:
-            rows = [row for row, layout in enumerate(self.layouts) if low <= len(layout.boxes) <= high]
-            if rows:
-                report["by_boxes"][f"{low}-{high}"] = {
-                    "pictures": len(rows),
-                    **{name: _fidelity([side.readings[row] for row in rows]) for name, side in self.sides.items()},
+        draws = Bootstrap(len(self.layouts))
+        report: dict[str, Any] = {
+            name: side.fidelity | {"intervals": {key: draws.interval(table) for key, table in side.sums.items()}}
+            for name, side in self.sides.items()
+        }
+        report["differences"] = self._differences(draws)
+        report["by_boxes"] = {
+            name: {
+                "pictures": len(rows),
+                **{side: _figures([self.sides[side].judged[row] for row in rows]) for side in self.sides},
+            }
+            for name, rows in picture_groups(self.layouts).items()
+        }
+        for key, groups in box_groups(self.layouts).items():
+            report[key] = {
+                name: {
+                    "boxes": len(places),
+                    **{
+                        side: box_sums([found.judged[row].boxes[box] for row, box in places])
+                        for side, found in self.sides.items()
+                        if side != "shuffled"  # its boxes are those of other layouts
+                    },
                 }
+                for name, places in groups.items()
+            }
+        report["detector"] = None if self.detector is None else self.detector.to_dict()
         return report | {"pictures": len(self.layouts), "seed": self.seed, "settings": asdict(self.settings)}
+
+    def _differences(self, draws: Bootstrap) -> dict[str, Any]:
+        """Of each painted side to the one that it is compared with, paired by pictures."""
+        whole = "adapter" if "adapter" in self.sides else "base"
+        pairs = [("adapter", "base"), ("text_only", whole), ("layout_only", whole), ("images", whole)]
+        out = {}
+        for one, other in pairs:
+            if one in self.sides and other in self.sides:
+                a, b = self.sides[one].sums, self.sides[other].sums
+                out[f"{one}_minus_{other}"] = {
+                    name: {"value": value(a[name]) - value(b[name]), "interval": draws.difference(a[name], b[name])}
+                    for name in a
+                    if name in b
+                }
+        return out
 
 
 def evaluate(
-    pipe: LayoutPipeline,
+    pipe: LayoutPipeline | None,
     records: Sequence[Record],
     settings: PaintSettings,
     *,
     seed: int = 0,
-    on_progress: Callable[[str, int], None] | None = None,
+    detector: Detector | None = None,
+    ablations: bool = False,
+    variations: int = 0,
+    clip: Clip | None = None,
+    images: Sequence[Image.Image] | None = None,
+    store: PictureStore | None = None,
+    test_detector: bool = False,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Paint the records' layouts and read the pictures back.
+    """Paint the records' layouts and look at the pictures.
 
     Args:
-        pipe: an active adapter on its transformer becomes the side `adapter`, and is off for `base`.
+        pipe: an active adapter on its transformer becomes the side `adapter`, and is off for `base`. None: nothing is painted,
+            and the ground truth is the records' pictures as they are.
+        detector: None = the exact reader of procedural scenes.
+        ablations: also paint without boxes, and without captions.
+        variations: paint the first `VARIED` layouts from so many other noises too, for the figure `spread`.
+        clip: for the figures `clip_score`, `clip_box` and `kid_clip`.
+        images: made by something else, one a record.
+        store: where painted pictures are kept and found again; None = in memory only.
+        test_detector: try it on the records' own pictures (`Evaluation.detector`).
         on_progress: called with the side and the number of its pictures that are done.
 
     Raises:
-        InputError: the phrases are not those of procedural scenes, which is what the exact reader reads.
+        InputError: there is no box, or the detector cannot look for a phrase.
     """
-    if not readable([record.layout for record in records]):
-        raise InputError(
-            "holds phrases that the exact reader does not know; it reads procedural scenes only",
-            where=records[0].where if records else None,
-            cure="for photographs, compare the held-out denoising loss that `train` writes into report.json",
-        )
-    size = settings.size or (pipe.default_side,) * 2
-    prepared = [prepare(record.load(), record.layout, size) for record in records]
-    layouts = [layout for _, layout in prepared]
-    truth = through_vae(pipe, [pixels for pixels, _ in prepared], batch_size=settings.batch_size)
-
-    def painted(name: str) -> Side:
-        tell = None if on_progress is None else lambda done: on_progress(name, done)
-        pictures = paint(pipe, layouts, settings, seed=seed, on_progress=tell)
-        return Side(pictures, per_picture(pictures, layouts))
-
-    transformer = pipe.transformer
-    sides = {}
-    if getattr(transformer, "peft_config", None):
-        transformer.disable_lora()
-        try:
-            sides["base"] = painted("base")
-        finally:
-            transformer.enable_lora()
-        sides["adapter"] = painted("adapter")
+    detector = detector or open_detector()
+    _refuse_unreadable(records, detector)
+    tell = on_progress or (lambda *_: None)
+    look = _Look(detector, clip)
+    layouts = [record.layout for record in records]
+    if pipe is None:
+        truth: Sequence[Image.Image] = Lazy([record.load for record in records])
     else:
-        sides["base"] = painted("base")
-    sides["ground_truth"] = Side(truth, per_picture(truth, layouts))
-    sides["shuffled"] = Side(truth, per_picture(truth, layouts[1:] + layouts[:1]))
-    return Evaluation(layouts, sides, settings, seed)
+        size = settings.size or (pipe.default_side,) * 2
+        prepared = [prepare(record.load(), record.layout, size) for record in records]
+        layouts = [layout for _, layout in prepared]
+        truth = through_vae(pipe, [pixels for pixels, _ in prepared], batch_size=settings.batch_size)
+        del prepared
+    sides = {"ground_truth": look.at(truth, layouts)}
+    sides["shuffled"] = look.at(truth, layouts[1:] + layouts[:1])
+    if pipe is not None:
+        painter = partial(_in_memory, pipe) if store is None else partial(store.paint, pipe)
+        for name, wanted in _painted(pipe, layouts, ablations):
+            say = partial(tell, name)
+            with _adapter_off(pipe, off=name == "base"):
+                pictures = painter(wanted, settings, seed=seed, on_progress=say, side=name)
+                others = [
+                    painter(
+                        wanted[:VARIED],
+                        settings,
+                        seed=seed + (n + 1) * _FAR,
+                        on_progress=partial(tell, f"{name}, noise {n + 2}"),
+                        side=f"{name}_{n + 2}",
+                    )
+                    for n in range(variations)
+                ]
+            sides[name] = look.at(pictures, layouts, others=[pictures[:VARIED], *others] if others else ())
+    if images is not None:
+        sides["images"] = look.at(images, [record.layout for record in records])
+    sides = {name: sides[name] for name in SIDES if name in sides}
+    tested = None
+    if test_detector and len(records) > 1:
+        tried = records[:_TESTED]
+        tested = self_test(detector, [record.load() for record in tried], [record.layout for record in tried])
+    return Evaluation(layouts, sides, settings, seed, tested)
+
+
+class _Look:
+    """What looks at pictures: a detector, and CLIP where it is given."""
+
+    def __init__(self, detector: Detector, clip: Clip | None) -> None:
+        self.detector, self.clip = detector, clip
+        self._truth: Tensor | None = None  # features of the pictures that were looked at first
+
+    def at(
+        self, pictures: Sequence[Image.Image], layouts: Sequence[Layout], others: Sequence[Sequence[Image.Image]] = ()
+    ) -> Side:
+        seen: list[Judged] = []
+        tables: list[dict[str, Table]] = []
+        features: list[Tensor] = []
+        for start in range(0, len(pictures), _AT_ONCE):
+            shown, asked = pictures[start : start + _AT_ONCE], layouts[start : start + _AT_ONCE]
+            seen += judge(self.detector, shown, asked)
+            if self.clip is not None:
+                table, feature = self.clip.look(shown, asked)
+                tables.append(table)
+                features.append(feature)
+        whole = average_precision(seen, self.detector)
+        if others:
+            whole["spread"] = spread(others)
+        if self.clip is None:
+            return Side(pictures, seen, {}, whole)
+        found = torch.cat(features)
+        self._truth = found if self._truth is None else self._truth
+        if (distance := kid(found, self._truth)) is not None and found is not self._truth:
+            whole["kid_clip"] = distance
+        joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+        return Side(pictures, seen, {name: table for name, table in joined.items() if table[:, 1].any()}, whole)
+
+
+def _painted(
+    pipe: LayoutPipeline, layouts: Sequence[Layout], ablations: bool
+) -> Iterator[tuple[str, Sequence[Layout]]]:
+    """Sides to paint, and what is asked for in each."""
+    yield "base", layouts
+    if getattr(pipe.transformer, "peft_config", None):
+        yield "adapter", layouts
+    if ablations:
+        yield "text_only", [Layout(layout.caption) for layout in layouts]
+        yield "layout_only", [Layout("", layout.boxes) for layout in layouts]
+
+
+def _in_memory(
+    pipe: LayoutPipeline, layouts: Sequence[Layout], settings: PaintSettings, *, side: str, **options: Any
+) -> list[Image.Image]:
+    del side
+    return paint(pipe, layouts, settings, **options)
+
+
+@contextmanager
+def _adapter_off(pipe: LayoutPipeline, *, off: bool) -> Iterator[None]:
+    if not off or not getattr(pipe.transformer, "peft_config", None):
+        yield
+        return
+    pipe.transformer.disable_lora()
+    try:
+        yield
+    finally:
+        pipe.transformer.enable_lora()
+
+
+def _refuse_unreadable(records: Sequence[Record], detector: Detector) -> None:
+    for record in records:
+        for box in record.layout.boxes:
+            if not detector.knows(box.phrase):
+                raise InputError(
+                    f"{detector.name} cannot look for {box.phrase!r}",
+                    where=record.where,
+                    cure="take a detector that can (--detector), e.g. grounding-dino:FOLDER; without one, compare the "
+                    "held-out denoising loss that `train` writes into report.json",
+                )
+    if not any(record.layout.boxes for record in records):
+        raise InputError("these layouts hold no boxes: there is nothing to measure", cure="give layouts with boxes")
 
 
 @torch.no_grad()
@@ -121,5 +284,7 @@ def through_vae(pipe: LayoutPipeline, pixels: Sequence[torch.Tensor], *, batch_s
     return out
 
 
-def _fidelity(readings: Sequence[list[BoxReading]]) -> dict[str, float]:
-    return dict(summarise([box for boxes in readings for box in boxes]).to_dict())
+def _figures(pictures: Sequence[Judged]) -> dict[str, float]:
+    return {name: value(table) for name, table in sums(pictures).items()} | {
+        "boxes": int(np.sum([len(picture.boxes) for picture in pictures]))
+    }

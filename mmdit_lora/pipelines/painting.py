@@ -40,12 +40,14 @@ def paint(
     *,
     sizes: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
+    same_noise: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
     """One RGB picture for each layout. Picture number i starts from the noise of `seed + i`, whatever the batch.
 
     Args:
         sizes: (height, width) in pixels of each picture; None = all as `settings` has it.
+        same_noise: all pictures start from the noise of `seed`, to compare layouts.
         on_progress: called with the number of pictures done.
 
     Raises:
@@ -63,7 +65,7 @@ def paint(
         for start in range(0, len(numbers), settings.batch_size):
             part = numbers[start : start + settings.batch_size]
             # On the CPU, so that the same seed is the same noise on every device.
-            generators = [torch.Generator().manual_seed(seed + number) for number in part]
+            generators = [torch.Generator().manual_seed(seed + (0 if same_noise else number)) for number in part]
             output: Any = pipe(
                 [layouts[number] for number in part],
                 num_inference_steps=settings.steps,

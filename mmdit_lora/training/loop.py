@@ -119,6 +119,7 @@ def _step(run: Run, meter: Meter, *, with_norms: bool, with_samples: bool) -> tu
         if not settings.compile:  # the counter sees into no compiled graph
             meter.count(tuple(batch.x0.shape), partial(_once, run, batch))
         syncs = is_last and run.prior is None  # processes exchange gradients in the last backward of a step
+        accelerator.sync_gradients = is_last  # by it DeepSpeed's engine, which steps within `backward`, knows when
         with meter.phase("compute"), nullcontext() if syncs else accelerator.no_sync(run.model):
             with accelerator.autocast():
                 found = losses(run.model, batch, run.objective)

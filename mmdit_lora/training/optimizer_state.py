@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.sharding import like, whole
+from mmdit_lora.training.zero import is_zero_optimizer, optimizer_tensors, put_optimizer, zero_parameters
 
 _GROUPS = "groups"
 
@@ -33,14 +34,16 @@ class OptimizerState:
     @classmethod
     def of(cls, optimizer: Optimizer) -> OptimizerState:
         """Collective where parameters are spread over processes."""
-        now = optimizer.state_dict()
+        groups = optimizer.param_groups
+        numbers = [{name: _number(v) for name, v in group.items() if _is_number(v)} for group in groups]
+        if is_zero_optimizer(optimizer):
+            return cls(optimizer_tensors(optimizer), numbers)
         tensors = {
             f"{index}.{name}": whole(torch.as_tensor(value))
-            for index, state in now["state"].items()
+            for index, state in optimizer.state_dict()["state"].items()
             for name, value in state.items()
             if value is not None
         }
-        numbers = [{name: _number(v) for name, v in group.items() if _is_number(v)} for group in now["param_groups"]]
         return cls(tensors, numbers)
 
     def save(self, path: Path) -> None:
@@ -60,21 +63,29 @@ def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
         for key in file.keys():  # noqa: SIM118 - no mapping
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    zero = is_zero_optimizer(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if zero:
+        parameters = zero_parameters(optimizer)
+    shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]  # ZeRO-3 empties what it has spread
     if state and (
         set(state) != set(range(len(parameters)))
         or any(
-            t.ndim and t.shape not in (parameters[i].shape, parameters[i].flatten().shape)
+            t.ndim and t.shape not in (shapes[i], torch.Size([shapes[i].numel()]))
             for i, entry in state.items()
             for t in entry.values()
         )
         or (groups and len(groups) != len(optimizer.param_groups))
     ):
         raise InputError("the optimizer state is of another set of parameters", where=str(path))
-    now = optimizer.state_dict()["param_groups"]
+    now = optimizer.param_groups if zero else optimizer.state_dict()["param_groups"]
     for group, saved in zip(now, groups or [{}] * len(now), strict=True):
         # A schedule sets the rate; what a group has beyond the constructor's arguments is the optimizer's own finding.
         group |= {name: value for name, value in saved.items() if name in group}
+    if zero:
+        if state:
+            put_optimizer(optimizer, state)
+        return
     spread = {
         index: {name: like(tensor, parameters[index]) for name, tensor in entry.items()}
         for index, entry in state.items()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from mmdit_lora.config import Config
@@ -35,6 +36,7 @@ from mmdit_lora.training.sharding import check_sharding, is_sharded
 from mmdit_lora.training.split import fingerprint_records
 from mmdit_lora.training.step import Objective
 from mmdit_lora.training.switches import apply_switches
+from mmdit_lora.training.zero import open_whole, set_engine
 
 AVERAGE = "average.safetensors"
 
@@ -234,6 +236,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     check_sharding(accelerator.distributed_type, config)
     data = read_data(config)
     layouts = prior_layouts(config)
+    open_whole(accelerator)
     pipe, base_fingerprint = open_base(config, dtype)
     buckets = run_buckets(config, pipe)
     _check_guidance(config, pipe)
@@ -253,6 +256,8 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     cache = config.data.cache
     encoder = Encoder(pipe, EncodingStore(DiskCache(cache), pipe, config.base) if cache is not None else None)
     slots = pipe.transformer.config.layout_slots
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        set_engine(accelerator, config)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
     # Only now: sharding puts other parameters in the place of those that were.
     average = Averaged(accelerator.unwrap_model(model), settings.ema_decay) if settings.ema_decay else None

@@ -1,4 +1,4 @@
-"""Parameters that are spread over processes (FSDP2's DTensors): whole for a checkpoint, and spread again from one.
+"""Parameters that are spread over processes (FSDP2's DTensors, ZeRO's parts): whole for a checkpoint, spread again from one.
 
 Both are collective: every process calls them, in the same order.
 """
@@ -13,18 +13,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmdit_lora.config import Config
 from mmdit_lora.errors import InputError
+from mmdit_lora.training.zero import is_zero, put_master, whole_master
+
+_SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor on the CPU, contiguous."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if is_zero(tensor):
+        full = whole_master(tensor)
     return full.detach().cpu().contiguous()
 
 
 @torch.no_grad()
 def put(target: Tensor, values: Tensor) -> None:
     """Copy a full tensor into one that may be spread."""
-    target.copy_(like(values, target))
+    if is_zero(target):
+        put_master(target, values)
+    else:
+        target.copy_(like(values, target))
 
 
 def like(values: Tensor, target: Tensor) -> Tensor:
@@ -43,26 +51,45 @@ def parted(model: nn.Module) -> None:
 
 def is_sharded(kind: DistributedType) -> bool:
     """Whether a forward of the model needs every process, so that none may validate alone."""
-    return bool(kind == DistributedType.FSDP)
+    return kind in _SHARDED
 
 
 def check_sharding(kind: DistributedType, config: Config) -> None:
     """Whether a run can be spread over processes as Accelerate was told.
 
     Raises:
-        InputError: by DeepSpeed; or by FSDP, and it trains more than an adapter, or has the old domain to paint.
+        InputError: it is to be spread, and trains more than an adapter, has the old domain to paint, or has what DeepSpeed's
+            engine does not know.
     """
-    if kind == DistributedType.DEEPSPEED:
-        raise InputError(
-            "has DeepSpeed: its engine steps by itself, and keeps the optimizer in pickles, which are never read here",
-            where="Accelerate's config",
-            cure="an adapter's optimizer is a few dozen MB: use DDP, or FSDP2 for a base that one GPU cannot hold",
-        )
-    if kind != DistributedType.FSDP:
+    if kind not in _SHARDED:
         return
+    name = _SHARDED[kind]
     if config.method != "lora":
         raise InputError(
-            f"is {config.method} with FSDP, which trains adapters here", where="method", cure="use DDP, or method lora"
+            f"is {config.method} with {name}, which trains adapters here",
+            where="method",
+            cure="use DDP, or method lora",
         )
     if config.prior.layouts is not None:
-        raise InputError("is given with FSDP", where="prior.layouts", cure="use DDP, or set it to null")
+        raise InputError(f"is given with {name}", where="prior.layouts", cure="use DDP, or set it to null")
+    if kind != DistributedType.DEEPSPEED:
+        return
+    train = config.train
+    if train.ema_decay:
+        raise InputError(
+            f"is {train.ema_decay:g} with {name}, which has no average of its masters",
+            where="train.ema_decay",
+            cure="set it to 0, or use DDP or FSDP2",
+        )
+    if train.mixed_precision == "fp16":
+        raise InputError(
+            f"is fp16 with {name}, whose loss scale is in none of our checkpoints",
+            where="train.mixed_precision",
+            cure="set it to bf16",
+        )
+    if train.optimizer != "adamw":
+        raise InputError(
+            f"is {train.optimizer} with {name}, which flattens the weights",
+            where="train.optimizer",
+            cure="set it to adamw",
+        )

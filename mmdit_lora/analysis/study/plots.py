@@ -9,7 +9,6 @@ from typing import Any
 
 from mmdit_lora.analysis.study.statistics import SHARE, Array, mean_interval
 from mmdit_lora.analysis.study.table import BASE, Measure, Table
-from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_file
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -18,17 +17,6 @@ _NAMES: dict[Measure, str] = {
     "old_ious": "mean IoU, old domain",
     "loss": "held-out loss below the base's",
 }
-
-
-def check_matplotlib() -> None:
-    """Raises `InputError` where matplotlib is not installed, before hours of training."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "a study draws its plot with matplotlib, which is not installed",
-            cure="install it: `uv sync --extra eval`, or `pip install matplotlib`",
-        ) from None
 
 
 class Canvas:

@@ -17,7 +17,6 @@ from mmdit_lora import __version__
 from mmdit_lora.analysis.study.budget import BudgetStudy
 from mmdit_lora.analysis.study.intrinsic import IntrinsicDimensionStudy
 from mmdit_lora.analysis.study.methods import MethodsStudy
-from mmdit_lora.analysis.study.plots import check_matplotlib
 from mmdit_lora.analysis.study.rank import RankStudy
 from mmdit_lora.analysis.study.report import markdown
 from mmdit_lora.analysis.study.runs import Tell, run_all, scan_rates
@@ -66,7 +65,6 @@ def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isol
     Raises:
         InputError: the folder holds something else, or a run is not possible. Stopped: start it again, it goes on.
     """
-    check_matplotlib()
     study, out = STUDIES[setup.name], setup.out
     scans = _look(setup, study)
     _claim_folder(setup, study)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,24 +44,59 @@ def read_coco(context: Context) -> Reads:
         InputError: no instances file; a file is no JSON, or not of COCO's structure.
     """
     for path in _instance_files(context):
-        data = read_json(path)
-        images, annotations, categories = (
-            items_of(data, key, str(path)) for key in ("images", "annotations", "categories")
-        )
-        names = {
-            key_of(c, "id", w): text(need(c, "name", w), "name", w) for c, w in _placed(categories, path, "categories")
-        }
-        known = {key_of(image, "id", where) for image, where in _placed(images, path, "images")}
-        by_image: defaultdict[Any, list[tuple[Any, str]]] = defaultdict(list)
-        for annotation, where in _placed(annotations, path, "annotations"):
-            image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
-            by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, where))
-        captions = _captions(path)
+        said = read_instances(path)
         pictures = Pictures(*_roots(context, path))
-        for image, where in _placed(images, path, "images"):
-            yield partial(_sample, image, where, by_image.pop(image["id"], []), names, captions, pictures, context)
-        for strays in by_image.values():
-            yield partial(_stray, *strays[0], known)
+        for image, where, own in said.images:
+            yield partial(_sample, image, where, own, said, pictures, context)
+        for annotation, where in said.strays:
+            yield partial(_stray, annotation, where, len(said.images))
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What an instances file and the captions beside it say.
+
+    Args:
+        images: (image, where, its (annotation, where) in the file's order).
+        names: id -> name of a category. captions: id of an image -> its first caption.
+        strays: of the annotations of images that are not there, the first of each.
+    """
+
+    images: list[tuple[Any, str, list[tuple[Any, str]]]]
+    names: dict[Any, str]
+    captions: dict[Any, str]
+    strays: list[tuple[Any, str]]
+
+    def category(self, annotation: Any, where: str) -> int | str:
+        """The annotation's category id. Raises `InputError` where no category has it."""
+        category = need(annotation, "category_id", where)
+        if not isinstance(category, int | str) or category not in self.names:
+            raise InputError(f"category_id is {category!r}, which no category has", where=where)
+        return category
+
+
+def read_instances(path: Path) -> Instances:
+    """Read an instances file. Raises `InputError` where it is no JSON, or not of COCO's structure."""
+    data = read_json(path)
+    images, annotations, categories = (
+        items_of(data, key, str(path)) for key in ("images", "annotations", "categories")
+    )
+    names = {
+        key_of(c, "id", w): text(need(c, "name", w), "name", w) for c, w in _placed(categories, path, "categories")
+    }
+    for image, where in _placed(images, path, "images"):
+        key_of(image, "id", where)
+    by_image: defaultdict[Any, list[tuple[Any, str]]] = defaultdict(list)
+    for annotation, where in _placed(annotations, path, "annotations"):
+        image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
+        by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, where))
+    placed = [(image, where, by_image.pop(image["id"], [])) for image, where in _placed(images, path, "images")]
+    return Instances(placed, names, _captions(path), [strays[0] for strays in by_image.values()])
+
+
+def annotation_box(annotation: Any, where: str) -> Any:
+    """xywh in pixels: the annotation's `bbox`, else around its `segmentation`. Raises `InputError` where it has neither."""
+    return annotation.get("bbox") or _around(annotation.get("segmentation"), where)
 
 
 def write_coco(folder: Path, items: Iterable[Item]) -> None:
@@ -147,17 +183,16 @@ def _placed(items: list[Any], path: Path, key: str) -> Iterable[tuple[Any, str]]
     return ((item, f"{path}: {key}[{index}]") for index, item in enumerate(items))
 
 
-def _stray(annotation: Any, where: str, known: set[Any]) -> Sample:
+def _stray(annotation: Any, where: str, known: int) -> Sample:
     found = need(annotation, "image_id", where)
-    raise InputError(f"image_id is {found!r}, and none of the {len(known)} images has that id", where=where)
+    raise InputError(f"image_id is {found!r}, and none of the {known} images has that id", where=where)
 
 
 def _sample(
     image: Any,
     where: str,
     annotations: list[tuple[Any, str]],
-    names: dict[Any, str],
-    captions: dict[Any, str],
+    said: Instances,
     pictures: Pictures,
     context: Context,
 ) -> Sample:
@@ -168,14 +203,11 @@ def _sample(
         if annotation.get("iscrowd"):
             context.leave_out("crowds")
             continue
-        category = need(annotation, "category_id", place)
-        if not isinstance(category, int | str) or category not in names:
-            raise InputError(f"category_id is {category!r}, which no category has", where=place)
-        xywh = annotation.get("bbox") or _around(annotation.get("segmentation"), place)
-        xyxy = context.box(xywh, "xywh", place, unit="pixel", size=size)
+        category = said.category(annotation, place)
+        xyxy = context.box(annotation_box(annotation, place), "xywh", place, unit="pixel", size=size)
         if xyxy is not None:
-            things.append((names[category], xyxy))
-    return Sample(file, where, things, captions.get(image["id"]))
+            things.append((said.names[category], xyxy))
+    return Sample(file, where, things, said.captions.get(image["id"]))
 
 
 def _around(segmentation: Any, where: str) -> XYXY:

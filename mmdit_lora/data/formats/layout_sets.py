@@ -1,10 +1,15 @@
-"""The field's own sets: LayoutSAM and its eval, DenseLayout, SACap, OverLayBench, COCO-MIG. Boxes are xyxy in pixels if not said."""
+"""The field's own sets: LayoutSAM and its eval, DenseLayout, SACap, OverLayBench, COCO-MIG. Boxes are xyxy in pixels if not said.
+
+What a file says is read apart from its pictures (`*_boxes`, `*_prompts`): the published protocols read the same files, and
+their pictures are those that a model painted (`evaluate/protocols`).
+"""
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,21 @@ from mmdit_lora.data.formats.tables import each, rows, table_files
 from mmdit_lora.errors import InputError
 
 _TABLES = (".parquet", ".jsonl", ".json")
-_OVERLAY_SIDE = 1024
+OVERLAY_SIDE = 1024  # of the square that OverLayBench's boxes lie on
+
+
+@dataclass(frozen=True)
+class SaidBox:
+    """A box as a file says it: its place in the file, its four numbers in the set's own unit, its two texts as they are."""
+
+    where: str
+    value: Any
+    short: Any
+    long: Any
+
+    def spoken(self, detailed: bool) -> str:
+        """The text that is wanted, else the other. Raises `InputError` where both are missing."""
+        return spoken(self.short, self.long, detailed, self.where)
 
 
 def read_layout_sam(context: Context) -> Reads:
@@ -65,18 +84,23 @@ def read_layout_sam_eval(context: Context) -> Reads:
 
 
 def _layout_sam_eval(row: Any, where: str, context: Context) -> Sample:
+    said = layout_sam_eval_boxes(row, where)
+    image = _picture(row, str(row.get("image_id", "")), where, context)
+    size = stated_size(image, (need(row, "width", where), need(row, "height", where)), where)
+    things = _things(said, context, size)
+    return Sample(image, where, things, text(need(row, "global_caption", where), "global_caption", where))
+
+
+def layout_sam_eval_boxes(row: Any, where: str) -> list[SaidBox]:
+    """The boxes of a row, in pixels of its `width` x `height`; short: region caption, long: detailed one."""
     boxes, short = (_literal(row, key, where) for key in ("bbox_list", "region_captions"))
     long = _literal(row, "detail_region_captions", where) if row.get("detail_region_captions") else short
     if not len(boxes) == len(short) == len(long):
         raise InputError(f"{len(boxes)} boxes, {len(short)} captions and {len(long)} detailed ones", where=where)
-    image = _picture(row, str(row.get("image_id", "")), where, context)
-    size = stated_size(image, (need(row, "width", where), need(row, "height", where)), where)
-    things: list[tuple[str, XYXY]] = []
-    for index, value in enumerate(boxes):
-        place = f"{where}: bbox_list[{index}]"
-        box = context.box(value, "xyxy", place, unit="pixel", size=size)
-        _add(things, spoken(short[index], long[index], context.detailed, place), box)
-    return Sample(image, where, things, text(need(row, "global_caption", where), "global_caption", where))
+    return [
+        SaidBox(f"{where}: bbox_list[{index}]", *each_of)
+        for index, each_of in enumerate(zip(boxes, short, long, strict=True))
+    ]
 
 
 def read_dense_layout(context: Context) -> Reads:
@@ -91,12 +115,17 @@ def read_dense_layout(context: Context) -> Reads:
 def _dense_layout(row: Any, where: str, context: Context) -> Sample:
     image = _picture(row, str(need(row, "id", where)), where, context)
     size = stated_size(image, (need(row, "width", where), need(row, "height", where)), where)
-    things: list[tuple[str, XYXY]] = []
+    things = _things(dense_layout_boxes(row, where), context, size)
+    return Sample(image, where, things, text(need(row, "prompt", where), "prompt", where))
+
+
+def dense_layout_boxes(row: Any, where: str) -> list[SaidBox]:
+    """The boxes of a row, in pixels of its `width` x `height`; short: `category_name`, long: `caption`."""
+    said = []
     for index, entry in enumerate(_unpacked(need(row, "annos", where), f"{where}: annos", list)):
         place = f"{where}: annos[{index}]"
-        box = context.box(need(entry, "bbox", place), "xyxy", place, unit="pixel", size=size)
-        _add(things, spoken(entry.get("category_name"), entry.get("caption"), context.detailed, place), box)
-    return Sample(image, where, things, text(need(row, "prompt", where), "prompt", where))
+        said.append(SaidBox(place, need(entry, "bbox", place), entry.get("category_name"), entry.get("caption")))
+    return said
 
 
 def read_sacap(context: Context) -> Reads:
@@ -143,25 +172,35 @@ def read_overlay_bench(context: Context) -> Reads:
 
 
 def _overlay_bench(row: Any, where: str, context: Context) -> Sample:
-    annotation = _evaluated(need(row, "annotation", where), f"{where}: annotation")
-    if not isinstance(annotation, Mapping):
-        raise InputError(f"annotation is {type(annotation).__name__}, not an object", where=where)
+    annotation = overlay_bench_annotation(row, where)
     image = _picture(row, str(row.get("image_id", "")), where, context)
     width, height = size_of(image, where)
     if width != height:
         raise InputError(
             f"its picture has {width} x {height} pixels, and OverLayBench's boxes lie on a square", where=where
         )
+    things = _things(overlay_bench_boxes(annotation, where).values(), context, (OVERLAY_SIDE, OVERLAY_SIDE))
+    return Sample(image, where, things, text(need(annotation, "caption", where), "caption", where))
+
+
+def overlay_bench_annotation(row: Any, where: str) -> Mapping[str, Any]:
+    """What a row's `annotation` says. Raises `InputError` where it is no object."""
+    annotation = _evaluated(need(row, "annotation", where), f"{where}: annotation")
+    if not isinstance(annotation, Mapping):
+        raise InputError(f"annotation is {type(annotation).__name__}, not an object", where=where)
+    return annotation
+
+
+def overlay_bench_boxes(annotation: Mapping[str, Any], where: str) -> dict[str, SaidBox]:
+    """Name -> box on a square of `OVERLAY_SIDE` pixels, in the file's order; short: `category`, long: `local_prompts`."""
     entries = need(annotation, "annotations", f"{where}: annotation")
     if not isinstance(entries, Mapping):
         raise InputError(f"annotations is {type(entries).__name__}, not an object", where=where)
-    things: list[tuple[str, XYXY]] = []
+    said = {}
     for name, entry in entries.items():
         place = f"{where}: annotations[{str(name)[:40]!r}]"
-        side = (_OVERLAY_SIDE, _OVERLAY_SIDE)
-        box = context.box(need(entry, "bbox", place), "xyxy", place, unit="pixel", size=side)
-        _add(things, spoken(entry.get("category"), entry.get("local_prompts"), context.detailed, place), box)
-    return Sample(image, where, things, text(need(annotation, "caption", where), "caption", where))
+        said[str(name)] = SaidBox(place, need(entry, "bbox", place), entry.get("category"), entry.get("local_prompts"))
+    return said
 
 
 def read_coco_mig(context: Context) -> Reads:
@@ -180,6 +219,12 @@ def read_coco_mig(context: Context) -> Reads:
         raise InputError(
             "COCO-MIG has layouts and no pictures", where=str(path), cure="give COCO's pictures with --images DIR"
         )
+    for prompt, entry, where in coco_mig_prompts(path):
+        yield partial(_coco_mig, prompt, entry, where, context)
+
+
+def coco_mig_prompts(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """(prompt, its entry, where) of a mig_bench_anno.yaml. Raises `InputError` where it is no YAML of prompts."""
     try:
         data = yaml.load(read_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
@@ -190,7 +235,18 @@ def read_coco_mig(context: Context) -> Reads:
     if not isinstance(data, Mapping):
         raise InputError(f"holds {type(data).__name__}, not prompts", where=str(path))
     for index, (prompt, entry) in enumerate(data.items()):
-        yield partial(_coco_mig, prompt, entry, f"{path}: prompt {index}", context)
+        yield prompt, entry, f"{path}: prompt {index}"
+
+
+def coco_mig_boxes(entry: Any, where: str) -> list[SaidBox]:
+    """The boxes of a prompt's entry, relative; short: the phrase, e.g. "a red car"."""
+    said = []
+    for phrase in entry:
+        if phrase == "coco_id":
+            continue
+        for index, value in enumerate(items_of(entry, phrase, where)):
+            said.append(SaidBox(f"{where}: {phrase}[{index}]", value, text(phrase, "the phrase", where), None))
+    return said
 
 
 def _coco_mig(prompt: Any, entry: Any, where: str, context: Context) -> Sample:
@@ -200,12 +256,18 @@ def _coco_mig(prompt: Any, entry: Any, where: str, context: Context) -> Sample:
     except MissingPictureError:
         image = context.pictures.find(f"{key}.jpg", where)
     things: list[tuple[str, XYXY]] = []
-    for phrase in entry:
-        if phrase == "coco_id":
-            continue
-        for index, value in enumerate(items_of(entry, phrase, where)):
-            _add(things, text(phrase, "the phrase", where), context.box(value, "xyxy", f"{where}: {phrase}[{index}]"))
+    for said in coco_mig_boxes(entry, where):
+        _add(things, said.short, context.box(said.value, "xyxy", said.where))
     return Sample(image, where, things, text(prompt, "the prompt", where))
+
+
+def _things(said: Iterable[SaidBox], context: Context, size: tuple[int, int]) -> list[tuple[str, XYXY]]:
+    """Texts and boxes of what a file says in pixels of `size`; those without area are left out."""
+    things: list[tuple[str, XYXY]] = []
+    for one in said:
+        box = context.box(one.value, "xyxy", one.where, unit="pixel", size=size)
+        _add(things, one.spoken(context.detailed), box)
+    return things
 
 
 def _add(things: list[tuple[str, XYXY]], phrase: str, box: XYXY | None) -> None:

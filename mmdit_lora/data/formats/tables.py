@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,19 +60,23 @@ def table_files(context: Context, *suffixes: str) -> list[Path]:
     return of_split
 
 
-def rows(paths: Iterable[Path], *, header: list[str] | None = None) -> Iterator[Row]:
+def rows(paths: Iterable[Path], *, header: list[str] | None = None, without: Collection[str] = ()) -> Iterator[Row]:
     """(where, row) of every row: `FILE:LINE`, `FILE[INDEX]` of a JSON list, or `FILE: row N` of parquet.
 
     A row that cannot be read comes as an `InputError` in the row's place.
 
     Args:
         header: names of the columns of csv and tsv files that do not begin with them.
+        without: columns of parquet files that are not read (pictures, where only the boxes are wanted).
 
     Raises:
         InputError: a file cannot be read at all.
     """
     for path in paths:
-        yield from _READERS.get(path.suffix, _json)(path, header)
+        if path.suffix == ".parquet":
+            yield from _parquet(path, without)
+        else:
+            yield from _READERS.get(path.suffix, _json)(path, header)
 
 
 def each(table: Iterable[Row], parse: Callable[[Any, str], Sample]) -> Reads:
@@ -88,12 +92,13 @@ def _one(where: str, row: Any, parse: Callable[[Any, str], Sample]) -> Sample:
     return parse(row, where)
 
 
-def _parquet(path: Path, _: list[str] | None) -> Iterator[Row]:
+def _parquet(path: Path, without: Collection[str]) -> Iterator[Row]:
     parquet = import_or_explain("pyarrow.parquet", str(path))
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64):  # rows may hold whole pictures
+            columns = [name for name in file.schema_arrow.names if name not in without] if without else None
+            for batch in file.iter_batches(batch_size=64, columns=columns):  # rows may hold whole pictures
                 for row in batch.to_pylist():
                     yield f"{path}: row {index}", row
                     index += 1
@@ -145,7 +150,6 @@ def _separated(path: Path, header: list[str] | None, *, delimiter: str) -> Itera
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
-    ".parquet": _parquet,
     ".jsonl": _lines,
     ".json": _json,
     ".csv": partial(_separated, delimiter=","),

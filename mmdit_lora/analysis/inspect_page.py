@@ -1,0 +1,191 @@
+"""`inspect.html`: the figures of an adapter for reading; and the same as lines for a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+
+from mmdit_lora.analysis import inspect_charts as charts
+from mmdit_lora.analysis.inspection import RANK_NAMES, SUGGESTED_SHARE, Inspection, ModuleFigures
+from mmdit_lora.html import document
+
+_EXTRA = """<style>
+.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:12px}
+.wide table{border:0;margin:0;font-size:13px;white-space:nowrap}.wide th,.wide td{padding:4px 9px;text-align:right;width:auto}
+.wide th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line);position:sticky;top:0;background:var(--card)}
+.wide td{font-variant-numeric:tabular-nums}.wide th:first-child,.wide td:first-child{text-align:left;width:auto}
+.lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
+.charts.one{grid-template-columns:1fr;margin-top:12px}code{font-size:13px;overflow-wrap:anywhere}
+</style>"""
+
+
+def _rank_at(share: str, module: ModuleFigures) -> str:
+    return str(module.ranks[share])
+
+
+def number(value: float | None) -> str:
+    """Three digits; a dash for what is not known."""
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+_Column = tuple[str, str, Callable[[ModuleFigures], str]]
+_SIZE: tuple[_Column, ...] = (
+    ("shape", "outputs x inputs of W", lambda m: f"{m.shape[0]} × {m.shape[1]}"),
+    ("r", "rank as stored", lambda m: f"{m.rank}"),
+    ("scale", "factor of B A: alpha / r, or alpha / sqrt(r)", lambda m: f"{m.scale:.4g}"),
+    ("|dW|", "Frobenius norm of the change, scale included", lambda m: number(m.norm)),
+    ("|dW|₂", "largest singular value of the change", lambda m: number(m.spectral_norm)),
+    ("|W|", "Frobenius norm of the base's weight", lambda m: number(m.weight_norm)),
+    ("|W|₂", "largest singular value of the base's weight", lambda m: number(m.weight_spectral_norm)),
+    ("|dW|/|W|", "", lambda m: number(m.relative_norm)),
+    ("share", "of the adapter's whole |dW|²", lambda m: f"{m.energy_share:.1%}"),
+    ("effective", "effective rank: exp of the entropy of the singular values", lambda m: f"{m.effective_rank:.2f}"),
+    ("stable", "stable rank: |dW|² / |dW|₂²", lambda m: f"{m.stable_rank:.2f}"),
+    *((share, f"smallest rank that holds {share} of the energy", partial(_rank_at, share)) for share in RANK_NAMES),
+)
+_DIRECTIONS: tuple[_Column, ...] = (
+    ("k", "directions of dW that are more than rounding", lambda m: f"{m.directions}"),
+    ("|UᵀWV|", "norm of W in the top k directions of dW", lambda m: number(m.projected)),
+    ("of W's own", "norm of W in its own top k directions", lambda m: number(m.projected_own)),
+    ("of random ones", "norm of W in k random directions", lambda m: number(m.projected_random)),
+    ("|dW|", "Frobenius norm of the change", lambda m: number(m.norm)),
+    ("amplification", "|dW| / |UᵀWV| in the directions of dW", lambda m: number(m.amplification)),
+    ("W's own", "|dW| / |UᵀWV| with W's own directions", lambda m: number(m.amplification_own)),
+    ("random", "|dW| / |UᵀWV| with random directions", lambda m: number(m.amplification_random)),
+)
+
+
+def page(inspection: Inspection) -> str:
+    """The whole page as HTML."""
+    modules = inspection.modules
+    notes = "".join(f"<li>{escape(note)}</li>" for note in inspection.notes)
+    body = [
+        _EXTRA,
+        f'<div class="figures">{_figures(inspection)}</div>',
+        f'<ul class="notes">{notes}</ul>' if notes else "",
+        "<h2>How low its rank is</h2>",
+        f'<p class="lead">{escape(rank_line(inspection))}</p>',
+        _charts("pair", ("Singular values", charts.spectra(modules)),
+                ("Energy held by the first ranks", charts.energy(modules, inspection.suggested_rank))),
+        "<h2>Where the change is</h2>",
+        _charts("one", ("Share of the change, by block", charts.blocks(inspection))),
+        "<h2>What it amplifies</h2>",
+        f'<p class="lead">{escape(amplification_line(modules))}</p>',
+        _charts("one", ("W in the directions of dW, and how far dW goes beyond it", charts.amplification(modules))),
+        _against(inspection),
+        f"<h2>Every linear</h2>{_table(modules, _SIZE)}{_table(modules, _DIRECTIONS)}",
+        f'<p class="of">adapter <code>{escape(inspection.adapter)}</code>, base <code>{escape(inspection.base)}</code></p>',
+    ]  # fmt: skip
+    title = "/".join(Path(inspection.adapter).resolve().parts[-2:])
+    return document("".join(body), kind="adapter", title=title, verdict=_verdict(inspection))
+
+
+def lines(inspection: Inspection) -> list[str]:
+    """A table for a terminal, with what it says in words."""
+    modules = inspection.modules
+    width = max(len(charts.short(module.name)) for module in modules)
+    head = f"{'':<{width}} {'r':>4} {'|dW|':>9} {'dW/W':>7} {'share':>6} {'eff':>6} {'stable':>6} {'90%':>4} {'95%':>4} {'99%':>4}"
+    out = [f"{head} {'amplif.':>8} {'own':>6} {'random':>7}"]
+    for m in modules:
+        ranks = " ".join(f"{rank:>4}" for rank in m.ranks.values())
+        factors = f"{number(m.amplification):>8} {number(m.amplification_own):>6} {number(m.amplification_random):>7}"
+        out.append(
+            f"{charts.short(m.name):<{width}} {m.rank:>4} {number(m.norm):>9} {number(m.relative_norm):>7} {m.energy_share:>6.1%} "
+            f"{m.effective_rank:>6.2f} {m.stable_rank:>6.2f} {ranks} {factors}"
+        )
+    out += [
+        f"{charts.short(b.name)}: {b.share:.1%} of the change, |dW|/|W| {number(b.relative_norm)}"
+        for b in inspection.blocks
+    ]
+    out += [rank_line(inspection), amplification_line(modules), *inspection.notes]
+    if inspection.similarity:
+        out.append(similarity_line(inspection))
+    return out
+
+
+def rank_line(inspection: Inspection) -> str:
+    """What the spectra say about the rank."""
+    stored = sorted({module.rank for module in inspection.modules})
+    effective = statistics.median(module.effective_rank for module in inspection.modules)
+    ranks = f"{stored[0]}" if len(stored) == 1 else f"{stored[0]} to {stored[-1]}"
+    return (
+        f"Stored at rank {ranks}; the median effective rank is {effective:.1f}. Rank {inspection.suggested_rank} for all keeps "
+        f"{SUGGESTED_SHARE:.0%} of the energy. Energy is no fidelity: `mmdit-lora resize ADAPTER --rank {inspection.suggested_rank} "
+        "--data D` measures both sides."
+    )
+
+
+def amplification_line(modules: Sequence[ModuleFigures]) -> str:
+    """The finding of section 7.3 of the LoRA paper, for this adapter: figures, no judgement."""
+    known = [module for module in modules if module.amplification is not None]
+    if not known:
+        return "Nothing is changed, so nothing is amplified."
+    factor = statistics.median(module.amplification for module in known if module.amplification is not None)
+    above = statistics.median(m.projected / m.projected_random for m in known if m.projected_random)
+    own = statistics.median(m.projected / m.projected_own for m in known if m.projected_own)
+    return (
+        f"Medians over {len(known)} linears: the change is {factor:.2f} times what W has in the same directions; W has there "
+        f"{above:.2f} times what random directions would hold, and {own:.0%} of what its own strongest directions hold."
+    )
+
+
+def similarity_line(inspection: Inspection) -> str:
+    """How alike the two adapters are."""
+    found = inspection.similarity or []
+    full, chance, top = (
+        statistics.median(getattr(each, field) for each in found) for field in ("full", "chance", "top")
+    )
+    return (
+        f"Against {inspection.against}: medians over {len(found)} linears of phi of all directions {full:.3f} (random directions "
+        f"{chance:.3f}), of the first direction of each {top:.3f}."
+    )
+
+
+def _verdict(inspection: Inspection) -> str:
+    return (
+        f"{len(inspection.modules)} linears, {inspection.parameters:,} parameters; rank {inspection.suggested_rank} "
+        f"would hold {SUGGESTED_SHARE:.0%} of it"
+    )
+
+
+def _figures(inspection: Inspection) -> str:
+    modules = inspection.modules
+    relative = [module.relative_norm for module in modules if module.relative_norm is not None]
+    factors = [module.amplification for module in modules if module.amplification is not None]
+    largest = max(inspection.blocks, key=lambda block: block.share)
+    shown = (
+        (", ".join(map(str, sorted({module.rank for module in modules}))), "rank as stored"),
+        (f"{statistics.median(module.effective_rank for module in modules):.1f}", "median effective rank"),
+        (str(inspection.suggested_rank), f"rank for {SUGGESTED_SHARE:.0%} of the energy"),
+        (number(statistics.median(relative)) if relative else "–", "median |dW| / |W|"),
+        (number(statistics.median(factors)) if factors else "–", "median amplification"),
+        (f"{largest.share:.0%}", f"of it in {charts.short(largest.name)}"),
+    )
+    return "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in shown)
+
+
+def _charts(kind: str, *shown: tuple[str, str]) -> str:
+    cards = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{chart}</figure>" for name, chart in shown)
+    return f'<div class="charts {kind}">{cards}</div>'
+
+
+def _against(inspection: Inspection) -> str:
+    if not inspection.similarity:
+        return ""
+    return f'<h2>Against another adapter</h2><p class="lead">{escape(similarity_line(inspection))}</p>' + _charts(
+        "one", ("phi of the input directions (LoRA paper, equation 4)", charts.similarity(inspection.similarity))
+    )
+
+
+def _table(modules: Sequence[ModuleFigures], columns: Sequence[_Column]) -> str:
+    head = "".join(f'<th title="{escape(meaning, quote=True)}">{name}</th>' for name, meaning, _ in columns)
+    rows = "".join(
+        f'<tr><td title="{escape(module.name, quote=True)}">{escape(charts.short(module.name))}</td>'
+        + "".join(f"<td>{value(module)}</td>" for _, _, value in columns)
+        + "</tr>"
+        for module in modules
+    )
+    return f'<div class="wide"><table><thead><tr><th>linear</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -1,0 +1,283 @@
+"""`inspect`: what an adapter changes, module by module, and how much of it a smaller rank would hold."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit_lora.analysis.spectrum import (
+    effective_rank,
+    frobenius,
+    projected_norm,
+    random_norm,
+    rank_holding,
+    similarity,
+    stable_rank,
+    top,
+)
+from mmdit_lora.analysis.updates import OpenedAdapter, Update, open_adapter
+from mmdit_lora.errors import InputError, listed
+
+SHARES = (0.90, 0.95, 0.99)
+RANK_NAMES = tuple(f"{share:.0%}" for share in SHARES)
+SUGGESTED_SHARE = 0.99  # of the energy of dW that a suggested rank holds
+_BLOCK = re.compile(r"^(?:.*\.)?[a-z_]*blocks\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class ModuleFigures:
+    """One adapted linear, W (m, n). dW is the whole change of the weight, alpha / r (and DoRA's magnitude) included.
+
+    Args:
+        block: the part of the model that it is in.
+        shape: (m, n). rank: r as stored. scale: the factor of B A.
+        norm, spectral_norm: ||dW||_F and ||dW||_2; weight_norm, weight_spectral_norm: those of W.
+        relative_norm: ||dW||_F / ||W||_F; None where W is zero.
+        singular_values: of scale * B A, r numbers (with DoRA: of the part of dW that has a rank).
+        effective_rank, stable_rank, ranks: of these; `ranks` the smallest rank that holds each of `SHARES` of the energy.
+        suggested_rank: the one that holds `SUGGESTED_SHARE`, at least 1.
+        directions: k, the directions of dW that are compared with W.
+        projected: ||U^T W V||_F with U, V the top k directions of dW; of W's own top k directions `projected_own`; of random
+            ones `projected_random` (root of the mean square).
+        amplification: ||dW||_F / ||U^T W V||_F, LoRA paper section 7.3; likewise `amplification_own`, `amplification_random`.
+            None where dW or the denominator is zero.
+        energy_share: of ||dW||_F^2 summed over the adapter.
+    """
+
+    name: str
+    block: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    dora: bool
+    norm: float
+    spectral_norm: float
+    weight_norm: float
+    weight_spectral_norm: float
+    relative_norm: float | None
+    singular_values: list[float]
+    effective_rank: float
+    stable_rank: float
+    ranks: dict[str, int]
+    suggested_rank: int
+    directions: int
+    projected: float
+    projected_own: float
+    projected_random: float
+    amplification: float | None
+    amplification_own: float | None
+    amplification_random: float | None
+    energy_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class BlockFigures:
+    """The linears of one block together: `norm` is the root of the sum of squares, `share` its part of the whole."""
+
+    name: str
+    modules: int
+    norm: float
+    relative_norm: float | None
+    share: float
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike the input directions of two adapters are in one linear: phi of the LoRA paper, equation 4.
+
+    Args:
+        phi: (k_1, k_2), entry [i - 1][j - 1] of the top i directions of the adapter and the top j of the other.
+        full: of all directions of both; `chance`: what random directions would have, max(k_1, k_2) / n.
+        top: of the first direction of each; `top_chance` 1 / n.
+    """
+
+    name: str
+    phi: list[list[float]]
+    full: float
+    chance: float
+    top: float
+    top_chance: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect.json` holds. `against`: the other adapter, where one was given."""
+
+    adapter: str
+    base: str
+    header: dict[str, Any]
+    modules: list[ModuleFigures]
+    blocks: list[BlockFigures]
+    suggested_rank: int
+    parameters: int
+    notes: list[str]
+    against: str | None = None
+    similarity: list[Similarity] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def inspect_adapter(
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    against: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Inspection:
+    """Measure an adapter against the weights that it changes.
+
+    Args:
+        base: folder or hub id; None = the one that the adapter names.
+        against: a second adapter, whose directions are compared with the first's.
+        dtype: of the base's weights.
+
+    Raises:
+        InputError: one of the two is no adapter or does not fit the base, or they share no linear.
+    """
+    opened = open_adapter(adapter, base=base, dtype=dtype)
+    updates = list(opened.updates())
+    other = None if against is None else _downs(against, opened)
+    measured = [measure(update) for update in updates]
+    energy = sum(each.norm**2 for each in measured)
+    modules = [_with_share(each, energy) for each in measured]
+    return Inspection(
+        str(adapter),
+        opened.base,
+        opened.header,
+        modules,
+        _blocks(modules, energy),
+        suggest([each.singular_values for each in modules]),
+        sum(update.up.numel() + update.down.numel() for update in updates),
+        _notes(updates, modules),
+        None if against is None else str(against),
+        None if other is None else _similarities(updates, other, opened, against),
+    )
+
+
+def measure(update: Update) -> ModuleFigures:
+    """The figures of one linear; `energy_share` is left at 0."""
+    norm, change = update.directions()
+    low = update.low_rank()
+    count = change.rank
+    change = change.first(count)
+    own = top(update.weight, max(count, 1))
+    projections = (
+        projected_norm(update.weight.double(), change.left, change.right),
+        frobenius(own.values[:count]),
+        random_norm(update.weight, count),
+    )
+    weight_norm = frobenius(update.weight)
+    factors = [_ratio(norm, each) if norm else None for each in projections]
+    ranks = {name: rank_holding(low.values, share) for name, share in zip(RANK_NAMES, SHARES, strict=True)}
+    return ModuleFigures(
+        name=update.name,
+        block=block_of(update.name),
+        shape=(update.weight.shape[0], update.weight.shape[1]),
+        rank=update.rank,
+        scale=update.scale,
+        dora=update.magnitude is not None,
+        norm=norm,
+        spectral_norm=change.values[0].item() if count else 0.0,
+        weight_norm=weight_norm,
+        weight_spectral_norm=own.values[0].item(),
+        relative_norm=_ratio(norm, weight_norm),
+        singular_values=low.values.tolist(),
+        effective_rank=effective_rank(low.values),
+        stable_rank=stable_rank(low.values),
+        ranks=ranks,
+        suggested_rank=max(1, rank_holding(low.values, SUGGESTED_SHARE)),
+        directions=count,
+        projected=projections[0],
+        projected_own=projections[1],
+        projected_random=projections[2],
+        amplification=factors[0],
+        amplification_own=factors[1],
+        amplification_random=factors[2],
+    )
+
+
+def suggest(spectra: Sequence[Sequence[float]], share: float = SUGGESTED_SHARE) -> int:
+    """The smallest one rank for all modules with which the adapter keeps `share` of its energy, summed over modules."""
+    squares = [sorted((value * value for value in values), reverse=True) for values in spectra]
+    whole = math.fsum(math.fsum(each) for each in squares)
+    largest = max((len(each) for each in squares), default=1)
+    for rank in range(1, largest):
+        if math.fsum(math.fsum(each[:rank]) for each in squares) >= share * whole:
+            return rank
+    return max(largest, 1)
+
+
+def block_of(name: str) -> str:
+    """`transformer_blocks.3` of a module inside it; of any other its first part."""
+    match = _BLOCK.match(name)
+    return match[0] if match else name.split(".")[0]
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below > 0 else None
+
+
+def _with_share(module: ModuleFigures, energy: float) -> ModuleFigures:
+    return ModuleFigures(**{**vars(module), "energy_share": module.norm**2 / energy if energy else 0.0})
+
+
+def _blocks(modules: Sequence[ModuleFigures], energy: float) -> list[BlockFigures]:
+    of_block: dict[str, list[ModuleFigures]] = {}
+    for module in modules:
+        of_block.setdefault(module.block, []).append(module)
+    figures = []
+    for name, own in of_block.items():
+        norm, weight = (math.sqrt(sum(each**2 for each in part)) for part in
+                        ([m.norm for m in own], [m.weight_norm for m in own]))  # fmt: skip
+        figures.append(BlockFigures(name, len(own), norm, _ratio(norm, weight), norm**2 / energy if energy else 0.0))
+    return figures
+
+
+def _notes(updates: Sequence[Update], modules: Sequence[ModuleFigures]) -> list[str]:
+    notes = []
+    if any(module.dora for module in modules):
+        notes.append(
+            "DoRA: norms and amplification are of the whole change of the weight, rescaled rows included, which has full rank; "
+            "spectra and ranks are of scale * B A."
+        )
+    if any(update.bias for update in updates):
+        notes.append("The adapter also changes biases (lora_bias); no figure here counts them.")
+    still = [module.name for module in modules if module.norm == 0]
+    if still:
+        notes.append(f"{len(still)} of {len(modules)} linears are not changed at all: {listed(still)}.")
+    return notes
+
+
+def _downs(adapter: str | Path, first: OpenedAdapter) -> dict[str, Tensor]:
+    """The matrices A of a second adapter, by module."""
+    return {update.name: update.down for update in open_adapter(adapter, base=first.base).updates()}
+
+
+def _similarities(
+    updates: Sequence[Update], other: dict[str, Tensor], first: OpenedAdapter, against: str | Path | None
+) -> list[Similarity]:
+    shared = [update for update in updates if update.name in other]
+    if not shared:
+        raise InputError(
+            f"adapts none of the linears of {first.folder}",
+            where=f"--against {against}",
+            cure="compare adapters that share targets",
+        )
+    found = []
+    for update in shared:
+        phi = similarity(update.down, other[update.name])
+        if not phi.numel():  # one of the two is zero, and has no direction
+            continue
+        width = update.down.shape[1]
+        chance = max(phi.shape) / width
+        found.append(Similarity(update.name, phi.tolist(), phi[-1, -1].item(), chance, phi[0, 0].item(), 1 / width))
+    return found

@@ -1,0 +1,291 @@
+"""`resize`: the same adapter at a smaller rank, the best one in the Frobenius norm (Eckart and Young, 1936)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+
+from mmdit_lora import __version__
+from mmdit_lora.analysis.spectrum import rank_holding
+from mmdit_lora.analysis.updates import ADAPTER, OpenedAdapter, Update, open_adapter, updates
+from mmdit_lora.data.records import Record
+from mmdit_lora.errors import InputError
+from mmdit_lora.evaluate.sides import evaluate
+from mmdit_lora.lora import CONFIG_FILE, WEIGHTS_FILE, lora_state_dict, remove_adapter, save_adapter
+from mmdit_lora.lora.adapt import inject
+from mmdit_lora.pipelines import PaintSettings
+
+CARD = "README.md"
+_SECTION = re.compile(r"\n## Resized\n.*?(?=\n## |\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ResizedModule:
+    """One linear: `rank` to `new_rank`, and `error` ||dW - dW'||_F / ||dW||_F of the update as it is applied (0 of a zero one)."""
+
+    name: str
+    rank: int
+    new_rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Resized:
+    """What `resize` did.
+
+    Args:
+        error: sqrt(sum ||dW - dW'||_F^2 / sum ||dW||_F^2) over the linears.
+        parameters, new_parameters: numbers in the adapter.
+        fidelity: `base`, `before` and `after`, where a data set was given.
+    """
+
+    adapter: str
+    out: str
+    base: str
+    modules: list[ResizedModule]
+    error: float
+    parameters: int
+    new_parameters: int
+    fidelity: dict[str, dict[str, float]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def resize_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: str | None = None,
+    records: Sequence[Record] | None = None,
+    settings: PaintSettings | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    on_progress: Callable[[str, int], None] | None = None,
+) -> Resized:
+    """Write the adapter with fewer ranks to `out`, a PEFT folder, all or nothing.
+
+    The scale alpha / r (alpha / sqrt(r), if rank-stabilised) of each linear stays, so alpha falls with the rank; B and A are
+    balanced, B' = U sqrt(S / scale), A' = sqrt(S / scale) V^T. DoRA keeps its magnitudes: they are the norms of the rows,
+    whatever their direction.
+
+    Args:
+        rank: of every linear; those stored at less keep theirs. Or
+        energy: in (0, 1]: each linear gets the smallest rank that holds this share of its sum of squared singular values.
+        base: folder or hub id; None = the one that the adapter names.
+        records: a data set on which fidelity is measured before and after.
+        settings, seed, on_progress: of that, see `mmdit_lora.evaluate.sides.evaluate`; the progress names "before" and "after".
+
+    Raises:
+        InputError: it is no adapter or of another base; every linear is stored at less than `rank`; `out` is the adapter
+            itself or no adapter folder; the exact reader does not know the phrases of `records`.
+    """
+    adapter, out = Path(adapter), Path(out)
+    if (rank is None) == (energy is None):
+        raise InputError("give a rank or an energy" if rank is None else "a rank and an energy are given")
+    check_out(adapter, out)
+    opened = open_adapter(adapter, base=base, dtype=dtype, whole=records is not None)
+    model = opened.pipe.transformer
+    model.peft_config[ADAPTER].base_model_name_or_path = None  # PEFT would look for that base, on the hub too
+    before = list(opened.updates())
+    _refuse_larger(before, rank, adapter)
+    after = [_smaller(update, _new_rank(update, rank, energy)) for update in before]
+
+    fidelity: dict[str, dict[str, float]] | None = None
+    if records is not None:
+        fidelity = _fidelity(opened, records, settings or PaintSettings(), seed, device, "before", on_progress)
+        opened.pipe.to("cpu")
+    config = _config(opened.config, before, after)
+    state = lora_state_dict(model) | {
+        f"{update.name}.lora_{side}.weight": value
+        for update in after
+        for side, value in (("A", update.down), ("B", update.up))
+    }
+    remove_adapter(model, ADAPTER)
+    inject(model, _plain_start(config), ADAPTER)
+    outcome: Any = peft.set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
+    if outcome.unexpected_keys:
+        raise RuntimeError(f"PEFT did not take {', '.join(outcome.unexpected_keys[:8])}")
+    model.peft_config[ADAPTER] = config  # as it is saved
+    applied = list(updates(model))  # by PEFT's own scales, so that a wrong alpha shows as an error
+    modules, error = _errors(before, applied)
+    if fidelity is not None and records is not None:
+        sides = _fidelity(opened, records, settings or PaintSettings(), seed, device, "after", on_progress)
+        fidelity |= {"after": sides["after"]}
+        opened.pipe.to("cpu")
+    report = Resized(
+        adapter=str(adapter),
+        out=str(out),
+        base=opened.base,
+        modules=modules,
+        error=error,
+        parameters=sum(update.up.numel() + update.down.numel() for update in before),
+        new_parameters=sum(update.up.numel() + update.down.numel() for update in applied),
+        fidelity=fidelity,
+    )
+    how = f"rank {rank}" if rank is not None else f"{energy:.4g} of the energy"
+    save_adapter(
+        model, out, metadata=_metadata(opened, config, report, how), card=_card(adapter, report, how), beside=_beside(adapter)
+    )  # fmt: skip
+    return report
+
+
+def check_out(adapter: Path, out: Path) -> None:
+    """Before any work: `out` is free, or an adapter folder, and not the one that is read.
+
+    Raises:
+        InputError: it is not.
+    """
+    if out.exists() and adapter.exists() and out.resolve() == adapter.resolve():
+        raise InputError("is the adapter itself", where=f"--out {out}", cure="give another folder")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file()):
+        raise InputError(f"exists and holds no {CONFIG_FILE}", where=f"--out {out}", cure="give another folder")
+
+
+def _refuse_larger(before: Sequence[Update], rank: int | None, adapter: Path) -> None:
+    largest = max(update.rank for update in before)
+    if rank is not None and rank > largest:
+        raise InputError(
+            f"is {rank}, and {adapter} is stored at rank {largest}: a larger rank would hold nothing more",
+            where="--rank",
+            cure=f"give a rank below {largest}",
+        )
+
+
+def _new_rank(update: Update, rank: int | None, energy: float | None) -> int:
+    if rank is not None:
+        return min(rank, update.rank)
+    assert energy is not None
+    return max(1, rank_holding(update.low_rank().values, energy))
+
+
+def _smaller(update: Update, rank: int) -> Update:
+    found = update.low_rank().first(rank)
+    # A width below the rank has fewer directions than ranks: the rest are zeros.
+    root = (found.values / abs(update.scale)).sqrt()
+    up = torch.zeros(update.up.shape[0], rank, dtype=torch.float64)
+    down = torch.zeros(rank, update.down.shape[1], dtype=torch.float64)
+    up[:, : len(root)] = found.left * root * (1 if update.scale > 0 else -1)
+    down[: len(root)] = (found.right * root).T
+    return replace(update, up=up.float(), down=down.float())
+
+
+def _config(config: peft.LoraConfig, before: Sequence[Update], after: Sequence[Update]) -> peft.LoraConfig:
+    """The config with ranks and alphas by linear: the commonest ones for all, the others in the patterns, by full name."""
+    new = copy.deepcopy(config)
+    new.base_model_name_or_path = None  # `save_adapter` writes it
+    ranks = {update.name: update.rank for update in after}
+    factor = {update.name: (update.rank**0.5 if config.use_rslora else update.rank) for update in after}
+    alphas = {update.name: _whole(update.scale * factor[update.name]) for update in before}
+    new.r = Counter(ranks.values()).most_common(1)[0][0]
+    new.lora_alpha = cast(int, Counter(alphas.values()).most_common(1)[0][0])  # PEFT takes fractions
+    new.rank_pattern = {_exact(name, ranks): rank for name, rank in ranks.items() if rank != new.r}
+    new.alpha_pattern = {
+        _exact(name, alphas): cast(int, value) for name, value in alphas.items() if value != new.lora_alpha
+    }
+    return new
+
+
+def _exact(name: str, names: Iterable[str]) -> str:
+    """A name as a pattern. PEFT matches at the end of names, behind a dot: one that ends another's is held to the start."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
+def _whole(value: float) -> float:
+    """8 for 8.000000000000002, which a scale of alpha / r gives back."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) <= 1e-12 * max(abs(value), 1) else value
+
+
+def _plain_start(config: peft.LoraConfig) -> peft.LoraConfig:
+    """To inject without the data that a data-driven initialisation would ask for; its weights are replaced at once."""
+    plain = copy.deepcopy(config)
+    plain.init_lora_weights = True
+    plain.inference_mode = True
+    return plain
+
+
+def _errors(before: Sequence[Update], applied: Sequence[Update]) -> tuple[list[ResizedModule], float]:
+    modules, squares, whole = [], 0.0, 0.0
+    for old, new in zip(before, applied, strict=True):
+        assert old.name == new.name
+        norm, off = old.directions()[0], old.difference(new)
+        modules.append(ResizedModule(old.name, old.rank, new.rank, off / norm if norm else 0.0))
+        squares, whole = squares + off**2, whole + norm**2
+    return modules, (squares / whole) ** 0.5 if whole else 0.0
+
+
+def _fidelity(
+    opened: OpenedAdapter,
+    records: Sequence[Record],
+    settings: PaintSettings,
+    seed: int,
+    device: str,
+    name: str,
+    on_progress: Callable[[str, int], None] | None,
+) -> dict[str, dict[str, float]]:
+    def tell(side: str, done: int) -> None:
+        if on_progress is not None:
+            on_progress(name if side == "adapter" else side, done)
+
+    opened.pipe.to(device)
+    sides = evaluate(opened.pipe, records, settings, seed=seed, on_progress=tell).sides
+    return {"base": dict(sides["base"].fidelity), name: dict(sides["adapter"].fidelity)}
+
+
+def _metadata(opened: OpenedAdapter, config: peft.LoraConfig, report: Resized, how: str) -> dict[str, Any]:
+    """The adapter's own header, with the ranks of now and where they come from."""
+    stored = opened.config
+    resized: dict[str, Any] = {
+        "by": how,
+        "error": report.error,
+        "r": stored.r,
+        "alpha": stored.lora_alpha,
+        "version": __version__,
+    }
+    if report.fidelity is not None:
+        resized["fidelity"] = report.fidelity
+    return {"base": opened.base} | opened.header | {"r": config.r, "alpha": config.lora_alpha, "resized": resized}
+
+
+def _card(adapter: Path, report: Resized, how: str) -> str:
+    """The adapter's card with a section about the resizing, in the place of an earlier one."""
+    file = adapter / CARD
+    text = file.read_text(encoding="utf-8") if file.is_file() else f"# Layout LoRA for `{report.base}`\n"
+    ranks = sorted({module.new_rank for module in report.modules})
+    section = (
+        "\n## Resized\n\n"
+        f"From rank {_range([module.rank for module in report.modules])} to {_range(ranks)}, by {how}: {report.parameters:,} to "
+        f"{report.new_parameters:,} parameters; relative error of the update {report.error:.2e}. What else stands here about rank, "
+        "alpha, parameters and figures is of the adapter before.\n"
+    )
+    if report.fidelity is not None:
+        section += "".join(
+            f"\n{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in side.items()) + "\n"
+            for name, side in report.fidelity.items()
+        )
+    return _SECTION.sub("", text).rstrip("\n") + "\n" + section
+
+
+def _range(ranks: Sequence[int]) -> str:
+    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+
+
+def _beside(adapter: Path) -> Mapping[str, bytes]:
+    """Files of the adapter folder that go along, e.g. the pictures of its card."""
+    known = (CONFIG_FILE, WEIGHTS_FILE, CARD)
+    return {
+        file.name: file.read_bytes() for file in sorted(adapter.iterdir()) if file.is_file() and file.name not in known
+    }

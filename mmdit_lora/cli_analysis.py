@@ -1,0 +1,217 @@
+"""The verbs that look into adapters: `inspect`, `resize`, `attribute`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdit_lora.cli_data import JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_model import (
+    AdapterOption,
+    BaseOption,
+    BatchOption,
+    DtypeOption,
+    GuidanceOption,
+    ScaleOption,
+    SeedOption,
+    SizeOption,
+    StepsOption,
+    WindowOption,
+    _refuse_foreign,
+    open_with_adapters,
+    paint_settings,
+)
+from mmdit_lora.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmdit_lora.analysis.resize import Resized
+
+OwnBase = Annotated[str | None, typer.Option("--base", help="Its base; default: the one that it names.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verbs to the app."""
+    for verb in (inspect, resize, attribute):
+        app.command(verb.__name__)(verb)
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    base: OwnBase = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="A second adapter on the same base, whose directions are compared.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for inspect.json and inspect.html.")] = None,
+    dtype: DtypeOption = "fp32",
+    as_json: JsonFlag = False,
+) -> None:
+    """What an adapter changes: norms, spectrum, ranks that hold it, and what it amplifies, linear by linear."""
+    if out is not None:
+        refuse_file_as_folder(out)
+        _refuse_foreign(out, "inspect.json")
+    from mmdit_lora.analysis.inspect_page import lines, page
+    from mmdit_lora.analysis.inspection import inspect_adapter
+    from mmdit_lora.files import write_json, write_text
+
+    found = inspect_adapter(adapter, base=base, against=against, dtype=_dtype(dtype))
+    for line in lines(found):
+        say(line)
+    if out is not None:
+        write_text(out / "inspect.html", page(found))
+        write_json(out / "inspect.json", found.to_dict())
+        say(f"wrote {out / 'inspect.html'} and inspect.json")
+    if as_json:
+        emit(found.to_dict())
+
+
+def resize(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="The new rank of every linear.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", help="Or the share of its energy that each linear keeps, in (0, 1], e.g. 0.99."),
+    ] = None,
+    base: OwnBase = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data set folder: fidelity is measured on it, before and after.")
+    ] = None,
+    steps: StepsOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "fp32",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write an adapter at a smaller rank: the nearest one, by SVD of its updates."""
+    if (rank is None) == (energy is None):
+        what = "give --rank or --energy" if rank is None else "--rank and --energy are given"
+        raise InputError(what, cure="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"is {energy:g}", where="--energy", cure="give a share in (0, 1], e.g. 0.99")
+    refuse_file_as_folder(out)
+    records = None
+    if data is not None:
+        from mmdit_lora.data.records import read_dataset
+
+        records = read_dataset(data)
+    import torch
+
+    from mmdit_lora.analysis.resize import resize_adapter
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.pipelines import PaintSettings
+
+    with ProgressLines() as tell:
+        report = resize_adapter(
+            adapter,
+            out,
+            rank=rank,
+            energy=energy,
+            base=base,
+            records=records,
+            settings=PaintSettings(steps=steps),
+            seed=seed,
+            dtype=_dtype(dtype),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            on_progress=lambda side, done: tell(f"paint {side}", done, len(records or ()), {}),
+        )
+    for line in _resized_lines(report):
+        say(line)
+    if as_json:
+        emit(report.to_dict())
+
+
+def attribute(
+    base: BaseOption,
+    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, or a .jsonl of many.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    adapter: AdapterOption = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    layout_scale: ScaleOption = 1.0,
+    layout_window: WindowOption = (0.0, 1.0),
+    size: SizeOption = None,
+    batch_size: BatchOption = 8,
+    dtype: DtypeOption = "fp32",
+    count: Annotated[int | None, typer.Option("--count", min=1, help="The first COUNT layouts only.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
+    from dataclasses import asdict
+
+    from mmdit_lora.layout import read_layouts
+
+    layouts = read_layouts(layout)[:count]
+    bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
+    if bare is not None:
+        raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")
+    refuse_file_as_folder(out)
+    _refuse_foreign(out, "attribution.json")
+    settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+    from mmdit_lora.analysis.attribution import attribute as run
+    from mmdit_lora.analysis.attribution_sheet import sheet
+    from mmdit_lora.cli_progress import ProgressLines
+    from mmdit_lora.evaluate.draw import save_png
+    from mmdit_lora.files import atomic_folder, write_json
+
+    pipe = open_with_adapters(base, adapter, dtype)
+    found = []
+    with ProgressLines() as tell:
+        for number, each in enumerate(layouts):
+            total, name = len(each.boxes) + 1, f"paint layout {number + 1} of {len(layouts)}"
+            found.append(run(pipe, each, settings, seed=seed + number, on_progress=partial(_tell, tell, name, total)))
+    report = {
+        "base": base,
+        "adapters": adapter or [],
+        "settings": asdict(settings),
+        "layouts": [
+            {
+                "file": f"{number:04d}.png",
+                "seed": seed + number,
+                "caption": each.layout.caption,
+                "boxes": [box.to_dict() for box in each.boxes],
+            }
+            for number, each in enumerate(found)
+        ],
+    }
+    with atomic_folder(out) as temporary:
+        for number, each_found in enumerate(found):
+            save_png(sheet(each_found), temporary / f"{number:04d}.png")
+        write_json(temporary / "attribution.json", report)
+    say(f"{'share inside the box / its area':<40} {'change':>9} {'attention':>10}")
+    for each_found in found:
+        for box in each_found.boxes:
+            say(f"  {box.phrase[:38]:<38} {_lift(box.change_lift):>9} {_lift(box.attention_lift):>10}")
+    say(f"wrote {len(found)} sheet{'s' if len(found) > 1 else ''} to {out}; look at {out / '0000.png'}")
+    if as_json:
+        emit(report | {"out": str(out)})
+
+
+def _tell(tell: Callable[..., None], name: str, total: int, done: int) -> None:
+    tell(name, done, total, {})
+
+
+def _lift(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _resized_lines(report: Resized) -> list[str]:
+    width = max(len(module.name) for module in report.modules)
+    lines = [f"{'':<{width}} {'r':>4} {'new':>4} {'relative error':>15}"]
+    lines += [f"{m.name:<{width}} {m.rank:>4} {m.new_rank:>4} {m.error:>15.2e}" for m in report.modules]
+    for name, side in (report.fidelity or {}).items():
+        lines.append(f"{name:<7} " + "  ".join(f"{key} {value:.3f}" for key, value in side.items() if key != "boxes"))
+    size = f"{report.parameters:,} to {report.new_parameters:,} parameters, relative error {report.error:.2e}"
+    return [*lines, f"wrote {report.out}: {size}"]
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    known: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return known[name]

@@ -1,0 +1,431 @@
+"""Figures of pictures against layouts: computed by hand, against other implementations, repeated, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdit_lora.cli import main
+from mmdit_lora.data.records import write_dataset
+from mmdit_lora.data.shapes import COLORS, shape_coverage
+from mmdit_lora.evaluate.detectors import Detection, open_detector
+from mmdit_lora.evaluate.groups import box_groups, picture_groups
+from mmdit_lora.evaluate.intervals import Bootstrap, value
+from mmdit_lora.evaluate.judged import average_precision, judged, kept_relations, sums
+from mmdit_lora.layout import Box, Layout
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDE = 128  # pixels of a planted picture
+# Four squares of 32 px, a corner each: centres 64 px apart along both axes or one.
+CORNERS = ((16, 16), (80, 16), (16, 80), (80, 80))
+SQUARES = tuple(zip(CORNERS, ("red", "blue", "green", "yellow"), strict=True))
+
+
+def drawn(squares: Sequence[tuple[tuple[float, float], str]], side: float = 32) -> Image.Image:
+    canvas = np.full((SIDE, SIDE, 3), 128.0)
+    for (x, y), color in squares:
+        ink = shape_coverage("square", (x, y, x + side, y + side), SIDE)[..., None]
+        canvas = canvas * (1 - ink) + np.array(COLORS[color]) * ink
+    return Image.fromarray(np.round(canvas).astype(np.uint8))
+
+
+def layout_of(squares: Sequence[tuple[tuple[float, float], str]], side: float = 32) -> Layout:
+    boxes = [
+        Box((x / SIDE, y / SIDE, (x + side) / SIDE, (y + side) / SIDE), f"a {color} square")
+        for (x, y), color in squares
+    ]
+    return Layout("four squares", tuple(boxes))
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of the four squares."""
+    folder = tmp_path_factory.mktemp("squares") / "data"
+    write_dataset(folder, [(f"{n}.png", drawn(SQUARES), layout_of(SQUARES)) for n in range(10)])
+    return folder
+
+
+def of_images(data: Path, pictures: Sequence[Image.Image], folder: Path) -> dict[str, Any]:
+    """What `evaluate --images` says of them."""
+    shown = folder / "pictures"
+    shown.mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        picture.save(shown / f"{number}.png")
+    assert main(["evaluate", "--images", str(shown), "--data", str(data), "--out", str(folder / "out")]) == 0
+    report: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
+    assert "base" not in report  # nothing was painted
+    assert not (folder / "out" / "pictures").exists()
+    return report
+
+
+def test_planted_faults_move_the_figures_as_computed_by_hand(squares: Path, tmp_path: Path) -> None:
+    good = drawn(SQUARES)
+    shifted = drawn([((x + 3.2, y), color) for (x, y), color in SQUARES])  # by 10 % of the side: IoU 0.9 / 1.1
+    swapped = drawn(list(zip(CORNERS, ("blue", "red", "green", "yellow"), strict=True)))
+    missing = drawn(SQUARES[:3])
+    right = of_images(squares, [good] * 10, tmp_path / "right")["images"]
+    assert right["miou"] > 0.99
+    for name in ("iou50", "color_acc", "shape_acc", "precision", "count_acc", "relations", "ap50"):
+        assert right[name] == 1
+    assert right["count_error"] == 0
+
+    moved = of_images(squares, [shifted] * 10, tmp_path / "shifted")["images"]
+    assert moved["miou"] == pytest.approx(0.9 / 1.1, abs=0.01)
+    assert {moved[name] for name in ("iou50", "color_acc", "shape_acc", "precision", "count_acc", "relations")} == {1}
+    assert moved["ap50"] == 1
+    # Of ten thresholds from 0.50 to 0.95, those up to 0.80 are passed: seven.
+    assert moved["ap"] == pytest.approx(0.7, abs=1e-6)
+
+    colors = of_images(squares, [swapped] * 5 + [good] * 5, tmp_path / "swapped")["images"]
+    assert colors["color_acc"] == pytest.approx(1 - 10 / 40)  # two of four boxes in half the pictures
+    assert colors["miou"] == pytest.approx(right["miou"], abs=0.003)
+    assert {colors[name] for name in ("iou50", "shape_acc", "count_acc", "relations")} == {1}
+
+    less = of_images(squares, [missing] * 4 + [good] * 6, tmp_path / "missing")["images"]
+    for name in ("iou50", "color_acc", "shape_acc"):
+        assert less[name] == pytest.approx(36 / 40)
+    assert less["miou"] == pytest.approx(right["miou"] * 36 / 40, abs=0.003)
+    assert less["precision"] == 1
+    assert less["count_acc"] == pytest.approx(0.6)
+    assert less["count_error"] == pytest.approx(0.4)
+    # Each picture has 2 + 2 pairs along each axis, 8 in all; the missing square is in 4 of them.
+    assert less["relations"] == pytest.approx(1 - 4 * 4 / 80)
+
+
+def test_the_data_sets_own_pictures_are_the_ceiling_and_those_of_others_the_floor(
+    squares: Path, tmp_path: Path
+) -> None:
+    report = of_images(squares, [drawn(SQUARES)] * 10, tmp_path)
+    assert report["ground_truth"] == report["images"]
+    assert report["shuffled"]["miou"] == report["ground_truth"]["miou"]  # ten times one layout: nothing to shuffle
+    tested = report["detector"]
+    assert tested["true"]["precision"] == tested["true"]["recall"] == 1
+    assert tested["margin"] == 0
+    assert tested["verdict"] == "useless"  # by these layouts nobody can tell
+
+
+def test_relations_are_counted_by_hand() -> None:
+    layout = Layout("", (Box((0.0, 0.0, 0.2, 0.2), "a red square"), Box((0.5, 0.02, 0.7, 0.22), "a blue square")))
+    detector = open_detector()
+    seen = [Detection(box.xyxy, "", color=box.phrase.split()[1], shape="square") for box in layout.boxes]
+    (picture,) = judged(detector, [seen], [layout])
+    assert kept_relations(picture) == (1, 1)  # side by side; 0.02 apart in height is no order
+    there = [replace(seen[0], xyxy=(0.15, 0.0, 0.35, 0.2)), replace(seen[1], xyxy=(0.5, 0.02, 0.7, 0.22))]
+    assert kept_relations(judged(detector, [there], [layout])[0]) == (1, 1)
+    assert kept_relations(judged(detector, [seen[:1]], [layout])[0]) == (0, 1)
+    assert kept_relations(judged(detector, [[]], [layout])[0]) == (0, 1)
+
+
+def random_pictures(detector: Any) -> Any:
+    rng = np.random.default_rng(5)
+    phrases = ["a red square", "a blue circle", "a green star"]
+    layouts, seen = [], []
+    for _ in range(12):
+        corners = rng.uniform(0, 0.6, (4, 2))
+        sides = rng.uniform(0.1, 0.4, (4, 2))
+        names = rng.choice(phrases, 4)
+        boxes = [Box((*c, *(c + s)), str(name)) for c, s, name in zip(corners, sides, names, strict=True)]
+        layouts.append(Layout("", tuple(boxes)))
+        things = []
+        for box in boxes[:3]:
+            jitter = np.clip(np.array(box.xyxy) + rng.normal(0, 0.015, 4), 0, 1)
+            label = str(rng.choice(phrases)) if rng.random() < 0.2 else box.phrase
+            things.append(Detection(tuple(map(float, jitter)), label, score=float(rng.random())))
+        seen.append(things)
+    return judged(detector, seen, layouts)
+
+
+def test_average_precision_is_that_of_torchmetrics() -> None:
+    import torch
+    from torchmetrics.detection import MeanAveragePrecision
+
+    detector = open_detector()
+    pictures = random_pictures(detector)
+    ours = average_precision(pictures, detector)
+    numbers: dict[str, int] = {}
+    # Its own thresholds are float32 numbers: a recall of 12/20 then misses that of 0.6.
+    thresholds = {
+        "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(),
+        "rec_thresholds": np.linspace(0, 1, 101).tolist(),
+    }
+    theirs = MeanAveragePrecision(box_format="xyxy", backend="pycocotools", **thresholds)
+    for picture in pictures:
+        sides = []
+        for boxes, labels in (
+            ([d.xyxy for d in picture.seen], [d.label for d in picture.seen]),
+            ([b.xyxy for b in picture.layout.boxes], [b.phrase for b in picture.layout.boxes]),
+        ):
+            numbered = [numbers.setdefault(label, len(numbers) + 1) for label in labels]
+            sides.append({"boxes": torch.tensor(boxes) * 1000, "labels": torch.tensor(numbered)})
+        sides[0]["scores"] = torch.tensor([d.score for d in picture.seen])
+        theirs.update([sides[0]], [sides[1]])
+    expected = theirs.compute()
+    assert 0.2 < ours["ap"] < 0.8
+    for own, other in (("ap", "map"), ("ap50", "map_50"), ("ar_100", "mar_100")):
+        assert ours[own] == pytest.approx(float(expected[other]), abs=1e-6)
+
+
+def test_average_precision_by_hand() -> None:
+    """Two boxes of one phrase. The surer detection is wrong, the other meets one box: precision 1/2 at recall 1/2, which COCO
+    reads at 101 recalls from 0 to 1: 51 of them are at most 1/2."""
+    layout = Layout("", (Box((0, 0, 0.2, 0.2), "a red square"), Box((0.5, 0.5, 0.7, 0.7), "a red square")))
+    wrong = Detection((0.8, 0.0, 1.0, 0.2), "a red square", score=0.9)
+    right = Detection((0, 0, 0.2, 0.2), "a red square", score=0.8)
+    detector = open_detector()
+    assert average_precision(judged(detector, [[wrong, right]], [layout]), detector) == pytest.approx(
+        {"ap": 0.5 * 51 / 101, "ap50": 0.5 * 51 / 101, "ar_100": 0.5}
+    )
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    from scipy.stats import bootstrap
+
+    rng = np.random.default_rng(0)
+    table = np.stack([rng.uniform(0, 1, 80) * 3, np.full(80, 3.0)], axis=1)
+    low, high = Bootstrap(80).interval(table) or (0, 0)
+    theirs = bootstrap(
+        (table[:, 0] / 3,), np.mean, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert low == pytest.approx(theirs.low, abs=0.006)
+    assert high == pytest.approx(theirs.high, abs=0.006)
+    assert low < value(table) < high
+    assert Bootstrap(80).interval(table) == (low, high)  # the same every time
+    shifted = table + np.array([0.3, 0.0])
+    assert Bootstrap(80).difference(shifted, table) == pytest.approx((0.1, 0.1))  # paired: nothing varies
+    assert Bootstrap(1).interval(table[:1]) is None
+    # Pictures without a box that counts say nothing, and make nothing of nothing.
+    empty = np.zeros((80, 2))
+    assert Bootstrap(80).interval(empty) is None
+    empty[3:5] = 1
+    assert Bootstrap(80).interval(empty) == (1.0, 1.0)
+
+
+def test_groups() -> None:
+    small, large = Box((0, 0, 0.1, 0.1), "a"), Box((0.2, 0.2, 0.9, 0.9), "b")
+    covering = Box((0.2, 0.2, 0.9, 0.8), "c")
+    layouts = [Layout("", (small,) * 12), Layout("", (small, large)), Layout("", (large, covering))]
+    assert picture_groups(layouts) == {"1-4": [1, 2], "11+": [0]}
+    groups = box_groups(layouts)
+    assert groups["by_size"]["under 2 %"] == [*((0, n) for n in range(12)), (1, 0)]
+    assert groups["by_size"]["over 10 %"] == [(1, 1), (2, 0), (2, 1)]
+    assert groups["by_overlap"]["none"] == [(1, 0), (1, 1)]
+    assert (2, 0) in groups["by_overlap"]["over 0.2"]
+
+
+def test_a_figure_that_a_detector_cannot_tell_is_absent() -> None:
+    class Plain:
+        name, by_label, attributes = "plain", True, False
+
+        def agrees(self, label: str, phrase: str) -> bool:
+            return label in phrase
+
+    layout = Layout("", (Box((0, 0, 0.5, 0.5), "a dog"),))
+    seen = [Detection((0, 0, 0.5, 0.5), "dog", score=0.9), Detection((0, 0, 1, 1), "sofa", score=0.9)]
+    tables = sums(judged(Plain(), [seen], [layout]))  # type: ignore[arg-type]
+    assert set(tables) == {"miou", "iou50", "precision", "count_acc", "count_error"}  # one box: no relation either
+    assert value(tables["precision"]) == value(tables["count_acc"]) == 1  # nobody asked for the sofa
+
+
+# -- painted -------------------------------------------------------------------------------------------------------------
+
+
+def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["evaluate", "--base", str(base), "--data", str(data), "--out", str(out), "--steps", "2", *more]
+
+
+def test_sides_report_and_page(base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--adapter", str(adapter), "--ablations", "--variations", "1", "--batch-size", "5"]
+    assert main(command(base, data, out, *flags)) == 0
+    report = json.loads((out / "report.json").read_text())
+    sides = ["base", "adapter", "text_only", "layout_only", "ground_truth", "shuffled"]
+    assert [key for key in report if key in sides] == sides
+    for side in sides:
+        for key in ("miou", "iou50", "color_acc", "shape_acc", "ap"):
+            assert 0 <= report[side][key] <= 1
+        low, high = report[side]["intervals"]["miou"]
+        assert low <= report[side]["miou"] <= high
+    assert set(report["differences"]) == {"adapter_minus_base", "text_only_minus_adapter", "layout_only_minus_adapter"}
+    assert report["base"]["spread"] > 0
+    assert report["detector"]["true"]["precision"] == 1
+    assert sum(group["pictures"] for group in report["by_boxes"].values()) == report["pictures"] == 12
+    assert sum(group["boxes"] for group in report["by_size"].values()) == report["base"]["boxes"]
+    assert {path.name for path in (out / "pictures").iterdir()} == {
+        *(side for side in sides[:4]),
+        *(f"{side}_2" for side in sides[:4]),
+    }
+    pictures = {
+        side: [np.asarray(Image.open(out / "pictures" / side / f"{n:05d}.png")) for n in range(12)]
+        for side in sides[:4]
+    }
+    assert not np.array_equal(pictures["base"], pictures["adapter"])
+    text = (out / "report.html").read_text()
+    assert 'src="http' not in text
+    assert "<script" not in text
+    parser = Tags()
+    parser.feed(text)
+    assert not parser.open
+    assert text.count("data:image/png") >= 2 * 8 * 3
+    table = (out / "report.md").read_text()
+    assert f"{report['adapter']['miou']:.3f}" in table
+    # Again: nothing is painted, and every figure is the same to the last digit.
+    before = {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")}
+    assert main(command(base, data, out, *flags)) == 0
+    assert json.loads((out / "report.json").read_text()) == report
+    assert {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")} == before
+    again = tmp_path / "again"
+    assert main(command(base, data, again, *flags)) == 0
+    assert json.loads((again / "report.json").read_text()) == report
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        del attrs
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass  # <line/>
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_pictures_of_other_settings_are_not_mixed_in(base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert main(command(base, data, out)) == 0
+    report = (out / "report.json").read_bytes()
+    assert main(command(base, data, out, "--seed", "1")) == 2
+    assert "seed was 0 and is 1" in capsys.readouterr().err
+    assert (out / "report.json").read_bytes() == report
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("mine")
+    assert main(command(base, data, foreign)) == 2
+    assert [path.name for path in foreign.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "nothing to judge"),
+        (["--images", "absent"], "no such folder"),
+        (["--images", "{empty}"], "no picture for"),
+        (["--base", "{base}", "--detector", "guess"], "no such detector"),
+        (["--images", "{empty}", "--ablations"], "give --base too"),
+        (["--base", "{base}", "--clip", "{empty}"], "hf download"),
+    ],
+)
+def test_wrong_input(args: list[str], said: str, base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    filled = [arg.format(base=base, empty=empty) for arg in args]
+    out = tmp_path / "out"
+    assert main(["evaluate", "--data", str(data), "--out", str(out), *filled]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "to mend it" in error
+    assert not out.exists()
+
+
+def test_killed_halfway_it_goes_on(base: Path, data: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    flags = ["--batch-size", "1", "--steps", "20"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mmdit_lora.cli", *command(base, data, out, *flags)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    pictures = out / "pictures" / "base"
+    end = time.monotonic() + 120
+    while not (pictures.is_dir() and len(list(pictures.glob("0*.png"))) >= 3) and time.monotonic() < end:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = {path: path.stat().st_mtime_ns for path in pictures.glob("0*.png")}
+    assert 3 <= len(kept) < 12
+    assert not (out / "report.json").exists()
+    assert main(command(base, data, out, *flags)) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert main(command(base, data, whole, *flags)) == 0
+    assert (out / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+
+
+# -- CLIP ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of the real class with random weights, and its processor."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    seen = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=seen | {"image_size": 32, "patch_size": 8}, projection_dim=8)
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_scores_are_those_of_the_model_itself(squares: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    from mmdit_lora.evaluate.clip import Clip, kid
+
+    clip = Clip(str(tiny_clip))
+    picture, layout = drawn(SQUARES), layout_of(SQUARES)
+    tables, features = clip.look([picture, picture], [layout, replace(layout, caption="")])
+    model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
+
+    def theirs(image: Image.Image, text: str) -> float:
+        with torch.no_grad():
+            out = model(**processor(images=[image], text=[text], return_tensors="pt", padding=True, truncation=True))
+        return max(100 * float((out.image_embeds * out.text_embeds).sum()), 0)
+
+    assert tables["clip_score"][0] == pytest.approx([theirs(picture, layout.caption), 1], abs=1e-3)
+    assert tables["clip_score"][1] == pytest.approx([0, 0])  # no caption: no score
+    crops = [picture.crop((x, y, x + 32, y + 32)) for x, y in CORNERS]
+    boxes = [theirs(crop, box.phrase) for crop, box in zip(crops, layout.boxes, strict=True)]
+    assert tables["clip_box"][0] == pytest.approx([sum(boxes), 4], abs=1e-2)
+    assert features.shape == (2, 8)
+    rng = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(60, 8, generator=rng) for _ in range(2))
+    assert abs(kid(one, other) or 1) < (kid(one + 1, other) or 0)
+    assert kid(one[:49], other) is None
+    out = tmp_path / "out"
+    shown = squares
+    assert (
+        main(["evaluate", "--images", str(shown), "--data", str(squares), "--out", str(out), "--clip", str(tiny_clip)])
+        == 0
+    )
+    report = json.loads((out / "report.json").read_text())
+    assert report["images"]["clip_box"] == pytest.approx(sum(boxes) / 4, abs=1e-2)
+    assert "clip_score" in report["ground_truth"]
+    assert "kid_clip" not in report["images"]  # ten pictures are too few
