@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import resource
 import shutil
@@ -32,7 +33,6 @@ from mmdit_lora.training.stopping import Diverged, Interrupted
 from mmdit_lora.training.trainer import train
 
 FIGURES = "figures.json"
-_WATCH_SECONDS = 1.0
 
 
 def run_arm(setup: Setup, arm: Arm) -> None:
@@ -90,12 +90,12 @@ def run_arm(setup: Setup, arm: Arm) -> None:
 
 def run_alone(setup: Setup, arm: Arm) -> None:
     """`run_arm` in a process that ends when the one that asked for it is gone."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)  # the trainer then saves; otherwise two would write to one folder
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)  # the trainer then saves; otherwise two would write to one folder
 
     threading.Thread(target=watch, daemon=True).start()
     try:
