@@ -314,6 +314,9 @@ def test_a_stopped_study_goes_on_and_does_no_finished_run_again(
     assert results["settings"][0]["trainable_params"] == 0
     assert not list(setup.out.glob("runs/*/checkpoints"))
     page = (setup.out / "study.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(table) == 5  # head, line, base, two ranks
+    assert len({line.count("|") for line in table}) == 1
     assert all(verdict["claim"] in page and verdict["rule"] in page for verdict in results["verdicts"])
     assert json.loads((setup.out / "verdict.json").read_text())["claims"] == results["verdicts"]
     assert (setup.out / "study.png").stat().st_size > 10_000

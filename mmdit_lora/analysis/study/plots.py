@@ -17,6 +17,7 @@ _NAMES: dict[Measure, str] = {
     "old_ious": "mean IoU, old domain",
     "loss": "held-out loss below the base's",
 }
+_BARS = "bars: 95 % interval of the gain over the base"
 
 
 class Canvas:
@@ -60,7 +61,7 @@ class Canvas:
                 fmt="s", color=COLORS[0], capsize=4, markersize=5, zorder=3,
             )  # fmt: skip
         axes.plot(list(x), means, "-", color=COLORS[0], zorder=1)
-        axes.set_title("bars: 95 % interval of the gain over the base", fontsize=9)
+        axes.set_title(_BARS, fontsize=9)
         _base_line(axes, table, measure, vertical=False)
         axes.set_ylabel(_NAMES[measure])
         axes.grid(alpha=0.3)
@@ -68,7 +69,8 @@ class Canvas:
     def dots(self, axes: Any, table: Table, labels: Mapping[str, str], measure: Measure) -> None:
         """A measure of each setting in a row of its own: each seed a dot, their mean with the interval of its gain."""
         rows = list(range(len(labels)))[::-1]
-        axes.set_yticks(rows, list(labels.values()), fontsize=9)
+        first = axes.get_subplotspec().colspan.start == 0
+        axes.set_yticks(rows, list(labels.values()) if first else [""] * len(rows), fontsize=9)
         axes.set_ylim(-0.6, len(labels) - 0.4)
         if self._nothing(axes, table, list(labels), measure):
             return
@@ -81,7 +83,8 @@ class Canvas:
                 fmt="s", color=COLORS[0], capsize=4, markersize=5,
             )  # fmt: skip
         _base_line(axes, table, measure, vertical=True)
-        axes.set_xlabel(_NAMES[measure] + " (bar: 95 % of the gain)")
+        axes.set_xlabel(_NAMES[measure])
+        axes.set_title(_BARS, fontsize=9)
         axes.grid(alpha=0.3)
 
     def heat(self, axes: Any, values: Array, title: str) -> None:

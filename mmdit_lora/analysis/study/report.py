@@ -33,7 +33,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         "In brackets 95 % intervals over seeds and held-out layouts. mIoU is the mean over layouts of the mean IoU of "
         "their boxes; gain and change are its differences from the base, paired by layout; loss is the held-out loss minus the base's, below 0 is better. Memory is the peak of the "
-        "training above the loaded libraries, the largest of the setting's runs; size is that of what was trained, in fp32.",
+        "training above the loaded libraries, the largest of the setting's runs; size is that of what was trained, in fp32. "
+        "An end of an interval that is open lies beyond what was tried.",
     ]
     if results["learning_rates"]["tried"]:
         lines += [
@@ -56,17 +57,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     has_old = any(row["old_miou"] is not None for row in rows)
-    names = [
-        "setting",
-        "trained",
-        "rate",
-        "mIoU",
-        *(["old mIoU"] if has_old else []),
-        "loss",
-        "seconds",
-        "memory",
-        "size",
-    ]
+    names = ["setting", "trained", "rate", "mIoU", "gain", *(["old mIoU", "change"] if has_old else [])]
+    names += ["loss", "seconds", "memory", "size"]
     lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     for row in rows:
         trained = row["learning_rate"] is not None
@@ -110,7 +102,7 @@ def _value(value: Any) -> str:
 
 def _number(value: float | None) -> str:
     if value is None:
-        return "-"
+        return "open"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.4f}"
 
 
