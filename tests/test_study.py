@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def make_runs(
                     "seed": seed,
                     "ious": ious.tolist(),
                     "old_ious": (ious - 2 * gain).tolist() if old else None,
+                    "old_losses": (0.5 - ious + 2 * gain).tolist() if old else None,
                     "loss_minus_base": (-ious + layouts).tolist() if trained else None,
                     "learning_rate": 0.1 if trained else None,
                 }
@@ -342,11 +344,30 @@ def test_the_other_studies_run(name: str, base: Path, data: Path, tmp_path: Path
         one, both = (row["trainable_params"] for row in trained)
         assert one == pytest.approx(both, rel=0.02)
     if name == "methods":
-        assert all(row["old_change"] is not None for row in trained)
+        assert all(row["old_change"] is not None and row["old_loss_minus_base"] is not None for row in trained)
         assert trained[0]["trainable_params"] < trained[1]["trainable_params"]
     if name == "intrinsic-dimension":
         assert [row["trainable_params"] for row in trained[1:]] == [16, 64]
     assert (setup.out / "study.png").stat().st_size > 10_000
+
+
+def test_where_phrases_cannot_be_read_the_held_out_loss_decides(base: Path, data: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(data, photos)
+    lines = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["objects"]["phrase"] = ["a dog"] * len(line["objects"]["phrase"])
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    setup = make_setup(base, photos, tmp_path / "study", "methods", seeds=(0,), old=str(photos))
+    results = run_study(setup, isolate=False)
+    measures = [verdict["figures"]["measure"] for verdict in results["verdicts"]]
+    assert measures == ["held-out loss below the base's", "loss in the old domain below the base's"]
+    assert all(row["miou"] is None for row in results["settings"])
+    # The old pictures are the new ones here, all of them: both losses fall, in the same draws or others.
+    full = results["settings"][-1]
+    assert full["old_loss_minus_base"]["mean"] < 0
+    assert full["loss_minus_base"]["mean"] < 0
+    assert "not measured" not in (tmp_path / "study" / "study.md").read_text().split("## Settings")[0]
 
 
 def test_a_scan_goes_on_beyond_a_best_rate_at_its_end(

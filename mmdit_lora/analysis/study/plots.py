@@ -16,6 +16,7 @@ _NAMES: dict[Measure, str] = {
     "ious": "mean IoU, new domain",
     "old_ious": "mean IoU, old domain",
     "loss": "held-out loss below the base's",
+    "old_loss": "loss in the old domain below the base's",
 }
 _BARS = "bars: 95 % interval of the gain over the base"
 
@@ -140,11 +141,11 @@ def _shown(table: Table, setting: str, measure: Measure) -> Array:
     gains = table.gains(setting, measure)
     assert gains is not None
     base = table.values(BASE, measure)
-    return gains if measure == "loss" or base is None else gains + base.mean()
+    return gains if "loss" in measure or base is None else gains + base.mean()
 
 
 def _base_line(axes: Any, table: Table, measure: Measure, *, vertical: bool) -> None:
-    values = None if measure == "loss" else table.values(BASE, measure)
+    values = None if "loss" in measure else table.values(BASE, measure)
     base = 0.0 if values is None else float(values.mean())
     line = axes.axvline if vertical else axes.axhline
     line(base, color="grey", linestyle="--", linewidth=1, label="base")

@@ -56,8 +56,9 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    has_old = any(row["old_miou"] is not None for row in rows)
-    names = ["setting", "trained", "rate", "mIoU", "gain", *(["old mIoU", "change"] if has_old else [])]
+    old = [key for key in ("old_miou", "old_loss_minus_base") if any(row[key] is not None for row in rows)]
+    names_of_old = {"old_miou": ["old mIoU", "change"], "old_loss_minus_base": ["old loss"]}
+    names = ["setting", "trained", "rate", "mIoU", "gain", *(name for key in old for name in names_of_old[key])]
     names += ["loss", "seconds", "memory", "size"]
     lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     for row in rows:
@@ -68,7 +69,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['learning_rate']:g}" if trained else "",
             _mean(row["miou"]),
             _cell(row["gain"]),
-            *([_mean(row["old_miou"]), _cell(row["old_change"])] if has_old else []),
+            *([_mean(row["old_miou"]), _cell(row["old_change"])] if "old_miou" in old else []),
+            *([_cell(row["old_loss_minus_base"])] if "old_loss_minus_base" in old else []),
             _cell(row["loss_minus_base"]),
             f"{row['train_seconds']:.0f}" if trained else "",
             f"{row['peak_memory'] / 2**20:,.0f} MiB" if trained else "",

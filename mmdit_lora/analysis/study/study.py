@@ -29,6 +29,7 @@ from mmdit_lora.files import write_json, write_text
 from mmdit_lora.training.opening import open_encoders
 from mmdit_lora.training.run_data import read_data
 
+_BY_PICTURE = ("ious", "old_ious", "loss_minus_base", "old_losses")  # these stay in the runs' own files
 PLAN, RESULTS, PLOT, PAGE, VERDICT = "plan.json", "study.json", "study.png", "study.md", "verdict.json"
 
 
@@ -73,9 +74,7 @@ def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isol
     table = Table(runs)
     decided, extra = study.conclude(setup, table)
     study.draw(setup, table, extra, out / PLOT)
-    kept = [
-        {key: value for key, value in run.items() if key not in ("ious", "old_ious", "loss_minus_base")} for run in runs
-    ]
+    kept = [{key: value for key, value in run.items() if key not in _BY_PICTURE} for run in runs]
     scanned = [json.loads(path.read_text("utf-8"))["seconds"] for path in (out / "runs").glob("scan*/figures.json")]
     results = plain(
         {

@@ -11,7 +11,8 @@ import numpy as np
 from mmdit_lora.analysis.study.runs import Figures
 from mmdit_lora.analysis.study.statistics import Array, Interval, Verdict, mean_interval
 
-Measure = Literal["ious", "old_ious", "loss"]
+Measure = Literal["ious", "old_ious", "loss", "old_loss"]
+_KEYS: dict[Measure, str] = {"loss": "loss_minus_base", "old_loss": "old_losses"}
 BASE = "base"
 
 
@@ -39,12 +40,12 @@ class Table:
         return [run for run in self.runs if run["setting"] == setting]
 
     def values(self, setting: str, measure: Measure) -> Array | None:
-        """(S, P), higher is better: mean IoU of each picture, or held-out loss below the base's; None where not measured."""
-        key = "loss_minus_base" if measure == "loss" else measure
-        rows = [run.get(key) for run in self.of(setting)]
+        """(S, P), higher is better: mean IoU of each picture, or held-out loss below the base's (of the old domain: minus
+        the loss); None where not measured."""
+        rows = [run.get(_KEYS.get(measure, measure)) for run in self.of(setting)]
         if not rows or any(row is None for row in rows):
             return None
-        return np.array(rows, dtype=np.float64) * (-1 if measure == "loss" else 1)
+        return np.array(rows, dtype=np.float64) * (-1 if measure in _KEYS else 1)
 
     def gains(self, setting: str, measure: Measure, base: str = BASE) -> Array | None:
         """(S, P), paired by picture: `values` minus the base's."""
@@ -60,8 +61,11 @@ class Table:
         return "ious" if all(run["ious"] is not None for run in self.runs) else "loss"
 
     @property
-    def has_old(self) -> bool:
-        return all(run.get("old_ious") is not None for run in self.runs)
+    def old(self) -> Measure | None:
+        """As `main`, of the old domain; None where it was not measured."""
+        if any(run.get("old_losses") is None for run in self.runs):
+            return None
+        return "old_ious" if all(run["old_ious"] is not None for run in self.runs) else "old_loss"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a setting, for `study.json` and the table."""
@@ -86,7 +90,6 @@ class Table:
 
     def _row(self, setting: str) -> dict[str, Any]:
         runs = self.of(setting)
-        loss = self.interval(setting, "loss")
         trained = [run for run in runs if run["learning_rate"] is not None]
         return {
             "setting": setting,
@@ -97,9 +100,10 @@ class Table:
             "miou": self.interval(setting, "ious"),
             "gain": self.gain(setting, "ious"),
             "over_boxes": _means([run["fidelity"] for run in runs]),
-            "loss_minus_base": None if loss is None else Interval(-loss.mean, -loss.high, -loss.low),
+            "loss_minus_base": _negative(self.interval(setting, "loss")),
             "old_miou": self.interval(setting, "old_ious"),
             "old_change": self.gain(setting, "old_ious"),
+            "old_loss_minus_base": _negative(self.gain(setting, "old_loss")),
             "train_seconds": _mean([run["train_seconds"] for run in trained]),
             "seconds": _mean([run["seconds"] for run in runs]),
             "peak_memory": max((run["peak_memory"] for run in trained), default=None),
@@ -107,7 +111,17 @@ class Table:
 
 
 def measure_name(measure: Measure) -> str:
-    return "mean IoU of held-out layouts" if measure == "ious" else "held-out loss below the base's"
+    """For reports."""
+    return {
+        "ious": "mean IoU of held-out layouts",
+        "loss": "held-out loss below the base's",
+        "old_ious": "mean IoU of layouts of the old domain",
+        "old_loss": "loss in the old domain below the base's",
+    }[measure]
+
+
+def _negative(interval: Interval | None) -> Interval | None:
+    return None if interval is None else Interval(-interval.mean, -interval.high, -interval.low)
 
 
 def _mean(values: Sequence[float]) -> float | None:

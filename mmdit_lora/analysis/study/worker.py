@@ -20,15 +20,20 @@ import torch
 
 from mmdit_lora.analysis.study.setup import Arm, Setup
 from mmdit_lora.config import Config
+from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import Stopped
 from mmdit_lora.evaluate.reader import per_picture, readable, summarise
 from mmdit_lora.files import write_json
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encode_store import EncodingStore
+from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.held_out import held_out_losses
 from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.output import CHECKPOINTS
-from mmdit_lora.training.run_data import read_data
+from mmdit_lora.training.run_data import read_data, run_buckets
 from mmdit_lora.training.stopping import Diverged, Interrupted
 from mmdit_lora.training.trainer import train
 
@@ -78,7 +83,9 @@ def run_arm(setup: Setup, arm: Arm) -> None:
     else:
         figures |= _fidelity(pipe, config, read_data(config).held_out, setup.pictures, "")
     if setup.old is not None and not arm.trial:
-        figures |= _fidelity(pipe, config, read_dataset(setup.old), setup.pictures, "old_")
+        old = read_dataset(setup.old)
+        figures |= _fidelity(pipe, config, old, setup.pictures, "old_")
+        figures["old_losses"] = _losses(pipe, config, old)
     figures["seconds"] = round(time.perf_counter() - start, 2)
     write_json(folder / FIGURES, figures)
     # The figures are what is kept, and the adapter; whole bases would fill the disk.
@@ -130,6 +137,15 @@ def _fidelity(
         f"{prefix}fidelity": summarise([box for boxes in readings for box in boxes]).to_dict(),
         f"{prefix}ious": [float(np.mean([box.iou for box in boxes])) for boxes in readings],
     }
+
+
+def _losses(pipe: LayoutPipeline, config: Config, records: Sequence[Record]) -> list[float]:
+    """Loss of each picture, at times and noises that are the same for every run, whatever its seed."""
+    store = None if config.data.cache is None else EncodingStore(DiskCache(config.data.cache), pipe, config.base)
+    slots = pipe.transformer.config.layout_slots
+    examples = Examples(records, Encoder(pipe, store), config, buckets=run_buckets(config, pipe), slots=slots)
+    found = held_out_losses(pipe.transformer, examples, pipe.device)
+    return [float(loss) for loss in found.per_picture]
 
 
 def _memory() -> int:
