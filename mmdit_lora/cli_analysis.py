@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,12 +24,11 @@ from mmdit_lora.cli_model import (
     _refuse_foreign,
     open_with_adapters,
     paint_settings,
+    torch_dtype,
 )
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from mmdit_lora.analysis.resize import Resized
 
 OwnBase = Annotated[str | None, typer.Option("--base", help="Its base; default: the one that it names.")]
@@ -59,7 +58,7 @@ def inspect(
     from mmdit_lora.analysis.inspection import inspect_adapter
     from mmdit_lora.files import write_json, write_text
 
-    found = inspect_adapter(adapter, base=base, against=against, dtype=_dtype(dtype))
+    found = inspect_adapter(adapter, base=base, against=against, dtype=torch_dtype(dtype))
     for line in lines(found):
         say(line)
     if out is not None:
@@ -115,7 +114,7 @@ def resize(
             records=records,
             settings=PaintSettings(steps=steps),
             seed=seed,
-            dtype=_dtype(dtype),
+            dtype=torch_dtype(dtype),
             device="cuda" if torch.cuda.is_available() else "cpu",
             on_progress=lambda side, done: tell(f"paint {side}", done, len(records or ()), {}),
         )
@@ -127,7 +126,7 @@ def resize(
 
 def attribute(
     base: BaseOption,
-    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, or a .jsonl of many.")],
+    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, a .jsonl of many, or a data set folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     adapter: AdapterOption = None,
     seed: SeedOption = 0,
@@ -144,9 +143,11 @@ def attribute(
     """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
     from dataclasses import asdict
 
+    from mmdit_lora.data.records import read_dataset
     from mmdit_lora.layout import read_layouts
 
-    layouts = read_layouts(layout)[:count]
+    layouts = [item.layout for item in read_dataset(layout)] if layout.is_dir() else read_layouts(layout)
+    layouts = layouts[:count]
     bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
     if bare is not None:
         raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")
@@ -208,10 +209,3 @@ def _resized_lines(report: Resized) -> list[str]:
         lines.append(f"{name:<7} " + "  ".join(f"{key} {value:.3f}" for key, value in side.items() if key != "boxes"))
     size = f"{report.parameters:,} to {report.new_parameters:,} parameters, relative error {report.error:.2e}"
     return [*lines, f"wrote {report.out}: {size}"]
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    known: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return known[name]

@@ -141,6 +141,7 @@ def evaluate(
         "images_folder": None if images is None else str(images),
         "data": str(data),
     } | result.to_dict()
+    store.begin()
     _write(out, result, report)
     if result.detector is not None and result.detector.verdict != "trusted":
         say(f"warning: {result.detector}")

@@ -12,6 +12,8 @@ from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 
 _SIDES = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth", "shuffled")
@@ -260,8 +262,7 @@ def open_with_adapters(base: str, adapters: list[str] | None, dtype: str) -> Lay
     from mmdit_lora.lora import base_fingerprint, load_adapter
     from mmdit_lora.pipelines import load_pipeline
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    pipe = load_pipeline(base, dtype=dtypes[dtype])
+    pipe = load_pipeline(base, dtype=torch_dtype(dtype))
     weights: dict[str, float] = {}
     fingerprint = base_fingerprint(pipe.transformer) if adapters else ""
     for number, given in enumerate(adapters or []):
@@ -272,6 +273,14 @@ def open_with_adapters(base: str, adapters: list[str] | None, dtype: str) -> Lay
         pipe.transformer.set_adapters(list(weights), list(weights.values()))
     pipe.transformer.eval()
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Of what `--dtype` says."""
+    import torch
+
+    dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[name]
 
 
 def folder_and_weight(text: str) -> tuple[str, float]:

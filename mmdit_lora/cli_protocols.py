@@ -156,20 +156,20 @@ def _page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> s
 def _html_page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> str:
     from html import escape
 
+    from mmdit_lora.html import document
+
     style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse;font-size:13px;margin-bottom:1.5rem}"
-        "td,th{border:1px solid #ccc;padding:.25rem .5rem;text-align:left}"
-        "th{background:#f3f3f3}.own{font-weight:600;background:#eef6ee}div{overflow-x:auto}"
+        ".wide td:last-child,.wide th:last-child{text-align:left}.wide p{margin:14px 14px 4px;color:var(--soft);font-size:13px}"
+        ".wide .own td{font-weight:600;color:var(--bar)}"
     )
     head, *lines = _own_table(protocol, report["scores"])
-    own = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    own = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"
     own += "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    facts = "".join(f"<p>{escape(fact)}</p>" for fact in _facts(report))
-    facts += "<ul>" + "".join(f"<li>{escape(deviation)}</li>" for deviation in report["deviations"]) + "</ul>"
-    beside = f"<h2>Published figures</h2><p>Shares in percent, other figures as printed.</p><div>{tables}</div>"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(protocol.title)}</title>'
-        f"<style>{style}</style><h1>{escape(protocol.title)}</h1>{facts}<p>In percent:</p>"
-        f"<div><table>{own}</table></div>{beside if tables else ''}</html>\n"
-    )
+    notes = "".join(f"<li>{escape(line)}</li>" for line in (*_facts(report), *report["deviations"]))
+    body = f'<ul class="notes">{notes}</ul><h2>In percent</h2><div class="wide"><table>{own}</table></div>'
+    if tables:
+        body += (
+            '<h2>Published figures</h2><p class="of">Shares in percent, other figures as printed.</p>'
+            f'<div class="wide">{tables}</div>'
+        )
+    return document(body, kind="benchmark", title=protocol.title, style=style)

@@ -31,11 +31,16 @@ section{padding:18px 20px;margin:14px 0}section p{margin:8px 0}h3 .of{font-weigh
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:14px;margin-top:14px}
 .gallery img{width:100%;border-radius:6px;display:block;background:var(--line)}
 .gallery figcaption{font-size:13px;margin-top:6px;overflow-wrap:anywhere}small{display:block}
+.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:12px}
+.wide table{border:0;margin:0;font-size:12.5px;white-space:nowrap}.wide th,.wide td{padding:4px 9px;text-align:right;width:auto}
+.wide th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line);position:sticky;top:0;background:var(--card)}
+.wide td{font-variant-numeric:tabular-nums}.wide th:first-child,.wide td:first-child{text-align:left;width:auto;padding-left:14px}
+.charts.one{grid-template-columns:1fr;margin-top:12px}
 .none{height:80px;display:grid;place-items:center;border:1px dashed var(--line);border-radius:6px;color:var(--soft)}
 """
 
 
-def document(body: str, *, kind: str, title: str, verdict: str = "", state: str = "") -> str:
+def document(body: str, *, kind: str, title: str, verdict: str = "", state: str = "", style: str = "") -> str:
     """A whole page.
 
     Args:
@@ -43,12 +48,13 @@ def document(body: str, *, kind: str, title: str, verdict: str = "", state: str 
         kind: what the page is, e.g. "data check", above the title.
         title: plain text; it is escaped.
         verdict: one line of HTML below the title; state: "good", "mild" or "bad", its colour; "" = that of the text.
+        style: more CSS, of this kind of page.
     """
     line = f'<p class="verdict {state}">{verdict}</p>' if verdict else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(kind)}: {escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{escape(kind)}: {escape(title)}</title><style>{STYLE}{style}</style></head><body><main>"
         f'<header><p class="kind">{escape(kind)}</p><h1>{escape(title)}</h1>{line}</header>'
         f"{body}</main></body></html>\n"
     )

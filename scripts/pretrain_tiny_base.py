@@ -363,7 +363,7 @@ def publish(work: Path, out: Path) -> None:
             save_png(contact_sheet(shown), temporary / f"samples_{domain}.png")
         write_json(temporary / "training_log.json", {"curves": curves, "evaluation": reports})
         plot_curves(curves, temporary / "curves.png")
-        (temporary / "README.md").write_text(card(curves, reports, saved.transformer), encoding="utf-8")
+        (temporary / "README.md").write_text(card(curves, reports, saved.transformer, out), encoding="utf-8")
 
 
 def plot_curves(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -391,7 +391,10 @@ def plot_curves(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def card(
-    curves: dict[str, list[dict[str, float]]], reports: dict[str, dict], transformer: LayoutSD3Transformer2DModel
+    curves: dict[str, list[dict[str, float]]],
+    reports: dict[str, dict],
+    transformer: LayoutSD3Transformer2DModel,
+    out: Path,
 ) -> str:
     def row(name: str, figures: dict[str, float]) -> str:
         values = " | ".join(f"{figures[key]:.3f}" for key in ("miou", "iou50", "color_acc", "shape_acc"))
@@ -404,12 +407,15 @@ def card(
     many = [row(f"{group} boxes, {text}", mixed[group][side]) for group in mixed for side, text in names.items()]
     millions = sum(p.numel() for p in transformer.parameters()) / 1e6
     newline = "\n"
+    name = (
+        "" if transformer.inner_dim == 128 else f", width {transformer.inner_dim}: for the studies that compare widths"
+    )
     return f"""---
 license: apache-2.0
 library_name: diffusers
 ---
 
-# The embedded base
+# The embedded base{name}
 
 A Stable Diffusion 3 pipeline with a layout stream, 64 x 64 px, made from nothing by `scripts/pretrain_tiny_base.py` on
 procedural scenes: 1 to 10 coloured shapes on grey, with captions, boxes and phrases. It exists so that every command of
@@ -429,7 +435,7 @@ The domain `mixed`, on which it was trained (256 pictures, sides from 9 px, some
 {newline.join(head + many)}
 
     mmdit-lora data make shapes --out outputs/basic --count 256 --seed {HELD_OUT_SEED} --domain basic
-    mmdit-lora evaluate --base data/tiny_base --data outputs/basic --out outputs/basic_report
+    mmdit-lora evaluate --base {out} --data outputs/basic --out outputs/basic_report
 
 ![samples](samples_basic.png)
 

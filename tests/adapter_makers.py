@@ -34,7 +34,7 @@ def make_adapter(folder: Path, base: Path | str, factors: Factors, *, magnitude:
             weight = made.get_base_layer().weight.detach()
             up, down = factors(name, weight, made.r["default"])
             with torch.no_grad():
-                made.lora_B["default"].weight.copy_(up / made.scaling["default"])
+                made.lora_B["default"].weight.copy_(up / (made.scaling["default"] or 1))
                 made.lora_A["default"].weight.copy_(down)
                 if config.get("use_dora"):
                     rows = torch.linalg.vector_norm(weight + up @ down, dim=1)

@@ -19,6 +19,7 @@ from mmdit_lora.models.layout_attention import JointAttnProcessor
 from mmdit_lora.pipelines import PaintSettings, load_pipeline, paint
 from tests.pipeline_makers import FAMILIES, TWO, open_pipeline
 from tests.tiny import tiny_inputs, tiny_layout, tiny_transformer
+from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = PaintSettings(steps=2, size=(32, 32))
@@ -86,14 +87,24 @@ def test_one_box_at_a_time_is_left_out(family: str, tmp_path: Path) -> None:
     assert difference(found.picture, whole).max() == 0
     for index in range(2):
         (other,) = paint(pipe, [Layout(TWO.caption, [TWO.boxes[1 - index]])], FAST, seed=5)
-        assert difference(found.without[index], other).max() <= 2 / 255  # a batch rounds otherwise
+        assert difference(found.without[index], other).max() <= 1 / 255  # a batch rounds otherwise
         assert found.changes[index].shape == (32, 32)
-        assert found.changes[index].max() > 10 / 255
+        assert found.changes[index].max() > 2 / 255
     blocks = {name for box in found.boxes for name in box.attention_lift_by_block}
     assert len(blocks) == len([n for n, _ in pipe.transformer.named_modules() if n.endswith(".layout_stream")])
     assert sum(box.attention for box in found.boxes) < 1
     assert [box.area for box in found.boxes] == [box.area for box in TWO.boxes]
     assert sheet(found).width > 4 * 256
+
+
+def test_phrases_of_several_tokens_are_one_box_each(tmp_path: Path) -> None:
+    model = tiny_flux_transformer(layout_single_blocks=True, phrase_tokens=4, layout_attention="cross")
+    pipe = tiny_flux_pipeline(tmp_path, model)
+    pipe.set_progress_bar_config(disable=True)
+    found = attribute(pipe, TWO, FAST)
+    # The picture reads nothing but layout tokens there: what one box does not get, the other gets.
+    assert found.attentions[0] + found.attentions[1] == pytest.approx(1.0, abs=1e-5)
+    assert 0 < found.attentions[0].min() < found.attentions[0].max() < 1
 
 
 def test_a_layout_without_boxes_is_refused(tmp_path: Path) -> None:

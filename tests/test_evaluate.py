@@ -24,6 +24,7 @@ from mmdit_lora.evaluate.detectors import Detection, open_detector
 from mmdit_lora.evaluate.groups import box_groups, picture_groups
 from mmdit_lora.evaluate.intervals import Bootstrap, value
 from mmdit_lora.evaluate.judged import average_precision, judged, kept_relations, sums
+from mmdit_lora.evaluate.seen_store import SeenStore
 from mmdit_lora.layout import Box, Layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,6 +237,23 @@ def test_a_figure_that_a_detector_cannot_tell_is_absent() -> None:
     tables = sums(judged(Plain(), [seen], [layout]))  # type: ignore[arg-type]
     assert set(tables) == {"miou", "iou50", "precision", "count_acc", "count_error"}  # one box: no relation either
     assert value(tables["precision"]) == value(tables["count_acc"]) == 1  # nobody asked for the sofa
+
+
+def test_what_was_seen_is_kept_by_content(tmp_path: Path) -> None:
+    detector, kept = open_detector(), SeenStore(tmp_path)
+    picture, layout = drawn(SQUARES), layout_of(SQUARES)
+    first = kept.detect(detector, [picture], [layout])
+    assert first == detector.detect([picture], [layout])
+    (file,) = tmp_path.iterdir()
+    content = json.loads(file.read_text())
+    content[0] = content[0][:1]
+    file.write_text(json.dumps(content))
+    assert kept.detect(detector, [picture], [layout]) == [first[0][:1]]  # read, not seen again
+    changed = picture.copy()
+    changed.putpixel((0, 0), (0, 0, 0))
+    for pixels, asked in ((changed, layout), (picture, replace(layout, caption="other"))):
+        assert len(kept.detect(detector, [pixels], [asked])[0]) == 4
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 # -- painted -------------------------------------------------------------------------------------------------------------

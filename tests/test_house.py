@@ -121,7 +121,9 @@ def test_nothing_but_the_families_own_files_knows_their_names(file: Path) -> Non
     assert not found
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["data", "--help"], ["data", "convert", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["inspect", "--help"], ["data", "--help"], ["data", "convert", "--help"]]
+)
 def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
     script = (
         "import sys; from mmdit_lora.cli import main; code = main(sys.argv[1:]);"

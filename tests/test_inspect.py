@@ -16,11 +16,13 @@ from torch import Tensor
 
 from mmdit_lora.analysis.inspect_page import page
 from mmdit_lora.analysis.inspection import Inspection, block_of, inspect_adapter, suggest
+from mmdit_lora.analysis.resize import resize_adapter
 from mmdit_lora.analysis.updates import open_adapter
 from mmdit_lora.cli import main
-from mmdit_lora.lora import merge_adapter
+from mmdit_lora.lora import add_layout_lora, merge_adapter, save_adapter
 from tests.adapter_makers import make_adapter, rank_four
-from tests.tiny import tiny_transformer
+from tests.tiny import tiny_transformer, trained_adapter
+from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
 FC1 = "transformer_blocks.1.layout_stream.layout_mlp.fc1"
 FIRST, COUNT = 5, 4  # the planted update lies in W's singular directions number 5 to 8
@@ -59,8 +61,6 @@ def test_the_amplification_of_a_planted_update_is_recovered(base: Path, tmp_path
         assert found.spectral_norm == pytest.approx(STRENGTH[0], rel=1e-3)
         assert found.singular_values[:COUNT] == pytest.approx(STRENGTH, rel=1e-3)
         assert found.relative_norm == pytest.approx(norm / sigma.square().sum().sqrt().item(), rel=1e-3)
-        if kind == "DoRA":  # k is then r: rounding of the rescaled rows has a rank of its own
-            continue
         assert found.directions == COUNT
         assert found.projected == pytest.approx(beneath, rel=1e-2)
         assert found.amplification == pytest.approx(norm / beneath, rel=1e-2)
@@ -130,6 +130,28 @@ def test_similarity_of_two_adapters(base: Path, tmp_path: Path) -> None:
     assert all(each.full == pytest.approx(1) and len(each.phi) == 4 for each in same)
     assert all(each.full < 0.6 for each in other)
     assert [each.chance for each in other if each.name == FC1] == [4 / 32]
+
+
+def test_a_base_of_single_blocks_is_inspected_and_resized(tmp_path: Path) -> None:
+    pipe = tiny_flux_pipeline(tmp_path / "vocabulary", tiny_flux_transformer(layout_single_blocks=True))
+    pipe.save_pretrained(tmp_path / "base")
+    add_layout_lora(
+        pipe.transformer, peft.LoraConfig(r=6, lora_alpha=3, target_modules=["layout_mlp.fc1", "layout_mlp.fc2"])
+    )
+    trained_adapter(pipe.transformer)
+    save_adapter(pipe.transformer, tmp_path / "adapter", metadata={"base": str(tmp_path / "base")})
+    found = inspect_adapter(tmp_path / "adapter")
+    blocks = [block.name for block in found.blocks]
+    assert any(name.startswith("single_transformer_blocks.") for name in blocks)
+    assert any(name.startswith("transformer_blocks.") for name in blocks)
+    module = found.modules[0]
+    weights = dict(pipe.transformer.named_parameters())
+    product = weights[f"{module.name}.lora_B.default.weight"] @ weights[f"{module.name}.lora_A.default.weight"]
+    assert module.norm == pytest.approx(0.5 * torch.linalg.matrix_norm(product).item(), rel=1e-5)
+    report = resize_adapter(tmp_path / "adapter", tmp_path / "small", rank=3)
+    for module, resized in zip(found.modules, report.modules, strict=True):
+        squares = [value**2 for value in module.singular_values]
+        assert resized.error == pytest.approx(math.sqrt(sum(squares[3:]) / sum(squares)), rel=1e-4)
 
 
 class _Reader(HTMLParser):

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mmdit_lora.cli import main
 from mmdit_lora.cli_protocols import score_protocol, write_layouts
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.protocols import PROTOCOLS
 from mmdit_lora.evaluate.protocols.look import Found
 from mmdit_lora.evaluate.protocols.published import KINDS, as_html, beside, markdown, published
 from mmdit_lora.layout import Box, Layout, read_layouts
+from tests.detector_makers import owlv2_folder
 from tests.format_makers import (
     coco_data,
     dense_layout_row,
@@ -428,3 +430,27 @@ def test_tables_put_one_s_own_first(tmp_path: Path) -> None:
 def test_a_malformed_table_is_refused(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         published("coco", write(tmp_path / "p.json", content))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench, pictures = mig(tmp_path, 2)
+    owl = owlv2_folder(tmp_path / "owl")
+    out = tmp_path / "out"
+    command = ["evaluate", "--protocol", "coco-mig", "--annotations", str(bench), "--out", str(out)]
+    assert main(command) == 0
+    assert len(read_layouts(out / "layouts.jsonl")) == 2
+    looks = ["--images", str(pictures), "--detector", f"owlv2:{owl}?threshold=0", "--json"]
+    assert main([*command, *looks]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["pictures"] == 2
+    assert report["detector"] == f"owlv2:{owl}"
+    assert {row["kind"] for row in report["published"]} <= set(KINDS)
+    for wrong, said in (
+        (["evaluate", "--protocol", "coco-mig", "--out", str(out)], "give --annotations"),
+        (["evaluate", "--annotations", str(bench), "--data", str(bench), "--out", str(out)], "give --protocol"),
+        ([*command, "--images", str(pictures), "--detector", "owlv2"], "hf download"),
+        (["evaluate", "--out", str(out)], "--data"),
+    ):
+        assert main(wrong) == 2
+        assert said in capsys.readouterr().err

@@ -106,6 +106,14 @@ def test_card_header_and_other_files_go_along(base: Path, tmp_path: Path) -> Non
     assert config["base_model_name_or_path"] == str(base)
 
 
+def test_an_alpha_of_zero_stays_an_update_of_nothing(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, rank_four, alpha_pattern={"fc2": 0})
+    report = resize_adapter(adapter, tmp_path / "small", rank=4)
+    assert report.error <= 1e-6
+    assert torch.allclose(by_peft(tmp_path / "small"), by_peft(adapter), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # PEFT's, of every adapter with biases
 def test_biases_of_an_update_stay(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base, rank_four, lora_bias=True)
     from safetensors.torch import load_file, save_file

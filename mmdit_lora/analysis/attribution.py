@@ -131,9 +131,8 @@ def _watch(name: str, stream: Any, seen: dict[str, tuple[Tensor, int]]) -> list[
     processor = stream.attn.processor
     counts: list[tuple[int, int]] = []  # image and layout tokens of a call whose first attention is still to come
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        image: Any = args[0] if args else kwargs.get("norm_hidden_states", kwargs.get("hidden_states"))
-        layout = args[1] if len(args) > 1 else kwargs["layout_states"]
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        image, layout, *_ = args  # image tokens and layout tokens, in every kind of stream
         counts[:] = [(image.shape[1], layout.shape[1])]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -144,7 +143,7 @@ def _watch(name: str, stream: Any, seen: dict[str, tuple[Tensor, int]]) -> list[
             seen[name] = (total + found, calls + 1)
         return type(processor).attend(processor, query, key, value, mask)
 
-    handle = stream.register_forward_pre_hook(before, with_kwargs=True)
+    handle = stream.register_forward_pre_hook(before)
     processor.attend = attend
     return [handle.remove, lambda: delattr(processor, "attend")]
 

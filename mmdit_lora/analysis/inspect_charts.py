@@ -134,41 +134,37 @@ def amplification(modules: Sequence[ModuleFigures]) -> str:
 
 
 def similarity(found: Sequence[Similarity]) -> str:
-    """phi by linear beside its chance level, and phi(i, j) averaged over those linears that have all of i and j."""
+    """phi of all directions by linear, beside its chance level."""
     rows = np.arange(len(found))
+    with figure(6.2, max(2.0, 0.23 * len(found) + 1.2)) as (drawn, axes):
+        axes.barh(rows, [each.full for each in found], color=BAR, height=0.62, label="all directions of both")
+        chances = [each.chance for each in found]
+        axes.scatter(chances, rows, color=SERIES[1], marker="|", s=70, label="random directions", zorder=2)
+        axes.set_xlim(0, 1)
+        axes.set_yticks(rows, [short(each.name) for each in found])
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("phi of all directions")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        return to_svg(drawn, "similarity")
+
+
+def similarity_map(found: Sequence[Similarity]) -> str:
+    """phi(i, j) averaged over those linears that have all of i and j."""
     shape = tuple(max(np.shape(each.phi)[axis] for each in found) for axis in (0, 1))
     padded = np.full((len(found), *shape), np.nan)
     for place, each in enumerate(found):
         padded[place, : len(each.phi), : len(each.phi[0])] = each.phi
     known = np.isfinite(padded)
     mean = np.ma.array(np.where(known, padded, 0).sum(0), mask=~known.any(0)) / known.sum(0).clip(min=1)
-    with figure(10.8, max(3.0, 0.23 * len(found) + 1.2), ncols=2) as (drawn, (left, right)):
-        left.barh(rows, [each.full for each in found], color=BAR, height=0.62, label="all directions of both")
-        left.scatter(
-            [each.chance for each in found],
-            rows,
-            color=SERIES[1],
-            marker="|",
-            s=70,
-            label="random directions",
-            zorder=2,
-        )
-        left.set_xlim(0, 1)
-        left.set_yticks(rows, [short(each.name) for each in found])
-        left.set_ylim(len(found) - 0.4, -0.6)
-        left.grid(visible=False, axis="y")
-        left.set_xlabel("phi of all directions")
-        left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-        image = right.imshow(
-            mean, vmin=0, vmax=1, cmap="viridis", origin="upper", aspect="auto",
-            extent=(0.5, shape[1] + 0.5, shape[0] + 0.5, 0.5),
-        )  # fmt: skip
-        right.grid(visible=False)
-        right.set_xlabel("top j directions of the other adapter")
-        right.set_ylabel("top i directions of this one")
-        right.set_title("phi(i, j), mean of the linears that have i and j", fontsize=9, color=INK)
-        drawn.colorbar(image, ax=right, fraction=0.05)
-        return to_svg(drawn, "similarity")
+    with figure(5.2, 4.2) as (drawn, axes):
+        extent = (0.5, shape[1] + 0.5, shape[0] + 0.5, 0.5)
+        image = axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", origin="upper", aspect="auto", extent=extent)
+        axes.grid(visible=False)
+        axes.set_xlabel("top j directions of the other adapter")
+        axes.set_ylabel("top i directions of this one")
+        drawn.colorbar(image, ax=axes, fraction=0.05)
+        return to_svg(drawn, "similarity-map")
 
 
 def _whole_numbers(axes: Any) -> None:

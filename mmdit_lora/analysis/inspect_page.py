@@ -12,14 +12,10 @@ from mmdit_lora.analysis import inspect_charts as charts
 from mmdit_lora.analysis.inspection import RANK_NAMES, SUGGESTED_SHARE, Inspection, ModuleFigures
 from mmdit_lora.html import document
 
-_EXTRA = """<style>
-.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:12px}
-.wide table{border:0;margin:0;font-size:13px;white-space:nowrap}.wide th,.wide td{padding:4px 9px;text-align:right;width:auto}
-.wide th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line);position:sticky;top:0;background:var(--card)}
-.wide td{font-variant-numeric:tabular-nums}.wide th:first-child,.wide td:first-child{text-align:left;width:auto}
+_STYLE = """
 .lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
-.charts.one{grid-template-columns:1fr;margin-top:12px}code{font-size:13px;overflow-wrap:anywhere}
-</style>"""
+code{font-size:13px;overflow-wrap:anywhere}
+"""
 
 
 def _rank_at(share: str, module: ModuleFigures) -> str:
@@ -63,7 +59,6 @@ def page(inspection: Inspection) -> str:
     modules = inspection.modules
     notes = "".join(f"<li>{escape(note)}</li>" for note in inspection.notes)
     body = [
-        _EXTRA,
         f'<div class="figures">{_figures(inspection)}</div>',
         f'<ul class="notes">{notes}</ul>' if notes else "",
         "<h2>How low its rank is</h2>",
@@ -80,7 +75,7 @@ def page(inspection: Inspection) -> str:
         f'<p class="of">adapter <code>{escape(inspection.adapter)}</code>, base <code>{escape(inspection.base)}</code></p>',
     ]  # fmt: skip
     title = "/".join(Path(inspection.adapter).resolve().parts[-2:])
-    return document("".join(body), kind="adapter", title=title, verdict=_verdict(inspection))
+    return document("".join(body), kind="adapter", title=title, verdict=_verdict(inspection), style=_STYLE)
 
 
 def lines(inspection: Inspection) -> list[str]:
@@ -111,10 +106,12 @@ def rank_line(inspection: Inspection) -> str:
     stored = sorted({module.rank for module in inspection.modules})
     effective = statistics.median(module.effective_rank for module in inspection.modules)
     ranks = f"{stored[0]}" if len(stored) == 1 else f"{stored[0]} to {stored[-1]}"
+    own = sum(module.suggested_rank * sum(module.shape) for module in inspection.modules)
     return (
         f"Stored at rank {ranks}; the median effective rank is {effective:.1f}. Rank {inspection.suggested_rank} for all keeps "
-        f"{SUGGESTED_SHARE:.0%} of the energy. Energy is no fidelity: `mmdit-lora resize ADAPTER --rank {inspection.suggested_rank} "
-        "--data D` measures both sides."
+        f"{SUGGESTED_SHARE:.0%} of the energy of all together; a rank of its own for each linear, with {SUGGESTED_SHARE:.0%} of its "
+        f"energy, would leave {own:,} of {inspection.parameters:,} parameters (`mmdit-lora resize --energy {SUGGESTED_SHARE}`). "
+        "Energy is no fidelity: `mmdit-lora resize --data D` measures that before and after."
     )
 
 
@@ -173,10 +170,13 @@ def _charts(kind: str, *shown: tuple[str, str]) -> str:
 
 
 def _against(inspection: Inspection) -> str:
-    if not inspection.similarity:
+    found = inspection.similarity
+    if not found:
         return ""
     return f'<h2>Against another adapter</h2><p class="lead">{escape(similarity_line(inspection))}</p>' + _charts(
-        "one", ("phi of the input directions (LoRA paper, equation 4)", charts.similarity(inspection.similarity))
+        "pair",
+        ("phi of the input directions (LoRA paper, equation 4)", charts.similarity(found)),
+        ("phi(i, j), mean of the linears that have i and j", charts.similarity_map(found)),
     )
 
 

@@ -22,12 +22,14 @@ from mmdit_lora.analysis.spectrum import (
     stable_rank,
     top,
 )
-from mmdit_lora.analysis.updates import OpenedAdapter, Update, open_adapter
+from mmdit_lora.analysis.updates import OpenedAdapter, Update, open_adapter, updates
 from mmdit_lora.errors import InputError, listed
+from mmdit_lora.lora import base_fingerprint, load_adapter
 
 SHARES = (0.90, 0.95, 0.99)
 RANK_NAMES = tuple(f"{share:.0%}" for share in SHARES)
 SUGGESTED_SHARE = 0.99  # of the energy of dW that a suggested rank holds
+_AGAINST = "against"
 _BLOCK = re.compile(r"^(?:.*\.)?[a-z_]*blocks\.\d+(?=\.)")
 
 
@@ -144,9 +146,9 @@ def inspect_adapter(
         InputError: one of the two is no adapter or does not fit the base, or they share no linear.
     """
     opened = open_adapter(adapter, base=base, dtype=dtype)
-    updates = list(opened.updates())
+    own = list(opened.updates())
     other = None if against is None else _downs(against, opened)
-    measured = [measure(update) for update in updates]
+    measured = [measure(update) for update in own]
     energy = sum(each.norm**2 for each in measured)
     modules = [_with_share(each, energy) for each in measured]
     return Inspection(
@@ -156,10 +158,10 @@ def inspect_adapter(
         modules,
         _blocks(modules, energy),
         suggest([each.singular_values for each in modules]),
-        sum(update.up.numel() + update.down.numel() for update in updates),
-        _notes(updates, modules),
+        sum(update.up.numel() + update.down.numel() for update in own),
+        _notes(own, modules),
         None if against is None else str(against),
-        None if other is None else _similarities(updates, other, opened, against),
+        None if other is None else _similarities(own, other, opened, against),
     )
 
 
@@ -242,14 +244,14 @@ def _blocks(modules: Sequence[ModuleFigures], energy: float) -> list[BlockFigure
     return figures
 
 
-def _notes(updates: Sequence[Update], modules: Sequence[ModuleFigures]) -> list[str]:
+def _notes(own: Sequence[Update], modules: Sequence[ModuleFigures]) -> list[str]:
     notes = []
     if any(module.dora for module in modules):
         notes.append(
             "DoRA: norms and amplification are of the whole change of the weight, rescaled rows included, which has full rank; "
             "spectra and ranks are of scale * B A."
         )
-    if any(update.bias for update in updates):
+    if any(update.bias for update in own):
         notes.append("The adapter also changes biases (lora_bias); no figure here counts them.")
     still = [module.name for module in modules if module.norm == 0]
     if still:
@@ -258,14 +260,16 @@ def _notes(updates: Sequence[Update], modules: Sequence[ModuleFigures]) -> list[
 
 
 def _downs(adapter: str | Path, first: OpenedAdapter) -> dict[str, Tensor]:
-    """The matrices A of a second adapter, by module."""
-    return {update.name: update.down for update in open_adapter(adapter, base=first.base).updates()}
+    """The matrices A of a second adapter on the same base, by module."""
+    model = first.pipe.transformer
+    load_adapter(model, adapter, adapter_name=_AGAINST, expect_fingerprint=base_fingerprint(model))
+    return {update.name: update.down for update in updates(model, _AGAINST)}
 
 
 def _similarities(
-    updates: Sequence[Update], other: dict[str, Tensor], first: OpenedAdapter, against: str | Path | None
+    own: Sequence[Update], other: dict[str, Tensor], first: OpenedAdapter, against: str | Path | None
 ) -> list[Similarity]:
-    shared = [update for update in updates if update.name in other]
+    shared = [update for update in own if update.name in other]
     if not shared:
         raise InputError(
             f"adapts none of the linears of {first.folder}",

@@ -174,7 +174,7 @@ def _new_rank(update: Update, rank: int | None, energy: float | None) -> int:
 def _smaller(update: Update, rank: int) -> Update:
     found = update.low_rank().first(rank)
     # A width below the rank has fewer directions than ranks: the rest are zeros.
-    root = (found.values / abs(update.scale)).sqrt()
+    root = (found.values / abs(update.scale)).sqrt() if update.scale else 0 * found.values
     up = torch.zeros(update.up.shape[0], rank, dtype=torch.float64)
     down = torch.zeros(rank, update.down.shape[1], dtype=torch.float64)
     up[:, : len(root)] = found.left * root * (1 if update.scale > 0 else -1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from mmdit_lora.evaluate.average_precision import coco_figures
 from mmdit_lora.evaluate.detectors import BoxMatch, Detection, Detector, match
@@ -38,11 +37,6 @@ class Judged:
     def miou(self) -> float:
         """Mean IoU over its boxes; NaN without any."""
         return float(np.mean([box.iou for box in self.boxes])) if self.boxes else float("nan")
-
-
-def judge(detector: Detector, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Judged]:
-    """Look at pictures with a detector. Raises `InputError` where it cannot look for a phrase."""
-    return judged(detector, detector.detect(pictures, layouts), layouts)
 
 
 def judged(detector: Detector, seen: Sequence[Sequence[Detection]], layouts: Sequence[Layout]) -> list[Judged]:

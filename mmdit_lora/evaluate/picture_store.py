@@ -34,13 +34,16 @@ class PictureStore:
 
     def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
         self.folder = folder
-        plan = json.loads(json.dumps(plan))
+        self._plan = json.loads(json.dumps(plan))
         if (folder / PLAN).is_file():
-            _refuse_other(json.loads((folder / PLAN).read_text(encoding="utf-8")), plan, folder)
+            _refuse_other(json.loads((folder / PLAN).read_text(encoding="utf-8")), self._plan, folder)
         elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise InputError(f"exists and holds no {PLAN}", where=f"--out {folder}", cure="give another folder")
-        else:
-            write_json(folder / PLAN, plan)
+
+    def begin(self) -> None:
+        """Write the plan. Before the first picture; what is wrong is found before anything is written."""
+        if not (self.folder / PLAN).is_file():
+            write_json(self.folder / PLAN, self._plan)
 
     def paint(
         self,
@@ -56,6 +59,7 @@ class PictureStore:
 
         The batches are cut as they were, since a picture's last bits may depend on what it is painted with.
         """
+        self.begin()
         out: list[Path] = []
         for start in range(0, len(layouts), settings.batch_size):
             part = layouts[start : start + settings.batch_size]

@@ -42,8 +42,8 @@ _SIDE_TEXT = {
     "text_only": "painted without boxes",
     "layout_only": "painted without a caption",
     "images": "pictures made by something else",
-    "ground_truth": "the data set's own pictures: the ceiling",
-    "shuffled": "those, against the layouts of others: the floor",
+    "ground_truth": "the data's own pictures: the ceiling",
+    "shuffled": "those, with layouts of others: the floor",
 }
 
 
@@ -129,7 +129,6 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
     """
     chief = next(name for name in ("adapter", "images", "base", "ground_truth") if name in evaluation.sides)
     parts = [
-        _STYLE,
         f"<h2>Fidelity</h2>{_html_table(report)}<div class='charts one'>{_plot(report)}</div>{_legend(report)}",
         _html_differences(report),
         _html_groups(report),
@@ -141,11 +140,12 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
         moved = report["differences"]["adapter_minus_base"]["miou"]
         verdict += f", {moved['value']:+.3f} {_interval(moved['interval'], '+.3f')} to the base"
     notes = "".join(f"<li>{escape(line)}</li>" for line in _facts(report))
-    return document(f'<ul class="notes">{notes}</ul>' + "".join(parts), kind="evaluation", title=title, verdict=verdict)
+    body = f'<ul class="notes">{notes}</ul>' + "".join(parts)
+    return document(body, kind="evaluation", title=title, verdict=verdict, style=_STYLE)
 
 
-def _html_table(report: Mapping[str, Any]) -> str:
-    names = figures_of(report)
+def _html_table(report: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    names = [name for name in figures_of(report) if names is None or name in names]
     head = "".join(f'<th title="{escape(FIGURE_TEXT[name], quote=True)}">{_words(name)}</th>' for name in names)
     rows = ""
     for side in sides_of(report):
@@ -182,7 +182,7 @@ def _html_groups(report: Mapping[str, Any]) -> str:
     for heading, group, sides in _groups(report):
         if heading != last:
             out += f'{"</div>" if last else ""}<h2>{heading}</h2><div class="pairs">'
-        out += f"<div><h3>{escape(group)}</h3>{_html_table(sides)}</div>"
+        out += f"<div><h3>{escape(group)}</h3>{_html_table(sides, _PLOTTED)}</div>"
         last = heading
     return out + ("</div>" if last else "")
 
@@ -255,19 +255,15 @@ def _data_url(picture: Image.Image, evaluation: Evaluation, row: int) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-_STYLE = """<style>
-.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:12px}
-.wide table{border:0;margin:0;font-size:12.5px;white-space:nowrap}.wide th,.wide td{padding:4px 8px;text-align:right;width:auto}
-.wide th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line)}.wide td{font-variant-numeric:tabular-nums}
-.wide th:first-child,.wide td:first-child{text-align:left;width:auto}
-.wide i,.key i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:7px}
-.wide th:first-child,.wide td:first-child{padding-left:14px}.wide small{font-size:11px}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr));gap:12px}.pairs>*{min-width:0}
-.charts.one{grid-template-columns:1fr;margin-top:12px}.key{display:flex;flex-wrap:wrap;gap:16px;margin:0 0 8px;font-size:13px}
+_STYLE = """
+main{max-width:1240px}
+.wide i,.key i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:7px}.wide small{font-size:11px}
+.wide th,.wide td{padding:4px 8px}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(560px,100%),1fr));gap:12px}.pairs>*{min-width:0}
+.key{display:flex;flex-wrap:wrap;gap:16px;margin:0 0 8px;font-size:13px}
 svg .bar{stroke-width:2.5}svg .name{fill:var(--ink);font-size:12px}details{margin-top:12px}summary{cursor:pointer}
-.cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:14px}
+.cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr));gap:14px}
 .cases figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}
 .trio{display:grid;grid-template-columns:repeat(3,1fr);gap:8px;align-items:start}.trio img{width:100%;border-radius:6px;display:block}
 .cases figcaption{font-size:13px;margin-top:8px;color:var(--soft)}
-@media (max-width:560px){.cases{grid-template-columns:1fr}.pairs{grid-template-columns:1fr}}
-</style>"""
+"""

@@ -17,11 +17,12 @@ from mmdit_lora.data.records import Record
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.clip import Clip, kid, spread
-from mmdit_lora.evaluate.detectors import Detector, SelfTest, open_detector, self_test
+from mmdit_lora.evaluate.detectors import Detection, Detector, SelfTest, open_detector, self_test
 from mmdit_lora.evaluate.groups import box_groups, picture_groups
 from mmdit_lora.evaluate.intervals import Bootstrap, value
-from mmdit_lora.evaluate.judged import Judged, Table, average_precision, box_sums, judge, sums
+from mmdit_lora.evaluate.judged import Judged, Table, average_precision, box_sums, judged, sums
 from mmdit_lora.evaluate.picture_store import Lazy, PictureStore
+from mmdit_lora.evaluate.seen_store import SeenStore
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 
@@ -156,7 +157,7 @@ def evaluate(
     detector = detector or open_detector()
     _refuse_unreadable(records, detector)
     tell = on_progress or (lambda *_: None)
-    look = _Look(detector, clip)
+    look = _Look(detector, clip, None if store is None else SeenStore(store.folder / "seen"))
     layouts = [record.layout for record in records]
     if pipe is None:
         truth: Sequence[Image.Image] = Lazy([record.load for record in records])
@@ -198,8 +199,8 @@ def evaluate(
 class _Look:
     """What looks at pictures: a detector, and CLIP where it is given."""
 
-    def __init__(self, detector: Detector, clip: Clip | None) -> None:
-        self.detector, self.clip = detector, clip
+    def __init__(self, detector: Detector, clip: Clip | None, kept: SeenStore | None) -> None:
+        self.detector, self.clip, self.kept = detector, clip, kept
         self._truth: Tensor | None = None  # features of the pictures that were looked at first
 
     def at(
@@ -210,7 +211,8 @@ class _Look:
         features: list[Tensor] = []
         for start in range(0, len(pictures), _AT_ONCE):
             shown, asked = pictures[start : start + _AT_ONCE], layouts[start : start + _AT_ONCE]
-            seen += judge(self.detector, shown, asked)
+            things = (self.kept.detect if self.kept else _detect)(self.detector, shown, asked)
+            seen += judged(self.detector, things, asked)
             if self.clip is not None:
                 table, feature = self.clip.look(shown, asked)
                 tables.append(table)
@@ -226,6 +228,10 @@ class _Look:
             whole["kid_clip"] = distance
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
         return Side(pictures, seen, {name: table for name, table in joined.items() if table[:, 1].any()}, whole)
+
+
+def _detect(detector: Detector, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+    return detector.detect(pictures, layouts)
 
 
 def _painted(
