@@ -220,12 +220,14 @@ def test_budgets_are_judged_by_the_best_single_matrix(
 
 
 @pytest.mark.parametrize(
-    ("small", "large", "low", "smaller"),
+    ("small", "large", "weights", "low", "smaller"),
     [
-        ([0.1, 0.2], [0.1, 0.3], "held", "held"),
-        ([0.1, 0.3], [0.1, 0.2], "held", "did not hold"),
-        ([0.1, 0.3], [0.1, 0.3], "held", "undecided"),
-        ([0.1, 0.1], [0.1, 0.1], "did not hold", "undecided"),
+        ([0.1, 0.2], [0.1, 0.3], 6_000, "held", "held"),
+        ([0.1, 0.3], [0.1, 0.2], 6_000, "held", "did not hold"),
+        ([0.1, 0.3], [0.1, 0.3], 6_000, "held", "undecided"),
+        ([0.1, 0.3], [0.1, 0.3], 1_500, "did not hold", "undecided"),
+        ([0.1, 0.1], [0.1, 0.1], 6_000, "did not hold", "undecided"),  # not by d = 64, and 1 % are 60
+        ([0.1, 0.1], [0.1, 0.1], 10_000, "undecided", "undecided"),  # 1 % are 100, which was not tried
     ],
 )
 def test_intrinsic_dimensions_are_judged_by_their_intervals(
@@ -235,11 +237,12 @@ def test_intrinsic_dimensions_are_judged_by_their_intervals(
     tmp_path: Path,
     small: list[float],
     large: list[float],
+    weights: int,
     low: str,
     smaller: str,
 ) -> None:
     study = IntrinsicDimensionStudy()
-    monkeypatch.setattr(study, "_weights", lambda *_: 10_000)
+    monkeypatch.setattr(study, "_weights", lambda *_: weights)
     setup = make_setup(base, data, tmp_path, "intrinsic-dimension", bases=("a/small", "b/large"))
     planted: dict[str, float] = {}
     for label, gains in (("small", small), ("large", large)):
