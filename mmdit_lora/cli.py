@@ -23,6 +23,7 @@ from mmdit_lora import (
     cli_import,
     cli_model,
     cli_plan,
+    cli_study,
     cli_verify_resume,
 )
 from mmdit_lora.errors import InputError, Stopped
@@ -64,6 +65,7 @@ cli_import.register(app)
 cli_model.register(app)
 cli_evaluate.register(app)
 cli_plan.register(app)
+cli_study.register(app)
 cli_verify_resume.register(app)
 
 

@@ -22,6 +22,7 @@ from mmdit_lora.config_sections import (
     PriorSection,
     SampleSection,
     StreamSection,
+    SubspaceSection,
     TrackingSection,
     TrainSection,
 )
@@ -49,9 +50,10 @@ class Config(Section):
 
     version: int = Field(default=VERSION, description="of the config's form; `train` reads earlier ones too", ge=1)
     base: str = Field(description="what is adapted: a diffusers pipeline folder or a hub id", min_length=1)
-    method: Literal["lora", "layout_stream", "full"] = Field(
+    method: Literal["lora", "layout_stream", "full", "ia3", "subspace"] = Field(
         default="lora",
-        description="what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything)",
+        description="what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything); "
+        "to compare with: ia3 (factors at lora.targets) | subspace (random directions)",
     )
     output_dir: str = Field(
         default="outputs/run", description="where checkpoints, pictures and the adapter go", min_length=1
@@ -64,6 +66,7 @@ class Config(Section):
     stream: StreamSection = Field(
         default=StreamSection(), description="the layout stream of a base that has none; or a check of one that has it"
     )
+    subspace: SubspaceSection = Field(default=SubspaceSection(), description="random directions (method subspace)")
     flow: FlowSection = Field(default=FlowSection(), description="the rectified-flow objective")
     train: TrainSection = Field(default=TrainSection(), description="the training loop")
     prior: PriorSection = Field(default=PriorSection(), description="prior preservation (method lora)")
@@ -111,6 +114,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "lora": LoraSection,
     "stream": StreamSection,
+    "subspace": SubspaceSection,
     "flow": FlowSection,
     "train": TrainSection,
     "prior": PriorSection,

@@ -116,6 +116,16 @@ class StreamSection(Section):
         description="text tokens that stand for a phrase; null = as the base has it, one pooled embedding in a new one",
         ge=1,
     )
+    parts: list[str] = Field(
+        default=[],
+        description="method layout_stream: only what has one of these in its name trains, e.g. [layout_mlp]; [] = all",
+    )
+
+
+class SubspaceSection(Section):
+    dimension: int = Field(default=1000, description="numbers that train; they move all linears of the stream", ge=1)
+    structured: bool = Field(default=False, description="a learned scale for each block, counted in the dimension")
+    seed: int | None = Field(default=None, description="of the random directions; null = train.seed", ge=0, le=MAX_SEED)
 
 
 class FlowSection(Section):

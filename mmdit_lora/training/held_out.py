@@ -99,6 +99,7 @@ class PairedLoss:
         difference: trained - base; below 0 is better.
         interval: 95 % interval of the difference, from the spread over pictures (paired t); None for a single picture.
         pictures: how many.
+        differences: of each picture, in order.
     """
 
     base: float
@@ -106,9 +107,13 @@ class PairedLoss:
     difference: float
     interval: tuple[float, float] | None
     pictures: int
+    differences: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For the report, which is for people: without the single pictures."""
+        values = asdict(self)
+        del values["differences"]
+        return values
 
 
 def compare_losses(base: Tensor, trained: Tensor) -> PairedLoss:
@@ -119,4 +124,4 @@ def compare_losses(base: Tensor, trained: Tensor) -> PairedLoss:
     if count > 1:
         margin = float(stdtrit(count - 1, 0.975)) * difference.std().item() / math.sqrt(count)
         interval = (mean - margin, mean + margin)
-    return PairedLoss(base.mean().item(), trained.mean().item(), mean, interval, count)
+    return PairedLoss(base.mean().item(), trained.mean().item(), mean, interval, count, tuple(difference.tolist()))

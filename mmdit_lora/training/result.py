@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmdit_lora.lora import save_adapter
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 from mmdit_lora.training.card import PICTURES, adapter_card
 from mmdit_lora.training.checkpoint import trainable_parameters
+from mmdit_lora.training.method import fold
 from mmdit_lora.training.opening import stored_dtype, stream_options
 from mmdit_lora.training.output import SAMPLES
 
@@ -29,8 +31,9 @@ def save_result(
     """
     folder = Path(config.output_dir)
     if config.method != "lora":
+        folded = fold(pipe.transformer)
         with atomic_folder(folder / "base") as temporary, quiet():
-            whole_base(pipe, config).save_pretrained(temporary)
+            whole_base(pipe, config, folded).save_pretrained(temporary)
         return folder / "base"
     metadata = {
         "base": config.base,
@@ -51,13 +54,17 @@ def save_result(
     return folder / "adapter"
 
 
-def whole_base(pipe: LayoutPipeline, config: Config) -> LayoutPipeline:
-    """The pipeline to save: what was trained, and beside it the base as it is stored, neither rounded nor quantised."""
+def whole_base(pipe: LayoutPipeline, config: Config, folded: Mapping[str, Tensor] | None = None) -> LayoutPipeline:
+    """The pipeline to save: what was trained, and beside it the base as it is stored, neither rounded nor quantised.
+
+    Args:
+        folded: weights that training changed without training them themselves, by name.
+    """
     if config.train.mixed_precision == "no" and config.train.quantization == "none":
         return pipe
     fresh = load_pipeline(config.base, dtype=stored_dtype(config.base), **stream_options(config))
     own = dict(fresh.transformer.named_parameters())
     with torch.no_grad():
-        for name, parameter in trainable_parameters(pipe.transformer).items():
-            own[name].copy_(parameter)
+        for name, value in (folded or trainable_parameters(pipe.transformer)).items():
+            own[name].copy_(value)
     return fresh

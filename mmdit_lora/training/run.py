@@ -287,6 +287,10 @@ def settle(run: Run) -> None:
     if run.config.method != "lora":
         for parameter in trainable_parameters(run.pipe.transformer).values():
             parameter.data = parameter.data.to(run.dtype)
+    if run.config.method == "subspace":  # the linears that it moved
+        for name, parameter in run.pipe.transformer.named_parameters():
+            if "layout" in name:
+                parameter.data = parameter.data.to(run.dtype)
 
 
 def _check_guidance(config: Config, pipe: LayoutPipeline) -> None:

@@ -38,6 +38,7 @@ class TrainResult:
     folder: Path
     report: dict[str, Any]
     is_main: bool = True  # of several processes, the one that writes
+    comparison: PairedLoss | None = None
 
 
 def train(
@@ -109,7 +110,7 @@ def _train(
         raise
     if tracker is not None:
         tracker.finish()
-    return TrainResult(run.pipe, run.folder, report, main)
+    return TrainResult(run.pipe, run.folder, report, main, comparison)
 
 
 def _choose_weights(run: Run) -> None:

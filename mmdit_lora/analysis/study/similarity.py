@@ -1,0 +1,78 @@
+"""How much the subspaces of two matrices have in common (LoRA, arXiv 2106.09685, section 7.2 and appendix G)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Which = Literal["A", "BA"]
+
+
+def directions(rows: Tensor) -> Tensor:
+    """Right-singular vectors of (r, n) rows, the strongest first: (min(r, n), n), orthonormal."""
+    return torch.linalg.svd(rows.double(), full_matrices=False).Vh
+
+
+def similarity(one: Tensor, other: Tensor) -> Tensor:
+    """phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j), for the first i and j directions of each; (r, n), (s, n) -> (r, s).
+
+    Eq. 4 of the LoRA paper: 1 = one subspace holds the other, 0 = they are orthogonal.
+
+    Args:
+        one, other: orthonormal rows, as `directions` gives them.
+    """
+    sums = (one @ other.T).square().cumsum(0).cumsum(1)
+    i = torch.arange(1, len(one) + 1)[:, None]
+    j = torch.arange(1, len(other) + 1)[None]
+    return sums / torch.minimum(i, j)
+
+
+def adapter_directions(folder: Path, which: Which) -> dict[str, Tensor]:
+    """Directions in each module's input space, by module: of A, as in the paper, or of the whole update B A."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    out = {}
+    for name, a in tensors.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        module = name.removesuffix(".lora_A.weight")
+        rows = a
+        if which == "BA":  # B = Q R with orthonormal Q, so that B A and R A have the same right-singular vectors
+            rows = torch.linalg.qr(tensors[f"{module}.lora_B.weight"].double()).R @ a.double()
+        out[module] = directions(rows)
+    return out
+
+
+def by_module(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+    """(modules, r, s) similarities of two adapters of the same modules."""
+    return torch.stack([similarity(one[name], other[name]) for name in one])
+
+
+def between(ones: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> Tensor:
+    """(seeds, modules, r, s): of each seed's pair."""
+    return torch.stack([by_module(one, other) for one, other in zip(ones, others, strict=True)])
+
+
+def between_seeds(ones: list[dict[str, Tensor]]) -> Tensor:
+    """(pairs, modules, r, r): of every two seeds."""
+    return torch.stack([by_module(one, other) for one, other in combinations(ones, 2)])
+
+
+def random_like(ones: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> Tensor:
+    """As `between`, of Gaussian matrices of the same shapes, as drawn beside in the paper's figures."""
+    draw = torch.Generator().manual_seed(0)
+
+    def gaussian(like: Tensor) -> Tensor:
+        return directions(torch.randn(like.shape, generator=draw, dtype=torch.float64))
+
+    return torch.stack(
+        [
+            torch.stack([similarity(gaussian(one[name]), gaussian(other[name])) for name in one])
+            for one, other in zip(ones, others, strict=True)
+        ]
+    )
