@@ -17,6 +17,7 @@ from mmdit_lora.cli_model import (
     SizeOption,
     StepsOption,
     WindowOption,
+    adapter_weights,
     fidelity_table,
     open_with_adapters,
     paint_settings,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 
 
+MOST_ADAPTERS = 9  # as `evaluate.sides` has it, which is heavy to import
+
+
 def register(app: typer.Typer) -> None:
     """Add this file's verb to the app."""
     app.command("evaluate")(evaluate)
@@ -40,6 +44,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option("--data", help="Data set folder of layouts with pictures.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Pipeline folder or hub id, to paint with.")] = None,
     adapter: AdapterOption = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Every --adapter is a side of its own; without it they act together.")
+    ] = False,
     images: Annotated[
         Path | None, typer.Option("--images", help="Folder of pictures that something else made of the layouts.")
     ] = None,
@@ -100,6 +107,8 @@ def evaluate(
         raise InputError("nothing to judge", cure="give --base, to paint with, or --images, a folder of pictures")
     if base is None and (adapter or ablations or variations):
         raise InputError("is for painting", where="--adapter, --ablations, --variations", cure="give --base too")
+    if each and len(adapter or []) > MOST_ADAPTERS:
+        raise InputError(f"holds {len(adapter or [])}", where="--adapter", cure=f"compare {MOST_ADAPTERS} at most")
     from mmdit_lora.data.records import read_dataset
 
     records = read_dataset(data)[:count]
@@ -118,7 +127,16 @@ def evaluate(
         scorer = Clip(clip)
     pipe = open_with_adapters(base, adapter, dtype) if base is not None else None
     store = _store(
-        out, pipe, records, settings, base=base, adapters=adapter or [], images=images, seed=seed, dtype=dtype
+        out,
+        pipe,
+        records,
+        settings,
+        base=base,
+        adapters=adapter or [],
+        each=each,
+        images=images,
+        seed=seed,
+        dtype=dtype,
     )
     with ProgressLines() as tell:
         result = run(
@@ -128,6 +146,7 @@ def evaluate(
             seed=seed,
             detector=looks,
             clip=scorer,
+            each=adapter_weights(adapter) if each and adapter else None,
             ablations=ablations,
             variations=variations,
             images=shown,
@@ -196,6 +215,7 @@ def _store(
     *,
     base: str | None,
     adapters: list[str],
+    each: bool,
     images: Path | None,
     seed: int,
     dtype: str,
@@ -214,6 +234,7 @@ def _store(
         # With its adapters: their weights are parameters of the transformer.
         "weights": None if pipe is None else base_fingerprint(pipe.transformer),
         "adapters": {given: _digest(given) for given in adapters},
+        "each": each,
         "layouts": hashlib.sha256(layouts.encode()).hexdigest(),
         "images": None if images is None else str(images),
         "settings": asdict(settings),

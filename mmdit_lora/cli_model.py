@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 
-_SIDES = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth", "shuffled")
 _FIGURES = ("miou", "iou50", "color_acc", "shape_acc", "ap", "relations", "clip_box")
 
 BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub id.")]
@@ -263,16 +262,20 @@ def open_with_adapters(base: str, adapters: list[str] | None, dtype: str) -> Lay
     from mmdit_lora.pipelines import load_pipeline
 
     pipe = load_pipeline(base, dtype=torch_dtype(dtype))
-    weights: dict[str, float] = {}
+    weights = adapter_weights(adapters)
     fingerprint = base_fingerprint(pipe.transformer) if adapters else ""
     for number, given in enumerate(adapters or []):
-        folder, weight = folder_and_weight(given)
-        load_adapter(pipe.transformer, folder, adapter_name=f"adapter_{number}", expect_fingerprint=fingerprint)
-        weights[f"adapter_{number}"] = weight
+        folder, _ = folder_and_weight(given)
+        load_adapter(pipe.transformer, folder, adapter_name=list(weights)[number], expect_fingerprint=fingerprint)
     if weights:
         pipe.transformer.set_adapters(list(weights), list(weights.values()))
     pipe.transformer.eval()
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def adapter_weights(adapters: list[str] | None) -> dict[str, float]:
+    """Names that `open_with_adapters` gives to adapters, and their weights."""
+    return {f"adapter_{number}": folder_and_weight(given)[1] for number, given in enumerate(adapters or [])}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -303,7 +306,7 @@ def _refuse_foreign(out: Path, mark: str) -> None:
 
 def fidelity_table(report: dict[str, Any], title: str) -> str:
     """The chief figures of the sides that `report` has, as lines for a terminal."""
-    sides = [side for side in _SIDES if side in report]
+    sides = [key for key, side in report.items() if isinstance(side, dict) and "miou" in side]
     names = [name for name in _FIGURES if any(name in report[side] for side in sides)]
     rows = [f"{title:<40}" + "".join(f"{name:>11}" for name in names)]
     for side in sides:

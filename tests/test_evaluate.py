@@ -282,7 +282,7 @@ def test_sides_report_and_page(base: Path, data: Path, adapter: Path, tmp_path: 
     assert sum(group["boxes"] for group in report["by_size"].values()) == report["base"]["boxes"]
     assert {path.name for path in (out / "pictures").iterdir()} == {
         *(side for side in sides[:4]),
-        *(f"{side}_2" for side in sides[:4]),
+        *(f"{side}_noise_2" for side in sides[:4]),
     }
     pictures = {
         side: [np.asarray(Image.open(out / "pictures" / side / f"{n:05d}.png")) for n in range(12)]
@@ -306,6 +306,27 @@ def test_sides_report_and_page(base: Path, data: Path, adapter: Path, tmp_path: 
     again = tmp_path / "again"
     assert main(command(base, data, again, *flags)) == 0
     assert json.loads((again / "report.json").read_text()) == report
+
+
+def test_adapters_side_by_side(base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
+    def run(name: str, *more: str) -> dict[str, Any]:
+        assert main(command(base, data, tmp_path / name, *more)) == 0
+        report: dict[str, Any] = json.loads((tmp_path / name / "report.json").read_text())
+        return report
+
+    one, half = str(adapter), f"{adapter}=0.5"
+    both = run("both", "--adapter", one, "--adapter", half, "--each", "--ablations")
+    assert [key for key in both if key.startswith("adapter") and key != "adapters"] == ["adapter", "adapter_2"]
+    names = ["adapter_minus_base", "adapter_2_minus_base", "adapter_2_minus_adapter"]
+    assert list(both["differences"])[:3] == names
+    for side, given in (("adapter", one), ("adapter_2", half)):
+        alone = run(side, "--adapter", given)
+        assert both["base"] == alone["base"]
+        assert both[side] == alone["adapter"]
+        shown = [tmp_path / "both" / "pictures" / side, tmp_path / side / "pictures" / "adapter"]
+        mine, theirs = ([Image.open(path).tobytes() for path in sorted(f.glob("*.png"))] for f in shown)
+        assert mine == theirs
+    assert "adapter_2" not in run("together", "--adapter", one, "--adapter", half)
 
 
 class Tags(HTMLParser):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmdit_lora.evaluate.draw import draw_boxes
 from mmdit_lora.evaluate.judged import FIGURES
-from mmdit_lora.evaluate.sides import SIDES, Evaluation
+from mmdit_lora.evaluate.sides import ADAPTERS, SIDES, Evaluation
 from mmdit_lora.html import document
 
 SHOWN = 8  # best and worst pictures each
@@ -29,7 +29,7 @@ FIGURE_TEXT = FIGURES | {
 _PLOTTED = ("miou", "iou50", "color_acc", "shape_acc", "precision", "relations")
 _COLORS = {
     "base": "#8c8c8c",
-    "adapter": "#0072b2",
+    **dict(zip(ADAPTERS, ("#0072b2", "#56b4e9", "#f0e442", "#7b4fb5", "#a6761d", *["#444444"] * 4), strict=True)),
     "text_only": "#d55e00",
     "layout_only": "#e69f00",
     "images": "#0072b2",
@@ -38,7 +38,7 @@ _COLORS = {
 }
 _SIDE_TEXT = {
     "base": "the base, without an adapter",
-    "adapter": "the base with its adapter, on the same noise",
+    **dict.fromkeys(ADAPTERS, "the base with this adapter, same noise"),
     "text_only": "painted without boxes",
     "layout_only": "painted without a caption",
     "images": "pictures made by something else",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -26,7 +26,9 @@ from mmdit_lora.evaluate.seen_store import SeenStore
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 
-SIDES = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth", "shuffled")
+MOST_ADAPTERS = 9
+ADAPTERS = ("adapter", *(f"adapter_{number}" for number in range(2, MOST_ADAPTERS + 1)))
+SIDES = ("base", *ADAPTERS, "text_only", "layout_only", "images", "ground_truth", "shuffled")
 _AT_ONCE = 64  # pictures that are held decoded while they are judged
 VARIED = 16
 _FAR = 1_000_003  # between the seeds of a picture and of its variations: further than an evaluation is long
@@ -65,7 +67,7 @@ class Side:
 class Evaluation:
     """Sides by name, in the order of `SIDES`, all on `layouts`.
 
-    `base`, with an adapter `adapter`; `text_only` and `layout_only`: painted without boxes, and without a caption, by the last
+    `base`, with an adapter `adapter` (several, each apart: `adapter`, `adapter_2`, ...); `text_only` and `layout_only`: painted without boxes, and without a caption, by the last
     of these; `images`: made by something else; `ground_truth`: the data set's own pictures (through the VAE: the ceiling);
     `shuffled`: those against the layouts of others (the floor).
     """
@@ -108,8 +110,10 @@ class Evaluation:
 
     def _differences(self, draws: Bootstrap) -> dict[str, Any]:
         """Of each painted side to the one that it is compared with, paired by pictures."""
-        whole = "adapter" if "adapter" in self.sides else "base"
-        pairs = [("adapter", "base"), ("text_only", whole), ("layout_only", whole), ("images", whole)]
+        adapters = [name for name in ADAPTERS if name in self.sides]
+        whole = adapters[-1] if adapters else "base"
+        pairs = [(name, "base") for name in adapters] + [(name, "adapter") for name in adapters[1:]]
+        pairs += [(name, whole) for name in ("text_only", "layout_only", "images")]
         out = {}
         for one, other in pairs:
             if one in self.sides and other in self.sides:
@@ -129,6 +133,7 @@ def evaluate(
     *,
     seed: int = 0,
     detector: Detector | None = None,
+    each: Mapping[str, float] | None = None,
     ablations: bool = False,
     variations: int = 0,
     clip: Clip | None = None,
@@ -143,6 +148,7 @@ def evaluate(
         pipe: an active adapter on its transformer becomes the side `adapter`, and is off for `base`. None: nothing is painted,
             and the ground truth is the records' pictures as they are.
         detector: None = the exact reader of procedural scenes.
+        each: names and weights of adapters on the transformer, each a side of its own; None = all that are active together.
         ablations: also paint without boxes, and without captions.
         variations: paint the first `VARIED` layouts from so many other noises too, for the figure `spread`.
         clip: for the figures `clip_score`, `clip_box` and `kid_clip`.
@@ -171,9 +177,9 @@ def evaluate(
     sides["shuffled"] = look.at(truth, layouts[1:] + layouts[:1])
     if pipe is not None:
         painter = partial(_in_memory, pipe) if store is None else partial(store.paint, pipe)
-        for name, wanted in _painted(pipe, layouts, ablations):
+        for name, active, wanted in _painted(pipe, layouts, each, ablations):
             say = partial(tell, name)
-            with _adapter_off(pipe, off=name == "base"):
+            with _only(pipe, active, each):
                 pictures = painter(wanted, settings, seed=seed, on_progress=say, side=name)
                 others = [
                     painter(
@@ -181,7 +187,7 @@ def evaluate(
                         settings,
                         seed=seed + (n + 1) * _FAR,
                         on_progress=partial(tell, f"{name}, noise {n + 2}"),
-                        side=f"{name}_{n + 2}",
+                        side=f"{name}_noise_{n + 2}",
                     )
                     for n in range(variations)
                 ]
@@ -234,16 +240,24 @@ def _detect(detector: Detector, pictures: Sequence[Image.Image], layouts: Sequen
     return detector.detect(pictures, layouts)
 
 
+_Active = str | bool  # an adapter's name; or whether all are on
+
+
 def _painted(
-    pipe: LayoutPipeline, layouts: Sequence[Layout], ablations: bool
-) -> Iterator[tuple[str, Sequence[Layout]]]:
-    """Sides to paint, and what is asked for in each."""
-    yield "base", layouts
-    if getattr(pipe.transformer, "peft_config", None):
-        yield "adapter", layouts
+    pipe: LayoutPipeline, layouts: Sequence[Layout], each: Mapping[str, float] | None, ablations: bool
+) -> Iterator[tuple[str, _Active, Sequence[Layout]]]:
+    """Sides to paint, with which adapters, and what is asked for in each."""
+    yield "base", False, layouts
+    last: _Active = False
+    if each is not None:
+        for name, last in zip(ADAPTERS, each, strict=False):
+            yield name, last, layouts
+    elif getattr(pipe.transformer, "peft_config", None):
+        last = True
+        yield "adapter", last, layouts
     if ablations:
-        yield "text_only", [Layout(layout.caption) for layout in layouts]
-        yield "layout_only", [Layout("", layout.boxes) for layout in layouts]
+        yield "text_only", last, [Layout(layout.caption) for layout in layouts]
+        yield "layout_only", last, [Layout("", layout.boxes) for layout in layouts]
 
 
 def _in_memory(
@@ -254,15 +268,22 @@ def _in_memory(
 
 
 @contextmanager
-def _adapter_off(pipe: LayoutPipeline, *, off: bool) -> Iterator[None]:
-    if not off or not getattr(pipe.transformer, "peft_config", None):
+def _only(pipe: LayoutPipeline, active: _Active, each: Mapping[str, float] | None) -> Iterator[None]:
+    """Within it, these adapters are on; then all of them."""
+    if active is True or not getattr(pipe.transformer, "peft_config", None):
         yield
         return
-    pipe.transformer.disable_lora()
+    if active is False:
+        pipe.transformer.disable_lora()
+    else:
+        pipe.transformer.set_adapters([active], [(each or {})[active]])
     try:
         yield
     finally:
-        pipe.transformer.enable_lora()
+        if active is False:
+            pipe.transformer.enable_lora()
+        else:
+            pipe.transformer.set_adapters(list(each or {}), list((each or {}).values()))
 
 
 def _refuse_unreadable(records: Sequence[Record], detector: Detector) -> None:
