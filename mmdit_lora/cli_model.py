@@ -33,7 +33,7 @@ WindowOption = Annotated[
     tuple[float, float], typer.Option("--layout-window", help="Part of the steps where the layout acts: START END.")
 ]
 DtypeOption = Annotated[
-    Literal["fp32", "bf16", "fp16"],
+    Literal["fp32", "bf16"],
     typer.Option("--dtype", help="Of the weights that are loaded; bf16 needs half the memory."),
 ]
 SizeOption = Annotated[
@@ -282,7 +282,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """Of what `--dtype` says."""
     import torch
 
-    dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return dtypes[name]
 
 
