@@ -45,7 +45,7 @@ def score_protocol(
     """
     from mmdit_lora.evaluate.protocols import find_protocol
     from mmdit_lora.evaluate.protocols.look import find_pictures, look_at, require
-    from mmdit_lora.evaluate.protocols.published import as_html, beside, markdown, to_dicts
+    from mmdit_lora.evaluate.protocols.published import PUBLISHED, as_html, beside, markdown, to_dicts
 
     protocol = find_protocol(name)
     require(protocol, detector=detector is not None, judge=judge is not None)
@@ -64,7 +64,7 @@ def score_protocol(
     of_pictures = [case for case, _ in pairs]
     scores = protocol.score(of_pictures, seen)
     results = protocol.write_results(of_pictures, seen, out)
-    rows = beside(name, scores) if published else []
+    rows = beside(name, scores) if published and PUBLISHED.is_file() else []  # a wheel has no data folder
     report = _report(protocol, cases, seen) | {
         "annotations": str(annotations),
         "images": str(images_dir),

@@ -9,6 +9,7 @@ arXiv 1801.01401), by torchmetrics.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,16 @@ class Clip:
     """A CLIP model of transformers, by folder or hub id.
 
     Raises:
-        InputError: no weights; the message says how to get them.
+        InputError: no weights, or no torchmetrics; the message says how to get them.
     """
 
     def __init__(self, source: str, *, device: str | None = None, batch_size: int = 32) -> None:
         from transformers import AutoProcessor, CLIPModel
 
+        if find_spec("torchmetrics") is None:
+            raise InputError(
+                "needs torchmetrics", where="--clip", cure="uv sync --extra eval, or pip install torchmetrics"
+            )
         spec = f"clip:{source}"
         folder = model_folder(source, spec=spec, example=EXAMPLE)
         self.name, self.batch_size, self.device = source, batch_size, default_device(device)
@@ -94,12 +99,7 @@ def kid(features: Tensor, truth: Tensor) -> float | None:
     """
     if min(len(features), len(truth)) < FEWEST:
         return None
-    try:
-        from torchmetrics.image.kid import poly_mmd
-    except ImportError:
-        raise InputError(
-            "a distance of pictures needs torchmetrics", where="--clip", cure="pip install 'mmdit_lora[eval]'"
-        ) from None
+    from torchmetrics.image.kid import poly_mmd
 
     size = min(len(features), len(truth))
     return float(poly_mmd(truth[:size].double(), features[:size].double()))
