@@ -21,9 +21,10 @@ from mmdit_lora.cli_model import (
     SizeOption,
     StepsOption,
     WindowOption,
-    _refuse_foreign,
+    layouts_of,
     open_with_adapters,
     paint_settings,
+    refuse_foreign,
     torch_dtype,
 )
 from mmdit_lora.errors import InputError
@@ -53,7 +54,7 @@ def inspect(
     """What an adapter changes: norms, spectrum, ranks that hold it, and what it amplifies, linear by linear."""
     if out is not None:
         refuse_file_as_folder(out)
-        _refuse_foreign(out, "inspect.json")
+        refuse_foreign(out, "inspect.json")
     from mmdit_lora.analysis.inspect_page import lines, page
     from mmdit_lora.analysis.inspection import inspect_adapter
     from mmdit_lora.files import write_json, write_text
@@ -143,16 +144,12 @@ def attribute(
     """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
     from dataclasses import asdict
 
-    from mmdit_lora.data.records import read_dataset
-    from mmdit_lora.layout import read_layouts
-
-    layouts = [item.layout for item in read_dataset(layout)] if layout.is_dir() else read_layouts(layout)
-    layouts = layouts[:count]
+    layouts = layouts_of(layout)[:count]
     bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
     if bare is not None:
         raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")
     refuse_file_as_folder(out)
-    _refuse_foreign(out, "attribution.json")
+    refuse_foreign(out, "attribution.json")
     settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.analysis.attribution import attribute as run
     from mmdit_lora.analysis.attribution_sheet import sheet

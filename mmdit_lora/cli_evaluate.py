@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 
 
-MOST_ADAPTERS = 9  # as `evaluate.sides` has it, which is heavy to import
-
-
 def register(app: typer.Typer) -> None:
     """Add this file's verb to the app."""
     app.command("evaluate")(evaluate)
@@ -107,8 +104,6 @@ def evaluate(
         raise InputError("nothing to judge", cure="give --base, to paint with, or --images, a folder of pictures")
     if base is None and (adapter or ablations or variations):
         raise InputError("is for painting", where="--adapter, --ablations, --variations", cure="give --base too")
-    if each and len(adapter or []) > MOST_ADAPTERS:
-        raise InputError(f"holds {len(adapter or [])}", where="--adapter", cure=f"compare {MOST_ADAPTERS} at most")
     from mmdit_lora.data.records import read_dataset
 
     records = read_dataset(data)[:count]
@@ -116,8 +111,11 @@ def evaluate(
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.evaluate.detectors import open_detector
     from mmdit_lora.evaluate.picture_store import pictures_of
+    from mmdit_lora.evaluate.sides import ADAPTERS
     from mmdit_lora.evaluate.sides import evaluate as run
 
+    if each and len(adapter or []) > len(ADAPTERS):
+        raise InputError(f"holds {len(adapter or [])}", where="--adapter", cure=f"compare {len(ADAPTERS)} at most")
     shown = pictures_of(images, records) if images is not None else None
     looks = open_detector(detector)
     scorer = None

@@ -14,6 +14,7 @@ from mmdit_lora.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from mmdit_lora.layout import Layout
     from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 
 _FIGURES = ("miou", "iou50", "color_acc", "shape_acc", "ap", "relations", "clip_box")
@@ -140,12 +141,8 @@ def sample(
     """Paint layouts: pictures, the same with their boxes, a contact sheet, and a JSON of all settings."""
     from dataclasses import asdict
 
-    from mmdit_lora.data.records import read_dataset
-    from mmdit_lora.layout import read_layouts
-
-    layouts = [item.layout for item in read_dataset(layout)] if layout.is_dir() else read_layouts(layout)
-    layouts = layouts[:count]
-    _refuse_foreign(out, "sample.json")
+    layouts = layouts_of(layout)[:count]
+    refuse_foreign(out, "sample.json")
     settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
@@ -237,6 +234,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[2] or width), width
 
 
+def layouts_of(path: Path) -> list[Layout]:
+    """Of a layout file, or a data set folder."""
+    from mmdit_lora.data.records import read_dataset
+    from mmdit_lora.layout import read_layouts
+
+    return [record.layout for record in read_dataset(path)] if path.is_dir() else read_layouts(path)
+
+
 def paint_settings(
     steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
 ) -> PaintSettings:
@@ -298,7 +303,7 @@ def folder_and_weight(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _refuse_foreign(out: Path, mark: str) -> None:
+def refuse_foreign(out: Path, mark: str) -> None:
     """Before any work: `out` must be free, or hold what this verb wrote earlier."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / mark).is_file()):
         raise InputError(f"exists and holds no {mark}", where=f"--out {out}", cure="give another folder")

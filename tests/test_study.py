@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from mmdit_lora.analysis.spectrum import phi as similarity
 from mmdit_lora.analysis.study import runs as study_runs
 from mmdit_lora.analysis.study.budget import ALL, ATTENTION, BOTH, ONE, OTHER, BudgetStudy, groups, spend
 from mmdit_lora.analysis.study.intrinsic import IntrinsicDimensionStudy
 from mmdit_lora.analysis.study.methods import FULL, LORA, MethodsStudy
 from mmdit_lora.analysis.study.rank import RankStudy
 from mmdit_lora.analysis.study.setup import Arm, Scan, Setup
-from mmdit_lora.analysis.study.similarity import adapter_directions, directions, similarity
+from mmdit_lora.analysis.study.similarity import adapter_directions, directions
 from mmdit_lora.analysis.study.statistics import (
     Curve,
     Interval,

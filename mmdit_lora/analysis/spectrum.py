@@ -117,7 +117,13 @@ def similarity(first: Tensor, second: Tensor) -> Tensor:
         (k_1, k_2) in [0, 1], the ranks without those that are rounding; entry [i - 1, j - 1] compares the top i directions of
         the one with the top j of the other. Random directions give max(i, j) / n.
     """
-    overlap = (_right_directions(first) @ _right_directions(second).T).square()
+    return phi(_right_directions(first), _right_directions(second))
+
+
+def phi(one: Tensor, other: Tensor) -> Tensor:
+    """The same of orthonormal rows, the strongest first: (k_1, n), (k_2, n) -> (k_1, k_2). 1 = one subspace holds the other,
+    0 = they are orthogonal."""
+    overlap = (one @ other.T).square()
     counts = [torch.arange(1, size + 1) for size in overlap.shape]
     return overlap.cumsum(0).cumsum(1) / torch.minimum(counts[0][:, None], counts[1][None, :])
 

@@ -26,8 +26,7 @@ from mmdit_lora.evaluate.seen_store import SeenStore
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 
-MOST_ADAPTERS = 9
-ADAPTERS = ("adapter", *(f"adapter_{number}" for number in range(2, MOST_ADAPTERS + 1)))
+ADAPTERS = ("adapter", *(f"adapter_{number}" for number in range(2, 10)))
 SIDES = ("base", *ADAPTERS, "text_only", "layout_only", "images", "ground_truth", "shuffled")
 _AT_ONCE = 64  # pictures that are held decoded while they are judged
 VARIED = 16
@@ -313,5 +312,5 @@ def through_vae(pipe: LayoutPipeline, pixels: Sequence[torch.Tensor], *, batch_s
 
 def _figures(pictures: Sequence[Judged]) -> dict[str, float]:
     return {name: value(table) for name, table in sums(pictures).items()} | {
-        "boxes": int(np.sum([len(picture.boxes) for picture in pictures]))
+        "boxes": sum(len(picture.boxes) for picture in pictures)
     }

@@ -92,10 +92,10 @@ def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     inner = optimizer.optimizer
-    states = [inner.optimizer.state.get(flat, {}) for flat in _flat(inner)]
+    state = inner.optimizer.state.get(_flat(inner)[0], {})  # names, and what is no tensor, are those of every part
     found = {}
     for index, parameter in enumerate(zero_parameters(optimizer)):
-        for name, value in states[0].items():
+        for name, value in state.items():
             if not torch.is_tensor(value) or value.ndim == 0:
                 found[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
             else:

@@ -11,26 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmdit_lora.analysis.spectrum import of_product, phi
+
 Which = Literal["A", "BA"]
 
 
 def directions(rows: Tensor) -> Tensor:
     """Right-singular vectors of (r, n) rows, the strongest first: (min(r, n), n), orthonormal."""
     return torch.linalg.svd(rows.double(), full_matrices=False).Vh
-
-
-def similarity(one: Tensor, other: Tensor) -> Tensor:
-    """phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j), for the first i and j directions of each; (r, n), (s, n) -> (r, s).
-
-    Eq. 4 of the LoRA paper: 1 = one subspace holds the other, 0 = they are orthogonal.
-
-    Args:
-        one, other: orthonormal rows, as `directions` gives them.
-    """
-    sums = (one @ other.T).square().cumsum(0).cumsum(1)
-    i = torch.arange(1, len(one) + 1)[:, None]
-    j = torch.arange(1, len(other) + 1)[None]
-    return sums / torch.minimum(i, j)
 
 
 def adapter_directions(folder: Path, which: Which) -> dict[str, Tensor]:
@@ -41,16 +29,13 @@ def adapter_directions(folder: Path, which: Which) -> dict[str, Tensor]:
         if not name.endswith(".lora_A.weight"):
             continue
         module = name.removesuffix(".lora_A.weight")
-        rows = a
-        if which == "BA":  # B = Q R with orthonormal Q, so that B A and R A have the same right-singular vectors
-            rows = torch.linalg.qr(tensors[f"{module}.lora_B.weight"].double()).R @ a.double()
-        out[module] = directions(rows)
+        out[module] = of_product(tensors[f"{module}.lora_B.weight"], a).right.T if which == "BA" else directions(a)
     return out
 
 
 def by_module(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
     """(modules, r, s) similarities of two adapters of the same modules."""
-    return torch.stack([similarity(one[name], other[name]) for name in one])
+    return torch.stack([phi(one[name], other[name]) for name in one])
 
 
 def between(ones: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> Tensor:
@@ -72,7 +57,7 @@ def random_like(ones: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) 
 
     return torch.stack(
         [
-            torch.stack([similarity(gaussian(one[name]), gaussian(other[name])) for name in one])
+            torch.stack([phi(gaussian(one[name]), gaussian(other[name])) for name in one])
             for one, other in zip(ones, others, strict=True)
         ]
     )

@@ -20,7 +20,16 @@ from mmdit_lora.data.formats.coco import Instances, annotation_box, read_instanc
 from mmdit_lora.data.formats.common import Context, four, need, number, text
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.average_precision import coco_figures
-from mmdit_lora.evaluate.protocols.common import Case, PublishedProtocol, Seen, Thing, checked, layout_of, paired
+from mmdit_lora.evaluate.protocols.common import (
+    Case,
+    PublishedProtocol,
+    Seen,
+    Thing,
+    checked,
+    layout_of,
+    paired,
+    stated_size,
+)
 from mmdit_lora.files import write_json
 
 SMALLEST = 0.02  # of the picture's area
@@ -92,9 +101,7 @@ def _instances_file(path: Path) -> Path:
 
 def _case(image: Any, where: str, own: list[tuple[Any, str]], said: Instances, path: Path) -> Case | None:
     """The picture's case, or None where the filter leaves it out."""
-    size = (int(number(need(image, "width", where), where)), int(number(need(image, "height", where), where)))
-    if min(size) <= 0:
-        raise InputError(f"says {size[0]} x {size[1]} pixels", where=where)
+    size = stated_size(image, where)
     file = text(need(image, "file_name", where), "file_name", where)
     if any(annotation.get("iscrowd") for annotation, _ in own):
         return None

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from mmdit_lora.data.formats.common import Context, Unit, four
+from mmdit_lora.data.formats.common import Context, Unit, four, need, number
 from mmdit_lora.data.formats.layout_sets import SaidBox
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
@@ -260,3 +260,11 @@ def paired(cases: Sequence[Case], seen: Sequence[Seen]) -> list[tuple[Case, Seen
 def share(count: float, total: int) -> float:
     """`count / total`, 0 of nothing."""
     return count / total if total else 0.0
+
+
+def stated_size(row: Any, where: str) -> tuple[int, int]:
+    """(width, height) in pixels that a row says. Raises `InputError` where they are missing or not above 0."""
+    width, height = (int(number(need(row, key, where), where)) for key in ("width", "height"))
+    if min(width, height) <= 0:
+        raise InputError(f"says {width} x {height} pixels", where=where)
+    return width, height

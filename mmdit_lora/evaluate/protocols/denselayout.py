@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.data.formats.common import Context, key_of, need, number, text
+from mmdit_lora.data.formats.common import Context, key_of, need, text
 from mmdit_lora.data.formats.layout_sets import dense_layout_boxes
 from mmdit_lora.data.formats.tables import rows, table_files
 from mmdit_lora.errors import InputError
@@ -29,6 +29,7 @@ from mmdit_lora.evaluate.protocols.common import (
     paired,
     raw_box,
     share,
+    stated_size,
     yes,
 )
 from mmdit_lora.evaluate.protocols.layoutsam import ATTRIBUTES
@@ -114,9 +115,7 @@ def _sums(case: Case, seen: Seen) -> dict[str, float]:
 def _case(row: Any, where: str, path: Path) -> Case:
     if isinstance(row, InputError):
         raise row
-    size = (int(number(need(row, "width", where), where)), int(number(need(row, "height", where), where)))
-    if min(size) <= 0:
-        raise InputError(f"says {size[0]} x {size[1]} pixels", where=where)
+    size = stated_size(row, where)
     things = []
     for index, said in enumerate(dense_layout_boxes(row, where)):
         label = text(said.short, "category_name", said.where)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from mmdit_lora.data.formats.common import Context, need, number, text
+from mmdit_lora.data.formats.common import Context, need, text
 from mmdit_lora.data.formats.layout_sets import layout_sam_eval_boxes
 from mmdit_lora.data.formats.tables import rows, table_files
 from mmdit_lora.errors import InputError
@@ -26,6 +26,7 @@ from mmdit_lora.evaluate.protocols.common import (
     paired,
     raw_box,
     share,
+    stated_size,
     yes,
 )
 from mmdit_lora.files import write_json, write_text
@@ -105,9 +106,7 @@ def _counts(case: Case, seen: Seen) -> dict[str, int]:
 def _case(row: Any, where: str, path: Path) -> Case:
     if isinstance(row, InputError):
         raise row
-    size = (int(number(need(row, "width", where), where)), int(number(need(row, "height", where), where)))
-    if min(size) <= 0:
-        raise InputError(f"says {size[0]} x {size[1]} pixels", where=where)
+    size = stated_size(row, where)
     things = []
     for index, said in enumerate(layout_sam_eval_boxes(row, where)):
         # Three decimals, as the authors' BboxDataset rounds them before anything is painted or cut out.
