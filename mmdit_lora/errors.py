@@ -17,8 +17,11 @@ class InputError(ValueError):
     """
 
     def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
-        self.what, self.where, self.cure = what, where, cure
-        super().__init__(what)
+        # Messages echo keys and values of files, which may be megabytes long.
+        self.what = clip(what, 1000)
+        self.where = None if where is None else clip(where, 400)
+        self.cure = None if cure is None else clip(cure, 500)
+        super().__init__(self.what)
 
     def at(self, where: str) -> InputError:
         """The same error, its place prefixed with `where` (a reader adds the file and line that a parser cannot know)."""
@@ -33,15 +36,26 @@ class Stopped(Exception):
     """A run ended before its last step, with its state safe. The command line prints it in one message and exits with 1."""
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first eight names, and whether there are more, for messages."""
+def clip(text: object, limit: int = 200) -> str:
+    """`str(text)` for a message: at most `limit` characters, what lies in the middle of a longer one left out."""
+    whole = str(text)
+    if len(whole) <= limit:
+        return whole
+    gap = f" ... ({len(whole):,} characters) ... "
+    head = max(limit - len(gap), 0) * 2 // 3
+    tail = max(limit - len(gap) - head, 0)
+    return whole[:head] + gap + whole[len(whole) - tail :]
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first eight names, each clipped, and whether there are more, for messages."""
     names = list(names)
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return ", ".join(clip(name, 100) for name in names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str | None = None) -> InputError:
     """An `InputError` for a key that does not exist, naming the nearest one that does."""
     names = list(known)
-    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(key)[:100], names, n=1, cutoff=0.5)
     cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-    return InputError(f"unknown key {key!r}", where=where, cure=cure)
+    return InputError(f"unknown key {clip(repr(key), 100)}", where=where, cure=cure)

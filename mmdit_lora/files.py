@@ -1,16 +1,100 @@
-"""Writing files so that nothing half-written is ever seen: a temporary neighbour, fsync, rename."""
+"""Files: reading text as people have it, and writing so that nothing half-written is ever seen (temporary neighbour, fsync, rename)."""
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mmdit_lora.errors import InputError
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def require_file(path: str | Path, *, what: str = "file", cure: str | None = None) -> Path:
+    """`path`, which is a regular file or a link to one.
+
+    Reading a FIFO waits for ever, and a device such as /dev/zero never ends: neither is ever opened.
+
+    Args:
+        what: what it should be, for the message, e.g. "layout file".
+
+    Raises:
+        InputError: there is no such file, or it is a folder, a FIFO, a device or a socket.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError | ValueError)
+        reason = f"no such {what}" if missing else f"cannot be read: {getattr(error, 'strerror', error)}"
+        raise InputError(reason, where=str(path), cure=cure) from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"is {kind_of(mode)}, not a {what}", where=str(path), cure=cure or "give a regular file")
+    return path
+
+
+def kind_of(mode: int) -> str:
+    """What a `st_mode` stands for, for messages: "a folder", "a FIFO", ..."""
+    kinds = {
+        stat.S_ISREG: "a file",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a FIFO",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISLNK: "a link",
+    }
+    return next((name for test, name in kinds.items() if test(mode)), "no regular file")
+
+
+def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, cure: str | None = None) -> str:
+    """The text of a regular file: UTF-8 with or without a byte order mark, or UTF-16 with one (as Windows editors save).
+
+    Args:
+        what: see `require_file`. limit: the most bytes that are read.
+
+    Raises:
+        InputError: no regular file, larger than `limit`, or in another encoding, which is named where it can be told.
+    """
+    path = require_file(path, what=what, cure=cure)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if len(content) > limit:
+        raise InputError(f"is larger than {limit / 2**20:g} MiB, the limit of a {what}", where=str(path))
+    return decode_text(content, where=str(path))
+
+
+def decode_text(content: bytes, *, where: str) -> str:
+    """Bytes of a text file as text, without its byte order mark; see `read_text`.
+
+    Raises:
+        InputError: the encoding is another one.
+    """
+    wide = content.startswith(_UTF16)
+    try:
+        return content.decode("utf-16") if wide else content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if wide:
+            raise InputError(f"is not whole UTF-16 text ({error.reason} at byte {error.start})", where=where) from None
+        line = content[: error.start].count(b"\n") + 1
+        guess = "" if b"\0" in content else ", probably Windows-1252 (Latin-1)"
+        raise InputError(
+            f"is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}{guess}",
+            where=where,
+            cure="save it as UTF-8" if not guess else "save it as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)",
+        ) from None
 
 
 @contextmanager

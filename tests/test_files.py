@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdit_lora.files import atomic_file, atomic_folder, remove_temporaries
+from mmdit_lora.errors import InputError, clip
+from mmdit_lora.files import atomic_file, atomic_folder, read_text, remove_temporaries
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads names of open files from /proc")
@@ -49,3 +50,38 @@ def test_what_kills_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".f*"))
     remove_temporaries(tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".outer.abc", "out"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_is_read_in_the_encodings_of_editors(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes("größe\r\nzwei".encode(encoding))
+    assert read_text(tmp_path / "a.txt") == "größe\r\nzwei"
+
+
+def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\ngröße".encode("cp1252"))
+    with pytest.raises(InputError, match=r"a\.txt: is not UTF-8 text: byte 0xf6 in line 2, probably Windows-1252"):
+        read_text(tmp_path / "a.txt")
+
+
+def test_only_regular_files_up_to_a_limit_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "big").write_bytes(b"x" * 11)
+    for name, message in {
+        "fifo": "is a FIFO, not a list",
+        "zero": "is a device, not a list",
+        ".": "is a folder, not a list",
+        "none": "no such list",
+        "big": "is larger than",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            read_text(tmp_path / name, what="list", limit=10)
+
+
+def test_a_message_does_not_echo_megabytes() -> None:
+    error = InputError("x" * 10**7, where="y" * 10**6, cure="z" * 10**6)
+    assert len(str(error)) < 2000
+    assert clip("abc", 3) == "abc"
+    assert clip("a" * 500 + "b", 60).endswith("b")
+    assert len(clip("a" * 500, 60)) == 60
