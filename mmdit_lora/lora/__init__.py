@@ -11,6 +11,7 @@ from mmdit_lora.lora.adapt import (
     keep_active,
     lora_parameters,
     merge_adapter,
+    merged_copy,
     refuse_zero_gates,
     remove_adapter,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "lora_parameters",
     "lora_state_dict",
     "merge_adapter",
+    "merged_copy",
     "read_adapter_config",
     "read_adapter_header",
     "refuse_zero_gates",

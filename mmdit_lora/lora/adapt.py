@@ -23,6 +23,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode
 
 TARGETS = ("layout_mlp.fc1", "layout_mlp.fc2")
 
@@ -198,7 +199,7 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
             "ignore", message="Adapter .* was active which is now deleted"
         )  # PEFT would take another
         model.delete_adapters(adapter_name)  # type: ignore[operator]
-    for name, layer in list(_tuner_layers(model)):
+    for name, layer in adapter_layers(model):
         if not _adapters_of(layer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
@@ -213,7 +214,7 @@ def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) 
     Args:
         keep: which of the active adapters, by name.
     """
-    active = {layer: list(layer.active_adapters) for _, layer in _tuner_layers(model)}
+    active = {layer: list(layer.active_adapters) for _, layer in adapter_layers(model)}
     trained = {p: p.requires_grad for p in model.parameters()}
     before = set(getattr(model, "peft_config", {}))
     everywhere = next(iter(active.values()), [])  # layers that an adapter brings have the same ones active
@@ -224,7 +225,7 @@ def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) 
             yield
     finally:
         now = getattr(model, "peft_config", {})
-        for _, layer in _tuner_layers(model):
+        for _, layer in adapter_layers(model):
             kept = [name for name in active.get(layer, everywhere) if name in now and keep(name)]
             layer.set_adapter(kept + [name for name in now if name not in before])
         for parameter in model.parameters():
@@ -234,7 +235,7 @@ def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) 
 
 def is_layout_adapter(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter of the model adapts any part of the layout stream."""
-    return any("layout" in name and adapter_name in _adapters_of(layer) for name, layer in _tuner_layers(model))
+    return any("layout" in name and adapter_name in _adapters_of(layer) for name, layer in adapter_layers(model))
 
 
 def inject(model: nn.Module, config: peft.LoraConfig, adapter_name: str) -> None:
@@ -242,8 +243,7 @@ def inject(model: nn.Module, config: peft.LoraConfig, adapter_name: str) -> None
     training mode, and would drop out."""
     with keep_active(model):
         model.add_adapter(config, adapter_name)  # type: ignore[operator]
-    for _, layer in _tuner_layers(model):
-        cast(nn.Module, layer).train(model.training)
+    follow_mode(model)
 
 
 def merge_adapter(model: Any, *, in_place: bool = False) -> Any:
@@ -263,6 +263,22 @@ def merge_adapter(model: Any, *, in_place: bool = False) -> Any:
         raise InputError(f"the merged weights are not finite ({error})") from None
     merged.unload_lora()
     return merged
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose adapters' active updates are in the weights of its linears, under the adapters' layers; see
+    `without_adapters`. Of any model: `merge_adapter` is for diffusers' own.
+
+    Raises:
+        InputError: the merged weights would not be finite.
+    """
+    copied = copy.deepcopy(model)
+    try:
+        for _, layer in adapter_layers(copied):
+            layer.merge(safe_merge=True)
+    except ValueError as error:
+        raise InputError(f"the merged weights are not finite ({error})") from None
+    return copied
 
 
 def adapter_shapes(targets: Mapping[str, nn.Module], config: peft.LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -303,10 +319,6 @@ def _refuse_impure(config: peft.LoraConfig) -> None:
         raise InputError(
             f"init_lora_weights is {init!r}, which changes the base", cure='use true, "gaussian" or "orthogonal"'
         )
-
-
-def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
 
 
 def _adapters_of(layer: Any) -> list[str]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, listed
+from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode, without_adapters
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
 
@@ -36,6 +37,33 @@ class Family:
     vae_scale_factor: int
     text_tokens: int
     presets: Mapping[str, Mapping[str, Any]]
+
+
+def refuse_pickle(safe: bool, where: str) -> None:
+    """Refuse to read or write weights as a pickle.
+
+    Raises:
+        InputError: not `safe`.
+    """
+    if not safe:
+        raise InputError(
+            "would be a pickle, which may run code when it is opened",
+            where=where,
+            cure="leave use_safetensors and safe_serialization out: only safetensors are read and written",
+        )
+
+
+def warn_of_adapters(where: str, *models: nn.Module) -> None:
+    """One warning that the adapters on `models` are not part of the folder that is being saved."""
+    names = sorted({name for model in models for name in getattr(model, "peft_config", {})})
+    fused = any(layer.merged for model in models for _, layer in adapter_layers(model))
+    logger.warning(
+        "%s: the base is saved without its adapters (%s)%s. `save_pretrained(..., merge_adapters=True)` of the pipeline adds "
+        "them into its weights; `save_adapter` writes them by themselves.",
+        where,
+        listed(names),
+        ", but for what was fused into its weights" if fused else "",
+    )
 
 
 def take_layout(
@@ -117,6 +145,8 @@ class LayoutModelMixin(nn.Module):
         """
         want_info = kwargs.pop("output_loading_info", False)
         where = str(pretrained_model_name_or_path)
+        refuse_pickle(kwargs.get("use_safetensors", True) is not False, where)
+        kwargs["use_safetensors"] = True
         try:
             with without_missing_weights_warning():
                 # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
@@ -283,6 +313,43 @@ class LayoutModelMixin(nn.Module):
         has_layout = layout.mask.any(dim=1, keepdim=True)
         key_mask = (layout.mask | ~has_layout).repeat_interleave(self.phrase_tokens or 1, dim=1)
         return tokens, key_mask, scale * has_layout.unsqueeze(-1).to(tokens.dtype)
+
+    # -- adapters
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As diffusers'; the new layers are in the model's mode (there, in training mode, where they drop out)."""
+        super().add_adapter(adapter_config, adapter_name)  # type: ignore[misc]
+        follow_mode(self)
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', from safetensors only; the new layers are in the model's mode."""
+        refuse_pickle(kwargs.get("use_safetensors", True) is not False, "load_lora_adapter")
+        kwargs["use_safetensors"] = True
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
+        follow_mode(self)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """As diffusers'. Adapters that are on the model are left out, with one warning: what is saved is the base.
+
+        Raises:
+            InputError: `safe_serialization` is False, which would write a pickle.
+        """
+        refuse_pickle(safe_serialization, str(save_directory))
+        if adapter_layers(self):
+            warn_of_adapters(str(save_directory), self)
+        with without_adapters(self):
+            super().save_pretrained(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
+
+    def save_lora_adapter(
+        self, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: `safe_serialization` is False, which would write a pickle.
+        """
+        refuse_pickle(safe_serialization, str(save_directory))
+        super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
 
     # -- switches that save memory or time and change no result
 

@@ -6,6 +6,7 @@ layout rides, and call back after every step, which is where the layout scale ch
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
-from mmdit_lora.lora import is_layout_adapter, keep_active
-from mmdit_lora.models.base import LayoutModelMixin
+from mmdit_lora.lora import is_layout_adapter, keep_active, merged_copy
+from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, without_adapters
+from mmdit_lora.models.base import LayoutModelMixin, refuse_pickle, warn_of_adapters
 from mmdit_lora.models.layout_stream import LayoutInputs
 
 # What `from_pretrained` of a pipeline and of its transformer both take.
@@ -36,6 +39,17 @@ _SHARED_OPTIONS = (
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a pipeline during which no component drops out, whatever mode it or an adapter's layers are in."""
+
+    @functools.wraps(call)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with evaluation_mode(*(part for part in self.components.values() if isinstance(part, nn.Module))):
+            return call(self, *args, **kwargs)
+
+    return called
 
 
 class LayoutPipeline(DiffusionPipeline):
@@ -76,6 +90,8 @@ class LayoutPipeline(DiffusionPipeline):
                 `layout_attention`, `quantization_config`, ...
         """
         path = str(pretrained_model_name_or_path)
+        refuse_pickle(kwargs.get("use_safetensors", True) is not False, path)
+        kwargs["use_safetensors"] = True
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
         if kwargs.get("transformer") is None:
@@ -108,6 +124,50 @@ class LayoutPipeline(DiffusionPipeline):
         components, settings = cls._get_signature_keys(cls)
         known = {**{key: pipeline.config[key] for key in settings if key in pipeline.config}, **pipeline.components}
         return cls(**{**{key: value for key, value in known.items() if key in {*components, *settings}}, **kwargs})
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        *,
+        merge_adapters: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As diffusers'. Adapters are left out, with one warning: what is saved is the base.
+
+        Args:
+            merge_adapters: add the active adapters into the weights that are saved; those in memory stay as they are.
+
+        Raises:
+            InputError: `safe_serialization` is False, which would write pickles; or merged weights would not be finite.
+        """
+        refuse_pickle(safe_serialization, str(save_directory))
+        held = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+        plain = {name: part.get_base_model() if isinstance(part, PeftModel) else part for name, part in held.items()}
+        adapted = {name: part for name, part in plain.items() if adapter_layers(part)}
+        if adapted and merge_adapters:
+            plain |= {name: merged_copy(part) for name, part in adapted.items()}
+        elif adapted:
+            warn_of_adapters(str(save_directory), *adapted.values())
+        try:
+            for name, part in plain.items():
+                setattr(self, name, part)
+            with without_adapters(*plain.values()):
+                super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+        finally:
+            for name, part in held.items():
+                setattr(self, name, part)
+
+    @classmethod
+    def save_lora_weights(cls, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: `safe_serialization` is False, which would write a pickle.
+        """
+        refuse_pickle(safe_serialization, str(save_directory))
+        writer: Any = super()
+        writer.save_lora_weights(save_directory, *args, safe_serialization=True, **kwargs)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> None:
         """As diffusers'; layout adapters that are active stay active beside the new LoRA (there, it would switch them off).
@@ -186,9 +246,10 @@ class LayoutPipeline(DiffusionPipeline):
         return inputs
 
     @torch.no_grad()
+    @_in_evaluation_mode
     def __call__(
         self,
-        layout: Layout | Sequence[Layout] | None = None,
+        layout: Layout | Mapping[str, Any] | str | Sequence[Layout | Mapping[str, Any]] | Sequence[str] | None = None,
         prompt: str | list[str] | None = None,
         *,
         layout_scale: float = 1.0,
@@ -206,7 +267,8 @@ class LayoutPipeline(DiffusionPipeline):
         """Pictures that obey layouts. Every argument of diffusers' pipeline is taken too.
 
         Args:
-            layout: one layout, a list (one picture each), or None: text to image, with the base's own result.
+            layout: one layout, a list (one picture each), or None: text to image, with the base's own result. A dict is read
+                as a layout file is; a text, or a list of texts, is a prompt without a layout, as in diffusers.
             prompt: texts instead of the layouts' captions, as many as there are layouts.
             layout_scale: factor of the layout residual; 0 = off.
             layout_window: the part of the sampling steps where the layout acts, (start, end) in [0, 1]; with a `strength`
@@ -223,7 +285,7 @@ class LayoutPipeline(DiffusionPipeline):
         stock_call = super().__call__
         num_inference_steps = num_inference_steps or self.config.num_inference_steps
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        layouts = [layout] if isinstance(layout, Layout) else layout
+        layouts, prompt = _layouts_and_prompt(layout, prompt)
         if layouts is not None:
             if not layouts:
                 raise ValueError("no layout: give at least one, or None for text to image")
@@ -270,6 +332,46 @@ class LayoutPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
             **kwargs,
         )
+
+
+def _layouts_and_prompt(
+    layout: Any, prompt: str | list[str] | None
+) -> tuple[list[Layout] | None, str | list[str] | None]:
+    """What the first two arguments of a call stand for.
+
+    Raises:
+        InputError: something is neither a layout, nor a dict of one, nor a text; texts and layouts are mixed; or the
+            prompt is given twice.
+    """
+    if layout is None:
+        return None, prompt
+    items = [layout] if isinstance(layout, Layout | Mapping | str) else layout
+    if not isinstance(items, Sequence):
+        raise _no_layout(layout)
+    texts = [item for item in items if isinstance(item, str)]
+    if texts:
+        if len(texts) < len(items):
+            raise InputError("holds texts and layouts", where="layout", cure="give layouts only, or texts only")
+        if prompt is not None:
+            raise InputError("are both texts", where="layout and prompt", cure="give the prompt once")
+        return None, layout if isinstance(layout, str) else texts
+    layouts = []
+    for number, item in enumerate(items):
+        if isinstance(item, Mapping):
+            try:
+                item = Layout.from_dict(dict(item))
+            except InputError as error:
+                raise error.at("layout" if item is layout else f"layout {number}") from None
+        if not isinstance(item, Layout):
+            raise _no_layout(item)
+        layouts.append(item)
+    return layouts, prompt
+
+
+def _no_layout(item: Any) -> InputError:
+    return InputError(
+        f"is a {type(item).__name__}", where="layout", cure="give a Layout, a dict of one, a text, or a list of these"
+    )
 
 
 def steps_that_run(steps: int, strength: float) -> int:
