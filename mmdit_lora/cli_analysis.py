@@ -14,6 +14,7 @@ from mmdit_lora.cli_model import (
     AdapterOption,
     BaseOption,
     BatchOption,
+    CountOption,
     DtypeOption,
     GuidanceOption,
     ScaleOption,
@@ -27,7 +28,9 @@ from mmdit_lora.cli_model import (
     refuse_foreign,
     torch_dtype,
 )
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
     from mmdit_lora.analysis.resize import Resized
@@ -73,10 +76,16 @@ def inspect(
 def resize(
     adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="The new rank of every linear.")] = None,
+    rank: Annotated[
+        int | None, number(Range(1, 100_000, whole=True), "--rank", help="The new rank of every linear.")
+    ] = None,
     energy: Annotated[
         float | None,
-        typer.Option("--energy", help="Or the share of its energy that each linear keeps, in (0, 1], e.g. 0.99."),
+        number(
+            Range(0, 1, above=True),
+            "--energy",
+            help="Or the share of its energy that each linear keeps, above 0, e.g. 0.99.",
+        ),
     ] = None,
     base: OwnBase = None,
     data: Annotated[
@@ -91,8 +100,6 @@ def resize(
     if (rank is None) == (energy is None):
         what = "give --rank or --energy" if rank is None else "--rank and --energy are given"
         raise InputError(what, cure="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
-    if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"is {energy:g}", where="--energy", cure="give a share in (0, 1], e.g. 0.99")
     refuse_file_as_folder(out)
     records = None
     if data is not None:
@@ -138,7 +145,7 @@ def attribute(
     size: SizeOption = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = "fp32",
-    count: Annotated[int | None, typer.Option("--count", min=1, help="The first COUNT layouts only.")] = None,
+    count: CountOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
@@ -157,7 +164,7 @@ def attribute(
     from mmdit_lora.evaluate.draw import save_png
     from mmdit_lora.files import atomic_folder, write_json
 
-    pipe = open_with_adapters(base, adapter, dtype)
+    pipe = open_with_adapters(base, adapter, dtype, settings)
     found = []
     with ProgressLines() as tell:
         for number, each in enumerate(layouts):

@@ -10,6 +10,8 @@ import typer
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_model import (
     AdapterOption,
+    BatchOption,
+    CountOption,
     DtypeOption,
     GuidanceOption,
     ScaleOption,
@@ -22,7 +24,9 @@ from mmdit_lora.cli_model import (
     open_with_adapters,
     paint_settings,
 )
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
     from mmdit_lora.data.records import Record
@@ -73,16 +77,20 @@ def evaluate(
     ] = False,
     variations: Annotated[
         int,
-        typer.Option("--variations", min=0, help="Other noises for the first 16 layouts: how different pictures get."),
+        number(
+            Range(0, 1000, whole=True),
+            "--variations",
+            help="Other noises for the first 16 layouts: how different pictures get.",
+        ),
     ] = 0,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="The first COUNT layouts only.")] = None,
+    count: CountOption = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     layout_scale: ScaleOption = 1.0,
     layout_window: WindowOption = (0.0, 1.0),
     size: SizeOption = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")] = 32,
+    batch_size: BatchOption = 32,
     dtype: DtypeOption = "fp32",
     as_json: JsonFlag = False,
 ) -> None:
@@ -123,7 +131,7 @@ def evaluate(
         from mmdit_lora.evaluate.clip import Clip
 
         scorer = Clip(clip)
-    pipe = open_with_adapters(base, adapter, dtype) if base is not None else None
+    pipe = open_with_adapters(base, adapter, dtype, settings) if base is not None else None
     store = _store(
         out,
         pipe,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, say
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import (
+    ADAPTER_WEIGHT,
+    BATCH,
+    COUNT,
+    GUIDANCE,
+    LAYOUT_SCALE,
+    SEED,
+    SHARE,
+    SIDE,
+    STEPS,
+    check_window,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,17 +35,17 @@ _FIGURES = ("miou", "iou50", "color_acc", "shape_acc", "ap", "relations", "clip_
 
 BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub id.")]
 AdapterOption = Annotated[
-    list[str] | None, typer.Option("--adapter", help="Adapter folder; FOLDER=WEIGHT to weigh it; may be given again.")
+    list[str] | None,
+    typer.Option("--adapter", help="Adapter folder; FOLDER=WEIGHT to weigh it, from -100 to 100; may be given again."),
 ]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", min=1, help="Sampling steps; default: what the base states.")
-]
+StepsOption = Annotated[int | None, number(STEPS, "--steps", help="Sampling steps; default: what the base states.")]
 GuidanceOption = Annotated[
-    float | None, typer.Option("--guidance", min=0, help="Classifier-free guidance; default: what the base states.")
+    float | None, number(GUIDANCE, "--guidance", help="Classifier-free guidance; default: what the base states.")
 ]
-ScaleOption = Annotated[float, typer.Option("--layout-scale", help="Factor of the layout residual; 0 = off.")]
+ScaleOption = Annotated[float, number(LAYOUT_SCALE, "--layout-scale", help="Factor of the layout residual; 0 = off.")]
 WindowOption = Annotated[
-    tuple[float, float], typer.Option("--layout-window", help="Part of the steps where the layout acts: START END.")
+    tuple[float, float],
+    number(SHARE, "--layout-window", help="Part of the steps where the layout acts: START END."),
 ]
 DtypeOption = Annotated[
     Literal["fp32", "bf16"],
@@ -43,10 +57,9 @@ SizeOption = Annotated[
         "--size", metavar="SIDE|WIDTHxHEIGHT", help="In pixels, e.g. 1024 or 1184x880; default: the base's own."
     ),
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
-SeedOption = Annotated[
-    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Picture i starts from the noise of SEED + i.")
-]
+BatchOption = Annotated[int, number(BATCH, "--batch-size", help="Pictures at a time.")]
+SeedOption = Annotated[int, number(SEED, "--seed", help="Picture i starts from the noise of SEED + i.")]
+CountOption = Annotated[int | None, number(COUNT, "--count", help="The first COUNT layouts only.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -135,7 +148,7 @@ def sample(
     size: SizeOption = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = "fp32",
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Paint the first COUNT layouts only.")] = None,
+    count: CountOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Paint layouts: pictures, the same with their boxes, a contact sheet, and a JSON of all settings."""
@@ -149,7 +162,7 @@ def sample(
     from mmdit_lora.files import atomic_folder, write_json
     from mmdit_lora.pipelines import paint
 
-    pipe = open_with_adapters(base, adapter, dtype)
+    pipe = open_with_adapters(base, adapter, dtype, settings)
     with ProgressLines() as tell:
         pictures = paint(
             pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
@@ -225,10 +238,12 @@ def verify(
 
 def _size(text: str) -> tuple[int, int]:
     """(height, width) of "1024" or "1184x880", which is width x height."""
-    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
-    if match is None or not all(int(side) >= 16 for side in match.groups(default="16")):
+    match = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
+    if match is None or not all(int(side) in SIDE for side in match.groups(default="1")):
         raise InputError(
-            f"is {text!r}", where="--size", cure="give a side in pixels, or WIDTHxHEIGHT, e.g. 1024 or 1184x880"
+            f"is {text!r}",
+            where="--size",
+            cure=f"give a side in pixels, {SIDE}, or WIDTHxHEIGHT, e.g. 1024 or 1184x880",
         )
     width = int(match[1])
     return int(match[2] or width), width
@@ -245,8 +260,7 @@ def layouts_of(path: Path) -> list[Layout]:
 def paint_settings(
     steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
 ) -> PaintSettings:
-    if not 0 <= window[0] < window[1] <= 1:
-        raise InputError(f"is {window[0]:g} {window[1]:g}", where="--layout-window", cure="give START < END in [0, 1]")
+    check_window(window, "--layout-window")
     from mmdit_lora.pipelines import PaintSettings
 
     return PaintSettings(
@@ -259,19 +273,30 @@ def paint_settings(
     )
 
 
-def open_with_adapters(base: str, adapters: list[str] | None, dtype: str) -> LayoutPipeline:
-    """The base with its adapters on it, all active, on the GPU where there is one."""
+def open_with_adapters(
+    base: str, adapters: list[str] | None, dtype: str, settings: PaintSettings | None = None
+) -> LayoutPipeline:
+    """The base with its adapters on it, all active, on the GPU where there is one.
+
+    Args:
+        settings: their size must be one that this base can paint.
+    """
     import torch
 
     from mmdit_lora.lora import base_fingerprint, load_adapter
     from mmdit_lora.pipelines import load_pipeline
 
     pipe = load_pipeline(base, dtype=torch_dtype(dtype))
+    for side in (settings.size if settings is not None else None) or ():
+        try:
+            pipe.check_side(side)
+        except InputError as error:
+            raise InputError(error.what, where="--size", cure=error.cure) from None
     weights = adapter_weights(adapters)
     fingerprint = base_fingerprint(pipe.transformer) if adapters else ""
-    for number, given in enumerate(adapters or []):
+    for name, given in zip(weights, adapters or [], strict=True):
         folder, _ = folder_and_weight(given)
-        load_adapter(pipe.transformer, folder, adapter_name=list(weights)[number], expect_fingerprint=fingerprint)
+        load_adapter(pipe.transformer, folder, adapter_name=name, expect_fingerprint=fingerprint)
     if weights:
         pipe.transformer.set_adapters(list(weights), list(weights.values()))
     pipe.transformer.eval()
@@ -280,7 +305,7 @@ def open_with_adapters(base: str, adapters: list[str] | None, dtype: str) -> Lay
 
 def adapter_weights(adapters: list[str] | None) -> dict[str, float]:
     """Names that `open_with_adapters` gives to adapters, and their weights."""
-    return {f"adapter_{number}": folder_and_weight(given)[1] for number, given in enumerate(adapters or [])}
+    return {f"adapter_{index}": folder_and_weight(given)[1] for index, given in enumerate(adapters or [])}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -292,15 +317,23 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def folder_and_weight(text: str) -> tuple[str, float]:
+    """`FOLDER` or `FOLDER=WEIGHT`.
+
+    Raises:
+        InputError: the weight is no number in `ADAPTER_WEIGHT`.
+    """
     folder, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
+    if not equals or os.path.lexists(text):
         return text, 1.0
     try:
-        return folder, float(weight)
+        value = float(weight)
     except ValueError:
         raise InputError(
-            f"{weight!r} is no weight", where=f"--adapter {text}", cure="write FOLDER or FOLDER=0.8"
+            f"{weight!r} is no weight",
+            where=f"--adapter {text}",
+            cure=f"write FOLDER or FOLDER=WEIGHT, {ADAPTER_WEIGHT}, e.g. FOLDER=0.8",
         ) from None
+    return folder, ADAPTER_WEIGHT.check(value, f"the weight in --adapter {text}")
 
 
 def refuse_foreign(out: Path, mark: str) -> None:

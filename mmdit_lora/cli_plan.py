@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, say
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import BATCH, SIDE, Range
 
 if TYPE_CHECKING:
     from mmdit_lora.plan.bases import PlannedBase
     from mmdit_lora.plan.forecast import Forecast, Setup
 
 _METHODS: tuple[Literal["lora", "layout_stream", "full"], ...] = ("lora", "layout_stream", "full")
+
+
+_UP_TO = Range(1, 10_000, whole=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -42,14 +47,14 @@ def plan(
         Literal["lora", "layout_stream", "full", "all"], typer.Option(help="What is trained; all = side by side.")
     ] = "all",
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Side of the pictures in pixels; default: the base's own.")
+        int | None, number(SIDE, "--resolution", help="Side of the pictures in pixels; default: the base's own.")
     ] = None,
-    boxes: Annotated[int, typer.Option(min=1, help="Boxes of a picture.")] = 10,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of a step.")] = 1,
+    boxes: Annotated[int, number(_UP_TO, "--boxes", help="Boxes of a picture.")] = 10,
+    batch: Annotated[int, number(BATCH, "--batch", help="Pictures of a step.")] = 1,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"], typer.Option(help="Of frozen weights and of computing; what trains is fp32.")
     ] = "bf16",
-    r: Annotated[int, typer.Option("--r", min=1, help="Rank of the LoRA.")] = 16,
+    r: Annotated[int, number(_UP_TO, "--r", help="Rank of the LoRA.")] = 16,
     attention: Annotated[
         Literal["siamese", "cross"] | None, typer.Option(help="How a new stream is read; default: siamese.")
     ] = None,
@@ -57,16 +62,19 @@ def plan(
         bool | None, typer.Option("--single-blocks", help="A new stream in the single-stream blocks too.")
     ] = None,
     phrase_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Text tokens of a phrase in a new stream; default: one pooled embedding.")
+        int | None,
+        number(
+            _UP_TO, "--phrase-tokens", help="Text tokens of a phrase in a new stream; default: one pooled embedding."
+        ),
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Text tokens of a caption; default: the published pipeline's.")
+        int | None, number(_UP_TO, "--text-tokens", help="Text tokens of a caption; default: the published pipeline's.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option("--gradient-checkpointing", help="Compute blocks again instead of keeping their activations."),
     ] = False,
-    every: Annotated[int, typer.Option(min=1, help="With it: of every k-th block only.")] = 1,
+    every: Annotated[int, number(_UP_TO, "--every", help="With it: of every k-th block only.")] = 1,
     optimizer: Annotated[Literal["adamw", "sgd-momentum"], typer.Option(help="Training uses adamw.")] = "adamw",
     device: Annotated[
         Literal["gpu", "cpu"], typer.Option(help="Whose autocast and optimizer are meant; none is needed here.")

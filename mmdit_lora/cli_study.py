@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, say
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import SEED, Range
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +35,8 @@ def study(
         str, typer.Option("--seeds", help="Numbers with commas between: one run a setting for each.")
     ] = "0,1,2",
     pictures: Annotated[
-        int | None, typer.Option("--pictures", min=2, help="Held-out layouts to paint; default 64 (quick: 4).")
+        int | None,
+        number(Range(2, 1_000_000, whole=True), "--pictures", help="Held-out layouts to paint; default 64 (quick: 4)."),
     ] = None,
     old: Annotated[
         Path | None, typer.Option("--old", help="Data set of the base's old domain: measure what is forgotten.")
@@ -89,6 +92,6 @@ def _seeds(text: str) -> tuple[int, ...]:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= n < 2**32 - 1 for n in numbers):
-        raise InputError(f"is {text!r}", where="--seeds", cure="give different whole numbers, e.g. 0,1,2")
+    if not numbers or len(set(numbers)) < len(numbers) or not all(n in SEED for n in numbers):
+        raise InputError(f"is {text!r}", where="--seeds", cure=f"give different ones, each {SEED}, e.g. 0,1,2")
     return numbers

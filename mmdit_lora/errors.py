@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -34,6 +35,36 @@ class InputError(ValueError):
 
 class Stopped(Exception):
     """A run ended before its last step, with its state safe. The command line prints it in one message and exits with 1."""
+
+
+class NonFiniteError(Stopped):
+    """Latents or images hold NaN or infinity, so none of them is written.
+
+    Args:
+        bad: numbers of those that do, from 0. count: how many there are.
+        what: "images" or "latents". dtype: what they were computed in. step: the first sampling step, from 1, after which
+            the latents of one were not finite, where that is known. left: how many more there would have been.
+    """
+
+    def __init__(
+        self, bad: Sequence[int], count: int, *, what: str, dtype: str, step: int | None = None, left: int = 0
+    ) -> None:
+        self.bad, self.count, self.what, self.dtype, self.step, self.left = list(bad), count, what, dtype, step, left
+        super().__init__()
+
+    def change(self, **changes: Any) -> NonFiniteError:
+        """The same error with other fields, by those who know more."""
+        return NonFiniteError(**{**vars(self), **changes})
+
+    def __str__(self) -> str:
+        numbers = "number" if len(self.bad) == 1 else "numbers"
+        since = "" if self.step is None else f", the latents from step {self.step} on"
+        left = f"; {self.left} more were not sampled" if self.left else ""
+        return (
+            f"{len(self.bad)} of {self.count} {self.what} hold NaN or infinity: {numbers} {listed(self.bad)} "
+            f"({self.dtype}{since}){left}; none of them is kept\n  to mend it: take smaller weights of the adapters, a lower "
+            "guidance or layout scale; check the adapter with `mmdit-lora verify`; sample in fp32"
+        )
 
 
 def clip(text: object, limit: int = 200) -> str:

@@ -257,7 +257,7 @@ def test_bad_bases_are_refused(base: Path, layouts: Path, tmp_path: Path, capsys
     [
         ["--steps", "0"],
         ["--steps", "x"],
-        ["--size", "8"],
+        ["--size", "3"],
         ["--size", "33"],
         ["--size", "32x"],
         ["--size", "32x33"],

@@ -197,7 +197,7 @@ def test_offloading_with_phrase_tokens(tmp_path: Path) -> None:
 def test_sides(pipe: Any) -> None:
     for side in (4, 32, 1024):  # no position table: any multiple of 2 latent cells
         pipe.check_side(side)
-    with pytest.raises(InputError, match=r"30 pixels; this base takes multiples of 4\n") as caught:
+    with pytest.raises(InputError, match=r"30 pixels; this base takes multiples of 4 from 4\n") as caught:
         pipe.check_side(30)
     assert "give 28" in str(caught.value.cure)
     for side in (0, -4):

@@ -307,7 +307,7 @@ def test_options_of_a_new_stream(capsys: pytest.CaptureFixture[str], tmp_path: P
         ([], "give a base or a --family"),
         (["BASE", "--family", "sd3-medium"], "a base and a --family are given"),
         (["--family", "sd3-medum"], "did you mean 'sd3-medium'?"),
-        (["--family", "sd3-medium", "--resolution", "1000"], "multiples of 16 up to 3072"),
+        (["--family", "sd3-medium", "--resolution", "1000"], "multiples of 16 from 16 to 3072"),
         (["--family", "sd3-medium", "--resolution", "4096"], "give 3072"),
         (["--family", "flux-dev", "--resolution", "8"], "give 16"),
         (["--family", "sd3-medium", "--phrase-tokens", "5"], "no such choice"),

@@ -166,7 +166,7 @@ def test_what_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "is 17, and": [str(adapter), "--rank", "17", *small],
         "--rank or --energy": [str(adapter), *small],
         "--rank and --energy are given": [str(adapter), "--rank", "2", "--energy", "0.9", *small],
-        "(0, 1]": [str(adapter), "--energy", "0", *small],
+        "above 0, up to 1": [str(adapter), "--energy", "0", *small],
         "is 1.5": [str(adapter), "--energy", "1.5", *small],
         "is the adapter itself": [str(adapter), "--rank", "2", "--out", str(adapter)],
         "holds no adapter_config.json": [str(adapter), "--rank", "2", "--out", str(tmp_path / "full")],

@@ -16,6 +16,7 @@ from mmdit_lora.errors import InputError, listed
 from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode, without_adapters
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
+from mmdit_lora.ranges import check_adapter_weights
 
 logger = logging.getLogger("mmdit_lora")
 
@@ -116,6 +117,15 @@ class LayoutModelMixin(nn.Module):
     if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
 
         def __getattr__(self, name: str) -> Any: ...
+
+    def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`.
+        """
+        check_adapter_weights(weights)
+        super().set_adapters(adapter_names, weights)  # type: ignore[misc]
 
     def build_layout_stream(self) -> None:
         """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
@@ -239,9 +249,9 @@ class LayoutModelMixin(nn.Module):
         largest = None if self.max_latent_side is None else self.max_latent_side * vae_scale_factor
         if side < multiple or side % multiple or (largest is not None and side > largest):
             nearest = max(side // multiple, 1) * multiple
-            limit = "" if largest is None else f" up to {largest}"
+            limit = "" if largest is None else f" to {largest}"
             raise InputError(
-                f"is {side} pixels; this base takes multiples of {multiple}{limit}",
+                f"is {side} pixels; this base takes multiples of {multiple} from {multiple}{limit}",
                 where="the size",
                 cure=f"give {nearest if largest is None else min(nearest, largest)}, or leave it out",
             )

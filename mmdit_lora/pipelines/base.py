@@ -18,12 +18,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from mmdit_lora.data.collate import collate_layouts
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, NonFiniteError
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import is_layout_adapter, keep_active, merged_copy
 from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, without_adapters
 from mmdit_lora.models.base import LayoutModelMixin, refuse_pickle, warn_of_adapters
 from mmdit_lora.models.layout_stream import LayoutInputs
+from mmdit_lora.pipelines.finite import each_finite, require_finite
+from mmdit_lora.ranges import check_adapter_weights, check_arguments, check_window
 
 # What `from_pretrained` of a pipeline and of its transformer both take.
 _SHARED_OPTIONS = (
@@ -70,6 +72,7 @@ class LayoutPipeline(DiffusionPipeline):
     vae: Any
     scheduler: Any
     vae_scale_factor: int
+    image_processor: Any
     config: Any
 
     @classmethod
@@ -192,6 +195,15 @@ class LayoutPipeline(DiffusionPipeline):
                 cure="give one of this family, in the names of diffusers or of kohya-ss/sd-scripts",
             )
 
+    def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`.
+        """
+        check_adapter_weights(adapter_weights)
+        super().set_adapters(adapter_names, adapter_weights)
+
     # -- sizes
 
     @property
@@ -279,10 +291,25 @@ class LayoutPipeline(DiffusionPipeline):
             diffusers' pipeline output, its pictures in `.images`; with `return_dict=False`, a tuple.
 
         Raises:
-            InputError: a layout has more boxes than the base has slots, or the window is empty or covers no step.
+            InputError: a number is NaN, infinite or outside its range (`ranges.OF_ARGUMENT`); a layout has more boxes than the base has
+                slots; the window is empty or covers no step.
+            NonFiniteError: latents or decoded images hold NaN or infinity.
             ValueError: the numbers of prompts and layouts differ.
         """
         stock_call = super().__call__
+        own = {
+            "layout_scale": layout_scale,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "num_images_per_prompt": num_images_per_prompt,
+            "sigmas": sigmas,
+            "max_sequence_length": max_sequence_length,
+        }
+        check_arguments({**own, **(joint_attention_kwargs or {}), **kwargs})
+        for side in (kwargs.get("height"), kwargs.get("width")):
+            if side is not None and side < self.vae_scale_factor * self.transformer.latent_multiple:
+                self.check_side(side)
+        finite: list[Tensor] = []  # after each step: whose latents are
         num_inference_steps = num_inference_steps or self.config.num_inference_steps
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         layouts, prompt = _layouts_and_prompt(layout, prompt)
@@ -318,20 +345,29 @@ class LayoutPipeline(DiffusionPipeline):
             def callback_on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 # Schedulers of higher order call the model more often than there are steps: share out what is there.
                 pipe._joint_attention_kwargs["layout_scale"] = schedule((step + 1) * steps / pipe.num_timesteps)
+                if (latents := tensors.get("latents")) is not None:
+                    finite.append(each_finite(latents))  # read only where an image turns out not to be: no waiting here
                 return tensors if user_callback is None else user_callback(pipe, step, timestep, tensors)
 
-        return stock_call(
-            prompt=prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            sigmas=sigmas,
-            max_sequence_length=max_sequence_length or self.config.max_sequence_length,
-            joint_attention_kwargs=joint_attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-            **kwargs,
-        )
+        try:
+            output = stock_call(
+                prompt=prompt,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                sigmas=sigmas,
+                max_sequence_length=max_sequence_length or self.config.max_sequence_length,
+                joint_attention_kwargs=joint_attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+                **kwargs,
+            )
+            if isinstance(output[0], Tensor) and output[0].is_floating_point():  # latents; images were looked at before
+                require_finite(output[0], "latents")
+        except NonFiniteError as error:
+            step = next((number for number, each in enumerate(finite, start=1) if not each.all()), None)
+            raise error.change(step=step) from None
+        return output
 
 
 def _layouts_and_prompt(
@@ -390,9 +426,8 @@ class LayoutSchedule:
     """
 
     def __init__(self, scale: float, window: tuple[float, float], steps: int) -> None:
+        check_window(window)
         start, end = window
-        if not 0 <= start < end <= 1:
-            raise InputError(f"is {window}", where="layout_window", cure="give 0 <= start < end <= 1")
         self.scale = scale
         self.first, self.last = int(start * steps), int(end * steps)
         if self.first == self.last:

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 
 from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
 from mmdit_lora.pipelines.base import LayoutPipeline
+from mmdit_lora.pipelines.finite import FiniteImageProcessor
 
 # T5's length for a phrase in CreatiLayout, of which the first `phrase_tokens` are kept.
 PHRASE_LENGTH = 77
@@ -65,6 +66,7 @@ class _Flux(LayoutPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
+        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
         self.register_to_config(
             max_sequence_length=max_sequence_length,
             num_inference_steps=num_inference_steps,

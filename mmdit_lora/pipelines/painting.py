@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines.base import LayoutPipeline
+from mmdit_lora.ranges import BATCH, GUIDANCE, LAYOUT_SCALE, SIDE, STEPS, check_window
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class PaintSettings:
         layout_scale, layout_window: see `LayoutPipeline`.
         size: (height, width) in pixels, where a call gives none a picture; None = the base's own.
         batch_size: pictures at a time; does not change what is painted beyond rounding.
+
+    Raises:
+        InputError: a number is outside its range (`mmdit_lora.ranges`), or the window is empty.
     """
 
     steps: int | None = None
@@ -31,6 +36,15 @@ class PaintSettings:
     layout_window: tuple[float, float] = (0.0, 1.0)
     size: tuple[int, int] | None = None
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        limits = {"steps": STEPS, "guidance_scale": GUIDANCE, "layout_scale": LAYOUT_SCALE, "batch_size": BATCH}
+        for name, within in limits.items():
+            if (value := getattr(self, name)) is not None:
+                within.check(value, name)
+        for side in self.size or ():
+            SIDE.check(side, "size")
+        check_window(self.layout_window)
 
 
 def paint(
@@ -52,6 +66,7 @@ def paint(
 
     Raises:
         InputError: the base cannot paint a size, or the window covers no step.
+        NonFiniteError: images hold NaN or infinity; the batches behind them are not painted any more.
     """
     of_size: dict[tuple[int, int] | None, list[int]] = {}
     for number, size in enumerate(sizes if sizes is not None else [settings.size] * len(layouts)):
@@ -66,16 +81,21 @@ def paint(
             part = numbers[start : start + settings.batch_size]
             # On the CPU, so that the same seed is the same noise on every device.
             generators = [torch.Generator().manual_seed(seed + (0 if same_noise else number)) for number in part]
-            output: Any = pipe(
-                [layouts[number] for number in part],
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                layout_scale=settings.layout_scale,
-                layout_window=settings.layout_window,
-                height=height,
-                width=width,
-                generator=generators,
-            )
+            try:
+                output: Any = pipe(
+                    [layouts[number] for number in part],
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
+                    layout_scale=settings.layout_scale,
+                    layout_window=settings.layout_window,
+                    height=height,
+                    width=width,
+                    generator=generators,
+                )
+            except NonFiniteError as error:
+                done = len(pictures) + len(part)
+                bad = [part[number] for number in error.bad]
+                raise error.change(bad=bad, count=done, left=len(layouts) - done) from None
             pictures.update(zip(part, output.images, strict=True))
             if on_progress is not None:
                 on_progress(len(pictures))

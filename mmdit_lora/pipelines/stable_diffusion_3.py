@@ -18,6 +18,7 @@ from mmdit_lora.lora.kohya import from_kohya, is_kohya
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines.base import LayoutPipeline
+from mmdit_lora.pipelines.finite import FiniteImageProcessor
 
 
 class _StableDiffusion3(LayoutPipeline):
@@ -66,6 +67,7 @@ class _StableDiffusion3(LayoutPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
+        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
         self.register_to_config(
             max_sequence_length=max_sequence_length,
             num_inference_steps=num_inference_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
 from mmdit_lora.pipelines import paint
@@ -18,6 +20,8 @@ from mmdit_lora.training.output import SAMPLES
 from mmdit_lora.training.run import Run
 from mmdit_lora.training.sharding import parted, whole
 from mmdit_lora.training.tracking import Tracker
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = re.compile(r"^((?:\w+_)?transformer_blocks)\.(\d+)\.")
 
@@ -103,7 +107,7 @@ def _show(run: Run, tracker: Tracker) -> dict[str, float]:
     """Paint the first held-out layouts at their pictures' size, always from the same noise.
 
     Returns:
-        Where the reader can judge them, their fidelity.
+        Where the reader can judge them, their fidelity. Images that hold NaN or infinity are not written; a warning says so.
     """
     source = run.held_out or run.examples
     layouts = [source.records[n].layout for n in range(min(run.config.train.sample_count, len(source.records)))]
@@ -114,7 +118,11 @@ def _show(run: Run, tracker: Tracker) -> dict[str, float]:
         torch.no_grad(),
     ):  # the prepared model answers in fp32, which the VAE would not take
         sizes = [source.size_of(index) for index in range(len(layouts))]
-        pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
+        try:
+            pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
+        except NonFiniteError as error:  # of what was trained so far: the run is not at fault for a look at it
+            logger.warning("no samples of step %d: %s", run.state.step, error)
+            return {}
     boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
     if run.accelerator.is_main_process:
         save_png(contact_sheet(boxed), run.folder / SAMPLES / f"step_{run.state.step:07d}.png")

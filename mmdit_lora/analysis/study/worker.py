@@ -23,7 +23,7 @@ from mmdit_lora.config import Config
 from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import prepare
-from mmdit_lora.errors import Stopped
+from mmdit_lora.errors import NonFiniteError, Stopped
 from mmdit_lora.evaluate.reader import per_picture, readable, summarise
 from mmdit_lora.files import write_json
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
@@ -107,7 +107,10 @@ def run_alone(setup: Setup, arm: Arm) -> None:
     threading.Thread(target=watch, daemon=True).start()
     try:
         run_arm(setup, arm)
-    except Interrupted as error:  # its arguments are not its message, so that it does not come through a pipe as it is
+    except (
+        Interrupted,
+        NonFiniteError,
+    ) as error:  # their arguments are no message: they come through no pipe as they are
         raise Stopped(str(error)) from None
 
 

@@ -1,0 +1,125 @@
+"""The range of every number that a user gives to sampling: stated once, for the command line, the config and Python.
+
+The ranges are wide: nobody needs what lies outside, and everything inside gives finite images on the bases that we know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmdit_lora.errors import InputError, clip
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included; NaN and the infinities are in none.
+
+    Args:
+        above: `low` itself is outside. whole: integers only.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool | str | bytes):
+            return False
+        if self.whole and not isinstance(value, int):
+            # NumPy's integers and torch's scalars are no int; what has an exact integer value may stand for one.
+            index = getattr(value, "__index__", None)
+            if index is None:
+                return False
+            value = index()
+        try:
+            number = value if isinstance(value, int) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            return False
+        return (self.low < number if self.above else self.low <= number) and number <= self.high
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.above:
+            return f"{kind} above {self.low:,.15g}, up to {self.high:,.15g}"
+        return f"{kind} from {self.low:,.15g} to {self.high:,.15g}"
+
+    def check(self, value: Any, where: str) -> Any:
+        """`value`, which is in the range.
+
+        Raises:
+            InputError: it is not; `where` names the option, argument or key.
+        """
+        if value not in self:
+            raise InputError(f"is {clip(repr(value), 60)}", where=where, cure=f"give {self}")
+        return value
+
+
+ADAPTER_WEIGHT = Range(-100, 100)
+LAYOUT_SCALE = Range(-100, 100)
+GUIDANCE = Range(0, 1000)
+SHARE = Range(0, 1)
+STEPS = Range(1, 10_000, whole=True)
+SIDE = Range(1, 16_384, whole=True)
+BATCH = Range(1, 65_536, whole=True)
+COUNT = Range(1, 10**9, whole=True)
+SEED = Range(0, 2**32 - 1, whole=True)  # NumPy takes no larger one
+
+# Arguments of the pipelines' calls, ours and diffusers'; a number that is not here must be finite.
+OF_ARGUMENT = {
+    "layout_scale": LAYOUT_SCALE,
+    "scale": ADAPTER_WEIGHT,  # of all adapters, in `joint_attention_kwargs`
+    "num_inference_steps": STEPS,
+    "num_images_per_prompt": BATCH,
+    "guidance_scale": GUIDANCE,
+    "true_cfg_scale": GUIDANCE,
+    "skip_layer_guidance_scale": GUIDANCE,
+    "strength": SHARE,
+    "height": SIDE,
+    "width": SIDE,
+    "sigmas": SHARE,
+    "max_sequence_length": Range(1, 65_536, whole=True),
+}
+_FINITE = Range(-1e30, 1e30)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Every number among the arguments of a call, also in lists.
+
+    Raises:
+        InputError: one is NaN, infinite or outside its range; it names the argument.
+    """
+    for name, value in arguments.items():
+        within = OF_ARGUMENT.get(name)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if within is not None and number is not None:
+                within.check(number, name)
+            elif isinstance(number, float):
+                _FINITE.check(number, name)
+
+
+def check_window(window: Any, where: str = "layout_window") -> None:
+    """Part of the sampling steps where the layout acts.
+
+    Raises:
+        InputError: it is not two numbers with 0 <= start < end <= 1.
+    """
+    if len(window) != 2 or any(side not in SHARE for side in window) or window[0] >= window[1]:
+        raise InputError(f"is {clip(' '.join(map(str, window)), 60)}", where=where, cure="give 0 <= start < end <= 1")
+
+
+def check_adapter_weights(weights: Any) -> None:
+    """The weights of `set_adapters`: a number, None, a dict of numbers by block, or a list of these.
+
+    Raises:
+        InputError: one is no number in `ADAPTER_WEIGHT`.
+    """
+    if isinstance(weights, Mapping):
+        weights = list(weights.values())
+    if isinstance(weights, list | tuple):
+        for weight in weights:
+            check_adapter_weights(weight)
+    elif weights is not None:
+        ADAPTER_WEIGHT.check(weights, "the weight of an adapter")
