@@ -171,7 +171,7 @@ def evaluate(
     if result.detector is not None and result.detector.verdict != "trusted":
         say(f"warning: {result.detector}")
     say(fidelity_table(report, f"{len(records)} layouts"))
-    for group, sides in report["by_boxes"].items():
+    for group, sides in report["by_boxes"].items() if len(report["by_boxes"]) > 1 else ():
         say(fidelity_table(sides, f"{group} boxes, {sides['pictures']} layouts"))
     say(f"look at {out / 'report.html'}")
     if as_json:
@@ -261,15 +261,18 @@ def _digest(adapter: str) -> str:
 
 
 def _write(out: Path, result: Evaluation, report: dict[str, Any]) -> None:
-    from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+    from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
     from mmdit_lora.evaluate.report import markdown, page
     from mmdit_lora.files import write_json, write_text
 
     title = f"{Path(report['data']).name}, {report['pictures']} layouts"
+    colors = phrase_colors(result.layouts)
     for name, side in result.sides.items():
         if name == "shuffled":
             continue  # the ground truth's pictures again
-        drawn = [draw_boxes(p, item) for p, item in zip(side.pictures[:16], result.layouts, strict=False)]
+        drawn = [
+            draw_boxes(p, item, colors=colors) for p, item in zip(side.pictures[:16], result.layouts, strict=False)
+        ]
         save_png(contact_sheet(drawn), out / f"{name}.png")
     write_text(out / "report.html", page(result, report, title=title))
     write_text(out / "report.md", markdown(report, title=title) + "\n")

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import write_json, write_text
+from mmdit_lora.html import escape_markdown
 
 if TYPE_CHECKING:
     from mmdit_lora.evaluate.protocols import Case, PublishedProtocol, Seen
@@ -121,7 +122,7 @@ def _report(protocol: PublishedProtocol, cases: list[Case], seen: list[Seen]) ->
 
 def _facts(report: dict[str, Any]) -> list[str]:
     facts = [f"Layouts: {report['cases']}; boxes: {report['boxes']}; pictures: {report['pictures']}."]
-    facts += [f"{kind.capitalize()}: {report[kind]}." for kind in ("detector", "judge") if report[kind]]
+    facts += [f"{kind.capitalize()}: {clip(report[kind])}." for kind in ("detector", "judge") if report[kind]]
     if report["questions"]:
         facts.append(f"Questions: {report['questions']}; without yes or no (counted as no): {report['unanswered']}.")
     return [*facts, f"Computed as {report['source']}. What differs from what its authors run:"]
@@ -144,7 +145,7 @@ def _page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> s
     head, *lines = _own_table(protocol, report["scores"])
     page = [f"# {protocol.title}", ""]
     for fact in _facts(report):
-        page += [fact, ""]
+        page += [escape_markdown(fact), ""]
     page += [*(f"- {deviation}" for deviation in report["deviations"]), ""]
     page += ["In percent:", "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 2) + " --- |"]
     page += ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,7 +1,11 @@
-"""The frame of every page that is written: one file, no network, no JavaScript; light and dark by the reader's own setting."""
+"""The frame of every page that is written: one file, no network, no JavaScript; light and dark by the reader's own setting.
+
+And how texts of others (names of folders, phrases, captions) get into Markdown, where HTML would act as it does in a page.
+"""
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 STYLE = """
@@ -58,3 +62,17 @@ def document(body: str, *, kind: str, title: str, verdict: str = "", state: str 
         f'<header><p class="kind">{escape(kind)}</p><h1>{escape(title)}</h1>{line}</header>'
         f"{body}</main></body></html>\n"
     )
+
+
+def escape_markdown(text: object) -> str:
+    """`text` in a line of Markdown, a heading or a cell of a table as it is: no HTML, no marks, no line breaks."""
+    line = escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+
+
+def code_markdown(text: object) -> str:
+    """`text` as a code span, in which nothing acts; fenced by more backticks than it holds in a row."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"

@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, make_scene, write_dataset
-from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 from mmdit_lora.evaluate.reader import measure
 from mmdit_lora.evaluate.sides import evaluate
 from mmdit_lora.files import atomic_folder, write_json
@@ -357,7 +357,7 @@ def publish(work: Path, out: Path) -> None:
             reports[domain] = evaluation.to_dict()
             log(f"{domain}: {json.dumps(reports[domain]['base'])}")
             shown = [
-                draw_boxes(p, b)
+                draw_boxes(p, b, colors=phrase_colors(evaluation.layouts))
                 for p, b in zip(evaluation.sides["base"].pictures[:16], evaluation.layouts, strict=False)
             ]
             save_png(contact_sheet(shown), temporary / f"samples_{domain}.png")

@@ -25,7 +25,7 @@ import torch
 from mmdit_lora.config import Config, load_config
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
-from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 from mmdit_lora.evaluate.sides import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.models import LayoutModelMixin
@@ -103,7 +103,10 @@ def fidelity(base: Path, data: Path, *, adapter: Path | None = None, sheet: Path
     result = evaluate(pipe, read_dataset(data), PaintSettings(), seed=0)
     if sheet is not None:
         side = result.sides["adapter" if adapter else "base"]
-        shown = [draw_boxes(p, layout) for p, layout in zip(side.pictures[:16], result.layouts, strict=False)]
+        colors = phrase_colors(result.layouts)
+        shown = [
+            draw_boxes(p, layout, colors=colors) for p, layout in zip(side.pictures[:16], result.layouts, strict=False)
+        ]
         save_png(contact_sheet(shown), sheet)
     return {name: side.fidelity for name, side in result.sides.items()}
 

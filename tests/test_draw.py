@@ -28,6 +28,7 @@ from mmdit_lora.evaluate.draw import (
     box_color,
     contact_sheet,
     draw_boxes,
+    phrase_colors,
     save_png,
 )
 
@@ -320,3 +321,34 @@ def test_save_png(tmp_path) -> None:
         assert read.format == "PNG"
         assert pixels(read).tobytes() == pixels(image).tobytes()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["picture.png"]
+
+
+def test_a_phrase_has_one_colour_over_all_layouts_of_a_sheet() -> None:
+    red, blue = Box((0.1, 0.1, 0.45, 0.45), "a red circle"), Box((0.55, 0.55, 0.9, 0.9), "a blue  square")
+    layouts = [Layout("one", [red]), Layout("two", [blue, red]), Layout("three", [red, blue])]
+    colors = phrase_colors(layouts)
+    assert colors == {"a red circle": PALETTE[0], "a blue square": PALETTE[1]}
+    images = [Image.new("RGB", (64, 64))] * 3
+    drawn = [draw_boxes(image, layout, colors=colors) for image, layout in zip(images, layouts, strict=True)]
+    for layout, picture in zip(layouts, drawn, strict=True):
+        for box in layout.boxes:
+            left, _, right, bottom = _to_pixels(box.xyxy, picture.size)
+            assert picture.getpixel((right - 1, bottom - 1)) == colors[" ".join(box.phrase.split())]
+            assert picture.getpixel((left, bottom - 1)) == colors[" ".join(box.phrase.split())]
+    sheet = contact_sheet(images, layouts, columns=3)
+    for column, first in enumerate((red, blue, red)):
+        x = 24 + column * (256 + 18)
+        left, _, _, bottom = _to_pixels(first.xyxy, (256, 256))
+        assert sheet.getpixel((x + left, 24 + bottom - 1)) == colors[" ".join(first.phrase.split())]
+
+
+def test_colours_of_many_phrases_are_distinct_and_the_crowd_s_legend_has_them() -> None:
+    many = [Layout("many", [Box((0.0, 0.0, 0.5, 0.5), f"kind {number}")]) for number in range(64)]
+    colors = phrase_colors(many)
+    assert len({*colors.values()}) == 64
+    assert [*colors.values()][: len(PALETTE)] == list(PALETTE)
+    assert phrase_colors([*many, Layout("x", [Box((0, 0, 1, 1), "one more")])])["one more"] == PALETTE[0]
+    crowd = repeated([*["kind 40"] * 5, *["kind 50"] * 4])
+    drawn = draw_boxes(Image.new("RGB", (64, 64)), crowd, colors=colors)
+    for phrase in ("kind 40", "kind 50"):
+        assert (pixels(drawn)[384:] == colors[phrase]).all(-1).any()

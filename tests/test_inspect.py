@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_lora.analysis.inspect_page import page
+from mmdit_lora.analysis.inspect_page import advice, page
 from mmdit_lora.analysis.inspection import Inspection, block_of, inspect_adapter, suggest
 from mmdit_lora.analysis.resize import resize_adapter
 from mmdit_lora.analysis.updates import open_adapter
@@ -205,6 +206,10 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(base: Path, tmp_path:
     referred = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
     assert {first or second for first, second in referred} <= set(reader.ids)
     assert "block 1 layout_mlp fc1" in text
+    verdict = text.split('<p class="verdict ">')[1].split("</p>")[0]
+    assert verdict == escape(advice(found))
+    assert verdict.startswith("Make it smaller with `mmdit-lora resize ")
+    assert f"--rank {found.suggested_rank} --out OUT --data DATA`: rank {found.suggested_rank} of " in verdict
     assert text == page(found)
     assert read_page(text.replace("</table>", "", 1)).faults  # a page that is not whole is seen
     assert read_page('<img src="https://x">').faults
@@ -220,6 +225,7 @@ def test_an_adapter_that_changes_nothing_has_a_page_too(base: Path, tmp_path: Pa
     text = page(found)
     assert read_page(text).faults == []
     assert "Nothing is changed" in text
+    assert "Train this adapter for longer" in text
     json.dumps(found.to_dict(), allow_nan=False)
 
 

@@ -395,7 +395,7 @@ def test_tables_put_one_s_own_first(tmp_path: Path) -> None:
     file = write(tmp_path / "p.json", {"protocols": {"coco-mig": [row]}})
     rows = beside("coco-mig", {"sr": 0.1, "isr": 0.256, "isr_L2": 0.5}, path=file)
     assert markdown(rows).splitlines() == [
-        "p. 3 (secondary); <x>",
+        "p. 3 (secondary); &lt;x&gt;",
         "",
         "| method | isr | clip |",
         "| --- | ---: | ---: |",

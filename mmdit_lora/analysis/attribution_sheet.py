@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import matplotlib
@@ -9,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from mmdit_lora.analysis.attribution import Attribution, BoxAttribution
-from mmdit_lora.evaluate.canvas import INK, blank, fit, framed, paragraph, side_by_side, stack
-from mmdit_lora.evaluate.draw import GREY, draw_boxes
+from mmdit_lora.evaluate.canvas import INK, Rgb, blank, fit, framed, paragraph, side_by_side, stack
+from mmdit_lora.evaluate.draw import GREY, draw_boxes, phrase_colors
 from mmdit_lora.layout import Layout
 
 _CELL, _GAP, _GUTTER = 256, 18, 210
@@ -22,16 +23,21 @@ _HEADS = (
 )
 
 
-def sheet(found: Attribution) -> Image.Image:
-    """One RGB figure, about 1400 px wide."""
+def sheet(found: Attribution, colors: Mapping[str, Rgb] | None = None) -> Image.Image:
+    """One RGB figure, about 1400 px wide.
+
+    Args:
+        colors: of phrases, from `phrase_colors` of all layouts that get a sheet; None = of this one's.
+    """
+    colors = colors or phrase_colors([found.layout])
     rows = [side_by_side([blank(_GUTTER, 1), *(paragraph(head, _CELL, 15, GREY) for head in _HEADS)], gap=_GAP)]
     for index, box in enumerate(found.boxes):
         alone = replace(found.layout, boxes=(found.layout.boxes[index],))
         cells = [
-            _boxed(fit(found.picture, _CELL), found.layout),
-            _boxed(fit(found.without[index], _CELL), alone),
-            _boxed(heat(found.picture, found.changes[index]), alone),
-            _boxed(heat(found.picture, found.attentions[index]), alone),
+            _boxed(fit(found.picture, _CELL), found.layout, colors),
+            _boxed(fit(found.without[index], _CELL), alone, colors),
+            _boxed(heat(found.picture, found.changes[index]), alone, colors),
+            _boxed(heat(found.picture, found.attentions[index]), alone, colors),
         ]
         rows += [blank(1, 10), side_by_side([_label(box), *cells], gap=_GAP)]
     width = max(row.width for row in rows)
@@ -52,8 +58,8 @@ def heat(picture: Image.Image, amounts: np.ndarray) -> Image.Image:
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
 
 
-def _boxed(image: Image.Image, layout: Layout) -> Image.Image:
-    return draw_boxes(image, layout, scale_to=1, labels=False)
+def _boxed(image: Image.Image, layout: Layout, colors: Mapping[str, Rgb]) -> Image.Image:
+    return draw_boxes(image, layout, scale_to=1, labels=False, colors=colors)
 
 
 def _label(box: BoxAttribution) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from mmdit_lora.analysis import inspect_charts as charts
 from mmdit_lora.analysis.inspection import RANK_NAMES, SUGGESTED_SHARE, Inspection, ModuleFigures
+from mmdit_lora.errors import clip
 from mmdit_lora.html import document
 
 _STYLE = """
@@ -75,7 +77,8 @@ def page(inspection: Inspection) -> str:
         f'<p class="of">adapter <code>{escape(inspection.adapter)}</code>, base <code>{escape(inspection.base)}</code></p>',
     ]  # fmt: skip
     title = "/".join(Path(inspection.adapter).resolve().parts[-2:])
-    return document("".join(body), kind="adapter", title=title, verdict=_verdict(inspection), style=_STYLE)
+    body.insert(0, f'<p class="lead">{_summary(inspection)}</p>')
+    return document("".join(body), kind="adapter", title=title, verdict=escape(advice(inspection)), style=_STYLE)
 
 
 def lines(inspection: Inspection) -> list[str]:
@@ -95,7 +98,7 @@ def lines(inspection: Inspection) -> list[str]:
         f"{charts.short(b.name)}: {b.share:.1%} of the change, |dW|/|W| {number(b.relative_norm)}"
         for b in inspection.blocks
     ]
-    out += [rank_line(inspection), amplification_line(modules), *inspection.notes]
+    out += [advice(inspection), rank_line(inspection), amplification_line(modules), *inspection.notes]
     if inspection.similarity:
         out.append(similarity_line(inspection))
     return out
@@ -141,7 +144,25 @@ def similarity_line(inspection: Inspection) -> str:
     )
 
 
-def _verdict(inspection: Inspection) -> str:
+def advice(inspection: Inspection) -> str:
+    """What to do with this adapter, in one sentence."""
+    modules, rank = inspection.modules, inspection.suggested_rank
+    stored = max(module.rank for module in modules)
+    if not any(module.norm for module in modules):
+        return "Train this adapter for longer, or with a higher learning rate: it changes nothing yet."
+    if rank < stored:
+        adapter = shlex.quote(clip(inspection.adapter))
+        return (
+            f"Make it smaller with `mmdit-lora resize {adapter} --rank {rank} --out OUT --data DATA`: rank {rank} of {stored} holds "
+            f"{SUGGESTED_SHARE:.0%} of its change, and DATA's layouts show whether the images stay as good."
+        )
+    return (
+        f"Keep rank {stored}: a smaller one would lose more than {1 - SUGGESTED_SHARE:.0%} of its change; if its images are not good "
+        "enough, train with a larger `lora.r`."
+    )
+
+
+def _summary(inspection: Inspection) -> str:
     return (
         f"{len(inspection.modules)} linears, {inspection.parameters:,} parameters; rank {inspection.suggested_rank} "
         f"would hold {SUGGESTED_SHARE:.0%} of it"

@@ -19,6 +19,7 @@ from mmdit_lora.analysis.updates import ADAPTER, OpenedAdapter, Update, open_ada
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.sides import evaluate
+from mmdit_lora.html import code_markdown
 from mmdit_lora.lora import CONFIG_FILE, WEIGHTS_FILE, lora_state_dict, remove_adapter, save_adapter
 from mmdit_lora.lora.adapt import inject
 from mmdit_lora.pipelines import PaintSettings
@@ -263,7 +264,7 @@ def _metadata(opened: OpenedAdapter, config: peft.LoraConfig, report: Resized, h
 def _card(adapter: Path, report: Resized, how: str) -> str:
     """The adapter's card with a section about the resizing, in the place of an earlier one."""
     file = adapter / CARD
-    text = file.read_text(encoding="utf-8") if file.is_file() else f"# Layout LoRA for `{report.base}`\n"
+    text = file.read_text(encoding="utf-8") if file.is_file() else f"# Layout LoRA for {code_markdown(report.base)}\n"
     ranks = sorted({module.new_rank for module in report.modules})
     section = (
         "\n## Resized\n\n"

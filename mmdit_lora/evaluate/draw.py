@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mmdit_lora.evaluate.canvas import (
     HALO,
     INK,
+    WHITE,
     Entry,
     Rgb,
     blank,
@@ -60,13 +64,21 @@ MORE_COLORS: tuple[Rgb, ...] = (
     (130, 80, 40),
 )  # for phrases, where a colour must not come twice
 OTHERS: Rgb = (150, 150, 150)
+_DISTINCT = 64  # colours of a run's phrases; the next ones begin again
 GREY, FAINT, PALE = (104, 112, 122), (214, 219, 225), (246, 247, 249)
 SMALLEST = 13  # font size of a phrase in the figure
 MAX_LABELS = 6  # more phrases than this on one picture hide it: the boxes get numbers, the phrases a legend
 MAX_ENTRIES = len(PALETTE + MORE_COLORS)  # lines of a legend of phrases
 
 
-def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, labels: bool = True) -> Image.Image:
+def draw_boxes(
+    image: Image.Image,
+    layout: Layout,
+    *,
+    scale_to: int = 384,
+    labels: bool = True,
+    colors: Mapping[str, Rgb] | None = None,
+) -> Image.Image:
     """The picture, enlarged, with its boxes and their phrases drawn on it.
 
     Args:
@@ -79,6 +91,8 @@ def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, label
             the phrases stand in a legend below, which makes the result taller; the width never changes. If at most
             two thirds of more than 6 phrases are distinct, boxes get no numbers but the colour of their phrase, and
             the legend has one entry a phrase with its count, the most frequent first, at most 10 lines.
+        colors: the colour of each phrase, from `phrase_colors` of all layouts that are shown together, so that a phrase has
+            one colour in all of them. None = by the place of the box in its layout.
 
     Returns:
         A new RGB picture; its top left part is the enlarged picture.
@@ -86,11 +100,11 @@ def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, label
     canvas = enlarge(image, scale_to)
     rects = [_to_pixels(box.xyxy, canvas.size) for box in layout.boxes]
     phrases = [one_line(box.phrase) for box in layout.boxes]
-    entries = _kinds(phrases) if labels else {}
+    entries = _kinds(phrases, colors) if labels else {}
+    of_boxes = _box_colors(phrases, colors, entries)
     crowded = len(rects) > MAX_LABELS
     line = (3 if min(canvas.size) < 768 else 4) - crowded
-    for index, rect in enumerate(rects):
-        color = entries[phrases[index]].color if entries else box_color(index)
+    for color, rect in zip(of_boxes, rects, strict=True):
         _outline(canvas, rect, color, width=line, inner=not crowded)
     if not labels or not rects:
         return canvas
@@ -102,11 +116,11 @@ def draw_boxes(image: Image.Image, layout: Layout, *, scale_to: int = 384, label
     if len(rects) <= MAX_LABELS:
         places = _place_tags(phrases, rects, canvas.size, size)
         if places is not None:
-            _draw_tags(canvas, phrases, places, size)
+            _draw_tags(canvas, phrases, places, size, of_boxes)
             return canvas
     numbers = [str(index + 1) for index in range(len(rects))]
-    _draw_tags(canvas, numbers, _place_tags(numbers, rects, canvas.size, size, insist=True) or [], size)
-    lines = [Entry(box_color(index), phrase, mark=numbers[index]) for index, phrase in enumerate(phrases)]
+    _draw_tags(canvas, numbers, _place_tags(numbers, rects, canvas.size, size, insist=True) or [], size, of_boxes)
+    lines = [Entry(of_boxes[index], phrase, mark=numbers[index]) for index, phrase in enumerate(phrases)]
     return stack([canvas, legend(lines, canvas.width, range(size, size - 1, -1))])
 
 
@@ -123,7 +137,7 @@ def contact_sheet(
 
     Args:
         images: at least one; each is fitted into the width of a cell, whatever its size.
-        layouts: one a picture; its boxes are drawn on it.
+        layouts: one a picture; its boxes are drawn on it, a phrase in one colour over the whole sheet.
         columns: default: as many as make the grid about as wide as high, and at most 5 in one row alone.
         captions: one a picture; wrapped below it, at most 3 lines.
         title: above the grid.
@@ -135,11 +149,14 @@ def contact_sheet(
     if not images:
         raise ValueError("a contact sheet needs at least one picture")
     same_length("pictures", images, layouts=layouts, captions=captions)
+    colors = phrase_colors(layouts or ())
     columns = columns or (len(images) if len(images) <= 5 else math.ceil(math.sqrt(len(images))))
     cells = []
     for index, image in enumerate(images):
         picture = fit(image, cell)
-        parts = [draw_boxes(picture, layouts[index], scale_to=max(picture.size)) if layouts else picture]
+        parts = [picture]
+        if layouts:
+            parts = [draw_boxes(picture, layouts[index], scale_to=max(picture.size), colors=colors)]
         if captions:
             parts += [blank(cell, 6), paragraph(captions[index], cell, 14, GREY, max_lines=3)]
         cells.append(stack(parts, align="centre", width=cell))
@@ -187,7 +204,8 @@ def before_after(
     gutter, gap, margin = 230, 22, 44
     cell = cell_width(before, len(layouts), 2040 - gutter - 2 * margin, gap)
     sizes = [fit(image, cell).size for image in after]
-    asked = [_sketch(layout, size) for layout, size in zip(layouts, sizes, strict=True)]
+    colors = phrase_colors(layouts)
+    asked = [_sketch(layout, size, colors) for layout, size in zip(layouts, sizes, strict=True)]
     bands = [_band("layout: what is asked for", asked, gutter, gap, cell)]
     best = [max(pair) for pair in zip(*scores, strict=True)] if scores else None
     rows: list[tuple[str, Sequence[Image.Image], Sequence[float] | None]]
@@ -196,7 +214,7 @@ def before_after(
         rows.append(("truth: the picture of the data set", truth, None))
     for label, images, row_scores in rows:
         drawn = [
-            draw_boxes(fit(image, cell), layout, scale_to=1, labels=False)
+            draw_boxes(fit(image, cell), layout, scale_to=1, labels=False, colors=colors)
             for image, layout in zip(images, layouts, strict=True)
         ]
         bands.append(_band(label, drawn, gutter, gap, cell, row_scores, best))
@@ -214,8 +232,56 @@ def save_png(image: Image.Image, path: str | Path) -> None:
 
 
 def box_color(index: int) -> Rgb:
-    """The colour of box number `index` (from 0) in every picture of this module."""
+    """The colour of box number `index` (from 0) of a layout that is shown alone."""
     return PALETTE[index % len(PALETTE)]
+
+
+def phrase_colors(layouts: Iterable[Layout]) -> dict[str, Rgb]:
+    """One colour for each phrase of all `layouts`, the most frequent phrases first, then in their order.
+
+    The first 64 phrases have colours of their own, as different as can be; the next ones begin again.
+    """
+    counts = Counter(one_line(box.phrase) for layout in layouts for box in layout.boxes)
+    colors = _distinct_colors()
+    return {phrase: colors[rank % len(colors)] for rank, (phrase, _) in enumerate(counts.most_common())}
+
+
+@cache
+def _distinct_colors() -> tuple[Rgb, ...]:
+    """The palettes, then always the colour of a grid that differs most from all before it, in Oklab."""
+    levels = range(0, 256, 36)
+    grid = np.array([(r, g, b) for r in levels for g in levels for b in levels])
+    light = grid @ (0.299, 0.587, 0.114)
+    grid = grid[(light > 60) & (light < 215)]  # halos are dark, pages are white
+    chosen = [*PALETTE, *(color for color in MORE_COLORS if color != WHITE)]
+    apart = np.linalg.norm(_oklab(grid)[:, None] - _oklab(np.array([*chosen, OTHERS]))[None], axis=-1).min(1)
+    while len(chosen) < _DISTINCT:
+        found = int(apart.argmax())
+        red, green, blue = (int(value) for value in grid[found])
+        chosen.append((red, green, blue))
+        apart = np.minimum(apart, np.linalg.norm(_oklab(grid) - _oklab(grid[found]), axis=-1))
+    return tuple(chosen)
+
+
+def _oklab(rgb: NDArray[np.int_]) -> NDArray[np.float64]:
+    """(..., 3) sRGB of 0 to 255 in Oklab, where distances are as people see them (Ottosson 2020)."""
+    value = rgb / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    to_cones = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    to_lab = np.array(
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    )
+    return np.asarray(np.cbrt(linear @ to_cones.T) @ to_lab.T)
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
@@ -240,34 +306,44 @@ def _outline(canvas: Image.Image, rect: Rect, color: Rgb, *, width: int, inner: 
     ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=color, width=line)
 
 
-def _kinds(phrases: Sequence[str]) -> dict[str, Entry]:
+def _kinds(phrases: Sequence[str], colors: Mapping[str, Rgb] | None = None) -> dict[str, Entry]:
     """The entry of the legend for each distinct phrase, the most frequent first; empty where few or hardly any repeat."""
     counts = Counter(phrases).most_common()
     if len(phrases) <= MAX_LABELS or 3 * len(counts) > 2 * len(phrases):
         return {}
     shown = len(counts) if len(counts) <= MAX_ENTRIES else MAX_ENTRIES - 1
     others = Entry(OTHERS, f"and {len(counts) - shown} more")
-    colors = PALETTE + MORE_COLORS
+    own = PALETTE + MORE_COLORS
     # The letter x: Pillow's own font has no multiplication sign.
     return {
-        phrase: Entry(colors[rank], phrase, tail=f"x{count}") if rank < shown else others
+        phrase: Entry(colors[phrase] if colors else own[rank], phrase, tail=f"x{count}") if rank < shown else others
         for rank, (phrase, count) in enumerate(counts)
     }
 
 
-def _sketch(layout: Layout, size: tuple[int, int]) -> Image.Image:
+def _box_colors(
+    phrases: Sequence[str], colors: Mapping[str, Rgb] | None, entries: Mapping[str, Entry] | None = None
+) -> list[Rgb]:
+    """The colour of each box: that of its entry in a legend of phrases, of its phrase, or of its place."""
+    if entries:
+        return [entries[phrase].color for phrase in phrases]
+    return [colors[phrase] if colors else box_color(index) for index, phrase in enumerate(phrases)]
+
+
+def _sketch(layout: Layout, size: tuple[int, int], colors: Mapping[str, Rgb]) -> Image.Image:
     """The layout alone: pale paper of `size`, each box lightly filled, its phrase inside; numbers where that is too tight."""
     canvas = Image.new("RGB", size, PALE)
     ImageDraw.Draw(canvas).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=FAINT)
     rects = [_to_pixels(box.xyxy, size) for box in layout.boxes]
-    for index, rect in enumerate(rects):
-        tint = Image.new("RGB", size, box_color(index))
+    of_boxes = _box_colors([one_line(box.phrase) for box in layout.boxes], colors)
+    for color, rect in zip(of_boxes, rects, strict=True):
+        tint = Image.new("RGB", size, color)
         mask = Image.new("L", size, 0)
         ImageDraw.Draw(mask).rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), fill=56)
         canvas.paste(tint, mask=mask)
     draw = ImageDraw.Draw(canvas)
-    for index, rect in enumerate(rects):
-        draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), outline=box_color(index), width=3)
+    for color, rect in zip(of_boxes, rects, strict=True):
+        draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), outline=color, width=3)
     taken: list[Rect] = []
     for rect, box in zip(rects, layout.boxes, strict=True):
         taken.append(_write_phrase(canvas, one_line(box.phrase), rect, taken))
@@ -344,10 +420,11 @@ def _best_place(
     return best
 
 
-def _draw_tags(canvas: Image.Image, texts: Sequence[str], places: Sequence[Rect], size: int) -> None:
+def _draw_tags(
+    canvas: Image.Image, texts: Sequence[str], places: Sequence[Rect], size: int, colors: Sequence[Rgb]
+) -> None:
     draw = ImageDraw.Draw(canvas)
-    for index, (text, (left, top, right, bottom)) in enumerate(zip(texts, places, strict=True)):
-        color = box_color(index)
+    for text, color, (left, top, right, bottom) in zip(texts, colors, places, strict=True):
         draw.rectangle((left, top, right - 1, bottom - 1), fill=color, outline=HALO)
         shown = shorten(text, size, right - left - 10)
         draw.text((left + 5, top + 2), shown, ink_on(color), font(size, shown))

@@ -1,4 +1,4 @@
-"""Where layouts are hard: pictures by their number of boxes, boxes by their size and by how much others cover them."""
+"""Where layouts are hard: pictures by their number of boxes; boxes by their size, by how much others cover them, and by phrase."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from mmdit_lora.layout import Layout
 BOXES = ((1, 4), (5, 10), (11, None))  # a picture; None: and more
 SIZES = ((0.0, 0.02), (0.02, 0.1), (0.1, 1.0))  # share of the picture that a box covers
 OVERLAPS = ((0.0, 0.0), (0.0, 0.2), (0.2, 1.0))  # a box's largest IoU with another of its layout
+
+PHRASES = 50  # of a report's table by phrase
 
 Place = tuple[int, int]  # picture, box
 
@@ -41,6 +43,16 @@ def box_groups(layouts: Sequence[Layout]) -> dict[str, dict[str, list[Place]]]:
         "by_size": {name: places for name, places in sizes.items() if places},
         "by_overlap": {name: places for name, places in overlaps.items() if places},
     }
+
+
+def phrase_groups(layouts: Sequence[Layout]) -> dict[str, list[Place]]:
+    """The `PHRASES` most frequent phrases, the most frequent first -> their boxes; blanks in a phrase count for nothing."""
+    places: dict[str, list[Place]] = {}
+    for row, layout in enumerate(layouts):
+        for place, box in enumerate(layout.boxes):
+            places.setdefault(" ".join(box.phrase.split()), []).append((row, place))
+    ordered = sorted(places, key=lambda phrase: -len(places[phrase]))  # stable: then in the order of the layouts
+    return {phrase: places[phrase] for phrase in ordered[:PHRASES]}
 
 
 def _percent(low: float, high: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmdit_lora.evaluate.draw import draw_boxes
+from mmdit_lora.errors import clip
+from mmdit_lora.evaluate.canvas import Rgb, one_line
+from mmdit_lora.evaluate.draw import draw_boxes, phrase_colors
 from mmdit_lora.evaluate.judged import FIGURES
 from mmdit_lora.evaluate.sides import ADAPTERS, SIDES, Evaluation
-from mmdit_lora.html import document
+from mmdit_lora.html import document, escape_markdown
+from mmdit_lora.layout import Layout
 
 SHOWN = 8  # best and worst pictures each
 FIGURE_TEXT = FIGURES | {
@@ -26,6 +30,10 @@ FIGURE_TEXT = FIGURES | {
     "clip_box": "CLIP score of each box's crop with its phrase",
     "kid_clip": "kernel distance to the data set's own pictures, of CLIP's features; 0 = alike",
 }
+_CHIPS = 12  # phrases in the legend of a picture
+_OF_GROUPS = ("iou50", "miou")
+_BY_PHRASE = "By phrase"
+_ABOUT_GROUPS = "The share of boxes met at IoU 0.5 (iou50), and the mean IoU of boxes."
 _PLOTTED = ("miou", "iou50", "color_acc", "shape_acc", "precision", "relations")
 _COLORS = {
     "base": "#8c8c8c",
@@ -62,7 +70,8 @@ def figures_of(report: Mapping[str, Any]) -> list[str]:
 
 def markdown(report: Mapping[str, Any], *, title: str) -> str:
     """`report.md`: every table, figures with their 95 % intervals."""
-    lines = [f"# {title}", "", *_facts(report), "", *_table(report, with_intervals=True), ""]
+    facts = [escape_markdown(line) for line in _facts(report)]
+    lines = [f"# {escape_markdown(title)}", "", *facts, "", *_table(report, with_intervals=True), ""]
     for name, figures in report["differences"].items():
         lines += [f"## {_words(name)}", "", "| | difference | 95 % interval |", "| --- | ---: | ---: |"]
         lines += [
@@ -70,8 +79,12 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
             for key, found in figures.items()
         ]
         lines.append("")
-    for heading, group, sides in _groups(report):
-        lines += [f"## {heading}: {group}", "", *_table(sides), ""]
+    for heading, groups in _groups(report):
+        if heading == _BY_PHRASE:
+            lines += [f"## {heading}", "", _phrases_shown(report), "", *_phrase_table(groups), ""]
+            continue
+        for group, sides in groups.items():
+            lines += [f"## {heading}: {group} ({_size(sides)})", "", *_table(sides), ""]
     return "\n".join(lines)
 
 
@@ -80,9 +93,19 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     if (tested := report.get("detector")) is not None:
         found = tested["true"]
         lines.append(
-            f"Detector {tested['detector']}, on the data set's own pictures: {tested['verdict']}; recall {found['recall']:.3f}, "
+            f"Detector {clip(tested['detector'])}, on the data set's own pictures: {tested['verdict']}; recall {found['recall']:.3f}, "
             f"precision {found['precision']:.3f}, mIoU of the boxes met {found['miou']:.3f}."
         )
+    return lines
+
+
+def _phrase_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    sides = sides_of(next(iter(groups.values())))
+    head = ["", "boxes", *(f"{_words(side)} {name}" for side in sides for name in _OF_GROUPS)]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for phrase, figures in groups.items():
+        cells = [_cell(figures[side], name, with_intervals=False) for side in sides for name in _OF_GROUPS]
+        lines.append("| " + " | ".join([escape_markdown(clip(phrase, 120)), str(figures["boxes"]), *cells]) + " |")
     return lines
 
 
@@ -106,12 +129,28 @@ def _interval(between: Sequence[float] | None, form: str) -> str:
     return "" if between is None else f"[{between[0]:{form}}, {between[1]:{form}}]"
 
 
-def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    headings = {"by_boxes": "By boxes a picture", "by_size": "By size of the box", "by_overlap": "By overlap of boxes"}
+def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Heading, and its groups by name; a division that has all in one group repeats the whole and is left out."""
+    headings = {
+        "by_phrase": _BY_PHRASE,
+        "by_boxes": "By boxes a picture",
+        "by_size": "By size of the box",
+        "by_overlap": "By overlap of boxes",
+    }
     for key, heading in headings.items():
-        for group, sides in report[key].items():
-            count = f"{sides['pictures']} pictures" if "pictures" in sides else f"{sides['boxes']} boxes"
-            yield heading, f"{group} ({count})", sides
+        if len(report[key]) > 1:
+            yield heading, report[key]
+
+
+def _size(group: Mapping[str, Any]) -> str:
+    count, what = (group["pictures"], "picture") if "pictures" in group else (group["boxes"], "box")
+    return f"{count} {what if count == 1 else {'picture': 'pictures', 'box': 'boxes'}[what]}"
+
+
+def _phrases_shown(report: Mapping[str, Any]) -> str:
+    shown = len(report["by_phrase"])
+    which = f"The {shown} most frequent of {report['phrases']} phrases" if shown < report["phrases"] else "All phrases"
+    return f"{which}: boxes, the share of them met at IoU 0.5 (iou50), and their mean IoU."
 
 
 def _words(name: str) -> str:
@@ -128,37 +167,42 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
         report: `evaluation.to_dict()`.
     """
     chief = next(name for name in ("adapter", "images", "base", "ground_truth") if name in evaluation.sides)
+    notes = "".join(f"<li>{escape(line)}</li>" for line in _facts(report))
     parts = [
-        f"<h2>Fidelity</h2>{_html_table(report)}<div class='charts one'>{_plot(report)}</div>{_legend(report)}",
+        _pictures(evaluation, chief),
+        f'<h2>Fidelity</h2><ul class="notes">{notes}</ul>{_html_table(report)}'
+        f"<div class='charts one'>{_plot(report)}</div>",
         _html_differences(report),
         _html_groups(report),
-        f"<h2>The best and the worst of {_words(chief)}</h2>{_pictures(evaluation, chief)}",
     ]
     found = report[chief]
     verdict = f"{_words(chief)}: mIoU {found['miou']:.3f} {_interval(found['intervals']['miou'], '.3f')}"
     if "adapter_minus_base" in report["differences"]:
         moved = report["differences"]["adapter_minus_base"]["miou"]
         verdict += f", {moved['value']:+.3f} {_interval(moved['interval'], '+.3f')} to the base"
-    notes = "".join(f"<li>{escape(line)}</li>" for line in _facts(report))
-    body = f'<ul class="notes">{notes}</ul>' + "".join(parts)
-    return document(body, kind="evaluation", title=title, verdict=verdict, style=_STYLE)
+    return document("".join(parts), kind="evaluation", title=title, verdict=verdict, style=_STYLE)
 
 
-def _html_table(report: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
-    names = [name for name in figures_of(report) if names is None or name in names]
-    head = "".join(f'<th title="{escape(FIGURE_TEXT[name], quote=True)}">{_words(name)}</th>' for name in names)
+def _html_table(report: Mapping[str, Any]) -> str:
+    """A row a figure, with what it is; a column a side."""
+    sides = sides_of(report)
+    head = "".join(f"<th>{_dot(side)}{_words(side)}<small>{_SIDE_TEXT[side]}</small></th>" for side in sides)
     rows = ""
-    for side in sides_of(report):
+    for name in figures_of(report):
         cells = ""
-        for name in names:
+        for side in sides:
             between = report[side].get("intervals", {}).get(name)
             shown = f"{report[side][name]:.3f}" if name in report[side] else ""
             cells += f"<td>{shown}{f'<small>{between[0]:.3f} – {between[1]:.3f}</small>' if between else ''}</td>"
-        text = _SIDE_TEXT[side] if "intervals" in report[side] else ""
-        rows += (
-            f"<tr><td><i style='background:{_COLORS[side]}'></i>{_words(side)}<small>{text}</small></td>{cells}</tr>"
-        )
-    return f'<div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+        rows += f"<tr><td><b>{_words(name)}</b><small>{escape(FIGURE_TEXT[name])}</small></td>{cells}</tr>"
+    return (
+        f'<div class="wide figures-of"><table><thead><tr><th>figure</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        '<p class="of">Small below a figure: its 95 % interval over pictures.</p>'
+    )
+
+
+def _dot(side: str) -> str:
+    return f"<i style='background:{_COLORS[side]}'></i>"
 
 
 def _html_differences(report: Mapping[str, Any]) -> str:
@@ -178,18 +222,24 @@ def _html_differences(report: Mapping[str, Any]) -> str:
 
 
 def _html_groups(report: Mapping[str, Any]) -> str:
-    out, last = "", ""
-    for heading, group, sides in _groups(report):
-        if heading != last:
-            out += f'{"</div>" if last else ""}<h2>{heading}</h2><div class="pairs">'
-        out += f"<div><h3>{escape(group)}</h3>{_html_table(sides, _PLOTTED)}</div>"
-        last = heading
-    return out + ("</div>" if last else "")
-
-
-def _legend(report: Mapping[str, Any]) -> str:
-    lines = "".join(f"<li><b>{_words(name)}</b> {escape(FIGURE_TEXT[name])}</li>" for name in figures_of(report))
-    return f'<details><summary>What the figures are</summary><ul class="notes">{lines}</ul></details>'
+    """A table a division: a row a group, two figures a side."""
+    out = ""
+    for heading, groups in _groups(report):
+        sides = sides_of(next(iter(groups.values())))
+        head = "".join(f'<th colspan="{len(_OF_GROUPS)}">{_dot(side)}{_words(side)}</th>' for side in sides)
+        names = "".join(f"<th>{_words(name)}</th>" for _ in sides for name in _OF_GROUPS)
+        rows = ""
+        for group, figures in groups.items():
+            cells = "".join(
+                f"<td>{_cell(figures[side], name, with_intervals=False)}</td>" for side in sides for name in _OF_GROUPS
+            )
+            rows += f"<tr><td>{escape(clip(group, 120))}<small>{_size(figures)}</small></td>{cells}</tr>"
+        about = _phrases_shown(report) if heading == _BY_PHRASE else _ABOUT_GROUPS
+        out += (
+            f'<h2>{heading}</h2><p class="of">{about}</p><div class="wide"><table><thead><tr><th></th>{head}</tr>'
+            f"<tr><th></th>{names}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+    return out
 
 
 def _plot(report: Mapping[str, Any]) -> str:
@@ -227,28 +277,47 @@ def _plot(report: Mapping[str, Any]) -> str:
 
 
 def _pictures(evaluation: Evaluation, chief: str) -> str:
-    """The pictures of lowest and highest mIoU, beside the base's and the data set's own."""
+    """The pictures of highest and lowest mIoU, beside the base's and the data set's own."""
     ious = np.array(evaluation.sides[chief].picture_ious)
     order = [int(n) for n in np.argsort(ious, kind="stable") if not np.isnan(ious[n])]
     beside = [name for name in ("base", chief, "ground_truth") if name in evaluation.sides]
     beside = list(dict.fromkeys(beside))
-    out = ""
-    for heading, rows in (("Worst", order[:SHOWN]), ("Best", order[::-1][:SHOWN])):
+    colors = phrase_colors(evaluation.layouts)
+    out = (
+        f'<p class="of">Boxes are what the layout asks for, a phrase in one colour on the whole page. The number below a '
+        f"picture is the mean IoU of its boxes with what was found in it; sorted by {_words(chief)}.</p>"
+    )
+    for heading, rows in (("Best", order[::-1][:SHOWN]), ("Worst", order[:SHOWN])):
         cards = ""
         for row in rows:
+            layout = evaluation.layouts[row]
             shown = "".join(
-                f'<div><img src="{_data_url(evaluation.sides[name].pictures[row], evaluation, row)}" '
-                f'alt="{_words(name)} {row}"><small>{_words(name)} {evaluation.sides[name].picture_ious[row]:.3f}</small></div>'
+                f'<div><img src="{_data_url(evaluation.sides[name].pictures[row], layout, colors)}" '
+                f'alt="{_words(name)} {row}"><small>{_words(name)} <b>{evaluation.sides[name].picture_ious[row]:.3f}</b></small></div>'
                 for name in beside
             )
-            caption = escape(evaluation.layouts[row].caption)
-            cards += f'<figure><div class="trio">{shown}</div><figcaption><b>{row}</b> {caption}</figcaption></figure>'
-        out += f'<h3>{heading} by mIoU</h3><div class="cases">{cards}</div>'
+            cards += (
+                f'<figure><div class="trio">{shown}</div><figcaption>{_chips(layout, colors)}'
+                f"<p><b>{row}</b> {escape(clip(layout.caption, 300))}</p></figcaption></figure>"
+            )
+        out += f'<h2>{heading} by mIoU: {_words(chief)}</h2><div class="cases">{cards}</div>'
     return out
 
 
-def _data_url(picture: Image.Image, evaluation: Evaluation, row: int) -> str:
-    drawn = draw_boxes(picture, evaluation.layouts[row], scale_to=256)
+def _chips(layout: Layout, colors: Mapping[str, Rgb]) -> str:
+    """The legend of a picture: each phrase with its colour, and how many boxes it has."""
+    counts = Counter(one_line(box.phrase) for box in layout.boxes)
+    chips = [
+        f"<span><i style='background:rgb{colors[phrase]}'></i>{escape(clip(phrase, 80))}"
+        f"{f' x{count}' if count > 1 else ''}</span>"
+        for phrase, count in counts.most_common(_CHIPS)
+    ]
+    more = f"<span>and {len(counts) - _CHIPS} more</span>" if len(counts) > _CHIPS else ""
+    return f'<p class="chips">{"".join(chips)}{more}</p>'
+
+
+def _data_url(picture: Image.Image, layout: Layout, colors: Mapping[str, Rgb]) -> str:
+    drawn = draw_boxes(picture, layout, scale_to=256, labels=False, colors=colors)
     drawn.thumbnail((256, 512))
     file = io.BytesIO()
     drawn.quantize(64).save(file, format="PNG", optimize=True)
@@ -257,13 +326,20 @@ def _data_url(picture: Image.Image, evaluation: Evaluation, row: int) -> str:
 
 _STYLE = """
 main{max-width:1240px}
-.wide i,.key i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:7px}.wide small{font-size:11px}
-.wide th,.wide td{padding:4px 8px}
+.wide i,.key i,.chips i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:6px;flex:none}
+.wide small{font-size:11px;font-weight:400}.wide th,.wide td{padding:4px 8px}
+.wide td:first-child,.wide th:first-child{position:sticky;left:0;background:var(--card);white-space:normal;min-width:120px}
+.wide td:first-child{overflow-wrap:anywhere}.wide th[colspan]{text-align:center}.wide tbody tr+tr td{border-top:1px solid var(--line)}
+.figures-of th small{white-space:normal;min-width:76px;max-width:130px;margin-left:auto}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(560px,100%),1fr));gap:12px}.pairs>*{min-width:0}
 .key{display:flex;flex-wrap:wrap;gap:16px;margin:0 0 8px;font-size:13px}
-svg .bar{stroke-width:2.5}svg .name{fill:var(--ink);font-size:12px}details{margin-top:12px}summary{cursor:pointer}
+.charts.one svg{max-width:820px}svg .bar{stroke-width:2.5}svg .name{fill:var(--ink);font-size:12px}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr));gap:14px}
 .cases figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}
 .trio{display:grid;grid-template-columns:repeat(3,1fr);gap:8px;align-items:start}.trio img{width:100%;border-radius:6px;display:block}
-.cases figcaption{font-size:13px;margin-top:8px;color:var(--soft)}
+.trio b{color:var(--ink)}.cases figcaption{font-size:13px;margin-top:8px;color:var(--soft);overflow-wrap:anywhere}.cases p{margin:6px 0 0}
+.chips{display:flex;flex-wrap:wrap;gap:4px 14px;color:var(--ink)}.chips i{border-radius:2px;outline:1px solid #0006}
+@media (max-width:600px){main{padding:20px 12px 60px}h1{font-size:22px}.pairs{gap:10px}.cases figure{padding:8px}
+.trio{gap:5px}.trio small{font-size:11px;line-height:1.3}.wide small{white-space:normal;font-size:10px}.wide th,.wide td{padding:4px 5px}
+svg text{font-size:16px}svg .name{font-size:18px}}
 """

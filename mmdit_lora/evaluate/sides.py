@@ -18,7 +18,7 @@ from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.clip import Clip, kid, spread
 from mmdit_lora.evaluate.detectors import Detection, Detector, SelfTest, open_detector, self_test
-from mmdit_lora.evaluate.groups import box_groups, picture_groups
+from mmdit_lora.evaluate.groups import box_groups, phrase_groups, picture_groups
 from mmdit_lora.evaluate.intervals import Bootstrap, value
 from mmdit_lora.evaluate.judged import Judged, Table, average_precision, box_sums, judged, sums
 from mmdit_lora.evaluate.picture_store import Lazy, PictureStore
@@ -92,7 +92,8 @@ class Evaluation:
             }
             for name, rows in picture_groups(self.layouts).items()
         }
-        for key, groups in box_groups(self.layouts).items():
+        report["phrases"] = len({" ".join(box.phrase.split()) for layout in self.layouts for box in layout.boxes})
+        for key, groups in (*box_groups(self.layouts).items(), ("by_phrase", phrase_groups(self.layouts))):
             report[key] = {
                 name: {
                     "boxes": len(places),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import Any
 
 import yaml
 
 from mmdit_lora.config import Config
+from mmdit_lora.html import code_markdown
 
 PICTURES = "samples.png"
 
@@ -25,13 +28,13 @@ def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, pictu
         "license": config.license,
         "tags": ["lora", "layout-to-image", "mmdit", f"base_model:adapter:{config.base}"],
     }
-    lora, targets = config.lora, ", ".join(f"`{target}`" for target in config.lora.targets)
+    lora, targets = config.lora, ", ".join(map(code_markdown, config.lora.targets))
     shown = f"![Held-out layouts with their boxes]({PICTURES})\n\nHeld-out layouts, boxes drawn.\n" if pictures else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# Layout LoRA for `{config.base}`
+# Layout LoRA for {code_markdown(config.base)}
 
 A LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on {targets} of the layout stream:
 {report["trainable_params"]:,} of {report["total_params"]:,} parameters, trained for {report["steps"]:,} steps on
@@ -40,11 +43,11 @@ A LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on {targets}
 {shown}
 ## Use
 
-    mmdit-lora sample --base {config.base} --adapter . --layout layout.json --out pictures
+    mmdit-lora sample --base {shlex.quote(" ".join(config.base.split()))} --adapter . --layout layout.json --out pictures
 
     from peft import PeftModel
     from mmdit_lora.pipelines import {pipeline}
-    pipe = {pipeline}.from_pretrained("{config.base}")
+    pipe = {pipeline}.from_pretrained({json.dumps(config.base, ensure_ascii=False)})
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")
 
 Boxes are [left, top, right, bottom] in [0, 1] of the picture's width and height.

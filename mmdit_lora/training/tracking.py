@@ -17,7 +17,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluate.draw import draw_boxes
+from mmdit_lora.evaluate.draw import draw_boxes, phrase_colors
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.wandb_file import logged_keys
 
@@ -278,8 +278,9 @@ class TensorBoardTracker(Tracker):
         _check_pairs(images, layouts)
         import numpy as np
 
+        colors = phrase_colors(layouts)
         for index, (image, layout) in enumerate(zip(images, layouts, strict=True)):
-            drawn = np.asarray(draw_boxes(image, layout))
+            drawn = np.asarray(draw_boxes(image, layout, colors=colors))
             self._open(step).add_image(f"{key}/{index}", drawn, global_step=step, dataformats="HWC")
         if images:
             self._writer.flush()

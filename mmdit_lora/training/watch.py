@@ -13,7 +13,7 @@ from torch import nn
 
 from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.evaluate import measure, readable
-from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 from mmdit_lora.pipelines import paint
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
 from mmdit_lora.training.output import SAMPLES
@@ -123,7 +123,8 @@ def _show(run: Run, tracker: Tracker) -> dict[str, float]:
         except NonFiniteError as error:  # of what was trained so far: the run is not at fault for a look at it
             logger.warning("no samples of step %d: %s", run.state.step, error)
             return {}
-    boxed = [draw_boxes(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
+    colors = phrase_colors(layouts)
+    boxed = [draw_boxes(picture, layout, colors=colors) for picture, layout in zip(pictures, layouts, strict=True)]
     if run.accelerator.is_main_process:
         save_png(contact_sheet(boxed), run.folder / SAMPLES / f"step_{run.state.step:07d}.png")
     tracker.pictures(run.state.step, "samples", pictures, layouts)

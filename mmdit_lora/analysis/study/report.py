@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmdit_lora.html import code_markdown, escape_markdown
+
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The page of `study.json`."""
@@ -12,9 +14,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"# {results['title']}",
         "",
-        f"`{results['command']}`" if results["command"] else "",
+        code_markdown(results["command"]) if results["command"] else "",
         "",
-        f"Base {', '.join(asked['bases']) or asked['config']['base']}; seeds {', '.join(map(str, asked['seeds']))}; "
+        f"Base {escape_markdown(', '.join(asked['bases']) or asked['config']['base'])}; seeds {', '.join(map(str, asked['seeds']))}; "
         f"{asked['config']['train']['max_steps']} steps of {asked['config']['train']['batch_size']}; at most "
         f"{asked['pictures']} held-out layouts are painted. All runs together took {results['wall_seconds'] / 60:.0f} minutes "
         f"({_machine(results['machine'])}).",
@@ -25,9 +27,12 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
     ]
     for verdict in results["verdicts"]:
-        lines += [f"- **{verdict['result']}**: {verdict['claim']}"]
-        lines += [f"  - {name.replace('_', ' ')}: {_value(value)}" for name, value in verdict["figures"].items()]
-        lines += [f"  - rule, written before the first run: {verdict['rule']}"]
+        lines += [f"- **{verdict['result']}**: {escape_markdown(verdict['claim'])}"]
+        lines += [
+            f"  - {escape_markdown(name.replace('_', ' '))}: {escape_markdown(_value(value))}"
+            for name, value in verdict["figures"].items()
+        ]
+        lines += [f"  - rule, written before the first run: {escape_markdown(verdict['rule'])}"]
     lines += ["", "## Settings", "", *_table(results["settings"])]
     lines += [
         "",
@@ -49,7 +54,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
         for kind, tried in results["learning_rates"]["tried"].items():
             tries = ", ".join(f"{one['learning_rate']:g}: {_tried(one['loss_minus_base'])}" for one in tried)
-            lines.append(f"| {kind} | {tries} | {results['learning_rates']['chosen'][kind]:g} |")
+            lines.append(f"| {escape_markdown(kind)} | {tries} | {results['learning_rates']['chosen'][kind]:g} |")
     else:
         lines += ["", "No learning rate was searched for (`--quick`)."]
     return "\n".join(lines) + "\n"
@@ -64,7 +69,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         trained = row["learning_rate"] is not None
         cells = [
-            row["setting"],
+            escape_markdown(row["setting"]),
             f"{row['trainable_params']:,}" if trained else "",
             f"{row['learning_rate']:g}" if trained else "",
             _mean(row["miou"]),

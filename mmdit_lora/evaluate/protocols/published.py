@@ -10,6 +10,7 @@ from typing import Any
 
 from mmdit_lora.data.formats.common import items_of, need, number, read_json, text
 from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.html import escape_markdown
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "data" / "benchmarks" / "published.json"
 KINDS = {
@@ -96,7 +97,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for heading, names, of_source in tables(rows):
         noted = any(row.note for row in of_source)
-        lines += [heading.replace("\n", " "), ""]
+        lines += [escape_markdown(heading), ""]
         lines += [_line(["method", *names, *(["note"] if noted else [])])]
         lines += ["| --- |" + " ---: |" * len(names) + (" --- |" if noted else "")]
         lines += [_line([row.method, *_figures(row, names), *([row.note] if noted else [])]) for row in of_source]
@@ -124,7 +125,7 @@ def as_html(rows: Sequence[Row]) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(escape_markdown(cell) for cell in cells) + " |"
 
 
 def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
