@@ -24,9 +24,15 @@ def _group() -> None:
 
 @imports.command("creatilayout")
 def creatilayout(
-    base: Annotated[Path, typer.Option("--base", help="Folder of the base; one with only transformer/ will do.")],
+    base: Annotated[
+        str, typer.Option("--base", help="Folder or hub id of the base; a folder with only transformer/ will do.")
+    ],
     weights: Annotated[
-        Path, typer.Option("--weights", help="A SiamLayout_* safetensors file, or a folder of one or of shards.")
+        str,
+        typer.Option(
+            "--weights",
+            help="A SiamLayout_* safetensors file, a folder of one or of shards, or one on the hub: OWNER/NAME/PATH.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     dtype: Annotated[

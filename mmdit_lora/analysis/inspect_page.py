@@ -15,7 +15,7 @@ from mmdit_lora.errors import clip
 from mmdit_lora.html import document
 
 _STYLE = """
-.lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
+.lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr))}
 code{font-size:13px;overflow-wrap:anywhere}
 """
 
@@ -163,10 +163,7 @@ def advice(inspection: Inspection) -> str:
 
 
 def _summary(inspection: Inspection) -> str:
-    return (
-        f"{len(inspection.modules)} linears, {inspection.parameters:,} parameters; rank {inspection.suggested_rank} "
-        f"would hold {SUGGESTED_SHARE:.0%} of it"
-    )
+    return f"{len(inspection.modules)} linears, {inspection.parameters:,} parameters."
 
 
 def _figures(inspection: Inspection) -> str:

@@ -246,7 +246,7 @@ def _plot(report: Mapping[str, Any]) -> str:
     """Figures between 0 and 1 as dots with their intervals, a row a figure, a colour a side."""
     names = [name for name in _PLOTTED if any(name in report[side] for side in sides_of(report))]
     sides = sides_of(report)
-    left, wide, row = 90, 640, 9 * len(sides) + 12
+    left, wide, row = 110, 420, 9 * len(sides) + 12
     tall = row * len(names) + 22
     parts = []
     for tick in range(0, 11, 2):
@@ -333,7 +333,7 @@ main{max-width:1240px}
 .figures-of th small{white-space:normal;min-width:76px;max-width:130px;margin-left:auto}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(560px,100%),1fr));gap:12px}.pairs>*{min-width:0}
 .key{display:flex;flex-wrap:wrap;gap:16px;margin:0 0 8px;font-size:13px}
-.charts.one svg{max-width:820px}svg .bar{stroke-width:2.5}svg .name{fill:var(--ink);font-size:12px}
+.charts.one svg{max-width:640px}svg .bar{stroke-width:2.5}svg .name{fill:var(--ink);font-size:12px}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr));gap:14px}
 .cases figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}
 .trio{display:grid;grid-template-columns:repeat(3,1fr);gap:8px;align-items:start}.trio img{width:100%;border-radius:6px;display:block}

@@ -18,10 +18,14 @@ from torch import Tensor
 
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import atomic_folder, write_json
+from mmdit_lora.hub import local_copy
 from mmdit_lora.models.creatilayout import VARIANTS, Recipe, recipes, variant_of
 from mmdit_lora.models.families import FAMILIES
 from mmdit_lora.models.tensor_files import TensorFiles
 
+# Of a pipeline's repository: not the single files beside its parts, which hold the same weights again.
+_COMPONENTS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MARK = "creatilayout.json"  # what an import leaves, and is known by
 
 
@@ -59,9 +63,11 @@ def import_creatilayout(
     """Write `out`, a folder of ours that computes what CreatiLayout's class does with `weights`.
 
     Args:
-        base: folder of the base: a pipeline folder, of which everything else is copied, or one with `transformer/` only.
-        weights: one of its safetensors files, or a folder (one file, or shards with their index); the stream alone or the
-            whole transformer, whose own tensors then take the place of the base's.
+        base: folder or hub id of the base: a pipeline folder, of which everything else is copied, or one with `transformer/`
+            only.
+        weights: one of its safetensors files, or a folder (one file, or shards with their index), or either in a repository
+            of the hub, OWNER/NAME/PATH; the stream alone or the whole transformer, whose own tensors then take the place of
+            the base's.
         dtype: of what is written; None = as stored. Sums of the low-rank variant are rounded to it: with fp32 none is lost.
         max_shard_bytes: size of the files that are written, and about what memory is needed.
 
@@ -69,11 +75,13 @@ def import_creatilayout(
         InputError: what is given is not that: names or shapes that are missing, unexpected or wrong are listed. Nothing
             is written then.
     """
-    base, weights, out = Path(base), Path(weights), Path(out)
+    out = Path(out)
     if any(place.is_file() for place in (out, *out.parents)) or (
         out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()
     ):
         raise InputError("exists and is not an earlier import", where=f"--out {out}", cure="give another folder")
+    weights = local_copy(weights, where="--weights", allow=_WEIGHTS, ignore=("*/*",))
+    base = local_copy(base, where="--base", allow=_COMPONENTS, ignore=("*.fp16.*", "*.fp16-*"))
     folder, config = _base_transformer(base)
     index = _read_object(base / "model_index.json") if (base / "model_index.json").is_file() else None
     with ExitStack() as stack:
