@@ -11,7 +11,7 @@ import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_numbers import number
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, clip
 from mmdit_lora.ranges import (
     ADAPTER_WEIGHT,
     BATCH,
@@ -137,8 +137,19 @@ def train(
 
 def sample(
     base: BaseOption,
-    layout: Annotated[Path, typer.Option("--layout", help="A .json layout, a .jsonl of many, or a data set folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    layout: Annotated[
+        Path | None, typer.Option("--layout", help="A .json layout, a .jsonl of many, or a data set folder.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Instead of --layout: the caption of one.")] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--box",
+            metavar="LEFT,TOP,RIGHT,BOTTOM=PHRASE",
+            help='With --prompt: a box, its numbers from 0 to 1, e.g. "0.1,0.1,0.5,0.5=a red circle"; may be given again.',
+        ),
+    ] = None,
     adapter: AdapterOption = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
@@ -154,11 +165,11 @@ def sample(
     """Paint layouts: pictures, the same with their boxes, a contact sheet, and a JSON of all settings."""
     from dataclasses import asdict
 
-    layouts = layouts_of(layout)[:count]
+    layouts = given_layouts(layout, prompt, box)[:count]
     refuse_foreign(out, "sample.json")
     settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.cli_progress import ProgressLines
-    from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, save_png
+    from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
     from mmdit_lora.files import atomic_folder, write_json
     from mmdit_lora.pipelines import paint
 
@@ -167,7 +178,8 @@ def sample(
         pictures = paint(
             pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
         )
-    boxed = [draw_boxes(picture, item) for picture, item in zip(pictures, layouts, strict=True)]
+    colors = phrase_colors(layouts)
+    boxed = [draw_boxes(picture, item, colors=colors) for picture, item in zip(pictures, layouts, strict=True)]
     record = {
         "base": base,
         "adapters": adapter or [],
@@ -255,6 +267,43 @@ def layouts_of(path: Path) -> list[Layout]:
     from mmdit_lora.layout import read_layouts
 
     return [record.layout for record in read_dataset(path)] if path.is_dir() else read_layouts(path)
+
+
+def given_layouts(layout: Path | None, prompt: str | None, boxes: list[str] | None) -> list[Layout]:
+    """The layouts of `--layout`, or the one of `--prompt` and `--box`.
+
+    Raises:
+        InputError: not exactly one of the two is given, or what is given is no layout.
+    """
+    if layout is not None:
+        if prompt is not None or boxes:
+            raise InputError("is given beside --layout", where="--prompt, --box", cure="give one of the two")
+        return layouts_of(layout)
+    if prompt is None:
+        raise InputError(
+            "is missing" if boxes else "nothing to paint",
+            where="--prompt" if boxes else None,
+            cure='give --layout FILE, or --prompt "TEXT" with --box "0.1,0.1,0.5,0.5=a red circle" for each box',
+        )
+    from mmdit_lora.layout import Layout
+
+    return [Layout.from_dict({"caption": prompt, "boxes": [_box(text) for text in boxes or ()]})]
+
+
+def _box(text: str) -> dict[str, Any]:
+    """A box of a layout file, from `LEFT,TOP,RIGHT,BOTTOM=PHRASE`."""
+    numbers, _, phrase = text.partition("=")
+    try:
+        xyxy = [float(number) for number in numbers.split(",")]
+    except ValueError:
+        xyxy = []
+    if len(xyxy) != 4 or not phrase.strip():
+        raise InputError(
+            f"is {clip(repr(text))}",
+            where="--box",
+            cure='give four numbers and the phrase: "0.1,0.1,0.5,0.5=a red circle"',
+        )
+    return {"xyxy": xyxy, "phrase": phrase.strip()}
 
 
 def paint_settings(

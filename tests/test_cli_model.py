@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mmdit_lora import Box, Layout
 from mmdit_lora.cli import main
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from tests.test_layout_stream_method import stock_flux
@@ -48,6 +49,43 @@ def test_sample_writes_pictures_boxes_sheet_and_settings(
     assert (tmp_path / "two" / "0000.png").read_bytes() != pixels
     assert main([*command, "--adapter", f"{adapter}=0.0", "--out", str(tmp_path / "three")]) == 0
     assert (tmp_path / "three" / "0000.png").read_bytes() == (tmp_path / "two" / "0000.png").read_bytes()
+
+
+def test_a_prompt_and_boxes_are_a_layout_without_a_file(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "layout.json"
+    boxes = [Box((0.1, 0.1, 0.5, 0.5), "a red circle"), Box((0.5, 0.5, 0.9, 1.0), "a = b")]
+    file.write_text(json.dumps(Layout("two things", boxes).to_dict()), encoding="utf-8")
+    command = ["sample", "--base", str(base), "--steps", "2"]
+    assert main([*command, "--layout", str(file), "--out", str(tmp_path / "file")]) == 0
+    given = ["--prompt", "two things", "--box", "0.1,0.1,0.5,0.5=a red circle", "--box", ".5, .5, 0.9, 1 = a = b"]
+    assert main([*command, *given, "--out", str(tmp_path / "given")]) == 0
+    for name in ("0000.png", "0000_boxes.png"):
+        assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
+    records = [json.loads((tmp_path / name / "sample.json").read_text()) for name in ("file", "given")]
+    assert records[0]["pictures"] == records[1]["pictures"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "nothing to paint"),
+        (["--box", "0,0,1,1=x"], "--prompt: is missing"),
+        (["--prompt", "x", "--layout", "x.json"], "is given beside --layout"),
+        (["--prompt", "x", "--box", "0,0,1=x"], "--box: is '0,0,1=x'"),
+        (["--prompt", "x", "--box", "0,0,1,1"], "--box: is '0,0,1,1'"),
+        (["--prompt", "x", "--box", "0,0,1,1= "], "--box"),
+        (["--prompt", "x", "--box", "0,0,nan,1=x"], "nan"),
+        (["--prompt", "x", "--box", "0,0,1e300,1=x"], "boxes[0]"),
+        (["--prompt", "x", "--box", "0,0," + "9" * 100_000 + ",1=x"], "boxes[0]"),
+    ],
+)
+def test_a_prompt_or_a_box_that_is_none_is_refused(
+    tmp_path: Path, capsys: Capture, given: list[str], message: str
+) -> None:
+    assert main(["sample", "--base", "nowhere", *given, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error) < 2000
 
 
 def test_batch_size_does_not_change_pictures(base: Path, layouts: Path, tmp_path: Path) -> None:
