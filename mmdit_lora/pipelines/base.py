@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.errors import InputError, NonFiniteError
 from mmdit_lora.layout import Layout
-from mmdit_lora.lora import is_layout_adapter, keep_active, merged_copy
+from mmdit_lora.lora import merged_copy
 from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, without_adapters
 from mmdit_lora.models.base import LayoutModelMixin, refuse_pickle, warn_of_adapters
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.pipelines.finite import each_finite, require_finite
+from mmdit_lora.pipelines.styles import StyleLoader
 from mmdit_lora.ranges import check_adapter_weights, check_arguments, check_window
 
 # What `from_pretrained` of a pipeline and of its transformer both take.
@@ -40,9 +41,6 @@ _SHARED_OPTIONS = (
 )
 
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
 def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
     """A method of a pipeline during which no component drops out, whatever mode it or an adapter's layers are in."""
 
@@ -54,7 +52,7 @@ def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-class LayoutPipeline(DiffusionPipeline):
+class LayoutPipeline(StyleLoader, DiffusionPipeline):
     """Mixed into a diffusers pipeline, in front of it: `pipe(layout=...)` paints pictures that obey layouts.
 
     `from_pretrained` opens a folder or hub id with a layout stream, and a plain one, whose transformer gets a fresh stream
@@ -171,29 +169,6 @@ class LayoutPipeline(DiffusionPipeline):
         refuse_pickle(safe_serialization, str(save_directory))
         writer: Any = super()
         writer.save_lora_weights(save_directory, *args, safe_serialization=True, **kwargs)
-
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> None:
-        """As diffusers'; layout adapters that are active stay active beside the new LoRA (there, it would switch them off).
-
-        Raises:
-            InputError: the file is a pickle (only safetensors are read), or nothing in it is for this pipeline.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        file = str(source) if isinstance(source, str | Path) else None
-        for name in (kwargs.get("weight_name"), file):
-            if name is not None and Path(name).suffix in _PICKLES:
-                raise InputError("is a pickle, which may run code", where=str(name), cure="get it as .safetensors")
-        kwargs["use_safetensors"] = True
-        before = self.get_list_adapters()
-        layout = [name for name in before.get("transformer", ()) if is_layout_adapter(self.transformer, name)]
-        with keep_active(self.transformer, layout.__contains__):
-            super().load_lora_weights(source, **kwargs)
-        if self.get_list_adapters() == before and not kwargs.get("hotswap"):
-            raise InputError(
-                "holds no LoRA for this pipeline",
-                where=file,
-                cure="give one of this family, in the names of diffusers or of kohya-ss/sd-scripts",
-            )
 
     def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
         """As diffusers'.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mmdit_lora.lora.style_names import DOUBLE_AND_SINGLE_BLOCKS, FamilyNames, encoder_prefixes
 from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.finite import FiniteImageProcessor
@@ -38,6 +39,8 @@ class _Flux(LayoutPipeline):
 
     transformer_class = LayoutFluxTransformer2DModel
     opens = ("LayoutFluxPipeline", "FluxPipeline")
+    style_names = FamilyNames(DOUBLE_AND_SINGLE_BLOCKS, encoder_prefixes(clip_l="text_encoder", t5="text_encoder_2"))
+    _lora_loadable_modules: ClassVar[list[str]] = ["transformer", "text_encoder", "text_encoder_2"]
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mmdit_lora.lora.kohya import from_kohya, is_kohya
+from mmdit_lora.lora.style_names import JOINT_BLOCKS, FamilyNames, encoder_prefixes
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines.base import LayoutPipeline
@@ -33,6 +33,11 @@ class _StableDiffusion3(LayoutPipeline):
 
     transformer_class = LayoutSD3Transformer2DModel
     opens = ("LayoutStableDiffusion3Pipeline", "StableDiffusion3Pipeline")
+
+    style_names = FamilyNames(
+        JOINT_BLOCKS, encoder_prefixes(clip_l="text_encoder", clip_g="text_encoder_2", t5="text_encoder_3")
+    )
+    _lora_loadable_modules: ClassVar[list[str]] = ["transformer", "text_encoder", "text_encoder_2", "text_encoder_3"]
 
     # A base may come without T5, and a saved one then says null.
     _optional_components: ClassVar[list[str]] = ["text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"]
@@ -73,19 +78,6 @@ class _StableDiffusion3(LayoutPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
-
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """As diffusers', and it also reads files in the names of kohya-ss/sd-scripts, which diffusers does not convert here.
-
-        Raises:
-            InputError: such a file has parts that have no place in this family.
-        """
-        loaded = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        state, *metadata = loaded if isinstance(loaded, tuple) else (loaded,)
-        if is_kohya(state):
-            state = from_kohya(state)
-        return (state, *metadata) if metadata else state
 
     @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
