@@ -82,7 +82,6 @@ def equal_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency")
 def test_a_style_acts_as_on_the_stock_pipeline_and_leaves_the_stream_alone(pipe: Any, files: dict[str, Path]) -> None:
     stock = stock_of(pipe)
     plain = paint(pipe, prompt="a red circle")
@@ -98,7 +97,6 @@ def test_a_style_acts_as_on_the_stock_pipeline_and_leaves_the_stream_alone(pipe:
     assert np.array_equal(paint(pipe, prompt="a red circle"), plain)
 
 
-@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency")
 def test_both_act_and_the_style_is_left_as_it_was(pipe: Any, files: dict[str, Path]) -> None:
     transformer = pipe.transformer
     bare = paint(pipe, RED)
@@ -131,7 +129,6 @@ def test_both_act_and_the_style_is_left_as_it_was(pipe: Any, files: dict[str, Pa
     assert np.array_equal(paint(pipe, RED), style_alone)
 
 
-@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency")
 def test_a_style_on_top_of_a_layout_adapter_and_off_again(pipe: Any, files: dict[str, Path]) -> None:
     load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
     layout_alone = paint(pipe, RED)
@@ -152,7 +149,6 @@ def test_a_style_on_top_of_a_layout_adapter_and_off_again(pipe: Any, files: dict
     assert np.array_equal(paint(pipe, RED), layout_alone)
 
 
-@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency")
 def test_what_is_off_stays_off(pipe: Any, files: dict[str, Path]) -> None:
     pipe.load_lora_weights(files["style"], adapter_name="style")
     load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
@@ -170,7 +166,6 @@ def test_what_is_off_stays_off(pipe: Any, files: dict[str, Path]) -> None:
     assert np.array_equal(paint(pipe, RED), paint(open_pipeline_again(pipe), RED))
 
 
-@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency")
 def test_a_layout_adapter_trains_beside_a_frozen_style(pipe: Any, files: dict[str, Path]) -> None:
     pipe.load_lora_weights(files["style"], adapter_name="style")
     report = add_layout_lora(pipe.transformer, adapter_name="layout")

@@ -155,19 +155,32 @@ def read_style(
     return parts, ignored, sum(delta.full for there in deltas.values() for delta in there.values())
 
 
-def take_off(model: nn.Module, adapter_name: str) -> None:
-    """Undo a load that failed half-way: no layer, name or entry of the adapter is left."""
-    for name, layer in adapter_layers(model):
-        layer.delete_adapter(adapter_name)
-        if not getattr(layer, "r", None):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    configs: Any = getattr(model, "peft_config", None)
-    if configs is not None:
-        configs.pop(adapter_name, None)
-        if not configs:
-            del model.peft_config
-            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+class Undo:
+    """What a load may change of models, to bring it back after one that failed half-way: no layer or name of it is left."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.models = list(models)
+        self.active = {layer: list(layer.active_adapters) for model in models for _, layer in adapter_layers(model)}
+        self.trained = {p: p.requires_grad for model in models for p in model.parameters()}
+
+    def __call__(self, adapter_name: str) -> None:
+        """Take `adapter_name` off again."""
+        for model in self.models:
+            for name, layer in adapter_layers(model):
+                layer.delete_adapter(adapter_name)
+                if layer in self.active:
+                    layer.set_adapter(self.active[layer])
+                else:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            configs: Any = getattr(model, "peft_config", None)
+            if configs is not None:
+                configs.pop(adapter_name, None)
+                if not configs:
+                    del model.peft_config
+                    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+        for parameter, trained in self.trained.items():
+            parameter.requires_grad_(trained)
 
 
 def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
@@ -188,7 +201,7 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
             raise InputError(
                 f"is stored as {value.dtype}", where=clip(key), cure="give the file in fp32, fp16, bf16 or fp8"
             )
-        elif not value.float().isfinite().all():
+        elif not (value.float() if value.element_size() == 1 else value).isfinite().all():  # fp8 has no isfinite
             not_finite.append(key)
         elif modules.setdefault(name, {}).setdefault(LEAVES[ending], value) is not value:
             raise InputError(f"gives {LEAVES[ending]} twice", where=clip(name))
@@ -291,12 +304,10 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
         change = _dora(tensors["dora_scale"], weight, scale * (up.double() @ down.double()), channels)
         up, down = _whole(change)
         delta = _Delta(up, down, float(down.shape[0]), bias, full=True)
-    if (
-        not delta.up.float().isfinite().all()
-        or not delta.down.float().isfinite().all()
-        or not math.isfinite(delta.alpha)
-    ):
-        raise InputError("its change is not finite in fp32")
+    largest = delta.up.abs().max().double() * delta.down.abs().max().double() * abs(delta.alpha)
+    if not all(number.float().isfinite().all() for number in (delta.up, delta.down, largest)):
+        factors = f"factors up to {delta.up.abs().max():.3g} and {delta.down.abs().max():.3g}"
+        raise InputError(f"its change is not finite in fp32: {factors}, alpha {delta.alpha:.3g}")
     return delta
 
 
@@ -362,7 +373,7 @@ def _factors(method: str, t: Mapping[str, Tensor], width_out: int, width_in: int
 def _pair(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factors (out, r), (r, in) of LoHa and LoKr; with a core they are those of a Tucker decomposition."""
     if core is not None:
-        return a.double().T, _through(core.double(), b.double(), 1)
+        return a.double().T.contiguous(), _through(core.double(), b.double(), 1)
     if a.shape[1] != b.shape[0]:
         raise RuntimeError
     return a.double(), b.double().flatten(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from torch import nn
 
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.lora import is_layout_adapter, keep_active
-from mmdit_lora.lora.style import StylePart, StyleReport, read_style, take_off
+from mmdit_lora.lora.style import StylePart, StyleReport, Undo, read_style
 from mmdit_lora.lora.style_files import fetch_style
 from mmdit_lora.lora.style_names import FamilyNames
 from mmdit_lora.models.adapter_layers import follow_mode
@@ -75,15 +76,15 @@ class StyleLoader:
         except InputError as error:
             raise (error.at(where) if where else error) from None
         offloading = self._optionally_disable_offloading(self)
-        loaded: list[str] = []
+        undo = Undo([model for model in components.values() if model is not None])
         try:
             for component, part in parts.items():
-                model: Any = components[component]
-                loaded.append(component)
-                self._load_part(model, part, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_memory)
+                self._load_part(
+                    components[component], part, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_memory
+                )
         except Exception:
-            for component in loaded if not hotswap else ():
-                take_off(components[component], adapter_name)  # type: ignore[arg-type]
+            if not hotswap:
+                undo(adapter_name)
             raise
         finally:
             self._offload_again(*offloading)
@@ -101,7 +102,9 @@ class StyleLoader:
         self, model: Any, part: StylePart, adapter_name: str, *, hotswap: bool, low_cpu_mem_usage: bool
     ) -> None:
         layout = [name for name in getattr(model, "peft_config", {}) if is_layout_adapter(model, name)]
-        with keep_active(model, layout.__contains__):
+        with keep_active(model, layout.__contains__), warnings.catch_warnings():
+            # A target such as "proj_out" would fit other modules' ends too; the tensors' names decide.
+            warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
             if model is self.transformer:
                 model.load_lora_adapter(
                     part.state,
