@@ -308,7 +308,7 @@ def lokr(*, w1: bool, w2: bool) -> Make:
 
     def method(maker: Maker, name: str, ours: tuple[str, ...], _: bool) -> Tensor:
         width_out, width_in = maker.weight(ours).shape
-        sizes = {"w1": (4, 2), "w2": (width_out // 4, width_in // 2)}
+        sizes = {"w1": (4, 4), "w2": (width_out // 4, width_in // 4)}
         whole: dict[str, Tensor] = {}
         for factor, is_whole in (("w1", w1), ("w2", w2)):
             rows, columns = sizes[factor]

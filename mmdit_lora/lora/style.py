@@ -201,7 +201,7 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
             raise InputError(
                 f"is stored as {value.dtype}", where=clip(key), cure="give the file in fp32, fp16, bf16 or fp8"
             )
-        elif not (value.float() if value.element_size() == 1 else value).isfinite().all():  # fp8 has no isfinite
+        elif not (value := value.float() if value.element_size() == 1 else value).isfinite().all():  # fp8 can nothing
             not_finite.append(key)
         elif modules.setdefault(name, {}).setdefault(LEAVES[ending], value) is not value:
             raise InputError(f"gives {LEAVES[ending]} twice", where=clip(name))
