@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from mmdit_lora.config_filter import FilterSection, Section, nested
+from mmdit_lora.config_filter import FilterSection, Section, bounds, limits_text, nested
 from mmdit_lora.config_sections import (
     DataSection,
     FlowSection,
@@ -29,8 +29,11 @@ from mmdit_lora.config_sections import (
 from mmdit_lora.config_version import VERSION, migrate
 from mmdit_lora.config_yaml import dump_yaml, parse_yaml
 from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.files import read_text
 
 log = logging.getLogger(__name__)
+
+_MOST_BYTES = 2**20  # of a config file
 
 # Pydantic's words for these speak of Python, not of YAML.
 _MESSAGES = {
@@ -48,7 +51,9 @@ class Config(Section):
         ValidationError (pydantic, a ValueError): from Python; `load_config` raises `InputError` instead.
     """
 
-    version: int = Field(default=VERSION, description="of the config's form; `train` reads earlier ones too", ge=1)
+    version: int = Field(
+        default=VERSION, description="of the config's form; `train` reads earlier ones too", ge=1, le=1000
+    )
     base: str = Field(description="what is adapted: a diffusers pipeline folder or a hub id", min_length=1)
     method: Literal["lora", "layout_stream", "full", "ia3", "subspace"] = Field(
         default="lora",
@@ -87,6 +92,12 @@ class Config(Section):
                 f"is {train.quantization} with method full: a quantised base stays frozen",
                 where="train.quantization",
                 cure="set it to none, or train with method lora or layout_stream",
+            )
+        if self.lora.start is not None and self.method != "lora":
+            raise InputError(
+                f"is given with method {self.method}, which trains no LoRA",
+                where="lora.start",
+                cure="set it to null, or train with method lora",
             )
         if data.validation is not None and _same_path(data.path, data.validation):
             raise InputError(
@@ -131,12 +142,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             and line, or the override.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError("no such config file", where=str(path), cure="`mmdit-lora init DATA --out FILE` writes one")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"cannot be read as text ({error})", where=str(path)) from None
+    cure = "`mmdit-lora init DATA --out FILE` writes one"
+    text = read_text(path, what="config file", limit=_MOST_BYTES, cure=cure)
     data, lines = parse_yaml(text, where=str(path))
     if not isinstance(data, dict):
         raise InputError(
@@ -225,6 +232,9 @@ def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str
     if first["type"] == "missing":
         return InputError(f"{name!r} is missing", where=_place(keys[:-1], places, file), cure=_meaning(keys))
     message = _MESSAGES.get(first["type"]) or first["msg"].replace("Input should", "it should")
+    message = message.removeprefix("Value error, ").replace("String should", "it should")
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        message += f'. In quotes it is one: "{first["input"]}"'
     return InputError(
         f"{name} is {reprlib.repr(first['input'])}: {message}", where=_place(keys, places, file), cure=_meaning(keys)
     )
@@ -238,7 +248,10 @@ def _place(keys: tuple[str, ...], places: Mapping[tuple[Any, ...], str], file: s
 def _meaning(keys: tuple[str, ...]) -> str | None:
     model = nested(Config, keys[:-1]) if keys else None
     field = model.model_fields.get(keys[-1]) if model is not None else None
-    return f"give {'.'.join(keys)}: {field.description}" if field is not None else None
+    if field is None:
+        return None
+    limits = bounds(field)
+    return f"give {'.'.join(keys)}: {field.description}" + (f"; {limits_text(limits)}" if limits else "")
 
 
 def _kind(value: Any) -> str:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmdit_lora.config_filter import BucketsSection, FilterSection, Section, without_empty_sections
+from mmdit_lora.errors import clip
 
+Share = Annotated[float, Field(ge=0, le=1)]
 # YAML has lists only, and strict mode would refuse them where a tuple is meant.
-Pair = Annotated[tuple[float, float], Field(strict=False)]
+Pair = Annotated[tuple[Share, Share], Field(strict=False)]
 
+# Every number has a lower and an upper bound (`tests/test_config.py` holds that): beyond them it is a slip of the pen, and
+# would end in an overflow or in a run that trains nothing.
+MAX_STEPS = 9_999_999  # a checkpoint's name has seven digits
+MAX_BATCH = 65_536
+MAX_RANK = 16_384
+MAX_SIDE = 16_384  # pixels
 MAX_SEED = 2**32 - 1  # NumPy's limit, and Accelerate seeds NumPy too
 
 
@@ -33,7 +42,10 @@ class DataSection(Section):
         default="relative", description="relative (0 to 1 of the picture's sides) | pixel"
     )
     resolution: int | None = Field(
-        default=None, description="side of the square training pictures in pixels; null = the base's own", ge=16
+        default=None,
+        description="side of the square training pictures in pixels; null = the base's own",
+        ge=16,
+        le=MAX_SIDE,
     )
     crop: Literal["center", "random"] = Field(
         default="center", description="what is kept of an oblong picture: center | random"
@@ -52,7 +64,10 @@ class DataSection(Section):
         lt=0.5,
     )
     workers: int = Field(
-        default=0, description="threads that read the pictures of the next batches ahead; for shards in a store", ge=0
+        default=0,
+        description="threads that read the pictures of the next batches ahead; for shards in a store",
+        ge=0,
+        le=256,
     )
     cache: str | None = Field(
         default=None, description="folder for what the encoders make, shared by runs and data sets; null = memory only"
@@ -61,6 +76,7 @@ class DataSection(Section):
         default=None,
         description="a random crop or flip is one of so many a picture, which can be cached; null = a new one each time",
         ge=1,
+        le=1_000_000,
     )
     filter: FilterSection = Field(default=FilterSection(), description="which boxes are used at all")
     buckets: BucketsSection = Field(
@@ -74,9 +90,12 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    r: int = Field(default=16, description="rank of each adapter", ge=1)
+    r: int = Field(default=16, description="rank of each adapter", ge=1, le=MAX_RANK)
     alpha: float = Field(
-        default=32.0, description="strength: the update is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0
+        default=32.0,
+        description="strength: the update is scaled by alpha / r (alpha / sqrt(r) with rslora)",
+        ge=1e-6,
+        le=1e6,
     )
     dropout: float = Field(default=0.1, description="dropout before each adapter, in training only", ge=0, lt=1)
     targets: list[str] = Field(
@@ -84,16 +103,35 @@ class LoraSection(Section):
         description="name endings of the linears that get one",
         min_length=1,
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
         default={}, description="another rank for some of them, e.g. {layout_processor.layout_mlp.fc1: 4}"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={}, description="another alpha for some")
+    alpha_pattern: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] = Field(
+        default={}, description="another alpha for some"
+    )
     init: Literal["default", "gaussian"] = Field(
         default="default",
         description="of lora_A: default (Kaiming uniform) | gaussian; lora_B is 0, so a new adapter changes nothing",
     )
     rslora: bool = Field(default=False, description="rank-stabilised scaling")
     dora: bool = Field(default=False, description="DoRA: magnitude and direction are trained apart")
+    start: str | None = Field(
+        default=None,
+        description="an adapter that training begins from, of the same base, ranks, alphas and targets; null = a new one",
+        min_length=1,
+    )
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:  # PEFT reads them as regular expressions
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"{clip(repr(pattern))} is no name of a module, nor a regular expression ({error})"
+                ) from None
+        return value
 
 
 class StreamSection(Section):
@@ -115,6 +153,7 @@ class StreamSection(Section):
         default=None,
         description="text tokens that stand for a phrase; null = as the base has it, one pooled embedding in a new one",
         ge=1,
+        le=4096,
     )
     parts: list[str] = Field(
         default=[],
@@ -123,7 +162,9 @@ class StreamSection(Section):
 
 
 class SubspaceSection(Section):
-    dimension: int = Field(default=1000, description="numbers that train; they move all linears of the stream", ge=1)
+    dimension: int = Field(
+        default=1000, description="numbers that train; they move all linears of the stream", ge=1, le=1_000_000_000
+    )
     structured: bool = Field(default=False, description="a learned scale for each block, counted in the dimension")
     seed: int | None = Field(default=None, description="of the random directions; null = train.seed", ge=0, le=MAX_SEED)
 
@@ -132,45 +173,51 @@ class FlowSection(Section):
     timesteps: Literal["logit_normal", "mode", "uniform"] = Field(
         default="logit_normal", description="how t is drawn in training: logit_normal | mode | uniform"
     )
-    logit_mean: float = Field(default=0.0, description="logit_normal: mean; above 0 draws noisier t")
-    logit_std: float = Field(default=1.0, description="logit_normal: standard deviation", gt=0)
-    mode_scale: float = Field(default=1.29, description="mode: weight of the middle of [0, 1]")
+    logit_mean: float = Field(default=0.0, description="logit_normal: mean; above 0 draws noisier t", ge=-10, le=10)
+    logit_std: float = Field(default=1.0, description="logit_normal: standard deviation", ge=1e-3, le=10)
+    # Beyond these t is no rising function of the number that is drawn, and leaves [0, 1] (arXiv 2403.03206, eq. 20).
+    mode_scale: float = Field(default=1.29, description="mode: weight of the middle of [0, 1]", ge=-1, le=1.75)
     shift: float = Field(
-        default=1.0, description="moves t towards noise, as the scheduler's shift does (1 = off)", gt=0
+        default=1.0, description="moves t towards noise, as the scheduler's shift does (1 = off)", ge=1e-3, le=1000
     )
     weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = Field(
         default="none", description="weight of the loss over t: none | min_snr | sigma_sqrt | cosmap"
     )
-    min_snr_gamma: float = Field(default=5.0, description="min_snr: where the signal-to-noise ratio is cut", gt=0)
+    min_snr_gamma: float = Field(
+        default=5.0, description="min_snr: where the signal-to-noise ratio is cut", ge=1e-3, le=1e6
+    )
     inside_weight: float = Field(
-        default=1.0, description="weight of the loss inside boxes, relative to outside (1 = off)", gt=0
+        default=1.0, description="weight of the loss inside boxes, relative to outside (1 = off)", ge=1e-3, le=1000
     )
     guidance: float = Field(
         default=1.0,
         description="embedded guidance that a guidance-distilled base is trained with; others take 1.0",
         ge=0,
+        le=1000,
     )
 
 
 class TrainSection(Section):
-    max_steps: int = Field(default=1000, description="optimizer steps", ge=1)
-    batch_size: int = Field(default=8, description="pictures per step and process", ge=1)
-    gradient_accumulation: int = Field(default=1, description="batches per optimizer step", ge=1)
+    max_steps: int = Field(default=1000, description="optimizer steps", ge=1, le=MAX_STEPS)
+    batch_size: int = Field(default=8, description="pictures per step and process", ge=1, le=MAX_BATCH)
+    gradient_accumulation: int = Field(default=1, description="batches per optimizer step", ge=1, le=MAX_BATCH)
     optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = Field(
         default="adamw",
         description="adamw | adamw_8bit (bitsandbytes, on a GPU) | prodigy (finds its rate: learning_rate 1.0)",
     )
-    learning_rate: float = Field(default=1e-4, description="peak learning rate", gt=0)
+    learning_rate: float = Field(default=1e-4, description="peak learning rate", ge=1e-10, le=1000)
     lora_plus: float = Field(
-        default=1.0, description="LoRA+: learning rate of lora_B relative to that of lora_A (1 = off)", ge=1
+        default=1.0, description="LoRA+: learning rate of lora_B relative to that of lora_A (1 = off)", ge=1, le=10_000
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="after the warm-up: constant | cosine | linear (the last two fall to 0)"
     )
-    warmup_steps: int = Field(default=0, description="steps over which the learning rate rises from 0", ge=0)
-    weight_decay: float = Field(default=0.01, description="weight decay", ge=0)
+    warmup_steps: int = Field(
+        default=0, description="steps over which the learning rate rises from 0", ge=0, le=MAX_STEPS
+    )
+    weight_decay: float = Field(default=0.01, description="weight decay", ge=0, le=100)
     adam_betas: Pair = Field(default=(0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
-    max_grad_norm: float = Field(default=1.0, description="gradients are scaled down to this norm", gt=0)
+    max_grad_norm: float = Field(default=1.0, description="gradients are scaled down to this norm", ge=1e-6, le=1e9)
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="no | fp16 | bf16")
     seed: int = Field(default=0, description="seed of everything that is drawn", ge=0, le=MAX_SEED)
     caption_dropout: float = Field(
@@ -183,7 +230,7 @@ class TrainSection(Section):
         default=0.0, description="share of boxes left out of a training layout; one always stays", ge=0, le=1
     )
     phrase_dropout: float = Field(default=0.0, description="share of boxes trained with an empty phrase", ge=0, le=1)
-    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=1000)] = Field(
         default=False, description="less memory, up to a third more time: false | true | k (every k-th block)"
     )
     attention_backend: str | None = Field(
@@ -207,19 +254,26 @@ class TrainSection(Section):
         description="what becomes the adapter: the last weights | the best validated (by fidelity, else held-out loss)",
     )
     early_stop: int = Field(
-        default=0, description="stop after so many validations without a better one; 0 = never", ge=0
+        default=0, description="stop after so many validations without a better one; 0 = never", ge=0, le=MAX_STEPS
     )
     checkpoint_every: int = Field(
-        default=500, description="steps between checkpoints that a run can resume from; 0 = none", ge=0
+        default=500,
+        description="steps between checkpoints that a run can resume from, and one at its end; 0 = none",
+        ge=0,
+        le=MAX_STEPS,
     )
-    keep_checkpoints: int = Field(default=2, description="how many of them are kept, beside the best", ge=1)
-    validate_every: int = Field(default=250, description="steps between validation losses; 0 = none", ge=0)
-    sample_every: int = Field(default=250, description="steps between sampled pictures; 0 = none", ge=0)
-    sample_count: int = Field(default=8, description="pictures sampled each time", ge=0)
+    keep_checkpoints: int = Field(
+        default=2, description="how many of them are kept, beside the best", ge=1, le=MAX_STEPS
+    )
+    validate_every: int = Field(
+        default=250, description="steps between validation losses, and one at the end; 0 = none", ge=0, le=MAX_STEPS
+    )
+    sample_every: int = Field(default=250, description="steps between sampled pictures; 0 = none", ge=0, le=MAX_STEPS)
+    sample_count: int = Field(default=8, description="pictures sampled each time", ge=0, le=10_000)
     preflight: bool = Field(
         default=True, description="two trial steps before the first: gradients, memory, time, disk (a few seconds)"
     )
-    log_every: int = Field(default=10, description="steps between log lines", ge=1)
+    log_every: int = Field(default=10, description="steps between log lines", ge=1, le=MAX_STEPS)
 
 
 class PriorSection(Section):
@@ -227,9 +281,15 @@ class PriorSection(Section):
         default=None,
         description="against forgetting: layouts of the old domain (data set folder, .json or .jsonl); null = off",
     )
-    count: int = Field(default=200, description="how many of them are used; the base paints them before step 1", ge=1)
-    batch_size: int = Field(default=8, description="of them, beside the pictures of each step and process", ge=1)
-    weight: float = Field(default=1.0, description="weight of the change of the base's own predictions on them", gt=0)
+    count: int = Field(
+        default=200, description="how many of them are used; the base paints them before step 1", ge=1, le=10_000_000
+    )
+    batch_size: int = Field(
+        default=8, description="of them, beside the pictures of each step and process", ge=1, le=MAX_BATCH
+    )
+    weight: float = Field(
+        default=1.0, description="weight of the change of the base's own predictions on them", ge=1e-6, le=1e6
+    )
 
 
 class TrackingSection(Section):
@@ -242,11 +302,13 @@ class TrackingSection(Section):
 
 
 class SampleSection(Section):
-    steps: int | None = Field(default=None, description="sampling steps; null = what the base states", ge=1)
+    steps: int | None = Field(default=None, description="sampling steps; null = what the base states", ge=1, le=10_000)
     guidance_scale: float | None = Field(
-        default=None, description="classifier-free guidance by the caption; null = what the base states", ge=0
+        default=None, description="classifier-free guidance by the caption; null = what the base states", ge=0, le=1000
     )
-    layout_scale: float = Field(default=1.0, description="multiplier of the layout residual (1 = as trained, 0 = off)")
+    layout_scale: float = Field(
+        default=1.0, description="multiplier of the layout residual (1 = as trained, 0 = off)", ge=-100, le=100
+    )
     layout_window: Pair = Field(
         default=(0.0, 1.0), description="part of the sampling steps where the layout is on, from and to"
     )

@@ -45,6 +45,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+# A config has no bytes, dates, sets or pairs: SafeLoader's constructors of these, asked for by a tag, are left out.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "str", "seq", "map")
+}
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 for _tag, _pattern, _first in _CORE:
@@ -84,7 +90,7 @@ def parse_yaml(text: str, *, where: str, numbered: bool = True) -> tuple[Any, Li
         raise InputError(f"is not YAML: {error.problem or error.context}", where=place) from None
     except yaml.YAMLError as error:
         raise InputError(f"is not YAML: {error}", where=where) from None
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, KeyError) as error:  # KeyError: `!!bool x`
         raise InputError(f"is not a config: {error}", where=where) from None
 
 

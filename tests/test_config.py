@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
 
 from mmdit_lora import config_version
 from mmdit_lora.config import SECTIONS, Config, load_config
+from mmdit_lora.config_filter import bounds, limits_text, nested
 from mmdit_lora.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +44,7 @@ def test_two_keys_are_enough_and_the_rest_are_the_agreed_defaults(tmp_path: Path
         ("train: {mixed_precision: no}", "train.mixed_precision", "no"),  # False in YAML 1.1
         ("train: {max_steps: 010}", "train.max_steps", 10),  # 8 in YAML 1.1
         ("tracking: {run_name: 2026-01-31}", "tracking.run_name", "2026-01-31"),  # a date in YAML 1.1
+        ("output_dir: 2026-13-45 10:00:00", "output_dir", "2026-13-45 10:00:00"),  # to PyYAML a raw ValueError
         ("lora: {alpha: 8}", "lora.alpha", 8.0),
         ("lora:\n  # r: 8", "lora.r", 16),
         ("defaults: &d {r: 4}\n", None, None),
@@ -92,8 +97,17 @@ def test_overrides_win_the_last_one_most(tmp_path: Path) -> None:
         ("data.validation_share=1", "less than 1"),
         ("train.layout_dropout=0.1", "method full"),
         ("sample.layout_window=[0.5, 0.5]", "from < to"),
-        ("flow.shift=0", "greater than 0"),
-        ("flow.inside_weight=0", "greater than 0"),
+        ("flow.shift=0", "from 0.001 to 1,000"),
+        ("flow.inside_weight=0", "from 0.001 to 1,000"),
+        ("train.learning_rate=1e300", "from 1e-10 to 1,000"),
+        ("train.learning_rate=-.inf", "finite"),
+        ("train.max_steps=10000000", "from 1 to 9,999,999"),
+        ("lora.dropout=7", "from 0 to below 1"),
+        ("lora.alpha_pattern={fc1: .nan}", "finite"),
+        ('lora.rank_pattern={"(": 4}', "nor a regular expression"),
+        ('output_dir="a\\0b"', "NUL"),
+        ("tracking.run_name=2024", 'In quotes it is one: "2024"'),
+        ("lora.start=''", "at least 1 character"),
         ("flow.guidance=-1", "greater than or equal to 0"),
         ("stream.attention=croos", "'siamese' or 'cross'"),
         ("stream.init=copy", "'copy_text', 'copy_image' or 'random'"),
@@ -146,6 +160,8 @@ def test_checkpointing_is_on_or_off_or_every_so_many_blocks(tmp_path: Path, valu
         (REQUIRED + "lora:\n  r: 8\n  r: 4\n", 5, "'r' stands twice"),
         (REQUIRED + "lora: !!python/object/apply:os.system ['true']\n", 3, "YAML tag"),
         (REQUIRED + "lora:\n  r: [1\n", 5, "not YAML"),
+        (REQUIRED + "output_dir: !!timestamp 2024-01-01\n", 3, "YAML tag"),
+        (REQUIRED + "license: !!binary aGk=\n", 3, "YAML tag"),
         ("data: d\nbase: {a: 1}\n", 2, "base is"),
     ],
 )
@@ -197,6 +213,41 @@ def test_every_key_is_described_in_one_plain_line() -> None:
         for name, field in model.model_fields.items():
             assert field.description, name
             assert "\n" not in field.description, name
+
+
+def numbers(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted name and field of every key that takes a number, also in a list, a mapping or a union."""
+    for name, field in model.model_fields.items():
+        inner = nested(model, (name,))
+        if inner is not None:
+            yield from numbers(inner, (*above, name))
+        elif re.search(r"\b(int|float)\b", str(field.annotation)):
+            yield ".".join((*above, name)), field
+
+
+NUMBERS = dict(numbers(Config))
+
+
+def test_every_number_has_both_bounds() -> None:
+    assert len(NUMBERS) > 50
+    for key, field in NUMBERS.items():
+        kinds = {type(limit) for limit in bounds(field)}
+        assert kinds & {Ge, Gt}, key
+        assert kinds & {Le, Lt}, key
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e300", "-1e300", "-777", "1" + "0" * 30, "-" + "9" * 400])
+def test_absurd_numbers_are_refused_by_name_with_the_range(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, REQUIRED)
+    shapes = {"rank_pattern": "{fc1: %s}", "alpha_pattern": "{fc1: %s}", "resolutions": "[%s]"}
+    for key, field in NUMBERS.items():
+        is_pair = "tuple" in str(field.annotation)
+        text = shapes.get(key.split(".")[-1], "[0.5, %s]" if is_pair else "%s")
+        with pytest.raises(InputError) as caught:
+            load_config(path, [f"{key}={text % value}"])
+        assert key in str(caught.value), key
+        if key != "version":
+            assert limits_text(bounds(field)) in str(caught.value), key
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)

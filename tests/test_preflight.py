@@ -53,8 +53,21 @@ def write_config(config: Config, path: Path) -> str:
 # --- a good run -------------------------------------------------------------------------------------------------------
 
 
+def short_texts(data: Path, folder: Path) -> Path:
+    """The same pictures with texts of a few tokens: the tiny base's encoders read 16."""
+    shutil.copytree(data, folder)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for entry in lines:
+        entry |= {
+            "caption": "some things",
+            "objects": entry["objects"] | {"phrase": ["a thing"] * len(entry["objects"]["bbox"])},
+        }
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 def test_a_good_run_passes_every_check(base: Path, data: Path, tmp_path: Path) -> None:
-    report = look(make_config(base, data, tmp_path / "run"))
+    report = look(make_config(base, short_texts(data, tmp_path / "short"), tmp_path / "run"))
     assert set(states(report).values()) == {"ok"}
     assert list(states(report)) == ["data", "targets", "base", "gradients", "memory", "time", "disk", "tracker"]
     assert "9 pictures" in by_name(report, "data")
@@ -111,8 +124,9 @@ def test_a_run_is_bit_equal_with_and_without_it(base: Path, data: Path, tmp_path
 def test_check_only_says_all_in_a_table_and_in_json_and_writes_nothing(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = {"path": str(data), "validation_share": 0.25, "cache": str(tmp_path / "cache")}
-    path = write_config(make_config(base, data, tmp_path / "run", data=values), tmp_path / "run.yaml")
+    short = short_texts(data, tmp_path / "short")
+    values = {"path": str(short), "validation_share": 0.25, "cache": str(tmp_path / "cache")}
+    path = write_config(make_config(base, short, tmp_path / "run", data=values), tmp_path / "run.yaml")
     assert main(["train", path, "--check-only", "--json"]) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
@@ -121,7 +135,7 @@ def test_check_only_says_all_in_a_table_and_in_json_and_writes_nothing(
     assert {check["state"] for check in found["checks"]} == {"ok"}
     assert "ready to train" in said.err
     assert all(len(line) <= 80 for line in said.err.splitlines())
-    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run.yaml", "short"}
     assert main(["train", path, "--check-only", "--json", "train.batch_size=200"]) == 2
     said = capsys.readouterr()
     assert json.loads(said.out)["ok"] is False
@@ -131,7 +145,7 @@ def test_check_only_says_all_in_a_table_and_in_json_and_writes_nothing(
     (check,) = json.loads(said.out)["checks"]
     assert "layout_mlp.fc9" in check["found"]
     assert said.err.count("error:") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run.yaml", "short"}
 
 
 # --- each failure once ------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_a_wandb_run_holds_fingerprints_and_the_adapter_with_its_card(base: Path
     report = train(make_config(base, data, tmp_path, tracking={"tracker": "wandb"})).report
     (run,) = read_offline_runs(tmp_path)
     assert run.config["fingerprints"] == report["fingerprints"]
-    assert set(run.config["fingerprints"]) == {"base", "data"}
+    assert set(run.config["fingerprints"]) == {"base", "encoders", "data", "validation"}
     assert run.config["train"]["max_steps"] == 4
     (file,) = (path for path in tmp_path.rglob("run-*.wandb") if not path.parent.is_symlink())
     kept = [r.request.log_artifact.artifact for r in map(Record.FromString, records(file.read_bytes()))]

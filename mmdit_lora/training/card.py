@@ -96,7 +96,8 @@ def _table(config: Config, report: dict[str, Any]) -> str:
         "sizes": ", ".join(list(report["buckets"])[:8]) + (", ..." if len(report["buckets"]) > 8 else ""),
         "seed": train.seed,
         "time": f"{report['seconds']:,.0f} s",
-        "base fingerprint": f"`{report['fingerprints']['base']}`",
-        "data fingerprint": f"`{report['fingerprints']['data']}`",
     }
+    if (start := report["start"]) is not None:
+        rows["started from"] = f"the adapter {start['name']}"
+    rows |= {f"{name} fingerprint": f"`{digest}`" for name, digest in report["fingerprints"].items()}
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())

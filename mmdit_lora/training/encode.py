@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdit_lora.pipelines import LayoutPipeline
+from mmdit_lora.pipelines.texts import quiet_texts
 from mmdit_lora.training.encode_store import EncodingStore
 
 CACHE_BYTES = 4 * 2**30
@@ -115,13 +116,15 @@ class Encoder:
     @torch.no_grad()
     def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
         """As `prompt`, always made."""
-        embeds, pooled = self.pipe.encode_caption(caption)
+        with quiet_texts(self.pipe):
+            embeds, pooled = self.pipe.encode_caption(caption)
         return embeds.cpu(), pooled.cpu()
 
     @torch.no_grad()
     def encode_phrase(self, phrase: str) -> Tensor:
         """As `phrase`, always made."""
-        return self.pipe.encode_phrases([phrase]).cpu()
+        with quiet_texts(self.pipe):
+            return self.pipe.encode_phrases([phrase]).cpu()
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -98,6 +98,12 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
                         run.save()
             if stopped:
                 raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
+        # A run that ended may go on with more steps, from where it ended.
+        is_saved = not settings.checkpoint_every or any(
+            c.step == state.step for c in checkpoints(run.folder / CHECKPOINTS)
+        )
+        if not is_saved and (tracker is not None or run.is_sharded):
+            run.save()
 
 
 def _step(run: Run, meter: Meter, *, with_norms: bool, with_samples: bool) -> tuple[StepRecord, dict[str, float]]:

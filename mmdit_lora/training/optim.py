@@ -58,9 +58,10 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection) -> torch.optim.lr_scheduler.LambdaLR:
-    """diffusers' schedule of that name: one step of it is one of the optimizer."""
+    """diffusers' schedule of that name: one step of it is one of the optimizer. The rate is a function of (step, max_steps)."""
+    # diffusers' "constant" knows no warm-up, and leaves it out without a word.
     schedule: Any = get_scheduler(
-        train.lr_schedule,
+        "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule,
         optimizer,
         num_warmup_steps=train.warmup_steps,
         num_training_steps=train.max_steps,

@@ -5,12 +5,18 @@ What makes a run impossible to set up (no such target, zero gates, no data) `pre
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from accelerate.utils import DistributedType, gather_object
 
+from mmdit_lora.data.shards import ShardedRecords, Subset, spread
 from mmdit_lora.errors import listed
 from mmdit_lora.lora.adapt import with_adapter
+from mmdit_lora.pipelines.texts import long_texts
+from mmdit_lora.training.cautions import cautions
 from mmdit_lora.training.checkpoint import Checkpoint
 from mmdit_lora.training.checks import Check, Lines, Preflight
+from mmdit_lora.training.identity import first_change
 from mmdit_lora.training.needs import check_disk, check_memory, check_time, check_tracker, size_text, step_text
 from mmdit_lora.training.run import Run
 from mmdit_lora.training.trial import Trial, try_steps
@@ -21,6 +27,7 @@ _WHOLE = {
     DistributedType.MULTI_GPU,
 }  # elsewhere no process has all of a weight
 _SHOWN_DIGITS = 12
+_TEXTS = 10_000  # records whose texts are counted
 
 
 def preflight(
@@ -42,6 +49,10 @@ def preflight(
         _check_data(run, lines)
     with report.timed("targets") as lines:
         _check_targets(run, lines)
+    if odd := list(cautions(run)):
+        with report.timed("settings") as lines:
+            for found, cure in odd:
+                lines.warn(found, cure)
     with report.timed("base") as lines:
         _check_base(run, checkpoint, lines)
     trial = None
@@ -74,24 +85,49 @@ def _check_data(run: Run, lines: Lines) -> None:
     counts = examples.bucket_counts()
     sizes = f"{next(iter(counts))} px" if len(counts) == 1 else f"{len(counts)} sizes, most {next(iter(counts))} px"
     known = "" if boxes is None else f", {boxes:,} boxes"
-    text = f"{len(examples.records):,} pictures to train on, {held_out:,} held out{known}, {sizes}"
+    data, total = run.config.data, len(examples.records) + held_out
+    by = f" by data.validation_share {data.validation_share:g}" if held_out and data.validation is None else ""
+    text = f"{len(examples.records):,} pictures to train on, {held_out:,} held out{by}{known}, {sizes}"
+    warnings: list[tuple[str, str | None]] = [(line, None) for line in run.data_losses[1]]
+    warnings += _long_texts(run)
     if boxes == 0:
         lines.fail(
             f"none of {len(examples.records):,} pictures has a box", "see `mmdit-lora data check`, and data.filter"
         )
     elif (batch := run.batches["train.batch_size"]) > len(examples.records):
         lines.fail(
-            f"a step takes {batch} pictures, and there are {len(examples.records)} to train on",
-            "lower train.batch_size or train.gradient_accumulation, or give more pictures",
+            f"a step takes {batch} pictures, and there are {len(examples.records)} to train on"
+            + (f": {held_out} of {total} are held out{by}" if by else ""),
+            "lower train.batch_size or train.gradient_accumulation, or give more pictures"
+            + (", or hold none out: data.validation_share=0" if by else ""),
         )
+    elif warnings:  # not "ok" in the first line, and the rest of it below
+        found, cure = warnings.pop(0)
+        lines.warn(f"{text}; {found}", cure)
     else:
         lines.ok(text)
-    for line in run.data_losses[1]:
-        lines.warn(line)
+    for found, cure in warnings:
+        lines.warn(found, cure)
+
+
+def _long_texts(run: Run) -> Iterator[tuple[str, str]]:
+    """Captions and phrases of which an encoder reads the beginning only, of all records or of `_TEXTS` spread over them."""
+    records = run.examples.records
+    if len(records) > _TEXTS:
+        if isinstance(records, ShardedRecords | Subset):
+            records = spread(records, _TEXTS)
+        else:
+            records = [records[n * len(records) // _TEXTS] for n in range(_TEXTS)]
+    of = "" if len(records) == len(run.examples.records) else f" (of {len(run.examples.records):,} pictures, a sample)"
+    phrases = dict.fromkeys(box.phrase for record in records for box in record.layout.boxes)
+    captions = long_texts(run.pipe, [record.layout.caption for record in records], "captions")
+    for found in (captions, long_texts(run.pipe, phrases, "phrases")):
+        if found is not None:
+            yield found + of, "shorten them, or put what matters first; `mmdit-lora data check` lists them"
 
 
 def _check_targets(run: Run, lines: Lines) -> None:
-    report = run.trainable
+    report, start = run.trainable, run.start
     share = 100 * report.trainable_params / max(report.total_params, 1)
     text = f"{report.trainable_params:,} of {report.total_params:,} parameters ({share:.3g} %)"
     details = report.details
@@ -103,6 +139,7 @@ def _check_targets(run: Run, lines: Lines) -> None:
     lines.ok(
         f"{len(details['targets'])} linears with LoRA of rank {', '.join(map(str, ranks))}: {text}; "
         f"adapter {size_text(details['adapter_bytes'])}"
+        + (f"; begins from {start.name}, {start.fingerprint[:_SHOWN_DIGITS]}" if start is not None else "")
     )
     dead = details["dead_targets"]
     if not dead:
@@ -117,14 +154,9 @@ def _check_base(run: Run, checkpoint: Checkpoint | None, lines: Lines) -> None:
     lines.ok(f"{run.config.base} ({run.pipe.transformer.family}), {digest[:_SHOWN_DIGITS]}")
     if checkpoint is None:
         return
-    saved = checkpoint.state()["fingerprints"]
-    for what, now in run.fingerprints.items():
-        if saved[what] != now:
-            lines.fail(
-                f"the {what} is not the one that this run was started with: {now[:_SHOWN_DIGITS]}, "
-                f"and {saved[what][:_SHOWN_DIGITS]} in {checkpoint.folder}",
-                f"put the {what} back as it was, or start a new run in another output_dir",
-            )
+    changed = first_change(checkpoint.state()["fingerprints"], run.fingerprints, where=str(checkpoint.folder))
+    if changed is not None:
+        lines.fail(f"{changed.what} {checkpoint.folder}", changed.cure or "")
 
 
 def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:

@@ -23,6 +23,7 @@ from mmdit_lora.evaluate.draw import save_png
 from mmdit_lora.files import write_text
 from mmdit_lora.layout import Layout, read_layouts
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.pipelines.texts import quiet_texts
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.step import Batch, Objective, losses, predict
 
@@ -70,7 +71,7 @@ def paint_prior(
         for number, layout in enumerate(layouts)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    with without_adapter(pipe.transformer), torch.no_grad():
+    with without_adapter(pipe.transformer), torch.no_grad(), quiet_texts(pipe):
         # By batches that are always the same: the last bits of a picture depend on the others of its batch.
         for start in range(0, len(layouts), settings.batch_size):
             names = [line["file_name"] for line in lines[start : start + settings.batch_size]]

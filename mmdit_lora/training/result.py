@@ -39,6 +39,7 @@ def save_result(
         "base": config.base,
         "fingerprint": report["fingerprints"]["base"],
         "data_fingerprint": report["fingerprints"]["data"],
+        **({"start": start} if (start := report["start"]) is not None else {}),
         "family": pipe.transformer.family,
         "r": config.lora.r,
         "alpha": config.lora.alpha,

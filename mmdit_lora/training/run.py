@@ -21,11 +21,12 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 from mmdit_lora.training.averaging import Averaged
-from mmdit_lora.training.checkpoint import Checkpoint, save_checkpoint, trainable_parameters
+from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, save_checkpoint, trainable_parameters
 from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.held_out import PairedLoss
+from mmdit_lora.training.identity import fingerprint_encoders, fingerprint_layouts, first_change
 from mmdit_lora.training.method import TrainableReport, refuse_frozen, set_trainable
 from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.optim import make_optimizer, make_schedule
@@ -34,6 +35,7 @@ from mmdit_lora.training.prior import FOLDER, Prior, paint_prior, prior_layouts
 from mmdit_lora.training.run_data import read_data, run_buckets
 from mmdit_lora.training.sharding import check_sharding, is_sharded
 from mmdit_lora.training.split import fingerprint_records
+from mmdit_lora.training.start import Start, begin_from
 from mmdit_lora.training.step import Objective
 from mmdit_lora.training.switches import apply_switches
 from mmdit_lora.training.zero import open_whole, set_engine
@@ -78,6 +80,7 @@ class Run:
     dtype: torch.dtype
     data_losses: tuple[dict[str, Any], list[str]]
     average: Averaged | None = None
+    start: Start | None = None  # the adapter that it began from
     prior: Prior | None = None
     prior_layouts: list[Layout] = field(default_factory=list)
     state: State = field(default_factory=State)
@@ -168,6 +171,7 @@ class Run:
         state = {
             "config": self.config.model_dump(mode="json"),
             "fingerprints": self.fingerprints,
+            "start": None if self.start is None else self.start.to_dict(),
             "batches": self.batches,
             "schedule_step": self.schedule.last_epoch,
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -192,13 +196,8 @@ class Run:
             InputError: it is damaged, or of another base, data set or set of trainable parameters.
         """
         saved = checkpoint.state()
-        for what, digest in self.fingerprints.items():
-            if saved["fingerprints"][what] != digest:
-                raise InputError(
-                    f"the {what} is not the one that this run was started with",
-                    where=str(checkpoint.folder),
-                    cure="start a new run",
-                )
+        if changed := first_change(saved["fingerprints"], self.fingerprints, where=str(checkpoint.folder)):
+            raise changed
         for key, size in self.batches.items():
             before = saved["batches"][key]
             if size != before:
@@ -210,6 +209,7 @@ class Run:
         checkpoint.load(self.bare_model, self.optimizer)
         if self.average is not None:
             self.average.load(checkpoint.folder / AVERAGE)
+        # The rate is a function of the step reached and of this config, whose max_steps may be another one.
         self.schedule.last_epoch = saved["schedule_step"]
         for group, base, factor in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
@@ -240,11 +240,22 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     pipe, base_fingerprint = open_base(config, dtype)
     buckets = run_buckets(config, pipe)
     _check_guidance(config, pipe)
-    fingerprints = {"base": base_fingerprint, "data": fingerprint_records(data.records)}
+    fingerprints = {
+        "base": base_fingerprint,
+        "encoders": fingerprint_encoders(pipe),
+        "data": fingerprint_records(data.records),
+    }
+    if data.held_out:
+        fingerprints["validation"] = fingerprint_records(data.held_out)
+    if layouts:
+        fingerprints["prior"] = fingerprint_layouts(layouts)
     pipe.to(accelerator.device)
 
     torch.manual_seed(settings.seed)  # the adapter's initial weights
     trainable = set_trainable(pipe.transformer, config)
+    start = _start(config, pipe, base_fingerprint, resume)
+    if start is not None:
+        fingerprints["start"] = start.fingerprint
     refuse_frozen(pipe.transformer, trainable)
     pipe.transformer.train()
     # Every process opened the same files: DDP need not send what does not train around, and cannot where it is quantised.
@@ -278,6 +289,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         dtype=dtype,
         data_losses=(counts, [*warnings, *examples.bucket_warnings()]),
         average=average,
+        start=start,
         prior_layouts=layouts,
     )
 
@@ -291,6 +303,17 @@ def settle(run: Run) -> None:
         for name, parameter in run.pipe.transformer.named_parameters():
             if "layout" in name:
                 parameter.data = parameter.data.to(run.dtype)
+
+
+def _start(config: Config, pipe: LayoutPipeline, base_fingerprint: str, resume: bool) -> Start | None:
+    """Begin from `lora.start`. A run that goes on has its weights in the checkpoint: there it need no longer be at hand."""
+    adapter = config.lora.start
+    if adapter is None:
+        return None
+    found = checkpoints(Path(config.output_dir) / CHECKPOINTS) if resume else []
+    if found and not Path(adapter).exists() and (saved := found[-1].state().get("start")):
+        return Start(**saved)
+    return begin_from(pipe.transformer, adapter, base_fingerprint=base_fingerprint)
 
 
 def _check_guidance(config: Config, pipe: LayoutPipeline) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmdit_lora.training.journal import with_journal
 from mmdit_lora.training.loop import Progress, Witness, train_loop
 from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT
 from mmdit_lora.training.preflight import preflight
+from mmdit_lora.training.prior import without_adapter
 from mmdit_lora.training.result import save_result
 from mmdit_lora.training.run import AVERAGE, Run, prepare_run, settle
 from mmdit_lora.training.sharding import parted, whole
@@ -79,7 +81,11 @@ def _train(
         write_text(run.folder / CONFIG, config.to_yaml())
     run.start_prior()
     if run.held_out is not None:
-        run.base_losses = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device).per_picture
+        # A new adapter changes nothing; one that was trained before is off for the base's own losses.
+        alone = nullcontext() if run.start is None else without_adapter(run.pipe.transformer)
+        with alone:
+            found = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
+        run.base_losses = found.per_picture
     parted(run.pipe.transformer)
     if checkpoint is not None:
         run.load(checkpoint)
@@ -176,6 +182,7 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "base": run.config.base,
         "family": run.pipe.transformer.family,
         "fingerprints": run.fingerprints,
+        "start": None if run.start is None else run.start.to_dict(),
         "steps": state.step,
         "best_step": state.best_step,
         "adapter_step": state.best_step if run.config.train.final == "best" and state.best_step else state.step,

@@ -15,6 +15,7 @@ from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.evaluate import measure, readable
 from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 from mmdit_lora.pipelines import paint
+from mmdit_lora.pipelines.texts import quiet_texts
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
 from mmdit_lora.training.output import SAMPLES
 from mmdit_lora.training.run import Run
@@ -113,10 +114,8 @@ def _show(run: Run, tracker: Tracker) -> dict[str, float]:
     layouts = [source.records[n].layout for n in range(min(run.config.train.sample_count, len(source.records)))]
     if not layouts:
         return {}
-    with (
-        run.accelerator.autocast(),
-        torch.no_grad(),
-    ):  # the prepared model answers in fp32, which the VAE would not take
+    # The prepared model answers in fp32, which the VAE would not take.
+    with run.accelerator.autocast(), torch.no_grad(), quiet_texts(run.pipe):
         sizes = [source.size_of(index) for index in range(len(layouts))]
         try:
             pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
