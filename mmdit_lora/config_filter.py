@@ -9,6 +9,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
+from mmdit_lora.ranges import SIDE
+
 
 class Section(BaseModel):
     """Strict: no unknown keys, no strings taken for numbers, no NaN; an int may stand where a float is meant."""
@@ -44,7 +46,7 @@ class BucketsSection(Section):
         default=[],
         description='shapes that pictures are trained in, width:height, e.g. ["1:1", "4:3", "3:4"]; [] = square',
     )
-    resolutions: list[Annotated[int, Field(ge=16, le=16_384)]] = Field(
+    resolutions: list[Annotated[int, Field(ge=16, le=int(SIDE.high))]] = Field(
         default=[], description="a bucket of resolution r has about r x r pixels; [] = data.resolution alone"
     )
     upscale: bool = Field(

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmdit_lora.config_filter import BucketsSection, FilterSection, Section, without_empty_sections
 from mmdit_lora.errors import clip
+from mmdit_lora.ranges import BATCH, GUIDANCE, LAYOUT_SCALE, SEED, SIDE, STEPS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 # YAML has lists only, and strict mode would refuse them where a tuple is meant.
@@ -17,10 +18,8 @@ Pair = Annotated[tuple[Share, Share], Field(strict=False)]
 # Every number has a lower and an upper bound (`tests/test_config.py` holds that): beyond them it is a slip of the pen, and
 # would end in an overflow or in a run that trains nothing.
 MAX_STEPS = 9_999_999  # a checkpoint's name has seven digits
-MAX_BATCH = 65_536
 MAX_RANK = 16_384
-MAX_SIDE = 16_384  # pixels
-MAX_SEED = 2**32 - 1  # NumPy's limit, and Accelerate seeds NumPy too
+MAX_BATCH, MAX_SIDE, MAX_SEED = int(BATCH.high), int(SIDE.high), int(SEED.high)
 
 
 class DataSection(Section):
@@ -302,12 +301,20 @@ class TrackingSection(Section):
 
 
 class SampleSection(Section):
-    steps: int | None = Field(default=None, description="sampling steps; null = what the base states", ge=1, le=10_000)
+    steps: int | None = Field(
+        default=None, description="sampling steps; null = what the base states", ge=1, le=int(STEPS.high)
+    )
     guidance_scale: float | None = Field(
-        default=None, description="classifier-free guidance by the caption; null = what the base states", ge=0, le=1000
+        default=None,
+        description="classifier-free guidance by the caption; null = what the base states",
+        ge=0,
+        le=GUIDANCE.high,
     )
     layout_scale: float = Field(
-        default=1.0, description="multiplier of the layout residual (1 = as trained, 0 = off)", ge=-100, le=100
+        default=1.0,
+        description="multiplier of the layout residual (1 = as trained, 0 = off)",
+        ge=LAYOUT_SCALE.low,
+        le=LAYOUT_SCALE.high,
     )
     layout_window: Pair = Field(
         default=(0.0, 1.0), description="part of the sampling steps where the layout is on, from and to"
