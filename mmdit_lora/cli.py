@@ -26,7 +26,7 @@ from mmdit_lora import (
     cli_study,
     cli_verify_resume,
 )
-from mmdit_lora.errors import InputError, Stopped
+from mmdit_lora.errors import InputError, Stopped, clip
 
 # ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -124,7 +124,7 @@ def _usage_message(error: Exception) -> str:
 def _report(error: Exception, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {clip(message, 2000)}", file=sys.stderr)
     return code
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmdit_lora import cli_cache, cli_data_formats
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.errors import InputError, clip, unknown_key
 
 if TYPE_CHECKING:
     from mmdit_lora.data.records import Item, Record
@@ -172,10 +172,11 @@ def convert(
 
 
 def say(message: str) -> None:
-    """A line for people, on stderr: stdout is for what was asked for."""
+    """A line for people, or several, on stderr: stdout is for what was asked for. Each is clipped: it may echo what a file holds."""
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True).print(message, markup=False, highlight=False, emoji=False)
+    lines = "\n".join(clip(line, 1000) for line in message.split("\n"))
+    Console(stderr=True, soft_wrap=True).print(lines, markup=False, highlight=False, emoji=False)
 
 
 def emit(data: Mapping[str, Any]) -> None:

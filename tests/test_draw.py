@@ -352,3 +352,15 @@ def test_colours_of_many_phrases_are_distinct_and_the_crowd_s_legend_has_them() 
     drawn = draw_boxes(Image.new("RGB", (64, 64)), crowd, colors=colors)
     for phrase in ("kind 40", "kind 50"):
         assert (pixels(drawn)[384:] == colors[phrase]).all(-1).any()
+
+
+def test_very_long_texts_and_very_many_boxes_take_no_time() -> None:
+    text = "word " * 200_000
+    short = shorten(text, 14, 200)
+    assert short.endswith("…")
+    assert text_width(short, 14) <= 200
+    assert shorten("i" * 1000, 14, 200)[:-1] == "i" * (len(shorten("i" * 1000, 14, 200)) - 1)
+    assert shorten("word", 14, 1) == "…"
+    assert len(wrap(text, 14, 200, max_lines=3)) == 3
+    many = draw_boxes(Image.new("RGB", (64, 64)), random_layout(2000, 0))
+    assert many.size == (384, 384)

@@ -6,6 +6,7 @@ All sizes are in pixels. Everything is drawn on white.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -114,17 +115,20 @@ def one_line(text: str) -> str:
 
 def shorten(text: str, size: int, width: int) -> str:
     """`text`, or as much of its beginning as fits into `width`, and an ellipsis."""
-    if text_width(text, size) <= width:
+    if len(text) <= 4 * width and text_width(text, size) <= width:
         return text
-    while text and text_width(text.rstrip() + "…", size) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    fits = bisect_right(
+        range(min(len(text), 4 * width) + 1), width, key=lambda n: text_width(text[:n].rstrip() + "…", size)
+    )
+    return text[: max(fits - 1, 0)].rstrip() + "…"
 
 
 def wrap(text: str, size: int, width: int, max_lines: int = 99) -> list[str]:
     """Lines of at most `width` where words allow; what goes beyond `max_lines` becomes an ellipsis."""
     lines: list[str] = []
     for word in text.split():
+        if len(lines) > max_lines:
+            break  # what is cut anyway may be very long
         if lines and text_width(f"{lines[-1]} {word}", size) <= width:
             lines[-1] += f" {word}"
         else:

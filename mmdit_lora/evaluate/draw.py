@@ -68,6 +68,9 @@ _DISTINCT = 64  # colours of a run's phrases; the next ones begin again
 GREY, FAINT, PALE = (104, 112, 122), (214, 219, 225), (246, 247, 249)
 SMALLEST = 13  # font size of a phrase in the figure
 MAX_LABELS = 6  # more phrases than this on one picture hide it: the boxes get numbers, the phrases a legend
+MAX_NUMBERS = (
+    100  # more boxes of different phrases get no numbers: they would hide the picture, and their legend all else
+)
 MAX_ENTRIES = len(PALETTE + MORE_COLORS)  # lines of a legend of phrases
 
 
@@ -90,7 +93,8 @@ def draw_boxes(
         labels: draw the phrases. With more than 6 boxes, or where tags would cover one another, boxes get numbers and
             the phrases stand in a legend below, which makes the result taller; the width never changes. If at most
             two thirds of more than 6 phrases are distinct, boxes get no numbers but the colour of their phrase, and
-            the legend has one entry a phrase with its count, the most frequent first, at most 10 lines.
+            the legend has one entry a phrase with its count, the most frequent first, at most 10 lines. More than 100 boxes
+            get neither numbers nor a legend, unless phrases repeat so.
         colors: the colour of each phrase, from `phrase_colors` of all layouts that are shown together, so that a phrase has
             one colour in all of them. None = by the place of the box in its layout.
 
@@ -106,7 +110,7 @@ def draw_boxes(
     line = (3 if min(canvas.size) < 768 else 4) - crowded
     for color, rect in zip(of_boxes, rects, strict=True):
         _outline(canvas, rect, color, width=line, inner=not crowded)
-    if not labels or not rects:
+    if not labels or not rects or (len(rects) > MAX_NUMBERS and not entries):
         return canvas
     if entries:  # the text is so large that it can still be read where the result is scaled down to 256 px
         large = max(12, round(max(canvas.width, 1.2 * canvas.height) / 22))
