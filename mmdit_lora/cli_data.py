@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmdit_lora import cli_cache, cli_data_formats
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError, clip, unknown_key
+from mmdit_lora.ranges import COUNT, PART, SEED
 
 if TYPE_CHECKING:
     from mmdit_lora.data.records import Item, Record
@@ -87,8 +89,8 @@ def make(
         Literal["shapes"], typer.Argument(help="shapes: coloured shapes on grey, with captions and phrases.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")],
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
+    count: Annotated[int, number(COUNT, "--count", help="Number of pictures.")],
+    seed: Annotated[int, number(SEED, "--seed", help="The same seed gives the same pictures.")] = 0,
     domain: Annotated[str, typer.Option(help="basic | dense | page | mixed")] = "basic",
     as_json: JsonFlag = False,
 ) -> None:
@@ -131,15 +133,14 @@ def convert(
     bbox_format: DeclaredFormat = None,
     bbox_units: DeclaredUnits = None,
     holdout: Annotated[
-        float | None, typer.Option(help="Write OUT/train and OUT/validation, the latter with this share.")
+        float | None,
+        number(PART, "--holdout", help="Write OUT/train and OUT/validation, the latter with this share."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Convert a data set of another format."""
     from mmdit_lora.data.formats import find_format, read_format, write_format
 
-    if holdout is not None and not 0 < holdout < 1:
-        raise InputError(f"is {holdout}", where="--holdout", cure="give a share between 0 and 1, e.g. 0.2")
     find_format(to, option="--to")
     refuse_file_as_folder(out)
     source = read_format(

@@ -11,7 +11,9 @@ import typer
 
 from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say
 from mmdit_lora.cli_data_stats import SAMPLE
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
     from mmdit_lora.data.check import CheckReport
@@ -50,7 +52,12 @@ def check(
         str | None, typer.Option(help="Pipeline folder or hub id: count tokens by its tokenizer, not by estimate.")
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=16, help="Side of the training pictures in pixels: smaller pictures are listed.")
+        int | None,
+        number(
+            Range(16, 16_384, whole=True),
+            "--resolution",
+            help="Side of the training pictures in pixels: smaller pictures are listed.",
+        ),
     ] = None,
     bbox_format: DeclaredFormat = None,
     bbox_units: DeclaredUnits = None,

@@ -9,7 +9,9 @@ import typer
 
 from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, refuse_file_as_folder, say
 from mmdit_lora.cli_data_stats import SAMPLE, DataOrShards, FilterOption
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import Range
 
 
 def register(data: typer.Typer) -> None:
@@ -20,8 +22,12 @@ def register(data: typer.Typer) -> None:
 def show(
     data: DataOrShards,
     out: Annotated[Path, typer.Option(help="The .png to write.")],
-    count: Annotated[int, typer.Option(min=1, max=400, help="Layouts to show, taken evenly from the whole set.")] = 16,
-    cell: Annotated[int, typer.Option(min=64, max=1024, help="Longer side of each picture in pixels.")] = 256,
+    count: Annotated[
+        int, number(Range(1, 400, whole=True), "--count", help="Layouts to show, taken evenly from the whole set.")
+    ] = 16,
+    cell: Annotated[
+        int, number(Range(64, 1024, whole=True), "--cell", help="Longer side of each picture in pixels.")
+    ] = 256,
     filter_: FilterOption = None,
     bbox_format: BoxFormat = "xyxy",
     bbox_units: BoxUnits = "relative",

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.ranges import PART
 
 if TYPE_CHECKING:
     from mmdit_lora.data.records import Item, Record
@@ -23,7 +25,7 @@ def register(data: typer.Typer) -> None:
 def split(
     data: Annotated[Path, typer.Argument(help="Data set folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write: OUT/train and OUT/validation.")],
-    share: Annotated[float, typer.Option(help="Share of the pictures that is for validation.")] = 0.1,
+    share: Annotated[float, number(PART, "--share", help="Share of the pictures that is for validation.")] = 0.1,
     by: Annotated[
         Literal["name", "picture"],
         typer.Option(help="name: by the hash of the file name; picture: of the pixels, so that copies stay together."),

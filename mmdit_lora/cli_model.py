@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,10 +34,70 @@ if TYPE_CHECKING:
 
 _FIGURES = ("miou", "iou50", "color_acc", "shape_acc", "ap", "relations", "clip_box")
 
+# -- what options are checked by as they are read, before anything heavy is imported
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of "1024" or "1184x880", which is width x height."""
+    match = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
+    if match is None or not all(int(side) in SIDE for side in match.groups(default="1")):
+        raise InputError(
+            f"is {text!r}",
+            where="--size",
+            cure=f"give a side in pixels, {SIDE}, or WIDTHxHEIGHT, e.g. 1024 or 1184x880",
+        )
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
+def folder_and_weight(text: str) -> tuple[str, float]:
+    """`FOLDER` or `FOLDER=WEIGHT`.
+
+    Raises:
+        InputError: the weight is no number in `ADAPTER_WEIGHT`.
+    """
+    folder, equals, weight = text.rpartition("=")
+    if not equals or os.path.lexists(text):
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        raise InputError(
+            f"{weight!r} is no weight",
+            where=f"--adapter {text}",
+            cure=f"write FOLDER or FOLDER=WEIGHT, {ADAPTER_WEIGHT}, e.g. FOLDER=0.8",
+        ) from None
+    return folder, ADAPTER_WEIGHT.check(value, f"the weight in --adapter {text}")
+
+
+def _adapters_are_there(adapters: list[str] | None) -> list[str] | None:
+    for given in adapters or ():
+        folder, _ = folder_and_weight(given)
+        if not os.path.lexists(folder):  # Path.exists raises for names that are too long
+            raise InputError(
+                "no such file or folder",
+                where=f"--adapter {folder}",
+                cure="give an adapter's folder as `mmdit-lora train` writes it, or what `mmdit-lora export` wrote",
+            )
+    return adapters
+
+
+def _check_size(text: str | None) -> str | None:
+    if text is not None:
+        _size(text)
+    return text
+
+
+# -- options that several verbs have
+
 BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub id.")]
 AdapterOption = Annotated[
     list[str] | None,
-    typer.Option("--adapter", help="Adapter folder; FOLDER=WEIGHT to weigh it, from -100 to 100; may be given again."),
+    typer.Option(
+        "--adapter",
+        help="Adapter folder; FOLDER=WEIGHT to weigh it, from -100 to 100; may be given again.",
+        callback=_adapters_are_there,
+    ),
 ]
 StepsOption = Annotated[int | None, number(STEPS, "--steps", help="Sampling steps; default: what the base states.")]
 GuidanceOption = Annotated[
@@ -45,7 +106,12 @@ GuidanceOption = Annotated[
 ScaleOption = Annotated[float, number(LAYOUT_SCALE, "--layout-scale", help="Factor of the layout residual; 0 = off.")]
 WindowOption = Annotated[
     tuple[float, float],
-    number(SHARE, "--layout-window", help="Part of the steps where the layout acts: START END."),
+    number(
+        SHARE,
+        "--layout-window",
+        help="Part of the steps where the layout acts: START END.",
+        then=partial(check_window, where="--layout-window"),
+    ),
 ]
 DtypeOption = Annotated[
     Literal["fp32", "bf16"],
@@ -54,7 +120,10 @@ DtypeOption = Annotated[
 SizeOption = Annotated[
     str | None,
     typer.Option(
-        "--size", metavar="SIDE|WIDTHxHEIGHT", help="In pixels, e.g. 1024 or 1184x880; default: the base's own."
+        "--size",
+        metavar="SIDE|WIDTHxHEIGHT",
+        help="In pixels, e.g. 1024 or 1184x880; default: the base's own.",
+        callback=_check_size,
     ),
 ]
 BatchOption = Annotated[int, number(BATCH, "--batch-size", help="Pictures at a time.")]
@@ -248,19 +317,6 @@ def verify(
         emit(report)
 
 
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of "1024" or "1184x880", which is width x height."""
-    match = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
-    if match is None or not all(int(side) in SIDE for side in match.groups(default="1")):
-        raise InputError(
-            f"is {text!r}",
-            where="--size",
-            cure=f"give a side in pixels, {SIDE}, or WIDTHxHEIGHT, e.g. 1024 or 1184x880",
-        )
-    width = int(match[1])
-    return int(match[2] or width), width
-
-
 def layouts_of(path: Path) -> list[Layout]:
     """Of a layout file, or a data set folder."""
     from mmdit_lora.data.records import read_dataset
@@ -309,7 +365,7 @@ def _box(text: str) -> dict[str, Any]:
 def paint_settings(
     steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
 ) -> PaintSettings:
-    check_window(window, "--layout-window")
+    """Of options that were checked as they were read."""
     from mmdit_lora.pipelines import PaintSettings
 
     return PaintSettings(
@@ -363,26 +419,6 @@ def torch_dtype(name: str) -> torch.dtype:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return dtypes[name]
-
-
-def folder_and_weight(text: str) -> tuple[str, float]:
-    """`FOLDER` or `FOLDER=WEIGHT`.
-
-    Raises:
-        InputError: the weight is no number in `ADAPTER_WEIGHT`.
-    """
-    folder, equals, weight = text.rpartition("=")
-    if not equals or os.path.lexists(text):
-        return text, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        raise InputError(
-            f"{weight!r} is no weight",
-            where=f"--adapter {text}",
-            cure=f"write FOLDER or FOLDER=WEIGHT, {ADAPTER_WEIGHT}, e.g. FOLDER=0.8",
-        ) from None
-    return folder, ADAPTER_WEIGHT.check(value, f"the weight in --adapter {text}")
 
 
 def refuse_foreign(out: Path, mark: str) -> None:

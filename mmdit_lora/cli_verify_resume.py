@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, say
+from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import Stopped
+from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
     from mmdit_lora.training.verify_resume import Verdict
@@ -24,9 +26,15 @@ def verify_resume(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.batch_size=4")] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="N; default: enough for the warm-up and an epoch's end, at most 40."),
+        number(
+            Range(1, 1_000_000, whole=True),
+            "--steps",
+            help="N; default: enough for the warm-up and an epoch's end, at most 40.",
+        ),
     ] = None,
-    kills: Annotated[int, typer.Option(min=0, help="SIGKILLs in the third run; 0 = no third run.")] = 2,
+    kills: Annotated[
+        int, number(Range(0, 1000, whole=True), "--kills", help="SIGKILLs in the third run; 0 = no third run.")
+    ] = 2,
     as_json: JsonFlag = False,
 ) -> None:
     """Train 2N steps, N + N steps, and 2N steps with kills, and compare them bit by bit. Exit 0: equal; 1: not.

@@ -17,12 +17,13 @@ class Range:
     """Numbers from `low` to `high`, both included; NaN and the infinities are in none.
 
     Args:
-        above: `low` itself is outside. whole: integers only.
+        above, below: `low`, `high` itself is outside. whole: integers only.
     """
 
     low: float
     high: float
     above: bool = False
+    below: bool = False
     whole: bool = False
 
     def __contains__(self, value: object) -> bool:
@@ -38,13 +39,17 @@ class Range:
             number = value if isinstance(value, int) else float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             return False
-        return (self.low < number if self.above else self.low <= number) and number <= self.high
+        low = self.low < number if self.above else self.low <= number
+        return low and (number < self.high if self.below else number <= self.high)
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
+        low, high = f"{self.low:,.15g}", f"{self.high:,.15g}"
+        if self.above and self.below:
+            return f"{kind} between {low} and {high}"
         if self.above:
-            return f"{kind} above {self.low:,.15g}, up to {self.high:,.15g}"
-        return f"{kind} from {self.low:,.15g} to {self.high:,.15g}"
+            return f"{kind} above {low}, up to {high}"
+        return f"{kind} from {low} to {'below ' if self.below else ''}{high}"
 
     def check(self, value: Any, where: str) -> Any:
         """`value`, which is in the range.
@@ -61,6 +66,7 @@ ADAPTER_WEIGHT = Range(-100, 100)
 LAYOUT_SCALE = Range(-100, 100)
 GUIDANCE = Range(0, 1000)
 SHARE = Range(0, 1)
+PART = Range(0, 1, above=True, below=True)  # a share that leaves something on both sides
 STEPS = Range(1, 10_000, whole=True)
 SIDE = Range(1, 16_384, whole=True)
 BATCH = Range(1, 65_536, whole=True)
