@@ -400,6 +400,48 @@ def test_a_load_that_fails_half_way_leaves_nothing(
         assert snapshot(pipe) == before
 
 
+def test_an_alpha_that_was_given_as_an_integer_is_one(pipes: dict[str, Any]) -> None:
+    pipe = pipes["sd3"]
+    maker = Maker(pipe)
+    pipe.load_lora_weights(one(maker, **PLAIN, alpha=torch.tensor(3)), adapter_name="style")
+    layer = pipe.transformer.get_submodule(PLACES["sd3"]["linear"][0][0])
+    assert layer.scaling["style"] == 1.5
+    pipe.unload_lora_weights()
+
+
+def test_headers_that_say_nothing_sensible(adapted: dict[str, Any], tmp_path: Path) -> None:
+    pipe = adapted["sd3"]
+    maker = Maker(pipe)
+    NAMES["sd3"]["diffusers"](maker)
+    for number, (header, match) in enumerate(
+        (
+            ("[1]", "no JSON object"),
+            ("{", "cannot be read"),
+            ('{"transformer.lora_alpha": [4]}', r"lora_alpha is \[4\]"),
+            ('{"transformer.alpha_pattern": 4}', "alpha_pattern is 4"),
+        )
+    ):
+        file = tmp_path / f"{number}.safetensors"
+        save_file(maker.file.tensors, file, {"format": "pt", "lora_adapter_metadata": header})
+        refuse(pipe, file, match)
+    refuse(pipe, None, "is a NoneType")
+
+
+def test_weights_are_put_in_place_of_others(pipes: dict[str, Any]) -> None:
+    pipe = pipes["flux"]
+    makers = [Maker(pipe, seed=seed) for seed in (1, 2)]
+    for maker in makers:
+        NAMES["flux"]["sd-scripts"](maker)
+    pipe.load_lora_weights(makers[0].file.tensors, adapter_name="style")
+    report = pipe.load_lora_weights(makers[1].file.tensors, adapter_name="style", hotswap=True)
+    try:
+        found = changes(pipe, report)
+    finally:
+        pipe.unload_lora_weights()
+    for place, weight in makers[1].file.weights.items():
+        assert (found.weights[place] - weight).abs().max() <= 1e-6, place
+
+
 def test_the_callers_tensors_are_neither_changed_nor_shared(pipes: dict[str, Any]) -> None:
     pipe = pipes["sd3"]
     maker = Maker(pipe)

@@ -197,7 +197,7 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
             refused[f"{REFUSED[ending]}, e.g. {clip(key)}"] += 1
         elif not ending or not isinstance(value, Tensor):
             unknown.append(key)
-        elif not value.dtype.is_floating_point:
+        elif not value.dtype.is_floating_point and not (LEAVES[ending] == "alpha" and _is_integer(value)):
             raise InputError(
                 f"is stored as {value.dtype}", where=clip(key), cure="give the file in fp32, fp16, bf16 or fp8"
             )
@@ -221,6 +221,11 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
     return modules, ignored
 
 
+def _is_integer(value: Tensor) -> bool:
+    """sd-scripts writes an alpha that was given as an integer as one."""
+    return value.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _refuse_twice(found: Mapping[str, Place]) -> None:
     carriers: dict[tuple[str, str], str] = {}
     for name, place in found.items():
@@ -234,7 +239,9 @@ class _Hint:
 
     def __init__(self, metadata: Mapping[str, Any], place: Place) -> None:
         prefix = f"{place.component}."
-        self.config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        self.config = {
+            key.removeprefix(prefix): value for key, value in metadata.items() if str(key).startswith(prefix)
+        }
         self.modules = place.modules
 
     def alpha(self) -> float | None:
@@ -246,7 +253,10 @@ class _Hint:
 
     def _of(self, module: str) -> float | None:
         value = self.config.get("lora_alpha")
-        for pattern, stated in (self.config.get("alpha_pattern") or {}).items():
+        patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise InputError(f"alpha_pattern is {clip(repr(patterns))}, not an object")
+        for pattern, stated in patterns.items():
             # PEFT takes these for regular expressions; writers give plain names, with "^" for a whole one.
             if re.search(r"[^\w.^-]", pattern):
                 raise InputError(f"alpha_pattern {clip(repr(pattern))} is not the name of a module")

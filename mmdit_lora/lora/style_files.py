@@ -35,6 +35,10 @@ def fetch_style(
     """
     if isinstance(source, dict):
         return dict(source), None
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"is a {type(source).__name__}, no LoRA file", cure="give a file, a folder, a hub id, or tensors by key"
+        )
     for name in (weight_name, str(source)):
         if name is not None and Path(name).suffix in _PICKLES:
             raise InputError("is a pickle, which may run code", where=clip(name), cure="get it as .safetensors")
@@ -57,6 +61,8 @@ def fetch_style(
             where=str(source),
             cure="give a .safetensors file, or a folder or hub id that holds one",
         ) from None
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InputError("its lora_adapter_metadata is no JSON object", where=str(source))
     if metadata is None and all(key.startswith(_PEFT_PREFIX) for key in state):
         metadata = _config_beside(source, options | {"user_agent": agent})
     return state, metadata
