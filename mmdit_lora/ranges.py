@@ -5,6 +5,7 @@ The ranges are wide: nobody needs what lies outside, and everything inside gives
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,20 @@ class Range:
         """
         if value not in self:
             raise InputError(f"is {clip(repr(value), 60)}", where=where, cure=f"give {self}")
+        return value
+
+    def parse(self, text: str) -> Any:
+        """A number from a command line: the `type` of an argument of argparse.
+
+        Raises:
+            ArgumentTypeError: it is no number, or out of the range.
+        """
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = None
+        if value not in self:
+            raise ArgumentTypeError(f"is {clip(text, 60)}; give {self}")
         return value
 
 

@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdit_lora.ranges import COUNT
+
 BATCH, ROUNDS = 8, 5
 PICTURES = 256  # of the embedded base
 LARGE = {
@@ -274,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb.add_argument("--no-vae", action="store_true", help="leave the real-size VAE away (half a minute on a core)")
     verb.add_argument("--json", action="store_true", help="print one JSON object; without, an indented one")
     verb.add_argument(
-        "--records", type=int, help="instead: what so many records in tar shards cost (benchmark_scale.py)"
+        "--records", type=COUNT.parse, help="instead: what so many records in tar shards cost (benchmark_scale.py)"
     )
     verb = verbs.add_parser("train", help="a training step, and what a run spends beside it")
     verb.add_argument("--size", choices=("tiny", "small", "sd3-medium"), default="small")

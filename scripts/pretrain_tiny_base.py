@@ -41,6 +41,7 @@ from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline, paint, quiet
+from mmdit_lora.ranges import COUNT, Range
 from mmdit_lora.training.optimizer_state import OptimizerState, load_optimizer
 from mmdit_lora.training.step import Batch, losses
 
@@ -474,10 +475,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(".work/tiny_base"))
     parser.add_argument("--out", type=Path, default=Path("data/tiny_base"))
-    parser.add_argument("--vae-steps", type=int, default=1150)
-    parser.add_argument("--steps", type=int, default=9_000, help="of the transformer")
-    parser.add_argument("--scenes", type=int, default=24_000)
-    parser.add_argument("--width", type=int, default=128, help="of the transformer; a multiple of 32")
+    parser.add_argument("--vae-steps", type=COUNT.parse, default=1150)
+    parser.add_argument("--steps", type=COUNT.parse, default=9_000, help="of the transformer")
+    parser.add_argument("--scenes", type=COUNT.parse, default=24_000)
+    parser.add_argument(
+        "--width", type=Range(32, 8192, whole=True).parse, default=128, help="of the transformer; a multiple of 32"
+    )
     parser.add_argument("--parts", type=Path, default=None, help="a base to take the VAE and the text encoders from")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mmdit_lora.ranges import COUNT, SEED, Range
+
 NEW, OLD = "page", "basic"
 PICTURES, HELD_OUT, PRIOR = 2000, 96, 200
 
@@ -23,9 +25,9 @@ PICTURES, HELD_OUT, PRIOR = 2000, 96, 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the data, the runs and the result")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0], help="0 = without it")
-    parser.add_argument("--steps", type=int, default=None, help="default: those of the config")
+    parser.add_argument("--seeds", type=SEED.parse, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--weights", type=Range(0, 1e6).parse, nargs="+", default=[0.0, 1.0], help="0 = without it")
+    parser.add_argument("--steps", type=COUNT.parse, default=None, help="default: those of the config")
     args = parser.parse_args()
     data = make_data(args.out / "data")
     runs = [one_run(args.out, data, seed, weight, args.steps) for weight in args.weights for seed in args.seeds]

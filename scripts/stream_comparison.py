@@ -30,6 +30,7 @@ from mmdit_lora.evaluate.sides import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.models import LayoutModelMixin
 from mmdit_lora.pipelines import PaintSettings, load_pipeline
+from mmdit_lora.ranges import COUNT
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.trainer import prepare_run, train
 
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("data/tiny_base"))
     parser.add_argument("--work", type=Path, default=Path("outputs/stream_comparison"))
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/stream_siamese_vs_cross.json"))
-    parser.add_argument("--lora-steps", type=int, default=300)
+    parser.add_argument("--lora-steps", type=COUNT.parse, default=300)
     args = parser.parse_args()
     work: Path = args.work
     without_stream(args.base, work / "plain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ def test_a_range_holds_what_it_says_and_no_nan() -> None:
     assert not any(value in share for value in (0, 0.0, -0.0, math.nan, math.inf, -math.inf, 1.1, [0.5], 10**400))
     with pytest.raises(InputError, match=r"^x: is nan\n  to mend it: give a number above 0, up to 1$"):
         share.check(math.nan, "x")
+
+
+def test_a_script_s_argument_is_refused_with_its_range(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=ranges.STEPS.parse)
+    assert parser.parse_args(["--steps", "3"]).steps == 3
+    for text in ("0", "x", "1.5", "9" * 5000):
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args(["--steps", text])
+        assert caught.value.code == 2
+        assert "argument --steps: is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
