@@ -111,7 +111,7 @@ def test_long_captions_are_counted_in_one_line_and_not_told_one_by_one(
         base,
         folder,
         tmp_path / "run",
-        data={"path": str(folder), "validation_share": 0.0},
+        data={"path": str(folder), "validation_share": 0.25},
         train=section,
         sample={"steps": 1},
     )

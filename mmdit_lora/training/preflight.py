@@ -5,10 +5,11 @@ What makes a run impossible to set up (no such target, zero gates, no data) `pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from accelerate.utils import DistributedType, gather_object
 
+from mmdit_lora.data.records import Record
 from mmdit_lora.data.shards import ShardedRecords, Subset, spread
 from mmdit_lora.errors import listed
 from mmdit_lora.lora.adapt import with_adapter
@@ -111,19 +112,23 @@ def _check_data(run: Run, lines: Lines) -> None:
 
 
 def _long_texts(run: Run) -> Iterator[tuple[str, str]]:
-    """Captions and phrases of which an encoder reads the beginning only, of all records or of `_TEXTS` spread over them."""
-    records = run.examples.records
-    if len(records) > _TEXTS:
-        if isinstance(records, ShardedRecords | Subset):
-            records = spread(records, _TEXTS)
-        else:
-            records = [records[n * len(records) // _TEXTS] for n in range(_TEXTS)]
-    of = "" if len(records) == len(run.examples.records) else f" (of {len(run.examples.records):,} pictures, a sample)"
+    """Captions and phrases of which an encoder reads the beginning only, of all records or of some spread over them."""
+    held_out: Sequence[Record] = run.held_out.records if run.held_out else []
+    records = [*_spread(run.examples.records), *_spread(held_out)]
+    total = len(run.examples.records) + len(held_out)
+    of = "" if len(records) == total else f" (of {total:,} pictures, a sample)"
     phrases = dict.fromkeys(box.phrase for record in records for box in record.layout.boxes)
     captions = long_texts(run.pipe, [record.layout.caption for record in records], "captions")
     for found in (captions, long_texts(run.pipe, phrases, "phrases")):
         if found is not None:
             yield found + of, "shorten them, or put what matters first; `mmdit-lora data check` lists them"
+
+
+def _spread(records: Sequence[Record]) -> Sequence[Record]:
+    """At most `_TEXTS` of them."""
+    if isinstance(records, ShardedRecords | Subset):
+        return spread(records, _TEXTS)
+    return [records[n * len(records) // _TEXTS] for n in range(_TEXTS)] if len(records) > _TEXTS else records
 
 
 def _check_targets(run: Run, lines: Lines) -> None:
