@@ -22,13 +22,15 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on
 BoxFormat = Annotated[
     Literal["xyxy", "xywh", "cxcywh"], typer.Option(help="How boxes are written where a line does not say it.")
 ]
-BoxUnits = Annotated[Literal["relative", "pixel"], typer.Option(help="Units of boxes where a line does not say it.")]
+BoxUnits = Annotated[
+    Literal["relative", "pixel", "permille"], typer.Option(help="Units of boxes where a line does not say it.")
+]
 DeclaredFormat = Annotated[
     Literal["xyxy", "xywh", "cxcywh"] | None,
     typer.Option(help="Order of a box's numbers, where neither the format nor a line says it (jsonl: xyxy)."),
 ]
 DeclaredUnits = Annotated[
-    Literal["relative", "pixel"] | None,
+    Literal["relative", "pixel", "permille"] | None,
     typer.Option(help="Units of boxes, where neither the format nor a line says it (jsonl: relative)."),
 ]
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave records out whose picture is not there.")]

@@ -12,14 +12,12 @@ import typer
 from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag, SkipMissing, emit, say
 from mmdit_lora.cli_data_stats import SAMPLE
 from mmdit_lora.cli_numbers import number
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, several
 from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
     from mmdit_lora.data.check import CheckReport
     from mmdit_lora.data.records import Record
-
-_ERRORS_SHOWN = 20
 
 
 def register(data: typer.Typer) -> None:
@@ -122,6 +120,7 @@ def _read(
     from mmdit_lora.data.formats import read_format
     from mmdit_lora.data.records import scan_dataset
     from mmdit_lora.data.shards import is_sharded, sample_dataset
+    from mmdit_lora.data.warnings import Warnings
 
     if from_ not in (None, "jsonl"):
         source = read_format(
@@ -141,10 +140,17 @@ def _read(
             raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
     conventions = {"bbox_format": bbox_format or "xyxy", "bbox_units": bbox_units or "relative"}
     if is_sharded(data):  # opening them reads every layout and every header, unless an index says it was done
-        records, total = sample_dataset(data, SAMPLE, **conventions)
-        return _Found(records, {}, [f"{len(records)} of {total} records, evenly spread, are what the rest is about"])
-    records, errors = scan_dataset(data, **conventions)
-    return _Found(records, {"errors": errors, "written": read_written(Path(data), **conventions)}, [])
+        lines: list[str] = []
+        records, total = sample_dataset(data, SAMPLE, **conventions, tell=lines.append)
+        return _Found(
+            records,
+            {"warnings": lines},
+            [f"{len(records)} of {total} records, evenly spread, are what the rest is about"],
+        )
+    warnings = Warnings()
+    records, errors = scan_dataset(data, **conventions, warnings=warnings)
+    written = read_written(Path(data), **conventions)
+    return _Found(records, {"errors": errors, "written": written, "warnings": warnings.lines()}, [])
 
 
 def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str | None, str | None]]:
@@ -213,10 +219,6 @@ def _write(report: CheckReport, records: Iterable[Record], data: str, out: Path)
 
 def _raise_errors(report: CheckReport, data: str) -> None:
     if len(report.errors) == 1:
-        raise InputError(report.errors[0])
+        raise InputError("\n".join(filter(None, (report.errors[0], report.hint))))
     if report.errors:
-        shown = "\n".join(f"- {message}" for message in report.errors[:_ERRORS_SHOWN])
-        head = f"{len(report.errors)} errors"
-        if len(report.errors) > _ERRORS_SHOWN:
-            head += f", the first {_ERRORS_SHOWN} of which are"
-        raise InputError(f"{head}\n{shown}", where=data)
+        raise several([InputError(message.splitlines()[0]) for message in report.errors], where=data, hint=report.hint)

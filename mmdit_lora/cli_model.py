@@ -319,10 +319,13 @@ def verify(
 
 def layouts_of(path: Path) -> list[Layout]:
     """Of a layout file, or a data set folder."""
+    from mmdit_lora.data.images import image_size
     from mmdit_lora.data.records import read_dataset
     from mmdit_lora.layout import read_layouts
 
-    return [record.layout for record in read_dataset(path)] if path.is_dir() else read_layouts(path)
+    if path.is_dir():
+        return [record.layout for record in read_dataset(path)]
+    return read_layouts(path, picture_size=image_size)
 
 
 def given_layouts(layout: Path | None, prompt: str | None, boxes: list[str] | None) -> list[Layout]:

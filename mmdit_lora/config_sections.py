@@ -37,8 +37,9 @@ class DataSection(Section):
         default="xyxy",
         description="how boxes are written: xyxy | xywh | cxcywh (a line of metadata.jsonl may say otherwise)",
     )
-    bbox_units: Literal["relative", "pixel"] = Field(
-        default="relative", description="relative (0 to 1 of the picture's sides) | pixel"
+    bbox_units: Literal["relative", "pixel", "permille"] = Field(
+        default="relative",
+        description="relative (0 to 1 of the picture's sides) | pixel | permille (0 to 1000, as vision-language models answer)",
     )
     resolution: int | None = Field(
         default=None,

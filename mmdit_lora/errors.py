@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -82,6 +83,31 @@ def listed(names: Iterable[object]) -> str:
     """The first eight names, each clipped, and whether there are more, for messages."""
     names = list(names)
     return ", ".join(clip(name, 100) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def several(errors: Sequence[InputError], *, where: str, hint: str | None = None) -> InputError:
+    """One error of many: the first twenty, a line each, as far as a message goes, and how many there are.
+
+    Args:
+        where: the file or folder that they are of; their places are told from there. hint: what all of them suggest.
+    """
+    if len(errors) == 1:
+        (error,) = errors
+        what = f"{error.what}; {hint}" if hint else error.what
+        return InputError(what, where=error.where, cure=error.cure)
+    beside = f"{os.path.dirname(where)}/" if os.path.dirname(where) else where + "/"  # noqa: PTH120 - where may be a URL
+    lines: list[str] = []
+    for error in errors[:20]:
+        first = str(error).splitlines()[0].replace(f"{where}/", "").replace(beside, "")
+        line = f"- {clip(first, 180)}"
+        if sum(map(len, lines)) + len(line) > 900 - len(hint or ""):
+            break
+        lines.append(line)
+    count = f"{len(errors)} errors" + (f", the first {len(lines)} of which are" if len(lines) < len(errors) else "")
+    cures = [error.cure for error in errors if error.cure]
+    return InputError(
+        "\n".join([count, *lines, *([hint] if hint else [])]), where=where, cure=cures[0] if cures else None
+    )
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str | None = None) -> InputError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import glob
+import io
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mmdit_lora.errors import InputError
@@ -40,6 +42,23 @@ def require_file(path: str | Path, *, what: str = "file", cure: str | None = Non
     if not stat.S_ISREG(mode):
         raise InputError(f"is {kind_of(mode)}, not a {what}", where=str(path), cure=cure or "give a regular file")
     return path
+
+
+def inside(folder: str | Path, name: Any, *, where: str, what: str = "file") -> Path:
+    """`folder / name`, for a name that stands in a file (an index, a list, an archive): it leads nowhere else.
+
+    Args:
+        where: the file that the name stands in. what: what it names, for the message.
+
+    Raises:
+        InputError: the name is no text, is empty, absolute, or holds `..`.
+    """
+    parts = PureWindowsPath(name).parts if isinstance(name, str) else ()  # both separators, and drives
+    if not parts or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        raise InputError(
+            f"names the {what} {name!r}", where=where, cure="give a relative path below the folder, without '..'"
+        )
+    return Path(folder) / name
 
 
 def kind_of(mode: int) -> str:
@@ -76,8 +95,49 @@ def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, 
     return decode_text(content, where=str(path))
 
 
-def decode_text(content: bytes, *, where: str) -> str:
+def read_lines(
+    path: str | Path, *, what: str = "file", longest: int = 64 * 2**20, cure: str | None = None
+) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of the lines of a text file that are not blank, read one at a time; encodings as of `read_text`.
+
+    Lines end at newlines only, not at U+2028 and its kin, which JSON strings may hold.
+
+    Args:
+        longest: the most bytes of one line.
+
+    Raises:
+        InputError: no regular file, a line that is longer, or another encoding; with the line.
+    """
+    path = require_file(path, what=what, cure=cure)
+    try:
+        with path.open("rb") as file:
+            wide = file.read(2) in _UTF16
+            file.seek(0)
+            lines = io.TextIOWrapper(file, encoding="utf-16", newline="\n") if wide else file
+            for number in itertools.count(1):
+                line = lines.readline(longest + 1)
+                if not line:
+                    return
+                if len(line) > longest:
+                    what_line = f"is longer than {longest / 2**20:g} MiB, the limit of a line"
+                    raise InputError(what_line, where=f"{path}:{number}", cure="write one record a line")
+                if isinstance(line, bytes):
+                    if number == 1:
+                        line = line.removeprefix(codecs.BOM_UTF8)
+                    line = decode_text(line, where=str(path), first_line=number)
+                if line := line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not whole UTF-16 text ({error.reason})", where=str(path)) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def decode_text(content: bytes, *, where: str, first_line: int = 1) -> str:
     """Bytes of a text file as text, without its byte order mark; see `read_text`.
+
+    Args:
+        first_line: number of the first line of `content`, for the message.
 
     Raises:
         InputError: the encoding is another one.
@@ -88,7 +148,7 @@ def decode_text(content: bytes, *, where: str) -> str:
     except UnicodeDecodeError as error:
         if wide:
             raise InputError(f"is not whole UTF-16 text ({error.reason} at byte {error.start})", where=where) from None
-        line = content[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + first_line
         guess = "" if b"\0" in content else ", probably Windows-1252 (Latin-1)"
         raise InputError(
             f"is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}{guess}",

@@ -6,40 +6,75 @@ by the reader that meets it; nothing behind a reader ever sees another one.
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.boxes import (
+    BBOX_FORMATS,
+    BBOX_UNITS,
+    EDGE_RULE,
+    ROUNDING,
+    Boxed,
+    EdgeCount,
+    Four,
+    Reading,
+    clip,
+    evidence,
+    four_numbers,
+    overshoot,
+    relative,
+    within_edge,
+)
+from mmdit_lora.errors import InputError, several, unknown_key
+from mmdit_lora.errors import clip as clip_text
+from mmdit_lora.files import inside, read_lines, read_text
 
-# Annotation tools round: a coordinate may leave the picture by less than this and is clipped, not refused.
-EDGE_TOLERANCE = 1e-3
+log = logging.getLogger(__name__)
+
+MOST_BOXES = 10_000  # of a layout: every pair of them meets in attention
+MOST_CAPTION, MOST_PHRASE = 100_000, 10_000  # characters; text encoders read a few hundred
+EXAMPLE = '{"caption": "a red square", "boxes": [{"xyxy": [0.1, 0.1, 0.5, 0.5], "phrase": "a red square"}]}'
+_LAYOUT_KEYS = ("caption", "boxes", "bbox_format", "bbox_units", "width", "height")
+_LINE_KEYS = ("file_name", "caption", "objects", "bbox_format", "bbox_units", "width", "height")
+
+_PLAIN = Reading("xyxy", "relative")
+Size = tuple[int, int]
+Clipped = list[tuple[float, str]]  # (share of the side that a box left its picture by, its place in the layout)
 
 
-@dataclass(frozen=True)
+class BoxError(InputError):
+    """A box that leaves its picture, is inverted or empty: perhaps all boxes of the set are read in the wrong way."""
+
+
+@dataclass(frozen=True, slots=True)
 class Box:
     """One box and its phrase.
 
     Args:
-        xyxy: (left, top, right, bottom), each in [0, 1], left < right, top < bottom.
-        phrase: the text of the box, e.g. "a red circle"; not empty.
+        xyxy: (left, top, right, bottom), each in [0, 1], left < right, top < bottom; clipped where it leaves the picture by
+            at most `EDGE_SHARE` of the side.
+        phrase: the text of the box, e.g. "a red circle"; not empty, at most `MOST_PHRASE` characters.
 
     Raises:
         InputError: a coordinate is missing, not a finite number, outside the picture, inverted; or the phrase is empty.
     """
 
-    xyxy: tuple[float, float, float, float]
+    xyxy: Four
     phrase: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "xyxy", _validated_xyxy(self.xyxy))
         if not isinstance(self.phrase, str) or not self.phrase.strip():
             raise InputError(f"the phrase is {self.phrase!r}", cure="give each box a phrase, e.g. 'a red circle'")
-        _check_text(self.phrase, "the phrase")
+        _check_text(self.phrase, "the phrase", MOST_PHRASE)
 
     @property
     def width(self) -> float:
@@ -55,12 +90,13 @@ class Box:
         return self.width * self.height
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A caption and boxes with phrases. `boxes` may be empty: that is text-to-image, and the layout stream is silent.
 
     Raises:
-        InputError: the caption is not a string, or a box is not a `Box`.
+        InputError: the caption is not a string, or has more than `MOST_CAPTION` characters; a box is not a `Box`; there are
+            more than `MOST_BOXES`.
     """
 
     caption: str
@@ -71,68 +107,165 @@ class Layout:
             raise InputError(
                 f"the caption is {self.caption!r}", cure="give the layout a caption: the text of the whole picture"
             )
-        _check_text(self.caption, "the caption")
+        _check_text(self.caption, "the caption", MOST_CAPTION)
         if isinstance(self.boxes, str) or not isinstance(self.boxes, Sequence):
             raise InputError(f"boxes is {type(self.boxes).__name__}", cure="give a list of boxes")
+        check_count(len(self.boxes))
         object.__setattr__(self, "boxes", tuple(self.boxes))
         for index, box in enumerate(self.boxes):
             if not isinstance(box, Box):
                 raise InputError(f"is {type(box).__name__}, not a Box", where=f"boxes[{index}]")
 
     @classmethod
-    def from_dict(cls, data: Any) -> Layout:
-        """From the layout-file form `{"caption": ..., "boxes": [{"xyxy": [...], "phrase": ...}, ...]}`.
+    def from_dict(cls, data: Any, *, size: Callable[[], Size] | None = None, clipped: Clipped | None = None) -> Layout:
+        """From the layout-file form `{"caption": ..., "boxes": [{"xyxy": [...], "phrase": ...}, ...]}`, or a data set's line.
+
+        Both may hold `bbox_format` ("xyxy" | "xywh" | "cxcywh", then `xyxy` or `bbox` of a box are four such numbers) and
+        `bbox_units` ("relative" | "pixel", of `width` and `height` | "permille"). `boxes` may be left out. A line is what
+        has `objects`: `{"file_name": ..., "caption": ..., "objects": {"bbox": [...], "phrase": [...]}}`; its other columns
+        are ignored, as in a data set.
+
+        Args:
+            size: called for (width, height) in pixels where boxes are in pixels and `width` and `height` are not there.
+            clipped: is filled with the boxes that left their picture by little and were clipped.
 
         Raises:
             InputError: with the place of the first thing that is wrong (`boxes[2]: ...`). Unknown keys are errors.
         """
-        _check_keys(data, required=("caption", "boxes"))
-        if not isinstance(data["boxes"], list):
-            raise InputError(f"is {type(data['boxes']).__name__}, not a list", where="boxes")
-        boxes = []
-        for index, item in enumerate(data["boxes"]):
-            try:
-                _check_keys(item, required=("xyxy", "phrase"))
-                boxes.append(Box(xyxy=item["xyxy"], phrase=item["phrase"]))
-            except InputError as error:
-                raise error.at(f"boxes[{index}]") from None
-        return cls(caption=data["caption"], boxes=tuple(boxes))
+        if not isinstance(data, Mapping):
+            raise InputError(f"is {type(data).__name__}, not an object", cure=f"write {EXAMPLE}")
+        line = "objects" in data
+        _check_keys(data, _LINE_KEYS if line else _LAYOUT_KEYS, required=("caption",), near_only=line)
+        reading = reading_of(data)
+        size = size if line and size is not None else _stated_size(data)
+        if line:
+            boxes = boxes_of_line(data["objects"], reading, size, clipped)
+        else:
+            boxes = boxes_of_layout(data.get("boxes", []), reading, size, clipped)
+        return cls(caption=data["caption"], boxes=boxes)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
         return {"caption": self.caption, "boxes": [{"xyxy": list(b.xyxy), "phrase": b.phrase} for b in self.boxes]}
 
 
-def read_layouts(path: str | Path) -> list[Layout]:
-    """Layouts of a `.json` file (one layout, or a list of them) or a `.jsonl` file (one a line).
+def read_layouts(path: str | Path, *, picture_size: Callable[[Path], Size] | None = None) -> list[Layout]:
+    """Layouts of a `.json` file (one layout, or a list of them) or a `.jsonl` file (one a line), see `Layout.from_dict`.
+
+    Boxes that were clipped are counted in one warning of the log.
+
+    Args:
+        picture_size: (width, height) in pixels of a picture beside the file, for lines of data sets in pixels.
 
     Raises:
-        InputError: the file is missing, is no JSON, holds no layout, or a layout is wrong; with file and line.
+        InputError: the file is missing, is no JSON, holds no layout, or layouts are wrong; with file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            "no such layout file", where=str(path), cure="give a .json file of one layout or a .jsonl of many"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text ({error})", where=str(path)) from None
-    if path.suffix == ".jsonl":
-        items = [(f"{path}:{n}", parse_json(line, where=f"{path}:{n}")) for n, line in numbered_lines(text)]
-    else:
-        data = parse_json(text, where=str(path))
-        many = data if isinstance(data, list) else [data]
-        items = [(f"{path}[{n}]" if isinstance(data, list) else str(path), item) for n, item in enumerate(many)]
-    if not items:
-        raise InputError("holds no layout", where=str(path))
-    layouts = []
-    for where, item in items:
+    cure = f"give a .json file of one layout or a .jsonl of many, e.g. {EXAMPLE}"
+    layouts, errors, seen, edges = [], [], [], EdgeCount()
+    for where, item in read_json_records(path, what="layout file", cure=cure):
+        clipped: Clipped = []
         try:
-            layouts.append(Layout.from_dict(item))
+            if isinstance(item, InputError):
+                raise item
+            layouts.append(Layout.from_dict(item, size=_beside(item, path, where, picture_size), clipped=clipped))
         except InputError as error:
-            raise error.at(where) from None
+            errors.append(error.at(where) if error.where != where else error)
+        for by, place in clipped:
+            edges.add(by, f"{where}: {place}")
+        if isinstance(item, Mapping):
+            seen.append(item)
+    if errors:
+        raise several(errors, where=str(path), hint=_hint(errors, seen))
+    if not layouts:
+        raise InputError("holds no layout", where=str(path), cure=cure)
+    if edges.message:
+        log.warning("warning: %s: %s", path, edges.message)
     return layouts
+
+
+def read_json_records(
+    path: Path, *, what: str, limit: int = 2**28, cure: str | None = None
+) -> Iterator[tuple[str, Any]]:
+    """(place, value or the `InputError` of that line) of a file of JSON lines, one at a time; or of what else stands there
+    in their place: a JSON array, or objects over several lines each, which are read whole.
+
+    The place is `FILE:LINE`; of a `.json` file with one object the file, of one with a list `FILE[INDEX]`.
+
+    Args:
+        limit: the most bytes that are read whole.
+
+    Raises:
+        InputError: no regular file, not a text, no JSON where it is read whole.
+    """
+    lines = read_lines(path, what=what, cure=cure)
+    number, first = next(lines, (0, ""))
+    if not number and path.suffix != ".json":
+        return
+    if path.suffix == ".json" or first[0] == "[":
+        yield from _whole_json(read_text(path, what=what, limit=limit, cure=cure), path)
+        return
+    if first == "{":  # objects over several lines, or a broken first line
+        try:
+            whole = list(_whole_json(read_text(path, what=what, limit=limit, cure=cure), path))
+        except InputError:
+            whole = []
+        if whole:
+            yield from whole
+            return
+    while number:
+        where = f"{path}:{number}"
+        try:
+            yield where, parse_json(first, where=where)
+        except InputError as error:
+            yield where, error
+        number, first = next(lines, (0, ""))
+
+
+def _whole_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    at = _skip(text, 0)
+    if path.suffix == ".json":
+        data = parse_json(text, where=str(path)) if not _holds_lines(text, at) else None
+        if isinstance(data, list):
+            yield from ((f"{path}[{index}]", item) for index, item in enumerate(data))
+            return
+        if data is not None or at == len(text):
+            yield str(path), data
+            return
+    decoder, array = json.JSONDecoder(parse_constant=_refuse_constant), text[at] == "["
+    at, line, counted = at + array, 1, 0
+    while (at := _skip(text, at)) < len(text) and not (array and text[at] == "]"):
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{path}:{line}"
+        with _json_errors(where):
+            value, at = decoder.raw_decode(text, at)
+            at = _skip(text, at)
+            if array and text[at : at + 1] == ",":
+                at += 1
+            elif array and text[at : at + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        yield where, value
+    if array and _skip(text, at + 1) < len(text):
+        raise InputError(
+            "begins with a JSON array, and more stands behind it",
+            where=f"{path}:{line}",
+            cure="write one JSON object a line",
+        )
+
+
+def _holds_lines(text: str, at: int) -> bool:
+    """Whether the text is several JSON values one after the other."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return False
+    return text[at] == "{" and text[_skip(text, end) : _skip(text, end) + 1] == "{"
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
@@ -149,32 +282,210 @@ def parse_json(text: str, *, where: str) -> Any:
     Raises:
         InputError: with the line and column inside `text`.
     """
+    with _json_errors(where, many_lines="\n" in text.strip()):
+        return json.loads(text, parse_constant=_refuse_constant)
+    raise AssertionError("unreachable")
 
-    def refuse(name: str) -> float:
-        raise InputError(f"holds {name}", where=where, cure="write a finite number")
 
+@contextmanager
+def _json_errors(where: str, *, many_lines: bool = False) -> Iterator[None]:
     try:
-        return json.loads(text, parse_constant=refuse)
+        yield
     except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}" if "\n" in text.strip() else where
+        place = f"{where}:{error.lineno}" if many_lines else where
         raise InputError(f"is not JSON: {error.msg} (column {error.colno})", where=place) from None
-    except InputError:
-        raise
+    except InputError as error:
+        raise error.at(where) from None
     except ValueError as error:  # an int of thousands of digits
         raise InputError(f"is not JSON that can be read: {str(error).split(';')[0]}", where=where) from None
     except RecursionError:
         raise InputError("is nested too deeply to be a layout", where=where) from None
 
 
-def _check_keys(data: Any, *, required: tuple[str, ...]) -> None:
+def _refuse_constant(name: str) -> float:
+    raise InputError(f"holds {name}", cure="write a finite number")
+
+
+def reading_of(data: Mapping[str, Any], default: Reading = _PLAIN) -> Reading:
+    """How `data` says that its boxes are to be read. Raises `InputError` for another word."""
+    if "bbox_format" not in data and "bbox_units" not in data:
+        return default
+    return Reading(
+        _choice(data.get("bbox_format", default.order), BBOX_FORMATS, "bbox_format"),
+        _choice(data.get("bbox_units", default.unit), BBOX_UNITS, "bbox_units"),
+    )
+
+
+def boxes_of_layout(
+    items: Any, reading: Reading, size: Callable[[], Size] | None, clipped: Clipped | None = None
+) -> tuple[Box, ...]:
+    """Boxes of `[{"xyxy": [...], "phrase": ...}, ...]`. Raises `InputError` with `boxes[N]`."""
+    if not isinstance(items, list):
+        raise InputError(f"is {type(items).__name__}, not a list", where="boxes", cure=f"write {EXAMPLE}")
+    check_count(len(items))
+    boxes = []
+    for index, item in enumerate(items):
+        try:
+            key = "bbox" if isinstance(item, Mapping) and "bbox" in item and "xyxy" not in item else "xyxy"
+            _check_keys(item, (key, "phrase"), required=(key, "phrase"))
+            boxes.append(as_box(item[key], item["phrase"], reading, size, f"boxes[{index}]", clipped))
+        except InputError as error:
+            place = f"boxes[{index}]"
+            raise error if (error.where or "").startswith(place) else error.at(place) from None
+    return tuple(boxes)
+
+
+def boxes_of_line(
+    objects: Any, reading: Reading, size: Callable[[], Size] | None, clipped: Clipped | None = None
+) -> tuple[Box, ...]:
+    """Boxes of a data set's `{"bbox": [...], "phrase": [...]}`. Raises `InputError` with `objects.bbox[N]`."""
+    cure = 'give {"bbox": [...], "phrase": [...]}; both lists empty for a picture without boxes'
+    if not isinstance(objects, Mapping):
+        raise InputError(f"objects is {type(objects).__name__}, not an object", cure=cure)
+    for key in objects:
+        if key not in ("bbox", "phrase"):
+            raise unknown_key(key, ("bbox", "phrase"), where="objects")
+    for key in ("bbox", "phrase"):
+        if not isinstance(objects.get(key), list):
+            what = f"is {type(objects[key]).__name__}, not a list" if key in objects else "is missing"
+            raise InputError(what, where=f"objects.{key}", cure=cure)
+    bbox, phrases = objects["bbox"], objects["phrase"]
+    if len(bbox) != len(phrases):
+        raise InputError(
+            f"{len(bbox)} boxes and {len(phrases)} phrases", where="objects", cure="give each box its phrase"
+        )
+    check_count(len(bbox))
+    for index, phrase in enumerate(phrases):
+        if not isinstance(phrase, str):
+            raise InputError(f"is {_json(phrase)}, not a text", where=f"objects.phrase[{index}]")
+    return tuple(
+        as_box(four, phrase, reading, size, f"objects.bbox[{index}]", clipped)
+        for index, (four, phrase) in enumerate(zip(bbox, phrases, strict=True))
+    )
+
+
+def as_box(
+    value: Any,
+    phrase: Any,
+    reading: Reading,
+    size: Callable[[], Size] | None,
+    where: str,
+    clipped: Clipped | None = None,
+) -> Box:
+    """A box of four numbers as they stand, clipped where it leaves the picture by no more than `EDGE_RULE` says.
+
+    Args:
+        size: called for (width, height) in pixels, for boxes in pixels and for those that leave the picture.
+
+    Raises:
+        InputError: no four finite numbers, the size of pixels is not known, or the phrase is empty.
+        BoxError: the box is inverted, empty, or leaves the picture by more.
+    """
+    numbers = four_numbers(value)
+    if numbers is None:
+        raise InputError(
+            f"is {_json(value)}: not four finite numbers", where=where, cure="give [left, top, right, bottom]"
+        )
+    pixels = None
+    if reading.unit == "pixel":
+        if size is None:
+            raise InputError(
+                "boxes in pixels need the size of the picture",
+                where=where,
+                cure='add "width" and "height" in pixels to the layout, or write relative boxes',
+            )
+        pixels = size()
+    xyxy = numbers if reading == _PLAIN else relative(numbers, reading, pixels)
+    if min(xyxy) < -ROUNDING or max(xyxy) > 1 + ROUNDING:
+        by = max(overshoot(xyxy))
+        # Of a small picture two pixels may be more than the share: the size is asked for where that could matter.
+        if not within_edge(xyxy, pixels) and pixels is None and size is not None and by < 0.25:
+            pixels = size()
+        if within_edge(xyxy, pixels):
+            if clipped is not None:
+                clipped.append((by, where))
+            xyxy = clip(xyxy)
+    try:
+        return Box(xyxy, phrase)
+    except BoxError as error:
+        written = "" if reading == _PLAIN else f" (written as {reading.order} {_few(numbers)})"
+        raise BoxError(error.what + written, where=where, cure=error.cure) from None
+    except InputError as error:
+        raise error.at(where) from None
+
+
+def check_count(boxes: int) -> None:
+    """Raises `InputError`: more boxes than a layout may have."""
+    if boxes > MOST_BOXES:
+        raise InputError(
+            f"holds {boxes:,} boxes, and a layout has at most {MOST_BOXES:,}", cure="leave the smallest ones out"
+        )
+
+
+def _beside(
+    item: Any, path: Path, where: str, picture_size: Callable[[Path], Size] | None
+) -> Callable[[], Size] | None:
+    """For the size of the picture that a line of a data set names."""
+    if picture_size is None or not isinstance(item, Mapping) or "file_name" not in item:
+        return None
+    return lambda: picture_size(inside(path.parent, item["file_name"], where=where, what="picture"))
+
+
+def _stated_size(data: Mapping[str, Any]) -> Callable[[], Size] | None:
+    """For the size that `width` and `height` state. Raises `InputError` where they are no numbers of pixels."""
+    if "width" not in data and "height" not in data:
+        return None
+    stated = data.get("width"), data.get("height")
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < 2**31 for v in stated):
+        raise InputError(
+            f"width and height are {_json(stated[0])} and {_json(stated[1])}", cure="give both as numbers of pixels"
+        )
+    return lambda: stated  # type: ignore[return-value]
+
+
+def _hint(errors: Sequence[InputError], seen: Sequence[Mapping[str, Any]]) -> str | None:
+    """The shares under each reading, and what to declare, where boxes of layouts are wrong."""
+    if not any(isinstance(error, BoxError) for error in errors):
+        return None
+    sets, declared = [], set()
+    for data in seen:
+        try:
+            declared.add(reading_of(data))
+            size = _stated_size(data)
+            objects, boxes = data.get("objects"), data.get("boxes")
+            values = objects.get("bbox") if isinstance(objects, Mapping) else boxes
+            four = (v.get("xyxy", v.get("bbox")) if isinstance(v, Mapping) else v for v in values or ())
+            sets.append(Boxed([f for v in four if (f := four_numbers(v))], size() if size else None))
+        except (InputError, TypeError):
+            continue
+    found = evidence(sets, declared.pop()) if len(declared) == 1 else None
+    return found.beside_error if found else None
+
+
+def _check_keys(data: Any, known: Sequence[str], *, required: Sequence[str], near_only: bool = False) -> None:
+    """Refuse keys that are not known; with `near_only` those alone that look like a known one misspelt."""
     if not isinstance(data, Mapping):
-        raise InputError(f"is {type(data).__name__}, not an object with {', '.join(required)}")
+        raise InputError(f"is {type(data).__name__}, not an object with {', '.join(required)}", cure=f"write {EXAMPLE}")
     for key in data:
-        if key not in required:
-            raise unknown_key(key, required)
+        if key not in known and not (near_only and not difflib.get_close_matches(str(key)[:100], known, 1, 0.8)):
+            raise unknown_key(key, known)
     for key in required:
         if key not in data:
-            raise InputError(f"{key!r} is missing", cure=f"an object here has the keys {', '.join(required)}")
+            raise InputError(f"{key!r} is missing", cure=f"write {EXAMPLE}")
+
+
+def _choice(value: Any, known: tuple[str, ...], key: str) -> str:
+    if value not in known:
+        raise InputError(f"{key} is {_json(value)}", cure=f"give one of {', '.join(known)}")
+    return str(value)
+
+
+def _json(value: Any) -> str:
+    return clip_text(json.dumps(value, default=repr), 80)
+
+
+def _few(numbers: Four) -> str:
+    return f"[{', '.join(f'{v:.6g}' for v in numbers)}]"
 
 
 def _is_finite(value: int | float) -> bool:
@@ -184,15 +495,24 @@ def _is_finite(value: int | float) -> bool:
         return False
 
 
-def _check_text(text: str, what: str) -> None:
+def _check_text(text: str, what: str, most: int) -> None:
     """JSON may spell half a character (a lone surrogate), which no file or tokenizer takes."""
+    if len(text) > most:
+        raise InputError(
+            f"{what} has {len(text):,} characters, and at most {most:,} are read", cure="shorten it to what is shown"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise InputError(f"{what} {text!r} holds half a character", cure="write it as UTF-8 text") from None
 
 
-def _validated_xyxy(value: Any) -> tuple[float, float, float, float]:
+def _validated_xyxy(value: Any) -> Four:
+    if type(value) is tuple and len(value) == 4:  # most are right, and a set has millions
+        left, top, right, bottom = value
+        floats = type(left) is type(top) is type(right) is type(bottom) is float
+        if floats and 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return value
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4:
         raise InputError(f"xyxy is {value!r}", cure="give four numbers: [left, top, right, bottom], each in [0, 1]")
     if any(isinstance(v, bool) or not isinstance(v, int | float) or not _is_finite(v) for v in value):
@@ -201,18 +521,25 @@ def _validated_xyxy(value: Any) -> tuple[float, float, float, float]:
             cure="give [left, top, right, bottom] in [0, 1]",
         )
     left, top, right, bottom = (float(v) for v in value)
-    if max(left, top, right, bottom) > 1 + EDGE_TOLERANCE or min(left, top, right, bottom) < -EDGE_TOLERANCE:
-        pixels = max(left, top, right, bottom) > 2
-        cure = (
-            "these look like pixels: divide x by the width and y by the height"
-            if pixels
-            else "clip the box to the picture"
+    four = left, top, right, bottom
+    if right < left or bottom < top:
+        raise BoxError(
+            f"the box {_few(four)} is inverted",
+            cure="left must be < right, top < bottom: check the order [left, top, right, bottom], or declare another one (bbox_format)",
         )
-        raise InputError(f"the box {list(value)} leaves the picture, whose sides run from 0 to 1", cure=cure)
-    left, top, right, bottom = (min(max(v, 0.0), 1.0) for v in (left, top, right, bottom))
+    if right == left or bottom == top:
+        side = "width" if right == left else "height"
+        raise BoxError(f"the box {_few(four)} is empty: its {side} is 0", cure="give it one, or remove it")
+    if not within_edge(four, None):
+        raise BoxError(
+            f"the box {_few(four)} leaves the picture",
+            cure='sides run from 0 to 1, and these look like pixels or thousandths: declare "bbox_units": "pixel" or "permille"'
+            if max(four) > 2
+            else f"correct the box, whose sides run from 0 to 1 ({EDGE_RULE})",
+        )
+    if min(four) >= 0 and max(four) <= 1:
+        return four
+    left, top, right, bottom = clip(four)
     if right <= left or bottom <= top:
-        raise InputError(
-            f"the box {list(value)} is inverted or empty (left must be < right, top < bottom)",
-            cure="check the order [left, top, right, bottom]; xywh must be declared as such",
-        )
+        raise BoxError(f"the box {_few(four)} lies outside the picture", cure="correct the box, or remove it")
     return (left, top, right, bottom)

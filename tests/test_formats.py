@@ -427,7 +427,7 @@ def test_a_convention_that_nobody_declared_is_not_guessed(tmp_path: Path) -> Non
     boxes_ = [[4.0 * n, 2.0, 12.0, 9.0] for n in range(8)]
     rows = hf_row(tmp_path, objects=[{"bbox": box, "phrase": "a ball"} for box in boxes_])
     path = hf_parquet(tmp_path / "train.parquet", rows)
-    with pytest.raises(InputError, match=r"Of 8 boxes, each reading makes wrong: xywh pixel 0%, xyxy pixel 62%, "):
+    with pytest.raises(InputError, match=r"Of 8 boxes, each reading makes wrong: xywh pixel 0%, xywh permille 0%, "):
         read_format("hf", path)
     found = read_format("hf", path, bbox_format="xywh", bbox_units="pixel")
     assert found.records[0].layout.boxes[1] == Box((0.1, 0.1, 0.4, 0.55), "a ball")

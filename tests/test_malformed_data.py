@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def test_layout_lines_are_numbered(
     path.write_text(f"{layout()}\n\n{with_box(phrase='')}\n")
     refused_reader(monkeypatch, capsys, lambda: read_layouts(path), "many.jsonl:3: boxes[1]")
     refused_reader(monkeypatch, capsys, lambda: read_layouts(tmp_path / "none.json"), "none.json: no such layout file")
-    path.write_bytes(b"\xff\xfe")
-    refused_reader(monkeypatch, capsys, lambda: read_layouts(path), "many.jsonl", "not UTF-8")
+    path.write_bytes(b"\xff\xfe{")
+    refused_reader(monkeypatch, capsys, lambda: read_layouts(path), "many.jsonl", "UTF-16")
 
 
 # --- data sets: line 2 is wrong, and the message says so --------------------------------------------------------------
@@ -98,7 +99,7 @@ LINES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "no json": ("{'file_name': 'a.png'}", "is not JSON"),
     "a list": ("[]", "is list, not an object"),
     "NaN": (json.dumps(line(objects=objects([[0, 0, float("nan"), 1]]))), "holds NaN"),
-    "endless integer": (json.dumps(line()).replace("0.4", "9" * 400), "beyond all bounds"),
+    "endless integer": (json.dumps(line()).replace("0.4", "9" * 400), "not four finite numbers"),
     "integer of too many digits": (json.dumps(line()).replace("0.4", "9" * 5000), "is not JSON"),
     "no file name": (line(file_name=...), "'file_name' is missing"),
     "no caption": (line(caption=...), "'caption' is missing"),
@@ -111,9 +112,11 @@ LINES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "leaves by the root": (line(file_name="/etc/passwd"), "without '..'"),
     "leaves by a drive": (line(file_name="C:\\a.png"), "without '..'"),
     "holds a zero byte": (line(file_name="a\0.png"), "file_name is"),
-    "leaves by a link": (line(file_name="link.png"), "is a link that leaves"),
+    "a link to nothing": (line(file_name="dangling.png"), "is a link to a file that does not exist"),
+    "a FIFO": (line(file_name="fifo.png"), "is a FIFO"),
+    "a device": (line(file_name="zero.png"), "is a device"),
     "missing picture": (line(file_name="c.png"), "does not exist"),
-    "a folder": (line(file_name="folder"), "does not exist"),
+    "a folder": (line(file_name="folder"), "is a folder"),
     "too long a name": (line(file_name="a" * 5000), "cannot be opened"),
     "no picture": (line(file_name="text.png"), "is no readable picture"),
     "truncated picture": (line(file_name="half.png"), "is no readable picture"),
@@ -126,11 +129,14 @@ LINES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "phrase is null": (line(objects=objects([[0, 0, 1, 1]], [None])), "objects.phrase[0]: is null"),
     "phrase is blank": (line(objects=objects([[0, 0, 1, 1]], [""])), "objects.bbox[0]: the phrase is ''"),
     "three numbers": (line(objects=objects([[0, 0, 1]])), "objects.bbox[0]: is [0, 0, 1]"),
-    "a string among the numbers": (line(objects=objects([[0, 0, 1, "1"]])), 'objects.bbox[0]: holds "1"'),
-    "true among the numbers": (line(objects=objects([[0, 0, 1, True]])), "objects.bbox[0]: holds true"),
+    "a string among the numbers": (line(objects=objects([[0, 0, 1, "1"]])), 'objects.bbox[0]: is [0, 0, 1, "1"]'),
+    "true among the numbers": (line(objects=objects([[0, 0, 1, True]])), "objects.bbox[0]: is [0, 0, 1, true]"),
     "pixels as relative": (line(objects=objects([[1, 1, 20, 10]])), '"bbox_units": "pixel"'),
-    "outside in pixels": (line(objects=objects([[1, 1, 50, 10]]), bbox_units="pixel"), "[1.0, 1.0, 50.0, 10.0]"),
-    "xywh as xyxy": (line(objects=objects([[0.5, 0.5, 0.2, 0.2]])), '"bbox_format": "xywh"'),
+    "outside in pixels": (
+        line(objects=objects([[1, 1, 50, 10]]), bbox_units="pixel"),
+        "(written as xyxy [1, 1, 50, 10])",
+    ),
+    "xywh as xyxy": (line(objects=objects([[0.5, 0.5, 0.2, 0.2]])), "33.3% as xyxy (declared), 33.3% as xywh"),
     "inverted": (line(objects=objects([[0.9, 0.1, 0.5, 0.4]])), "objects.bbox[0]"),
     "xyxy as xywh": (line(objects=objects([[0.5, 0.5, 0.9, 0.9]]), bbox_format="xywh"), "written as xywh"),
     "unknown format": (line(bbox_format="yxyx"), "give one of xyxy, xywh, cxcywh"),
@@ -143,7 +149,9 @@ def test_data_set_lines(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     wrong, says = LINES[name]
     folder = dataset(tmp_path / "data", line(), wrong)
     whole = picture(tmp_path / "elsewhere.png").read_bytes()
-    (folder / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    (folder / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "fifo.png")
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     (folder / "text.png").write_text("no picture")
     (folder / "folder").mkdir()
@@ -155,9 +163,12 @@ DATA_SETS: dict[str, tuple[Callable[[Path], object] | None, str]] = {
     "a file": (lambda d: d.write_text("x"), "no such data set folder"),
     "no metadata": (lambda d: d.mkdir(), "has no metadata.jsonl"),
     "a VOC folder": (lambda d: voc(d), "data convert --from voc"),
-    "metadata is a folder": (lambda d: (d / "metadata.jsonl").mkdir(parents=True), "has no metadata.jsonl"),
+    "metadata is a folder": (lambda d: (d / "metadata.jsonl").mkdir(parents=True), "is a folder, not a metadata file"),
     "empty metadata": (lambda d: (dataset(d) / "metadata.jsonl").write_text(" \n\n"), "holds no picture"),
-    "metadata in UTF-16": (lambda d: (dataset(d) / "metadata.jsonl").write_text("{}", "utf-16"), "UTF-8"),
+    "metadata in UTF-16": (
+        lambda d: (dataset(d) / "metadata.jsonl").write_text("{}", "utf-16"),
+        "'file_name' is missing",
+    ),
 }
 
 

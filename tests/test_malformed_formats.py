@@ -167,7 +167,7 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "instancediffusion: xyxy": ("instancediffusion", one_instance(bbox=[10, 4, 60, 16]), "one.json: annos[0]", "leaves the picture"),
     "instancediffusion: no phrase": ("instancediffusion", one_instance(caption=" ", category_name=""), "annos[0]", "the description is"),
     "flickr30k: no number": ("flickr30k", text("Annotations/36979.xml", flickr_xml(box="<bndbox/>")), "36979.xml: object 2", "<xmin> is missing"),
-    "flickr30k: no xml": ("flickr30k", removed("Annotations/36979.xml"), "36979.xml", "cannot be read"),
+    "flickr30k: no xml": ("flickr30k", removed("Annotations/36979.xml"), "36979.xml", "no such annotation file"),
     "eligen: a mask too few": ("eligen", text("metadata.json", [eligen_row(eligen_entity_masks=[])]), "metadata.json[0]", "1 prompts and 0 masks"),
     "eligen: no mask": ("eligen", removed("masks/0.png"), "eligen_entity_masks[0]", "is not below"),
     "eligen: a blank prompt": ("eligen", text("metadata.json", [eligen_row(eligen_entity_prompts=[""])]), "eligen_entity_prompts[0]", "the prompt is ''"),

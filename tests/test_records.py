@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.data.check import check_dataset
+from mmdit_lora.data.check import check_dataset, read_written
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import read_dataset, scan_dataset, write_dataset, write_splits
 from mmdit_lora.errors import InputError
@@ -171,10 +171,21 @@ def test_check_sees_xywh_that_is_taken_for_xyxy(tmp_path: Path, declared: str) -
     assert any("as xywh" in warning for warning in check_dataset(read_dataset(folder)).warnings) == (declared == "xyxy")
 
 
-def test_check_counts_lines_that_only_xywh_explains(tmp_path: Path) -> None:
-    folder = dataset(
-        tmp_path, line(objects=objects([[0.5, 0.5, 0.2, 0.2]])), line(objects=objects([[0.1, 0.1, 0.3, 0.3]]))
-    )
-    records, errors = scan_dataset(folder)
-    assert "xywh" in str(errors[0])
-    assert "probably xywh" in check_dataset(records, errors=errors).warnings[0]
+def test_xywh_is_proposed_where_a_share_of_the_set_says_so_and_not_for_a_box(tmp_path: Path) -> None:
+    right = line(objects=objects([[0.1, 0.1, 0.3, 0.3]]))
+    wrong = line(objects=objects([[0.1, 0.5, 0.8, 0.2]]))
+
+    def findings(name: str, *lines: dict[str, object]) -> list[str]:
+        folder = dataset(tmp_path / name, *lines)
+        records, errors = scan_dataset(folder)
+        written = read_written(folder, bbox_format="xyxy", bbox_units="relative")
+        report = check_dataset(records, errors=errors, written=written)
+        assert f"{len(errors) / len(lines):.1%} as xyxy (declared), 0.0% as xywh" in str(report.hint)
+        with pytest.raises(InputError, match=r"0.0% as xywh"):
+            read_dataset(folder)
+        return [f.message for f in report.findings if f.name == "box-format"]
+
+    (message,) = findings("many", right, *[wrong] * 5)
+    assert "5 of 6 boxes are wrong as xyxy, 0 as xywh: the boxes are probably xywh" in message
+    assert findings("one", *[right] * 9, wrong) == []
+    assert findings("half", right, wrong) == []

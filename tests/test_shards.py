@@ -137,7 +137,7 @@ def test_members_as_others_write_them(tmp_path: Path) -> None:
         ({"1.png": b"", "1.json": as_json()}, "1", "0 bytes"),
         ({"1.png": b"\x89PNG", "1.json": as_json()}, "1", "no readable picture"),
         ({"1.png": picture(), "1.json": b"{"}, "1", "is not JSON"),
-        ({"1.png": picture(), "1.json": b"\xff"}, "1", "no UTF-8"),
+        ({"1.png": picture(), "1.json": b"\xff"}, "1", "not UTF-8"),
         ({"1.png": picture(), "1.json": b"[]"}, "1", "not an object"),
         ({"1.png": picture(), "1.json": b'{"caption": "x"}'}, "1", "'objects' is missing"),
         ({"1.png": picture(), "1.json": as_json(objects={"bbox": [[0, 0, 2, 1]], "phrase": ["x"]})}, "1", "2"),
@@ -158,7 +158,8 @@ def test_a_wrong_record_is_named_with_shard_and_key(
     path = tar_of(tmp_path / "wrong.tar", {**good, **members})
     assert main(["data", "stats", str(path)]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert f"{path}:{place}: " in message if place else f"{path}: " in message
+    assert str(path) in message
+    assert f"{path.name}:{place}: " in message if place else f"{path.name}: " in message
     assert what in message
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -245,7 +246,7 @@ def test_other_conventions_are_not_served_by_the_index(tmp_path: Path) -> None:
     wide = as_json(objects={"bbox": [[0.5, 0, 0.5, 1]], "phrase": ["x"]})
     path = tar_of(tmp_path / "y.tar", {"1.png": picture(), "1.json": wide})
     assert open_shards(path, bbox_format="xywh")[0].layout.boxes[0].xyxy == (0.5, 0, 1, 1)
-    with pytest.raises(InputError, match="inverted or empty"):
+    with pytest.raises(InputError, match="its width is 0"):
         open_shards(path)
 
 

@@ -35,10 +35,17 @@ def test_a_zero_anywhere_says_that_the_tool_counts_from_zero(tmp_path: Path) -> 
 
 
 def test_boxes_are_clipped_and_empty_ones_counted(tmp_path: Path) -> None:
-    boxes = [("a", 5, 5, 5, 5), ("b", 31, 11, 44, 22), ("c", 2, 2, 9, 2)]
+    boxes = [("a", 5, 5, 5, 5), ("b", 31, 11, 42, 22), ("c", 2, 2, 9, 2)]
     found = scan_voc(voc(tmp_path, annotation(boxes), annotation([])))
     assert [box.xyxy for box in found.records[0].layout.boxes] == [(0.75, 0.5, 1, 1)]
     assert found.left_out == {"boxes without area": 2, "pictures without a box": 1}
+    warning = found.warnings[-1]  # two of 20 pixels below
+    assert warning.startswith("1 box leaves its picture by at most 10.0% of the side and was clipped")
+    assert "0.xml: object 2" in warning
+    with pytest.raises(
+        InputError, match=r"0.xml: object 1: the box \[30.0, 10.0, 43.0, 20.0\] leaves the picture of 40 x 20"
+    ):
+        scan_voc(voc(tmp_path / "far", annotation([("b", 31, 11, 43, 20)])))
 
 
 def test_captions_name_distinct_phrases_in_order(tmp_path: Path) -> None:

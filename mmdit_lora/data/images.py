@@ -14,8 +14,11 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import require_file
 
 Source = str | Path | bytes  # a path, or the whole content of a file
+
+MOST_BYTES = 2**30  # of a picture's file
 
 # What Pillow raises for files that are damaged in one way or another; only the first is documented.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error)
@@ -32,7 +35,7 @@ def load_image(path: Source) -> Image.Image:
         InputError: no such file, no picture, a truncated one, one of 32-bit numbers, or one that declares so many pixels
             that decoding it could exhaust the memory (Pillow's limit); with the path, where there is one.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if image.mode in ("I", "F"):  # a file does not say which number is white
             raise InputError(
                 "holds 32-bit numbers, of which none is known to be white",
@@ -57,13 +60,25 @@ def image_size(path: Source) -> tuple[int, int]:
     Raises:
         InputError: no such file, or no picture; with the path, where there is one.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         # Of a TIFF, Pillow's `size` is upright already, and only its.
         width, height = (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
         header_alone = image.format == "PNG" and not _tells_more_behind_pixels(path)
         exif = Image.Image.getexif(image) if header_alone else image.getexif()
         turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
+
+
+def picture_bytes(path: Path) -> bytes:
+    """The whole content of a picture's file. Raises `InputError` with the path: no regular file, or a huge one."""
+    try:
+        return _regular(path).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"the picture cannot be read ({error.strerror})",
+            where=str(path),
+            cure="restore the file, or leave the record out",
+        ) from None
 
 
 def _tells_more_behind_pixels(path: Source) -> bool:
@@ -84,12 +99,17 @@ def _tells_more_behind_pixels(path: Source) -> bool:
 
 
 @contextmanager
-def _opened(path: Source) -> Iterator[Image.Image]:
+def opened(path: Source) -> Iterator[Image.Image]:
+    """The picture as Pillow opens it, nothing decoded.
+
+    Raises:
+        InputError: no regular file, no picture, or one that declares too many pixels; also of what the caller does in it.
+    """
     try:
-        with Image.open(BytesIO(path) if isinstance(path, bytes) else path) as image:
+        with Image.open(BytesIO(path) if isinstance(path, bytes) else _regular(path)) as image:
             yield image
-    except FileNotFoundError:
-        raise InputError("no such picture", where=_place(path)) from None
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
         raise TooManyPixels(
@@ -103,6 +123,19 @@ def _opened(path: Source) -> Iterator[Image.Image]:
             where=_place(path),
             cure="restore the file, or leave the picture out",
         ) from None
+
+
+def _regular(path: str | Path) -> Path:
+    """`path`, a regular file that is not too large to be a picture. Raises `InputError`."""
+    path = require_file(path, what="picture")
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise InputError(
+            f"is a file of {size / 2**30:.1f} GiB, and pictures have at most {MOST_BYTES / 2**30:g} GiB",
+            where=str(path),
+            cure="leave it out",
+        )
+    return path
 
 
 def _file(path: Source) -> BinaryIO:

@@ -32,7 +32,7 @@ def commented_config(
         InputError: the folder is no readable data set.
     """
     conventions = {"bbox_format": bbox_format, "bbox_units": bbox_units}
-    records = read_dataset(data_folder, **conventions)
+    records = read_dataset(data_folder, bbox_format=bbox_format, bbox_units=bbox_units)
     ratios = fitting_ratios(records)
     values: dict[str, Any] = {
         "base": base,

@@ -9,38 +9,39 @@ them. `write_dataset` is the inverse.
 from __future__ import annotations
 
 import json
-import reprlib
+import logging
+import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from mmdit_lora.data.images import image_size, load_image
-from mmdit_lora.data.lines import (
-    BBOX_FORMATS,
-    BBOX_UNITS,
-    COLUMNS,
-    MISSING,
-    BoxFormatError,
-    parse_layout,
-    text_of,
-)
-from mmdit_lora.errors import InputError
-from mmdit_lora.files import atomic_folder
-from mmdit_lora.layout import Box, Layout, numbered_lines, parse_json
+from mmdit_lora.data.images import image_size, load_image, picture_bytes
+from mmdit_lora.data.lines import BBOX_FORMATS, BBOX_UNITS, COLUMNS, MISSING, parse_layout, text_of
+from mmdit_lora.data.metadata import METADATA, find_metadata, metadata_records
+from mmdit_lora.data.warnings import Warnings
+from mmdit_lora.data.written import hint, read_written, set_evidence
+from mmdit_lora.errors import InputError, clip, several
+from mmdit_lora.files import atomic_folder, inside, kind_of
+from mmdit_lora.layout import Box, BoxError, Clipped, Layout
 
-__all__ = ["BBOX_FORMATS", "BBOX_UNITS", "COLUMNS", "METADATA", "BoxFormatError", "Item", "Record"]
+__all__ = ["BBOX_FORMATS", "BBOX_UNITS", "COLUMNS", "METADATA", "Item", "Record"]
 
-METADATA = "metadata.jsonl"
+log = logging.getLogger(__name__)
+
+# Most names: a path below the folder, without what `inside` looks for.
+_PLAIN_NAME = re.compile(r"(?!/)(?!.*\.\.)[^\\:\0]+")
 
 Item = tuple[str, Image.Image | Path, Layout]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One picture and its layout.
 
@@ -74,13 +75,9 @@ class Record:
     def read_bytes(self) -> bytes:
         """The picture's file. Raises `InputError` with the record's place where it cannot be read."""
         try:
-            return self.image.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"the picture {self.image} cannot be read ({error.strerror})",
-                where=self.where,
-                cure="restore the file, or leave the record out",
-            ) from None
+            return picture_bytes(self.image)
+        except InputError as error:
+            raise error.at(self.where) from None
 
     def size(self) -> tuple[int, int]:
         """(width, height) of the upright picture in pixels, from its header. Raises `InputError` where it is no picture."""
@@ -90,34 +87,63 @@ class Record:
             raise error.at(self.where) from None
 
 
-def read_dataset(folder: str | Path, *, bbox_format: str = "xyxy", bbox_units: str = "relative") -> list[Record]:
+def warn(line: str) -> None:
+    """A warning of a reader, where its caller has no other place for it."""
+    log.warning("warning: %s", line)
+
+
+def read_dataset(
+    folder: str | Path,
+    *,
+    bbox_format: str = "xyxy",
+    bbox_units: str = "relative",
+    tell: Callable[[str], None] = warn,
+) -> list[Record]:
     """The records of a data set folder. Pictures are not decoded; for boxes in pixels their headers are read.
 
     Args:
         bbox_format: "xyxy" | "xywh" | "cxcywh", for lines that do not say it.
-        bbox_units: "relative" | "pixel", likewise.
+        bbox_units: "relative" | "pixel" | "permille", likewise.
+        tell: called with a line for people for what was read otherwise than it stands (boxes clipped at the edge).
 
     Raises:
-        InputError: the first thing that is wrong, with `metadata.jsonl:LINE`.
+        InputError: what is wrong, the first lines of many with their place in `metadata.jsonl`; and where boxes are wrong,
+            how many would be under each reading.
     """
-    records = []
-    for read in _scan(Path(folder), bbox_format, bbox_units):
-        if isinstance(read, InputError):
-            raise read
-        records.append(read)
+    warnings = Warnings()
+    conventions = {"bbox_format": bbox_format, "bbox_units": bbox_units}
+    records, errors = scan_dataset(folder, **conventions, warnings=warnings)
+    if errors:
+        boxes = any(isinstance(error, BoxError) for error in errors)
+        found = set_evidence(read_written(folder, **conventions)) if boxes else None
+        raise several(errors, where=str(folder), hint=hint(found))
+    for line in warnings.lines():
+        tell(f"{folder}: {line}")
     return records
 
 
 def scan_dataset(
-    folder: str | Path, *, bbox_format: str = "xyxy", bbox_units: str = "relative"
+    folder: str | Path,
+    *,
+    bbox_format: str = "xyxy",
+    bbox_units: str = "relative",
+    warnings: Warnings | None = None,
 ) -> tuple[list[Record], list[InputError]]:
     """As `read_dataset`, but goes on past wrong lines and returns their errors too.
+
+    Args:
+        warnings: where what was read otherwise than it stands is noted.
 
     Raises:
         InputError: there is no data set to read at all.
     """
-    reads = list(_scan(Path(folder), bbox_format, bbox_units))
-    return [r for r in reads if isinstance(r, Record)], [r for r in reads if isinstance(r, InputError)]
+    records, errors = [], []
+    for read in _scan(Path(folder), bbox_format, bbox_units, warnings or Warnings()):
+        if isinstance(read, InputError):
+            errors.append(read)
+        else:
+            records.append(read)
+    return records, errors
 
 
 def write_dataset(out: str | Path, items: Iterable[Item]) -> Path:
@@ -192,11 +218,8 @@ def check_replaceable(out: Path, *, parts: tuple[str, ...] = ()) -> None:
         check_replaceable(out / part)
     if (out / METADATA).is_file():
         try:
-            lines = [
-                parse_json(line, where=METADATA) for _, line in numbered_lines((out / METADATA).read_text("utf-8"))
-            ]
-            ours |= {METADATA, *(PurePosixPath(line["file_name"]).parts[0] for line in lines)}
-        except (InputError, UnicodeDecodeError, LookupError, TypeError):
+            ours |= {METADATA, *(PurePosixPath(line["file_name"]).parts[0] for _, line in metadata_records(out))}
+        except (InputError, LookupError, TypeError):
             ours = set(parts)
     others = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if others:
@@ -207,76 +230,73 @@ def check_replaceable(out: Path, *, parts: tuple[str, ...] = ()) -> None:
         )
 
 
-def _scan(folder: Path, bbox_format: str, bbox_units: str) -> Iterator[Record | InputError]:
-    text = _metadata(folder)
-    path, root, found = folder / METADATA, folder.resolve(), False
-    for number, line in numbered_lines(text):
-        found, where = True, f"{path}:{number}"
+def _scan(folder: Path, bbox_format: str, bbox_units: str, warnings: Warnings) -> Iterator[Record | InputError]:
+    path = find_metadata(folder)
+    if path.parent != folder:
+        warnings.note(f"has no {METADATA}; the one in its folder {path.parent.name} was read")
+    found = False
+    for where, data in metadata_records(folder):
+        found = True
+        clipped: Clipped = []
         try:
-            data = parse_json(line, where="")
-            yield _record(data, root, folder, where, bbox_format, bbox_units)
+            if isinstance(data, InputError):
+                raise data
+            yield _record(data, path.parent, where, bbox_format, bbox_units, clipped)
         except InputError as error:
-            yield error.at(where)
-        except ValueError as error:  # an integer of more digits than Python converts
-            yield InputError(f"is not JSON: {error}", where=where)
+            yield error if error.where == where else error.at(where)
+            continue
+        for by, place in clipped:
+            warnings.clipped(by, f"{METADATA}{where.removeprefix(str(path))}: {place}")
     if not found:
         raise InputError("holds no picture", where=str(path), cure="write one JSON object a line, one line a picture")
 
 
-def _metadata(folder: Path) -> str:
-    if not folder.is_dir():
-        raise InputError("no such data set folder", where=str(folder), cure=f"give a folder that holds {METADATA}")
-    path = folder / METADATA
-    if not path.is_file():
-        raise InputError(f"has no {METADATA}", where=str(folder), cure=_cure_without_metadata(folder))
-    try:
-        return path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte-order mark
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"cannot be read as UTF-8 text ({error})", where=str(path)) from None
-
-
-def _cure_without_metadata(folder: Path) -> str:
-    if (folder / "Annotations").is_dir():
-        return "it looks like Pascal VOC: `mmdit-lora data convert --from voc`"
-    if any(folder.glob("*.tar")):
-        return "its tar shards are read by `train` and by `data check|stats|show|cache`; elsewhere give the folder they were made from"
-    return f"a data set holds {METADATA}; `mmdit-lora data formats` lists what can be converted"
-
-
-def _record(data: Any, root: Path, folder: Path, where: str, bbox_format: str, bbox_units: str) -> Record:
+def _record(data: Any, folder: Path, where: str, bbox_format: str, bbox_units: str, clipped: Clipped) -> Record:
     if not isinstance(data, Mapping):
         raise InputError(f"is {type(data).__name__}, not an object", cure=f"its keys are {', '.join(COLUMNS[:3])}")
     for key in COLUMNS[:3]:
         if key not in data:
             raise InputError(f"{key!r} is missing", cure=MISSING[key])
     text_of(data["caption"], "caption")
-    image = _picture(data["file_name"], root, folder)
-    layout = parse_layout(data, partial(image_size, image), bbox_format=bbox_format, bbox_units=bbox_units)
+    image = _picture(data["file_name"], folder)
+    layout = parse_layout(
+        data, partial(image_size, image), bbox_format=bbox_format, bbox_units=bbox_units, clipped=clipped
+    )
     return Record(image=image, layout=layout, where=where, extra=tuple(str(key) for key in data if key not in COLUMNS))
 
 
 def _inside(name: Any) -> str:
     """`name` if it is a relative path that stays in its folder."""
     text = text_of(name, "file_name")
-    windows = PureWindowsPath(text)
-    if not text.strip() or "\0" in text or PurePosixPath(text).is_absolute() or windows.drive or ".." in windows.parts:
-        raise InputError(f"file_name is {text!r}", cure="give a path below the data set folder, without '..'")
+    if not _PLAIN_NAME.fullmatch(text) or not text.strip():
+        try:
+            inside(".", text, where="file_name", what="picture")
+        except InputError as error:
+            raise InputError(f"file_name is {text!r}", cure=error.cure) from None
     return text
 
 
-def _picture(name: Any, root: Path, folder: Path) -> Path:
-    path = folder / _inside(name)
-    try:
-        if not path.resolve().is_relative_to(root):
-            raise InputError(
-                f"file_name {name!r} is a link that leaves the data set folder", cure="copy the picture into the folder"
-            )
-        if path.is_file():
-            return path
-    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
-        reason = getattr(error, "strerror", None) or "a loop of links"
-        raise InputError(f"file_name {reprlib.repr(name)} cannot be opened ({reason})") from None
-    raise InputError(f"the picture {name!r} does not exist", cure=f"file_name is relative to {folder}")
+def _picture(name: Any, folder: Path) -> Path:
+    """The regular file of that name, or that a link of that name points to.
+
+    A name with backslashes, as Windows writes paths, is read with slashes where only that file exists.
+    """
+    text = _inside(name)
+    shown = clip(repr(text), 200)
+    for spelling in dict.fromkeys((text, text.replace("\\", "/"))):
+        path = f"{folder}/{spelling}"
+        try:
+            mode = os.stat(path).st_mode  # noqa: PTH116 - half of the time of reading a set would go into Path.stat
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # a name too long, a loop of links
+            raise InputError(f"file_name {shown} cannot be opened ({error.strerror})") from None
+        if not stat.S_ISREG(mode):
+            raise InputError(f"the picture {shown} is {kind_of(mode)}", cure="name a regular file, or a link to one")
+        return Path(path)
+    if os.path.islink(f"{folder}/{text}"):  # noqa: PTH114 - as above
+        raise InputError(f"the picture {shown} is a link to a file that does not exist", cure="restore that file")
+    raise InputError(f"the picture {shown} does not exist", cure=f"file_name is relative to {folder}")
 
 
 def _rounded(box: Box) -> list[float]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import inside, read_text
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {
@@ -66,6 +67,23 @@ class TensorFiles:
         return torch.empty(piece.get_shape(), dtype=_DTYPES[piece.get_dtype()], device="meta")
 
 
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, all of them below its folder.
+
+    Raises:
+        InputError: it is no index, or a name leads out of the folder.
+    """
+    try:
+        names = sorted(set(json.loads(read_text(index, what="index of shards"))["weight_map"].values()))
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"is no index of shards: {error!r}", where=str(index)) from None
+    for name in names:
+        inside(index.parent, name, where=str(index), what="shard")
+    return names
+
+
 def _files_of(path: Path) -> list[Path]:
     """The safetensors files that `path` stands for."""
     if path.suffix in _PICKLES:
@@ -80,10 +98,7 @@ def _files_of(path: Path) -> list[Path]:
     # diffusers.
     indices = _by_dots(path.glob("*.safetensors.index.json"))
     if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"is no index of shards: {error!r}", where=str(indices[0])) from None
+        names = shard_names(indices[0])
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise InputError(

@@ -14,6 +14,7 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 
 
@@ -107,6 +108,8 @@ def _check_folder(folder: Path) -> None:
         content["_class_name"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"is no pipeline description ({_first_line(error)})", where=str(index)) from None
+    for shards in folder.glob("*/*.index.json"):
+        shard_names(shards)  # diffusers would follow a name out of the folder
     # transformers makes an empty tokenizer of a folder that is not there.
     parts = [part for part, source in content.items() if isinstance(source, list) and source[0] is not None]
     absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]

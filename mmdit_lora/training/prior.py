@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_lora.config import Config
+from mmdit_lora.data.images import image_size
 from mmdit_lora.data.records import METADATA, read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.draw import save_png
@@ -45,7 +46,9 @@ def prior_layouts(config: Config) -> list[Layout]:
             where=where,
             cure="set it to null, or train with method lora",
         )
-    layouts = [r.layout for r in read_dataset(path)] if Path(path).is_dir() else read_layouts(path)
+    layouts = (
+        [r.layout for r in read_dataset(path)] if Path(path).is_dir() else read_layouts(path, picture_size=image_size)
+    )
     boxed = [layout for layout in layouts if layout.boxes]
     if not boxed:
         raise InputError(f"{path} holds no layout with a box", where=where, cure="give layouts of the old domain")

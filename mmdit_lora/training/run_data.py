@@ -26,7 +26,7 @@ class RunData:
 
     Args:
         training: what the filter left of `data.path`. validation: of `data.validation`; None where a share of the former
-            is held out. remarks: lines for people, from opening shards.
+            is held out. remarks: lines for people, from reading them.
     """
 
     records: Sequence[Record]
@@ -64,7 +64,7 @@ def read_data(config: Config) -> RunData:
             found = _read_shards(path, config)
             remarks.extend(found.remarks)
             return Filtered(found, [], {}, found.boxes)
-        records = read_dataset(path, bbox_format=data.bbox_format, bbox_units=data.bbox_units)
+        records = read_dataset(path, bbox_format=data.bbox_format, bbox_units=data.bbox_units, tell=remarks.append)
         quick_check(records)
         return filter_records(records, data.filter)
 

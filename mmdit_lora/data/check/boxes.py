@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mmdit_lora.data.check.findings import Example, Finding, example, finding
+from mmdit_lora.data.check.findings import EXAMPLES_KEPT, Corners, Example, Finding, example, finding
 from mmdit_lora.data.records import Record
 
 TINY = 0.01  # of the picture's side
@@ -52,18 +53,26 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
     equal: list[Example] = []
     near: list[Example] = []
     other: list[Example] = []
+    count: Counter[str] = Counter()
     for record in records:
         boxes = record.layout.boxes
-        for i, j, overlap in _overlapping(np.array([box.xyxy for box in boxes]).reshape(-1, 4)):
+        seen: dict[tuple[str, Corners], int] = {}
+        distinct = []
+        for j, box in enumerate(boxes):
+            i = seen.setdefault((_plain(box.phrase), box.xyxy), j)
+            if i == j:
+                distinct.append(j)
+                continue
+            equal.append(example(record, f"objects.bbox[{j}] repeats [{i}], {boxes[i].phrase!r}", [i, j]))
+        for i, j, overlap in _overlapping(distinct, np.array([box.xyxy for box in boxes]).reshape(-1, 4)):
             one, two = boxes[i], boxes[j]
-            if _plain(one.phrase) != _plain(two.phrase):
-                text = f"objects.bbox[{i}] {one.phrase!r} and [{j}] {two.phrase!r}: IoU {overlap:.3f}"
-                other.append(example(record, text, [i, j]))
-            elif one.xyxy == two.xyxy:
-                equal.append(example(record, f"objects.bbox[{j}] repeats [{i}], {one.phrase!r}", [i, j]))
-            else:
-                text = f"objects.bbox[{i}] and [{j}], both {one.phrase!r}: IoU {overlap:.3f}"
-                near.append(example(record, text, [i, j]))
+            same = _plain(one.phrase) == _plain(two.phrase)
+            kind, found = ("near", near) if same else ("other", other)
+            count[kind] += 1
+            # Of a picture with hundreds of boxes in one place, a few tell it all; all pairs would fill the memory.
+            if count[kind] <= EXAMPLES_KEPT or not found or found[-1].where != record.where:
+                what = f"and [{j}], both {one.phrase!r}" if same else f"{one.phrase!r} and [{j}] {two.phrase!r}"
+                found.append(example(record, f"objects.bbox[{i}] {what}: IoU {overlap:.3f}", [i, j]))
     return [
         *finding(
             "duplicate-boxes",
@@ -80,6 +89,7 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
             near,
             total=total,
             unit="boxes",
+            count=count["near"],
         ),
         *finding(
             "same-box-other-phrase",
@@ -88,21 +98,23 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
             other,
             total=total,
             unit="boxes",
+            count=count["other"],
         ),
     ]
 
 
-def _overlapping(boxes: np.ndarray) -> list[tuple[int, int, float]]:
-    """(i, j, IoU) of the pairs i < j above `SAME_IOU`; boxes (N, 4) xyxy. Row by row: N may be thousands."""
-    pairs = []
+def _overlapping(chosen: Sequence[int], boxes: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """(i, j, IoU) of the pairs i < j of `chosen` above `SAME_IOU`; boxes (N, 4) xyxy. Row by row: there may be thousands."""
+    indices = np.array(chosen, dtype=int)
+    boxes = boxes[indices]
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for i in range(len(boxes) - 1):
         rest = boxes[i + 1 :]
         sides = np.minimum(boxes[i, 2:], rest[:, 2:]) - np.maximum(boxes[i, :2], rest[:, :2])
         shared = sides.clip(min=0).prod(axis=1)
         overlap = shared / (areas[i] + areas[i + 1 :] - shared)
-        pairs += [(i, i + 1 + int(j), float(overlap[j])) for j in np.flatnonzero(overlap > SAME_IOU)]
-    return pairs
+        for j in np.flatnonzero(overlap > SAME_IOU):
+            yield int(indices[i]), int(indices[i + 1 + j]), float(overlap[j])
 
 
 def _plain(text: str) -> str:

@@ -11,7 +11,7 @@ from html import escape
 from PIL import Image, ImageDraw
 
 from mmdit_lora.data.check.findings import Example
-from mmdit_lora.data.images import load_image
+from mmdit_lora.data.images import load_image, opened
 from mmdit_lora.errors import InputError
 
 _WIDTH, _HEIGHT, _FOOT = 320, 150, 18
@@ -98,11 +98,11 @@ def thumbnail(example: Example) -> str | None:
         return None
     try:
         source = example.image if example.record is None else example.record.source()
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as head:
+        with opened(source) as head:
             if head.width * head.height > _MAX_PIXELS:
                 return None
         image = load_image(source)
-    except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except InputError:
         return None
     scale = _THUMB / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))

@@ -8,16 +8,16 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from mmdit_lora.data.check.findings import Finding, example, finding
-from mmdit_lora.data.images import TooManyPixels, load_image
+from mmdit_lora.data.images import TooManyPixels, load_image, opened
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import require_file
 
 # Pillow's own threshold. Twice that it refuses to open; between the two it warns, and a check decodes none of them.
 MAX_PIXELS = 89_478_485
@@ -79,7 +79,7 @@ def look_at(record: Record) -> Picture:
 
     try:
         source = record.source()
-        if not (source if isinstance(source, bytes) else source.stat().st_size):
+        if not (source if isinstance(source, bytes) else require_file(source, what="picture").stat().st_size):
             error = InputError(
                 "is an empty file of 0 bytes", where=str(record.image), cure="restore it, or leave it out"
             )
@@ -112,7 +112,7 @@ def look_at(record: Record) -> Picture:
 def _head(record: Record, source: Path | bytes) -> Picture:
     """What the header alone says. A damaged one is left to `load_image`, which says it in one way."""
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with opened(source) as image:
             if image.width * image.height > MAX_PIXELS:  # before the EXIF data, for which Pillow decodes a PNG
                 return Picture(record, image.size, image.mode)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

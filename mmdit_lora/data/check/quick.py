@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from mmdit_lora.data.check.pictures import look_at
+from mmdit_lora.data.images import opened
 from mmdit_lora.data.records import Record
+from mmdit_lora.files import require_file
 
 HEADERS = 1000  # read before a run: some tenths of a second
 
@@ -32,10 +32,10 @@ def quick_check(records: Sequence[Record]) -> None:
 
 def _looks_right(record: Record, *, header: bool) -> bool:
     try:
-        if record.image.stat().st_size == 0:
+        if require_file(record.image, what="picture").stat().st_size == 0:
             return False
         if header:
-            with warnings.catch_warnings(action="ignore"), Image.open(record.image):
+            with warnings.catch_warnings(action="ignore"), opened(record.image):
                 pass
     except Exception:  # Pillow's plug-ins raise many kinds; what it is, the full look says
         return False

@@ -8,23 +8,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmdit_lora.boxes import BBOX_UNITS, EDGE_RULE, Evidence
 from mmdit_lora.data.buckets import MIN_VISIBLE, Buckets, size_counts
 from mmdit_lora.data.check.boxes import TINY, box_findings
 from mmdit_lora.data.check.findings import Example, Finding, finding
 from mmdit_lora.data.check.pictures import look_at_all, picture_findings
 from mmdit_lora.data.check.readings import (
     Written,
-    as_corners,
     as_written,
-    evidence_line,
+    corners_of,
     fits,
     reading_findings,
 )
 from mmdit_lora.data.check.sets import leak_findings, set_findings
 from mmdit_lora.data.check.sizes import size_findings, trained_sizes
 from mmdit_lora.data.check.texts import FEW_PHRASES, TokenCount, clip_tokens, few_phrases, text_findings
-from mmdit_lora.data.records import COLUMNS, BoxFormatError, Record
+from mmdit_lora.data.records import COLUMNS, Record
+from mmdit_lora.data.written import hint, set_evidence
 from mmdit_lora.errors import InputError
+from mmdit_lora.layout import BoxError
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class CheckReport:
         findings: the errors first, then the warnings, each with its examples.
         notes: what was seen and is no fault: the evidence for `bbox_format`, and what was not looked at, and why.
         errors, warnings: messages. An error stops a run, a warning does not.
+        hint: what errors of boxes have in common: the shares under each reading, and what to declare.
     """
 
     records: int
@@ -64,6 +67,7 @@ class CheckReport:
     notes: list[str]
     errors: list[str]
     warnings: list[str]
+    hint: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -102,11 +106,12 @@ def check_dataset(
     pictures = look_at_all(records)
     lines = as_written(records) if written is None else written
     trained = {} if buckets is None or buckets.is_single else trained_sizes(pictures, buckets)[0]
+    evidence = set_evidence(lines)
     extra = Counter(column for record in records for column in record.extra)
     found = [
         *_reader_findings(errors, len(records) + len(errors), {line.where: line for line in lines}),
         *picture_findings(pictures),
-        *reading_findings(lines, sum(isinstance(error, BoxFormatError) for error in errors)),
+        *reading_findings(lines, evidence),
         *_column_findings(extra, len(records)),
         *box_findings(records),
         *size_findings(records, pictures, buckets=buckets, batch=batch, min_visible=min_visible),
@@ -136,14 +141,15 @@ def check_dataset(
         extra_columns=dict(extra),
         left_out=dict(left_out or {}),
         findings=found,
-        notes=_notes(records, lines),
+        notes=_notes(records, evidence),
+        hint=hint(evidence) if any(isinstance(error, BoxError) for error in errors) else None,
         errors=wrong,
         warnings=[*warnings, *mild, *(f"{number} {what} were left out" for what, number in left.items())],
     )
 
 
-def _notes(records: Sequence[Record], lines: Sequence[Written]) -> list[str]:
-    notes = [line] if (line := evidence_line(lines)) else []
+def _notes(records: Sequence[Record], evidence: Evidence | None) -> list[str]:
+    notes = [evidence.line] if evidence else []
     if few_phrases(records) is None:
         notes.append(
             f"captions were not compared with phrases, nor phrases counted against one another: more than {FEW_PHRASES} distinct phrases"
@@ -151,26 +157,41 @@ def _notes(records: Sequence[Record], lines: Sequence[Written]) -> list[str]:
     return notes
 
 
-# What a reader refuses, by what its message says: (name, part of the message, message of the finding, cure).
+# What a reader refuses, by what its message says: (name, parts of the message, message of the finding, cure).
 _REFUSED = (
-    ("inverted-boxes", "inverted", "{n} lines hold an inverted or empty box", "check the order of the four numbers"),
-    ("outside-boxes", "leaves the picture", "{n} lines hold a box outside its picture", "clip it, or mend its units"),
-    ("wrong-size", "(upright)", "{n} annotations declare another size than their picture has", "annotate it as it is"),
-    ("empty-phrases", "the phrase is", "{n} lines hold an empty phrase", "give each box a phrase"),
+    (
+        "inverted-boxes",
+        ("is inverted", "is empty: its"),
+        "{n} lines hold an inverted or empty box",
+        "check the order of the four numbers",
+    ),
+    (
+        "outside-boxes",
+        ("leaves the picture", "outside the picture"),
+        "{n} lines hold a box outside its picture",
+        f"correct it, or declare its units: bbox_units is one of {', '.join(BBOX_UNITS)} ({EDGE_RULE})",
+    ),
+    (
+        "wrong-size",
+        ("(upright)",),
+        "{n} annotations declare another size than their picture has",
+        "annotate it as it is",
+    ),
+    ("empty-phrases", ("the phrase is",), "{n} lines hold an empty phrase", "give each box a phrase"),
     (
         "missing-pictures",
-        "does not exist",
+        ("does not exist",),
         "{n} lines name a picture that does not exist",
         "restore it, or remove them",
     ),
-    ("unreadable-lines", "", "{n} lines cannot be read", "mend them as the messages say, or remove them"),
+    ("unreadable-lines", ("",), "{n} lines cannot be read", "mend them as the messages say, or remove them"),
 )
 
 
 def _reader_findings(errors: Sequence[InputError], total: int, lines: Mapping[str, Written]) -> list[Finding]:
     by_name: dict[str, list[InputError]] = {name: [] for name, *_ in _REFUSED}
     for error in errors:
-        by_name[next(name for name, part, *_ in _REFUSED if part in error.what)].append(error)
+        by_name[next(name for name, parts, *_ in _REFUSED if any(part in error.what for part in parts))].append(error)
     return [
         one
         for name, _, message, cure in _REFUSED
@@ -193,7 +214,7 @@ def _refused(error: InputError, lines: Mapping[str, Written]) -> Example:
     line = lines.get(where.split(": ")[0])
     if line is None:
         return Example(where, error.what)
-    corners = [as_corners(four, line.format) for four in line.numbers]
+    corners = corners_of(line)
     wrong = tuple(four for four in corners if not fits(four))
     return Example(where, error.what, line.image, wrong, tuple(four for four in corners if fits(four)))
 

@@ -191,7 +191,7 @@ def _uneven(records: Sequence[Record], boxes: int) -> list[Finding]:
     return finding(
         "label-imbalance",
         f"{many} boxes say {most!r}, {few} say {least!r}: {many / few:.1f} times as many",
-        "add pictures of the rare ones, or repeat their lines; judge each phrase by itself in `evaluate`",
+        "add pictures of the rare ones, or repeat their lines",
         rare,
         total=boxes,
         unit="boxes",

@@ -47,9 +47,10 @@ from mmdit_lora.data.formats.trainers import read_comfyui, read_simpletuner, wri
 from mmdit_lora.data.formats.voc import read_voc, write_voc
 from mmdit_lora.data.formats.yolo import read_yolo, write_yolo
 from mmdit_lora.data.records import Item, Record, check_replaceable, fill_dataset, scan_dataset
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.data.written import Written, hint, read_written, set_evidence
+from mmdit_lora.errors import InputError, several, unknown_key
 from mmdit_lora.files import atomic_folder
-from mmdit_lora.layout import Box, Layout
+from mmdit_lora.layout import Box, BoxError, Layout, check_count
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def read_format(
         detailed: take the longer of two descriptions of a box, where a set has both.
         bbox_format, bbox_units: the convention, for formats that do not know it.
         skip_missing: leave records out whose picture is not there.
-        collect_errors: return the errors of single records instead of raising the first.
+        collect_errors: return the errors of single records instead of raising them together.
 
     Raises:
         InputError: the source does not exist or is wrong; the template has another placeholder; `phrases` names no class
@@ -285,19 +286,21 @@ def read_format(
                 continue
             beside = sidecar.get(sample.image) if sidecar else None
             boxes = _boxes(sample, phrases, lower=kind.classes)
+            own = sample.caption if caption is None else None
+            made = template.format(phrases=", ".join(dict.fromkeys(box.phrase for box in boxes)))
+            text = next(choice for choice in (beside, own, made) if choice is not None)
+            layout = _layout(text, boxes, sample.where)
         except InputError as error:
             if skip_missing and isinstance(error, MissingPictureError):
                 context.leave_out("records whose picture is not there")
                 continue
-            if not collect_errors:
-                raise
             errors.append(error)
             continue
         names.update(thing for thing, _ in sample.things)
-        own = sample.caption if caption is None else None
-        made = template.format(phrases=", ".join(dict.fromkeys(box.phrase for box in boxes)))
-        text = next(choice for choice in (beside, own, made) if choice is not None)
-        records.append(Record(image=sample.image, layout=Layout(caption=text, boxes=boxes), where=sample.where))
+        records.append(Record(image=sample.image, layout=layout, where=sample.where))
+    if errors and not collect_errors:
+        found = hint(set_evidence(_own_written(context))) if kind.read is None and _of_boxes(errors) else None
+        raise several(errors, where=str(src), hint=found)
     for key in phrases:
         if key not in names and not errors:
             raise unknown_key(key, sorted(names), where="--map")
@@ -331,9 +334,29 @@ def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]
     return out
 
 
+def _layout(caption: str, boxes: tuple[Box, ...], where: str) -> Layout:
+    try:
+        return Layout(caption=caption, boxes=boxes)
+    except InputError as error:
+        raise error.at(where) from None
+
+
+def _of_boxes(errors: Iterable[InputError]) -> bool:
+    return any(isinstance(error, BoxError) for error in errors)
+
+
+def _own_written(context: Context) -> list[Written]:
+    return read_written(
+        context.src, bbox_format=context.bbox_format or "xyxy", bbox_units=context.bbox_units or "relative"
+    )
+
+
 def _own_format(context: Context) -> Reads:
     records, errors = scan_dataset(
-        context.src, bbox_format=context.bbox_format or "xyxy", bbox_units=context.bbox_units or "relative"
+        context.src,
+        bbox_format=context.bbox_format or "xyxy",
+        bbox_units=context.bbox_units or "relative",
+        warnings=context.warnings,
     )
     for record in records:
         yield partial(_as_sample, record)
@@ -359,6 +382,10 @@ def _sidecar(src: Path, given: Path | None) -> Captions | None:
 
 def _boxes(sample: Sample, phrases: Mapping[str, str], *, lower: bool) -> tuple[Box, ...]:
     boxes = []
+    try:
+        check_count(len(sample.things))
+    except InputError as error:
+        raise error.at(sample.where) from None
     for index, (name, xyxy) in enumerate(sample.things):
         try:
             boxes.append(Box(xyxy=xyxy, phrase=phrases.get(name, name.lower() if lower else name)))

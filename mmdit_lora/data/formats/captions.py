@@ -9,7 +9,7 @@ from pathlib import Path
 from mmdit_lora.data.formats.common import need, read_json, read_text, text
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError
-from mmdit_lora.layout import numbered_lines, parse_json
+from mmdit_lora.layout import read_json_records
 
 # Written by us beside formats that have no place for a caption, and read where it stands.
 SIDECAR = "captions.jsonl"
@@ -35,9 +35,9 @@ class Captions:
                 "no such file or folder", where=str(path), cure="give captions as .jsonl, .json or a folder of .txt"
             )
         if path.suffix == ".jsonl":
-            for line_number, line in numbered_lines(read_text(path)):
-                where = f"{path}:{line_number}"
-                row = parse_json(line, where=where)
+            for where, row in read_json_records(path, what="file of captions"):
+                if isinstance(row, InputError):
+                    raise row
                 name = text(need(row, "file_name", where), "file_name", where)
                 self._table[name] = text(need(row, "caption", where), "the caption", where)
             return
@@ -52,7 +52,7 @@ class Captions:
         """The caption of a picture; None where there is none."""
         if self.path.is_dir():
             file = self.path / f"{image.stem}.txt"
-            return (read_text(file).strip() or None) if file.is_file() else None
+            return (read_text(file).strip() or None) if file.exists() else None
         ends = ["/".join(image.parts[-length:]) for length in range(min(4, len(image.parts)), 0, -1)]
         return next((self._table[key] for key in [*ends, image.stem] if key in self._table), None)
 

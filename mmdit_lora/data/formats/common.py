@@ -18,20 +18,25 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from mmdit_lora.data.formats.warnings import Warnings
+from mmdit_lora import files
+from mmdit_lora.boxes import EDGE_RULE, Four, corners, full_size, overshoot, within_edge
+from mmdit_lora.boxes import clip as clip_box
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Item
+from mmdit_lora.data.warnings import Warnings
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import parse_json
 
 DEFAULT_CAPTION = "a photo of {phrases}"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
-# A box may leave its picture by this share of the side before it is a mistake rather than a sloppy edge.
-_OUTSIDE = 0.25
+# The upright box around a turned one or an ellipse may leave the picture where the shape itself does not.
+_AROUND = 0.25  # of the side
+JSON_LIMIT = 4 * 2**30  # bytes; the largest annotation files of published sets have half of that
+_TEXT_LIMIT = 256 * 2**20
 
-XYXY = tuple[float, float, float, float]
+XYXY = Four
 Convention = Literal["xyxy", "xywh", "cxcywh", "xxyy"]
-Unit = Literal["relative", "pixel", "percent"]
+Unit = Literal["relative", "pixel", "percent", "permille"]
 
 
 class MissingPictureError(InputError):
@@ -116,24 +121,29 @@ class Context:
         self.left_out[reason] += 1
 
     def box(
-        self, value: Any, convention: Convention, where: str, *, unit: Unit = "relative", size: tuple[int, int] = (1, 1)
+        self,
+        value: Any,
+        convention: Convention,
+        where: str,
+        *,
+        unit: Unit = "relative",
+        size: tuple[int, int] | None = None,
+        image: Path | None = None,
+        around: bool = False,
     ) -> XYXY | None:
-        """The box as relative xyxy, clipped to the picture; None, and counted, where nothing is left of it.
+        """The box as relative xyxy, clipped to the picture (which is counted); None, and counted, where nothing is left of it.
 
         Args:
             value: four numbers in the order that `convention` says ("xxyy": left, right, top, bottom).
-            size: (width, height) of the picture, for boxes in pixels.
+            size: (width, height) of the picture, for boxes in pixels; for others, where it is at hand.
+            image: the picture, whose size is read where it decides whether a relative box is clipped.
+            around: whether the box is that around another shape, which may leave the picture by up to a quarter.
 
         Raises:
-            InputError: not four finite numbers, inverted, or outside the picture by more than a quarter of its side.
+            InputError: not four finite numbers, inverted, or outside the picture by more than `EDGE_RULE` says.
         """
         a, b, c, d = four(value, where)
-        left, top, right, bottom = {
-            "xyxy": (a, b, c, d),
-            "xywh": (a, b, a + c, b + d),
-            "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-            "xxyy": (a, c, b, d),
-        }[convention]
+        left, top, right, bottom = corners((a, b, c, d), convention)
         if right < left or bottom < top:
             raise InputError(
                 f"the box {[a, b, c, d]} is inverted as {convention}", where=where, cure="swap min and max"
@@ -141,17 +151,21 @@ class Context:
         if right == left or bottom == top:
             self.leave_out("boxes without area")
             return None
-        width, height = {"relative": (1, 1), "percent": (100, 100), "pixel": size}[unit]
-        x0, y0, x1, y1 = left / width, top / height, right / width, bottom / height
-        if max(x1, y1) > 1 + _OUTSIDE or min(x0, y0) < -_OUTSIDE:
+        width, height = full_size(unit, size)
+        xyxy = left / width, top / height, right / width, bottom / height
+        by = max(overshoot(xyxy))
+        if size is None and image is not None and not within_edge(xyxy, None) and by <= _AROUND:
+            size = size_of(image, where)
+        if not within_edge(xyxy, size) and not (around and by <= _AROUND):
             sides = f"of {width} x {height} pixels" if unit == "pixel" else f"(sides from 0 to {width})"
             raise InputError(
-                f"the box {[round(v, 3) for v in (a, b, c, d)]} leaves the picture {sides} by far",
+                f"the box {[round(v, 3) for v in (a, b, c, d)]} leaves the picture {sides}",
                 where=where,
-                cure="check that the annotation belongs to this picture, and to this size of it",
+                cure=f"check that the annotation belongs to this picture, and to this size of it ({EDGE_RULE})",
             )
-        x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, 1.0), min(y1, 1.0)
+        x0, y0, x1, y1 = clip_box(xyxy)
         if x0 < x1 and y0 < y1:
+            self.warnings.clipped(by, where)
             return (x0, y0, x1, y1)
         self.leave_out("boxes outside their picture")
         return None
@@ -296,17 +310,28 @@ def size_of(image: Path, where: str, said: tuple[Any, Any] | None = None) -> tup
     return size
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark. Raises `InputError` where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError, ValueError) as error:
-        raise InputError(f"cannot be read as UTF-8 text ({error})", where=str(path)) from None
+def read_text(path: Path, *, limit: int = _TEXT_LIMIT) -> str:
+    """The text of a file, see `files.read_text`. Raises `InputError` where it cannot be read."""
+    return files.read_text(path, what="annotation file", limit=limit)
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises `InputError` with file and line."""
-    return parse_json(read_text(path), where=str(path))
+    return parse_json(read_text(path, limit=JSON_LIMIT), where=str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file of at most 64 MiB. Raises `InputError` with file and line."""
+    import yaml
+
+    try:
+        return yaml.load(read_text(path, limit=64 * 2**20), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"is not YAML ({getattr(error, 'problem', error)})", where=place) from None
+    except (RecursionError, ValueError) as error:  # nested without end; a date that is none
+        raise InputError(f"is not YAML that can be read ({type(error).__name__})", where=str(path)) from None
 
 
 def require_folder(src: Path, cure: str) -> None:

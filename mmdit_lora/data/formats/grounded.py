@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from mmdit_lora.data.formats.common import (
@@ -17,6 +17,7 @@ from mmdit_lora.data.formats.common import (
     Pictures,
     Reads,
     Sample,
+    is_file,
     items_of,
     need,
     number,
@@ -31,6 +32,7 @@ from mmdit_lora.data.formats.tables import each, rows, table_files
 from mmdit_lora.data.formats.xml import child_number, parse_xml
 from mmdit_lora.data.images import load_image
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import inside
 from mmdit_lora.layout import parse_json
 
 Things = list[tuple[str, XYXY]]
@@ -55,7 +57,7 @@ def _grit(row: Any, where: str, context: Context) -> Sample:
         if not isinstance(chunk, list) or len(chunk) not in (6, 7):
             raise InputError(f"is {chunk!r}", where=place, cure="a chunk is [start, end, x0, y0, x1, y1, score]")
         phrase = _span(caption, chunk[0], chunk[1], place)
-        _add(things, phrase, context.box(chunk[2:6], "xyxy", place))
+        _add(things, phrase, context.box(chunk[2:6], "xyxy", place, image=image))
     return Sample(image, where, things, text(caption, "the caption", where))
 
 
@@ -134,10 +136,12 @@ def read_instance_diffusion(context: Context) -> Reads:
 
 
 def _listed_instances(name: str, where: str, context: Context) -> Sample:
-    path = context.src.parent / name
-    if not path.is_file():
-        path = context.src.parent / Path(name).name
-    if not path.is_file():
+    folder = context.src.parent
+    # Lists often hold paths of another machine: then the file of that name beside the list is meant.
+    path = next(
+        (p for p in (_below(folder, name, where), folder / PureWindowsPath(name).name) if p and is_file(p)), None
+    )
+    if path is None:
         raise InputError(f"names {name!r}, which does not exist", where=where)
     return _instances(path, context)
 
@@ -156,6 +160,13 @@ def _instances(path: Path, context: Context) -> Sample:
         box = context.box(need(anno, "bbox", place), "xywh", place, unit="pixel", size=size)
         _add(things, spoken(anno.get("category_name"), anno.get("caption"), context.detailed, place), box)
     return Sample(image, where, things, caption)
+
+
+def _below(folder: Path, name: str, where: str) -> Path | None:
+    try:
+        return inside(folder, name, where=where)
+    except InputError:
+        return None
 
 
 _ENTITY = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
@@ -179,6 +190,8 @@ def read_flickr30k(context: Context) -> Reads:
         if not listing.is_file():
             raise InputError(f"has no {split}.txt", where=str(src), cure="leave --split away")
         stems = read_text(listing).split()
+        for stem in stems:
+            inside(src, stem, where=str(listing), what="picture")
     else:
         stems = sorted(path.stem for path in (src / "Sentences").glob("*.txt"))
     for stem in stems:

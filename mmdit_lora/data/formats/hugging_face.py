@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from mmdit_lora.data.formats.common import XYXY, Context, Convention, Reads, Sample, Unit, need, size_of, text
+from mmdit_lora.boxes import READINGS, Boxed, evidence, four_numbers
+from mmdit_lora.data.formats.common import Context, Convention, Reads, Sample, Unit, need, size_of, text
 from mmdit_lora.data.formats.tables import each, import_or_explain, rows, table_files
-from mmdit_lora.data.records import BBOX_FORMATS, BBOX_UNITS
 from mmdit_lora.errors import InputError
 
 _CAPTIONS = ("caption", "text", "prompt")
@@ -114,45 +114,17 @@ def _stem(row: Any) -> str:
 
 def _evidence(context: Context, paths: list[Path]) -> str:
     """For each reading the share of boxes that it makes wrong: inverted, or outside the picture."""
-    boxes: list[tuple[Any, tuple[int, int]]] = []
+    sets = []
     for where, row in islice(rows(paths), _LOOKED_AT):
         if isinstance(row, Mapping) and row.get("image") is not None and row.get("objects") is not None:
             size = size_of(context.unpacked(row["image"], _stem(row), where), where)
-            boxes.extend((value, size) for value, _ in _objects(row, where))
-    if not boxes:
+            sets.append(Boxed([four for value, _ in _objects(row, where) if (four := four_numbers(value))], size))
+    found = evidence(sets, READINGS[0])
+    if found is None:
         return "There is no box to judge by."
-    wrong = {
-        f"{kind} {unit}": sum(not _fits(context, value, kind, unit, size) for value, size in boxes) / len(boxes)
-        for unit in BBOX_UNITS
-        for kind in BBOX_FORMATS
-    }
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(wrong.items(), key=lambda item: item[1]))
-    return f"Of {len(boxes)} boxes, each reading makes wrong: {shares}"
-
-
-def _fits(context: Context, value: Any, kind: str, unit: str, size: tuple[int, int]) -> bool:
-    probe = Context(context.src)
-    try:
-        x0, y0, x1, y1 = probe.box(value, cast("Convention", kind), "", unit=cast("Unit", unit), size=size) or (
-            0,
-            0,
-            0,
-            0,
-        )
-    except InputError:
-        return False
-    if unit == "pixel" and max(map(abs, value)) <= 1:
-        return False  # nobody annotates boxes of a pixel
-    return x0 < x1 and y0 < y1 and not _leaves(value, kind, unit, size)
-
-
-def _leaves(value: XYXY, kind: str, unit: str, size: tuple[int, int]) -> bool:
-    """Whether the box leaves the picture by more than rounding does; as evidence that is stricter than for reading."""
-    width, height = size if unit == "pixel" else (1, 1)
-    a, b, c, d = value
-    right, bottom = {"xyxy": (c, d), "xywh": (a + c, b + d), "cxcywh": (a + c / 2, b + d / 2)}[kind]
-    left, top = (a - c / 2, b - d / 2) if kind == "cxcywh" else (a, b)
-    return right > 1.001 * width or bottom > 1.001 * height or left < -0.001 * width or top < -0.001 * height
+    wrong = sorted(found.wrong.items(), key=lambda item: item[1])
+    shares = ", ".join(f"{order} {unit} {count / found.total:.0%}" for (order, unit), count in wrong)
+    return f"Of {found.total} boxes, each reading makes wrong: {shares}"
 
 
 def line_of(row: Mapping[str, Any], names: list[str], where: str) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmdit_lora.data.formats.coco import rle_box
 from mmdit_lora.data.formats.common import (
     XYXY,
@@ -28,7 +26,7 @@ from mmdit_lora.data.formats.common import (
     key_of,
     need,
     read_json,
-    read_text,
+    read_yaml,
     size_of,
     spoken,
     stated_size,
@@ -225,13 +223,7 @@ def read_coco_mig(context: Context) -> Reads:
 
 def coco_mig_prompts(path: Path) -> Iterator[tuple[str, Any, str]]:
     """(prompt, its entry, where) of a mig_bench_anno.yaml. Raises `InputError` where it is no YAML of prompts."""
-    try:
-        data = yaml.load(read_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(
-            f"is not YAML ({getattr(error, 'problem', error)})", where=f"{path}:{mark.line + 1}" if mark else str(path)
-        ) from None
+    data = read_yaml(path)
     if not isinstance(data, Mapping):
         raise InputError(f"holds {type(data).__name__}, not prompts", where=str(path))
     for index, (prompt, entry) in enumerate(data.items()):
@@ -257,7 +249,7 @@ def _coco_mig(prompt: Any, entry: Any, where: str, context: Context) -> Sample:
         image = context.pictures.find(f"{key}.jpg", where)
     things: list[tuple[str, XYXY]] = []
     for said in coco_mig_boxes(entry, where):
-        _add(things, said.short, context.box(said.value, "xyxy", said.where))
+        _add(things, said.short, context.box(said.value, "xyxy", said.where, image=image))
     return Sample(image, where, things, text(prompt, "the prompt", where))
 
 

@@ -88,7 +88,7 @@ def _sample(name: str, table: Iterable[Row], names: Mapping[str, str], context: 
         if str(row.get("IsGroupOf", "0")).strip() == "1":
             context.leave_out("groups of objects")
             continue
-        box = context.box(sides, "xxyy", where)
+        box = context.box(sides, "xxyy", where, image=image)
         if box is not None:
             things.append((label, box))
     if image is None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import importlib
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.data.formats.common import Context, Reads, Sample, read_json, read_text
+from mmdit_lora.data.formats.common import JSON_LIMIT, Context, Reads, Sample, read_json
 from mmdit_lora.errors import InputError, unknown_key
-from mmdit_lora.layout import numbered_lines, parse_json
+from mmdit_lora.files import require_file
+from mmdit_lora.layout import read_json_records
+
+_LONGEST_FIELD = 256 * 2**20  # characters; pictures in base64
 
 Row = tuple[str, Any]  # (where, content or the error of that row)
 
@@ -107,12 +110,7 @@ def _parquet(path: Path, without: Collection[str]) -> Iterator[Row]:
 
 
 def _lines(path: Path, _: list[str] | None) -> Iterator[Row]:
-    for number, line in numbered_lines(read_text(path)):
-        where = f"{path}:{number}"
-        try:
-            yield where, parse_json(line, where=where)
-        except InputError as error:
-            yield where, error
+    yield from read_json_records(path, what="annotation file", limit=JSON_LIMIT)
 
 
 def _json(path: Path, _: list[str] | None) -> Iterator[Row]:
@@ -125,10 +123,12 @@ def _json(path: Path, _: list[str] | None) -> Iterator[Row]:
 
 
 def _separated(path: Path, header: list[str] | None, *, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # pictures in base64
+    csv.field_size_limit(_LONGEST_FIELD)
     names, line = header, 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with require_file(path, what="table").open("rb") as head:
+            wide = head.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with path.open(encoding="utf-16" if wide else "utf-8-sig", newline="") as file:
             if delimiter == ",":
                 reader = csv.reader(file)
             else:

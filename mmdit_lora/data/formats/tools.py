@@ -62,7 +62,8 @@ def _task(row: Any, where: str, context: Context) -> Sample:
             context.leave_out("brush strokes")
             continue
         label = _label(value, kind, place)
-        box = context.box(_region(value, place, size), "xyxy", place, unit="percent")
+        around = bool(value.get("rotation")) or "radiusX" in value
+        box = context.box(_region(value, place, size), "xyxy", place, unit="percent", size=size, around=around)
         if box is not None:
             things.append((label, box))
     return Sample(image, where, things, text(caption, "the caption", where) if caption else None)
@@ -181,7 +182,7 @@ def _cvat_sample(image: Element, where: str, context: Context) -> Sample:
             context.leave_out(f"shapes of the kind {shape.tag}")
             continue
         label = text(shape.get("label"), "label", place)
-        box = context.box(pixels, "xyxy", place, unit="pixel", size=size)
+        box = context.box(pixels, "xyxy", place, unit="pixel", size=size, around=bool(shape.get("rotation")))
         if box is not None:
             things.append((label, box))
     return Sample(file, where, things)

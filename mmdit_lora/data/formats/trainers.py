@@ -79,31 +79,31 @@ def read_comfyui(context: Context) -> Reads:
 
 def _bbox_sample(path: Path, context: Context) -> Sample:
     image = beside(path, context)
-    things = [thing for thing in _bbox_things(path, context) if thing is not None]
+    things = [thing for thing in _bbox_things(path, context, image) if thing is not None]
     return Sample(image, str(path), things, caption_beside(image, path))
 
 
-def _bbox_things(path: Path, context: Context) -> Iterator[tuple[str, XYXY] | None]:
+def _bbox_things(path: Path, context: Context, image: Path) -> Iterator[tuple[str, XYXY] | None]:
     content = read_text(path)
     lines = numbered_lines(content)
     first = content.lstrip()[:1]
     if first == "[":
         data = parse_json(content, where=str(path))
         for index, entity in enumerate(data):
-            yield _entity(entity, f"{path}[{index}]", context)
+            yield _entity(entity, f"{path}[{index}]", context, image)
     elif first == "{":
         for line_number, line in lines:
             where = f"{path}:{line_number}"
-            yield _entity(parse_json(line, where=where), where, context)
+            yield _entity(parse_json(line, where=where), where, context, image)
     elif lines:
         names = class_names(context.src)
         for line_number, line in lines:
-            yield class_line(line, names, f"{path}:{line_number}", context)
+            yield class_line(line, names, f"{path}:{line_number}", context, image)
 
 
-def _entity(entity: Any, where: str, context: Context) -> tuple[str, XYXY] | None:
+def _entity(entity: Any, where: str, context: Context, image: Path) -> tuple[str, XYXY] | None:
     label = text(need(entity, "label", where), "label", where)
-    box = context.box(need(entity, "bbox", where), "xyxy", where)
+    box = context.box(need(entity, "bbox", where), "xyxy", where, image=image)
     return None if box is None else (label, box)
 
 
@@ -146,6 +146,6 @@ def beside(path: Path, context: Context) -> Path:
 def caption_beside(image: Path, path: Path) -> str | None:
     """The text of the `.txt` beside the picture or beside `path`; None where there is none."""
     for file in (image.with_suffix(".txt"), path.with_suffix(".txt")):
-        if file.is_file():
+        if file.exists():
             return read_text(file).strip() or None
     return None

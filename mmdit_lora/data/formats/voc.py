@@ -26,11 +26,12 @@ from mmdit_lora.data.formats.common import (
     size_of,
     unique,
 )
-from mmdit_lora.data.formats.xml import child_number, parse_xml
+from mmdit_lora.data.formats.xml import child_number, parse_xml, read_xml
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.files import read_lines
 
-_ZERO = re.compile(rb"<[xy]min>\s*0+(\.0*)?\s*</")
+_ZERO = re.compile(r"<[xy]min>\s*0+(\.0*)?\s*</")
 
 
 def read_voc(context: Context) -> Reads:
@@ -44,7 +45,7 @@ def read_voc(context: Context) -> Reads:
     """
     src, split = context.src, context.split
     annotations, splits = _annotations(src, context.images), _splits(src)
-    from_zero = any(_ZERO.search(path.read_bytes()) for path in annotations)
+    from_zero = any(_ZERO.search(text) for text in _texts(annotations))
     context.notes["pixels_from"] = 0 if from_zero else 1
     if from_zero:
         context.remarks.append(
@@ -114,6 +115,15 @@ def _annotations(src: Path, images: Path | None) -> list[Path]:
     return found
 
 
+def _texts(annotations: Iterable[Path]) -> Iterator[str]:
+    """Of those that can be read; what is wrong with the others, their reader says."""
+    for path in annotations:
+        try:
+            yield read_xml(path)
+        except InputError:
+            continue
+
+
 def _splits(src: Path) -> dict[str, Path]:
     return {path.stem: path for path in (src / "ImageSets" / "Main").glob("*.txt")}
 
@@ -124,13 +134,7 @@ def _of_split(src: Path, split: str, splits: Mapping[str, Path]) -> Iterator[Pat
             raise InputError("has no splits (ImageSets/Main)", where=str(src), cure="leave --split away")
         raise unknown_key(split, sorted(splits), where="--split")
     file = splits[split]
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text ({error})", where=str(file)) from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(file, what="list of a split"):
         stem, *member = line.split()
         if member == ["-1"]:  # the lists of one class say for every picture whether it is in
             continue
@@ -214,7 +218,7 @@ def _warn_of_leftovers(
         if picture.suffix in SUFFIXES and picture not in taken and picture.stem not in unread:
             context.warnings.add("pictures without annotation", str(picture), "has no annotation; it was left out")
     for file in (splits[name] for name in sorted(splits)):
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        for number, line in read_lines(file, what="list of a split"):
             stem, *member = line.split() or [""]
             if stem and member != ["-1"] and stem not in stems:
                 what = f"names {stem!r}, which has no annotation; the line was passed over"

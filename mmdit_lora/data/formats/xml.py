@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from mmdit_lora.data.formats.common import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import decode_text, require_file
+
+_LIMIT = 2**30  # bytes; CVAT writes a set as one file
+_DECLARED = re.compile(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z][\w.-]{0,40})[\"']")
+_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")
+
+
+def read_xml(path: Path) -> str:
+    """The text of an XML file: by its byte order mark, else by the encoding that it declares, else UTF-8.
+
+    Raises:
+        InputError: no regular file, a huge one, or not in that encoding.
+    """
+    require_file(path, what="annotation file")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LIMIT + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if len(content) > _LIMIT:
+        raise InputError(f"is larger than {_LIMIT / 2**30:g} GiB, the limit of an XML file", where=str(path))
+    if content.startswith(_BOMS):
+        return decode_text(content, where=str(path))
+    for encoding, start in (("utf-16-le", b"<\0"), ("utf-16-be", b"\0<")):
+        if content.startswith(start):
+            return _decoded(content, encoding, path)
+    declared = _DECLARED.match(content)
+    name = declared[1].decode() if declared else "utf-8"
+    # A declaration that could be read byte by byte is of no wide encoding: such files were saved anew by another tool.
+    if name.lower().replace("_", "-") in ("utf-8", "utf8") or name.lower().startswith(("utf-16", "utf-32", "ucs")):
+        return decode_text(content, where=str(path))
+    return _decoded(content, name, path)
+
+
+def _decoded(content: bytes, encoding: str, path: Path) -> str:
+    try:
+        return content.decode(encoding)
+    except LookupError:  # unknown, or no encoding of texts
+        raise InputError(
+            f"declares the encoding {encoding!r}, which is not known", where=str(path), cure="save it as UTF-8"
+        ) from None
+    except ValueError as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(
+            f"is not in {encoding}, the encoding that it declares ({reason})", where=str(path), cure="save it as UTF-8"
+        ) from None
 
 
 def parse_xml(path: Path) -> Element:
@@ -27,13 +74,14 @@ def parse_xml(path: Path) -> Element:
         raise InputError("has a DTD (<!DOCTYPE ...>)", where=f"{path}:{parser.CurrentLineNumber}", cure="remove it")
 
     parser.StartDoctypeDeclHandler = refuse
+    text = read_xml(path)
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(text, True)  # of a text, whatever it declares
         return builder.close()
     except expat.ExpatError as error:
         raise InputError(f"is not XML: {expat.ErrorString(error.code)}", where=f"{path}:{error.lineno}") from None
-    except OSError as error:
-        raise InputError(f"cannot be read ({error})", where=str(path)) from None
+    except UnicodeEncodeError:  # half a character, which some encodings let through
+        raise InputError("holds half a character", where=str(path), cure="save it as UTF-8") from None
 
 
 def child_number(element: Element, tag: str, where: str) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -24,12 +23,13 @@ from mmdit_lora.data.formats.common import (
     points_box,
     put_picture,
     read_text,
+    read_yaml,
     require_folder,
     unique,
 )
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError
-from mmdit_lora.layout import numbered_lines
+from mmdit_lora.files import read_lines
 
 _NAME_FILES = ("classes.txt", "obj.names", "names.txt")
 
@@ -106,7 +106,9 @@ def class_names(src: Path) -> dict[int, str]:
     )
 
 
-def class_line(line: str, names: Mapping[int, str], where: str, context: Context) -> tuple[str, XYXY] | None:
+def class_line(
+    line: str, names: Mapping[int, str], where: str, context: Context, image: Path
+) -> tuple[str, XYXY] | None:
     """(class name, relative xyxy) of a line of a label file; None, and counted, where the box is empty.
 
     Raises:
@@ -117,21 +119,17 @@ def class_line(line: str, names: Mapping[int, str], where: str, context: Context
         raise InputError(f"class {first!r} has no name", where=where, cure=f"the {len(names)} names count from 0")
     values = [number(value, where) for value in rest]
     if len(values) in (4, 5):
-        box = context.box(values[:4], "cxcywh", where)
+        box = context.box(values[:4], "cxcywh", where, image=image)
     elif len(values) >= 6 and len(values) % 2 == 0:
-        box = context.box(points_box(list(zip(values[::2], values[1::2], strict=True))), "xyxy", where)
+        points = list(zip(values[::2], values[1::2], strict=True))
+        box = context.box(points_box(points), "xyxy", where, image=image)
     else:
         raise InputError(f"has {len(values)} numbers after the class", where=where, cure="write `class cx cy w h`")
     return None if box is None else (names[int(first)], box)
 
 
 def _yaml_names(path: Path) -> dict[int, str]:
-    try:
-        data: Any = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"is not YAML ({getattr(error, 'problem', error)})", where=place) from None
+    data = read_yaml(path)
     names = data.get("names") if isinstance(data, Mapping) else None
     pairs = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(pairs, Mapping) or not pairs:
@@ -154,9 +152,9 @@ def _label_file(picture: Path, root: Path, src: Path) -> Path:
 
 def _sample(picture: Path, label: Path, names: Mapping[int, str], context: Context) -> Sample:
     things = []
-    if label.is_file():  # a picture without one is a picture without objects
-        for line_number, line in numbered_lines(read_text(label)):
-            thing = class_line(line, names, f"{label}:{line_number}", context)
+    if label.exists():  # a picture without one is a picture without objects
+        for line_number, line in read_lines(label, what="label file"):
+            thing = class_line(line, names, f"{label}:{line_number}", context, picture)
             if thing is not None:
                 things.append(thing)
     return Sample(picture, str(label), things)

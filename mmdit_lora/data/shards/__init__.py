@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from mmdit_lora.data.records import METADATA, Record, read_dataset
+from mmdit_lora.boxes import EdgeCount
+from mmdit_lora.data.records import METADATA, Record, read_dataset, warn
 from mmdit_lora.data.shards.records import MOST_HELD_OUT, Part, ShardedRecords, ShardRecord, Subset, spread
 from mmdit_lora.data.shards.store import expand, find, is_url
 
@@ -47,7 +49,7 @@ def open_shards(
     Raises:
         InputError: there is no shard, one is damaged, or a record is wrong; with `shard:key`.
     """
-    remarks: list[str] = []
+    remarks, edges = list[str](), EdgeCount()
     suffix = _suffix(os.fspath(path))
     names = expand(os.fspath(path), suffix)
     if suffix == PARQUET:
@@ -55,9 +57,13 @@ def open_shards(
 
         groups = RowGroups()
         return ShardedRecords(
-            [ParquetPart(find(name), groups, bbox_format=bbox_format, bbox_units=bbox_units) for name in names]
+            [
+                ParquetPart(find(name), groups, bbox_format=bbox_format, bbox_units=bbox_units, edges=edges)
+                for name in names
+            ],
+            edges=edges,
         )
-    return ShardedRecords([_open(name, bbox_format, bbox_units, remarks) for name in names], remarks)
+    return ShardedRecords([_open(name, bbox_format, bbox_units, edges, remarks) for name in names], remarks, edges)
 
 
 def _suffix(path: str) -> str:
@@ -67,25 +73,36 @@ def _suffix(path: str) -> str:
 
 
 def sample_dataset(
-    path: str | os.PathLike[str], most: int, *, bbox_format: str = "xyxy", bbox_units: str = "relative"
+    path: str | os.PathLike[str],
+    most: int,
+    *,
+    bbox_format: str = "xyxy",
+    bbox_units: str = "relative",
+    tell: Callable[[str], None] = warn,
 ) -> tuple[list[Record], int]:
     """(records, how many there are): a data set folder's all, of shards at most `most`, evenly spread.
+
+    Args:
+        tell: called with lines for people, as of `read_dataset`.
 
     Raises:
         InputError: as of `read_dataset` and `open_shards`.
     """
     if is_sharded(path):
         shards = open_shards(path, bbox_format=bbox_format, bbox_units=bbox_units)
-        return spread(shards, most), len(shards)
-    records = read_dataset(Path(path), bbox_format=bbox_format, bbox_units=bbox_units)
+        records = spread(shards, most)
+        for line in shards.remarks:
+            tell(line)
+        return records, len(shards)
+    records = read_dataset(Path(path), bbox_format=bbox_format, bbox_units=bbox_units, tell=tell)
     return records, len(records)
 
 
-def _open(name: str, bbox_format: str, bbox_units: str, remarks: list[str]) -> Part:
+def _open(name: str, bbox_format: str, bbox_units: str, edges: EdgeCount, remarks: list[str]) -> Part:
     from mmdit_lora.data.shards.tar_part import TarPart
 
     def tell(line: str) -> None:
         if not remarks:  # of a folder that cannot be written to, each shard would say it
             remarks.append(line)
 
-    return TarPart(find(name), bbox_format=bbox_format, bbox_units=bbox_units, tell=tell)
+    return TarPart(find(name), bbox_format=bbox_format, bbox_units=bbox_units, edges=edges, tell=tell)

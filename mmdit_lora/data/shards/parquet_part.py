@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdit_lora.boxes import EdgeCount
 from mmdit_lora.data.formats.hugging_face import class_names, line_of
 from mmdit_lora.data.formats.tables import import_or_explain
 from mmdit_lora.data.images import image_size
@@ -23,6 +24,7 @@ from mmdit_lora.data.shards.records import ShardRecord
 from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.data.shards.tar import digest
 from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Clipped
 
 _COLUMNS = ("image", "caption", "text", "prompt", "objects", "bbox_format", "bbox_units")
 _BLOCK = 2**20  # bytes that are read ahead in a remote file
@@ -56,10 +58,16 @@ class RowGroups:
 
 
 class ParquetPart:
-    """Raises `InputError`: the file is no parquet file, holds no row, or lacks a column."""
+    """Raises `InputError`: the file is no parquet file, holds no row, or lacks a column.
 
-    def __init__(self, stored: Stored, groups: RowGroups, *, bbox_format: str, bbox_units: str) -> None:
-        self.stored, self._groups = stored, groups
+    Args:
+        edges: counts the boxes that are clipped in the rows that are read.
+    """
+
+    def __init__(
+        self, stored: Stored, groups: RowGroups, *, bbox_format: str, bbox_units: str, edges: EdgeCount
+    ) -> None:
+        self.stored, self._groups, self._edges = stored, groups, edges
         self._read_line = partial(parse_layout, bbox_format=bbox_format, bbox_units=bbox_units)
         footer, schema = self._with_file(lambda file: (file.metadata, file.schema_arrow))
         self._columns = [name for name in _COLUMNS if name in schema.names]
@@ -136,12 +144,17 @@ class ParquetPart:
                 what, where=where, cure="embed the pictures, as `datasets` does with push_to_hub or to_parquet"
             )
         path = image.get("path") if isinstance(image, Mapping) else None
-        name = Path(path).name if isinstance(path, str) and path else f"row-{index}"
+        name = Path(path).name if isinstance(path, str) else ""
+        name = name if name not in ("", "..") else f"row-{index}"
+        clipped: Clipped = []
         conventions = {key: row[key] for key in ("bbox_format", "bbox_units") if row.get(key) is not None}
         try:
-            layout = self._read_line({**line_of(row, self._names, where), **conventions}, partial(image_size, content))
+            line = {**line_of(row, self._names, where), **conventions}
+            layout = self._read_line(line, partial(image_size, content), clipped=clipped)
         except InputError as error:
             raise error if (error.where or "").startswith(where) else error.at(where) from None
+        for by, place in clipped:
+            self._edges.add(by, f"{where}: {place}")
         return ShardRecord(
             image=Path(self.name) / str(index) / name, layout=layout, where=where, read=lambda: content, pixels=None
         )

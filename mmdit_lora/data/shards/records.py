@@ -11,6 +11,7 @@ from typing import Protocol, overload
 import numpy as np
 from PIL import Image
 
+from mmdit_lora.boxes import EdgeCount
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
@@ -23,7 +24,7 @@ def _nothing() -> bytes:
     raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardRecord(Record):
     """A record in a shard. `image` is a name to show (`folder/shard.tar/key.jpg`), not a file; `where` is `shard.tar:key`.
 
@@ -117,11 +118,11 @@ class ShardedRecords(_Places):
     """The records of shards in order, fetched one by one.
 
     Args:
-        parts: the shards. remarks: lines for people, from opening them.
+        parts: the shards. remarks: lines for people, from opening them. edges: boxes that were clipped in what was read.
     """
 
-    def __init__(self, parts: Sequence[Part], remarks: Sequence[str] = ()) -> None:
-        self.parts, self.remarks = list(parts), list(remarks)
+    def __init__(self, parts: Sequence[Part], remarks: Sequence[str] = (), edges: EdgeCount | None = None) -> None:
+        self.parts, self._remarks, self._edges = list(parts), list(remarks), edges or EdgeCount()
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def __len__(self) -> int:
@@ -130,6 +131,11 @@ class ShardedRecords(_Places):
     def _at(self, place: int) -> Record:
         shard = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self.parts[shard].record(place - int(self._starts[shard]))
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines for people: from opening the shards, and on the boxes that were clipped so far."""
+        return [*self._remarks, *([self._edges.message] if self._edges.message else [])]
 
     @property
     def is_remote(self) -> bool:

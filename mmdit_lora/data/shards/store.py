@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import glob
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import require_file
 
 Result = TypeVar("Result")
+MOST_SHARDS = 100_000  # that one pattern may name
 _TRIES, _FIRST_WAIT = 4, 0.25  # seconds; doubles each time
 _BLOCK = 8 * 2**20  # bytes that are read at once where a whole shard is
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, InputError)
@@ -30,7 +33,7 @@ def expand(path: str, suffix: str) -> list[str]:
     """Names of the shards in order: of a folder, a glob, a brace pattern (`{000..009}`, `{a,b}`), one file; local or a URL.
 
     Raises:
-        InputError: there is none, a range is written backwards, or the store cannot be listed.
+        InputError: there is none, a pattern names more than `MOST_SHARDS`, a range is written backwards, or the store cannot be listed.
     """
     names = [name for one in _braces(path) for name in _listed(one, suffix)]
     if not names:
@@ -133,10 +136,7 @@ def _real(error: Exception) -> Exception:
 def find(name: str) -> Stored:
     """Raises `InputError`: no such file, or a driver is not installed."""
     if not is_url(name):
-        try:
-            status = Path(name).stat()
-        except OSError as error:
-            raise InputError(f"cannot be read ({error.strerror})", where=name) from None
+        status = require_file(name, what="shard").stat()
         return Stored(name, status.st_size, str(status.st_mtime_ns))
     fs, inner = _file_system(name)
     info = retried(lambda: fs.info(inner), name)
@@ -175,16 +175,25 @@ def _listed(path: str, suffix: str) -> list[str]:
 def _braces(path: str) -> list[str]:
     parts = re.split(r"\{([^{}]*)\}", path)
     choices = [[part] if place % 2 == 0 else _choices(part, path) for place, part in enumerate(parts)]
+    named = math.prod(map(len, choices))
+    if named > MOST_SHARDS:
+        raise InputError(
+            f"the pattern names {named:,} files, and at most {MOST_SHARDS:,} shards are read",
+            where=path,
+            cure="name those that are there, or write fewer and larger ones",
+        )
     return ["".join(chosen) for chosen in product(*choices)]
 
 
-def _choices(inside: str, path: str) -> list[str]:
+def _choices(inside: str, path: str) -> Sequence[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if numbers is None:
         return inside.split(",")
     first, last = int(numbers[1]), int(numbers[2])
     if first > last:
         raise InputError(f"the range {{{inside}}} goes backwards", where=path)
+    if last - first >= MOST_SHARDS:
+        return range(first, last + 1)  # type: ignore[return-value]  # to be counted alone
     return [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
 
 

@@ -18,12 +18,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from mmdit_lora.data.images import image_size
+from mmdit_lora.boxes import EdgeCount
+from mmdit_lora.data.images import MOST_BYTES, image_size
 from mmdit_lora.data.lines import COLUMNS, parse_layout
 from mmdit_lora.data.shards.index import row_type
 from mmdit_lora.data.shards.store import Stored
-from mmdit_lora.errors import InputError
-from mmdit_lora.layout import Layout, parse_json
+from mmdit_lora.errors import InputError, several
+from mmdit_lora.files import decode_text, inside
+from mmdit_lora.layout import Clipped, Layout, parse_json
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = tarfile.BLOCKSIZE
@@ -36,22 +38,42 @@ class _Member:
     content: bytes
 
 
-def scan(shard: Stored, *, bbox_format: str, bbox_units: str) -> np.ndarray:
+Keyed = tuple[str, dict[str, _Member]]
+
+
+def scan(shard: Stored, *, bbox_format: str, bbox_units: str, edges: EdgeCount) -> np.ndarray:
     """The rows of a shard's index, in the order of its keys' first members. Every layout and every picture's header is read.
 
+    Args:
+        edges: counts the boxes that were clipped.
+
     Raises:
-        InputError: it is no whole tar file, a record lacks a member, or one is wrong; with `shard:key`.
+        InputError: it is no whole tar file, a record lacks a member, or some are wrong; with `shard:key`.
     """
     rows: list[tuple[Any, ...]] = []
-    for key, members in _records(shard):
+    errors: list[InputError] = []
+    for key, members in _collected(_records(shard), errors):
+        clipped: Clipped = []
         try:
-            rows.append(_row(members, bbox_format, bbox_units))
+            rows.append(_row(members, bbox_format, bbox_units, clipped))
         except InputError as error:
-            raise error.at(f"{shard.name}:{key}") from None
+            errors.append(error.at(f"{shard.name}:{key}"))
+        for by, place in clipped:
+            edges.add(by, f"{shard.name}:{key}: {place}")
+    if errors:
+        raise several(errors, where=shard.name)
     if not rows:
         raise InputError("holds no record", where=shard.name, cure=f"a record is KEY.{PICTURES[0]} and KEY.json")
     names = max(len(row[-1]) for row in rows)
     return np.array(rows, dtype=row_type(names))
+
+
+def _collected(records: Iterator[Keyed], errors: list[InputError]) -> Iterator[Keyed]:
+    """The records up to the place where the shard itself is wrong, which is the last of the errors."""
+    try:
+        yield from records
+    except InputError as error:
+        errors.append(error)
 
 
 def read_layout(
@@ -61,18 +83,19 @@ def read_layout(
     *,
     bbox_format: str,
     bbox_units: str,
+    clipped: Clipped | None = None,
 ) -> tuple[Layout, tuple[str, ...]]:
     """Layout and ignored keys of a record's json and txt. Raises `InputError` without place."""
     if data is None:
         raise InputError("has no .json", cure="each picture has its layout beside it, under the same key")
-    parsed = parse_json(_text(data, "its .json"), where="its .json")
+    parsed = parse_json(decode_text(data, where="its .json"), where="its .json")
     if isinstance(parsed, dict):
         if parsed.get("caption") is None and caption is not None:
-            parsed["caption"] = _text(caption, "its .txt").strip()
+            parsed["caption"] = decode_text(caption, where="its .txt").strip()
         extra = tuple(str(key) for key in parsed if key not in COLUMNS)
     else:
         extra = ()
-    return parse_layout(parsed, size, bbox_format=bbox_format, bbox_units=bbox_units), extra
+    return parse_layout(parsed, size, bbox_format=bbox_format, bbox_units=bbox_units, clipped=clipped), extra
 
 
 def digest(*parts: bytes) -> int:
@@ -85,14 +108,7 @@ def digest(*parts: bytes) -> int:
     return state.intdigest()
 
 
-def _text(data: bytes, what: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"is no UTF-8 text ({error.reason} at byte {error.start})", where=what) from None
-
-
-def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str) -> tuple[Any, ...]:
+def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str, clipped: Clipped) -> tuple[Any, ...]:
     picture, layout, caption = (members.get(kind) for kind in ("picture", "json", "txt"))
     if picture is None:
         raise InputError("has no picture", cure=f"give it one: {', '.join(PICTURES)}")
@@ -105,6 +121,7 @@ def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str) -> tupl
         lambda: size,
         bbox_format=bbox_format,
         bbox_units=bbox_units,
+        clipped=clipped,
     )
     assert layout is not None
     text = caption or _Member("", 0, b"")
@@ -123,7 +140,7 @@ def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str) -> tupl
     )
 
 
-def _records(shard: Stored) -> Iterator[tuple[str, dict[str, _Member]]]:
+def _records(shard: Stored) -> Iterator[Keyed]:
     """(key, its members), which by the convention are neighbours."""
     seen: set[str] = set()
     current: dict[str, _Member] = {}
@@ -135,6 +152,7 @@ def _records(shard: Stored) -> Iterator[tuple[str, dict[str, _Member]]]:
         kind = "picture" if ending in PICTURES else ending
         if kind not in ("picture", "json", "txt"):
             continue
+        inside(".", member.name, where=shard.name, what="member")
         if key != last:
             if last is not None:
                 yield last, current
@@ -165,6 +183,11 @@ def _members_of(file: BinaryIO, shard: Stored) -> Iterator[_Member]:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all that it has seen
                 if not info.isreg():
                     continue
+                if info.size > MOST_BYTES:
+                    raise InputError(
+                        f"has {info.size:,} bytes, and a member at most {MOST_BYTES:,}",
+                        where=f"{shard.name}:{info.name}",
+                    )
                 handle = tar.extractfile(info)
                 assert handle is not None
                 content = handle.read()

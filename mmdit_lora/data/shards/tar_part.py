@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdit_lora.boxes import EdgeCount
 from mmdit_lora.data.shards.index import fetch_index, load_index, save_index
 from mmdit_lora.data.shards.records import ShardRecord
 from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.data.shards.tar import digest, read_layout, scan
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import inside
 
 _BLOCK, _NEAR = 512, 64 * 1024  # bytes; members of a remote record that lie so near are read at once
 
@@ -20,29 +22,32 @@ class TarPart:
     """Raises `InputError` where the shard, or a record of it, is wrong and no index says that it was right.
 
     Args:
-        tell: called with a line for people.
+        edges: counts the boxes that were clipped when the shard was looked through. tell: called with a line for people.
     """
 
-    def __init__(self, stored: Stored, *, bbox_format: str, bbox_units: str, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, stored: Stored, *, bbox_format: str, bbox_units: str, edges: EdgeCount, tell: Callable[[str], None]
+    ) -> None:
         self.stored, self._bbox_format, self._bbox_units = stored, bbox_format, bbox_units
         conventions = f"{bbox_format} {bbox_units}"
-        rows = (fetch_index if stored.is_remote else load_index)(stored, conventions)
+        rows, counted = (fetch_index if stored.is_remote else load_index)(stored, conventions)
         if rows is None:
             if stored.is_remote:
                 tell(
                     f"{stored.name}: has no index beside it, so all of it is read at every start; `data shard` writes them"
                 )
-            rows = scan(stored, bbox_format=bbox_format, bbox_units=bbox_units)
+            rows = scan(stored, bbox_format=bbox_format, bbox_units=bbox_units, edges=counted)
             if not stored.is_remote:
                 try:
-                    save_index(stored, rows, conventions)
-                    mapped = load_index(stored, conventions)
+                    save_index(stored, rows, conventions, counted)
+                    mapped, _ = load_index(stored, conventions)
                     rows = rows if mapped is None else mapped
                 except OSError as error:
                     tell(
                         f"{stored.name}: its index cannot be kept beside it ({error.strerror}) and is made at every start"
                     )
         self.rows = rows
+        edges.merge(counted)
 
     @property
     def name(self) -> str:
@@ -82,6 +87,7 @@ class TarPart:
     def record(self, index: int) -> ShardRecord:
         row = self.rows[index]
         member = bytes(row["name"]).decode()
+        inside(".", member, where=self.name, what="member")  # an index may have been written by anyone
         folder, slash, base = member.rpartition("/")
         where = f"{self.name}:{folder}{slash}{base.partition('.')[0]}"
         places = {

@@ -112,7 +112,9 @@ def _case(image: Any, where: str, own: list[tuple[Any, str]], said: Instances, p
         category = said.category(annotation, place)
         persons += said.names[category].lower() == "person"
         left, top, across, down = four(annotation_box(annotation, place), place)
-        Context(path).box((left, top, across, down), "xywh", place, unit="pixel", size=size)  # for what it refuses
+        Context(path).box(
+            (left, top, across, down), "xywh", place, unit="pixel", size=size, around=True
+        )  # for what it refuses
         if across * down < SMALLEST * size[0] * size[1]:
             continue
         xyxy = (left / size[0], top / size[1], (left + across) / size[0], (top + down) / size[1])

@@ -188,7 +188,7 @@ def raw_box(said: SaidBox, path: Path, unit: Unit, size: tuple[int, int]) -> XYX
     Raises:
         InputError: not four finite numbers, inverted, or far outside the picture.
     """
-    Context(path).box(said.value, "xyxy", said.where, unit=unit, size=size)  # for what it refuses
+    Context(path).box(said.value, "xyxy", said.where, unit=unit, size=size, around=True)  # for what it refuses
     x0, y0, x1, y1 = four(said.value, said.where)
     width, height = size if unit == "pixel" else (1, 1)
     return (x0 / width, y0 / height, x1 / width, y1 / height)

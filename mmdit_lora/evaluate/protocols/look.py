@@ -16,7 +16,7 @@ from mmdit_lora.data.formats.common import SUFFIXES, items_of, need, read_json, 
 from mmdit_lora.data.images import load_image
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.evaluate.protocols.common import XYXY, Case, Detected, PublishedProtocol, Question, Seen
-from mmdit_lora.files import write_text
+from mmdit_lora.files import inside, require_file, write_text
 from mmdit_lora.layout import Layout, numbered_lines
 
 _BATCH = 8  # pictures that are open at once
@@ -102,8 +102,7 @@ def _sampled(folder: Path, cases: Sequence[Case]) -> dict[str, list[Path]]:
         except InputError as error:
             raise error.at(where) from None
         picture = Path(text(need(entry, "file", where), "file", where))
-        if not (folder / picture).is_file():
-            raise InputError("no such file", where=str(folder / picture))
+        require_file(inside(folder, str(picture), where=where, what="picture"), what="picture")
         painted.setdefault(layout, []).append(picture)
     sharing: dict[Layout, list[str]] = {}
     for case in cases:

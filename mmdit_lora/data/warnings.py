@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mmdit_lora.boxes import EdgeCount
+
 _SHOWN = 3
 
 
@@ -10,6 +12,8 @@ class Warnings:
 
     def __init__(self) -> None:
         self._by_kind: dict[str, list[str]] = {}
+        self._notes: list[str] = []
+        self.edges = EdgeCount()
 
     def add(self, kind: str, where: str, what: str) -> None:
         """Note one place.
@@ -21,11 +25,21 @@ class Warnings:
         """
         self._by_kind.setdefault(kind, []).append(f"{where}: {what}")
 
+    def note(self, line: str) -> None:
+        """Note something of the set as a whole."""
+        self._notes.append(line)
+
+    def clipped(self, by: float, where: str) -> None:
+        """Count a box that left its picture by this share of the side and was clipped."""
+        self.edges.add(by, where)
+
     def lines(self) -> list[str]:
-        """The first places of each kind, then a sum of the others of that kind."""
-        result = []
+        """What is of the whole set; the first places of each kind, then a sum of the others; one line of clipped boxes."""
+        result = list(self._notes)
         for kind, places in self._by_kind.items():
             result += places[:_SHOWN]
             if len(places) > _SHOWN:
                 result.append(f"{len(places) - _SHOWN} more {kind} ({len(places)} in all)")
+        if self.edges.message:
+            result.append(self.edges.message)
         return result
