@@ -19,6 +19,7 @@ EDGE_RULE = f"a box may leave its picture by {EDGE_SHARE:.0%} of the side or by 
 
 _ENOUGH_BOXES = 5  # wrong ones, before a reading of a larger set is doubted
 _ENOUGH_SHARE = 0.2
+_ENOUGH_TO_REACH = 12  # boxes, some of which are at the right and at the lower side of pictures
 _NEARLY_ALL = 0.02  # of the boxes may be wrong under a reading that is proposed
 _SAME = 0.01  # of the side: nearer to the upper left corner, xyxy and xywh say the same
 
@@ -128,13 +129,15 @@ class Evidence:
 
     Args:
         declared: how they are said to be read. total: boxes. wrong: reading -> boxes that leave their picture, are
-            inverted or empty. telling: those of the declared reading that are not merely empty.
+            inverted or empty. telling: those of the declared reading that are not merely empty. reach: reading -> how far to
+            the right and down the boxes reach, the smaller of the two; 1 is the picture's side.
     """
 
     declared: Reading
     total: int
     wrong: dict[Reading, int]
     telling: int
+    reach: dict[Reading, float]
 
     @property
     def line(self) -> str:
@@ -174,7 +177,12 @@ class Evidence:
             return changes, right[reading]
 
         best = min(map(cost, right))
-        return [reading for reading in right if cost(reading) == best]
+        equal = [reading for reading in right if cost(reading) == best]
+        if self.total < _ENOUGH_TO_REACH:
+            return equal
+        # Numbers up to 640 fit pixels and thousandths alike; but boxes of a whole set reach the far sides of pictures.
+        farthest = max(min(self.reach[reading], 1.0) for reading in equal)
+        return [reading for reading in equal if self.reach[reading] > 0.8 * farthest]
 
     def declaration(self, reading: Reading) -> str:
         """What to write, where a reading other than the declared one is right."""
@@ -208,12 +216,13 @@ def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:
 
     numbers = np.array([four for boxed in sets for four in boxed.numbers], dtype=np.float64)
     # A picture of no known size may be as large as any box reaches.
-    reach = max(1.0, float(np.abs(numbers).max()) * 2)
-    sizes = np.array([boxed.size or (reach, reach) for boxed in sets], dtype=np.float64)
+    largest = max(1.0, float(np.abs(numbers).max()) * 2)
+    sizes = np.array([boxed.size or (largest, largest) for boxed in sets], dtype=np.float64)
     known = np.array([boxed.size is not None for boxed in sets])
     slack = np.where(known[:, None], np.maximum(EDGE_SHARE, EDGE_PIXELS / sizes), EDGE_SHARE) + 1e-9
     sizes, slack = (np.repeat(each, [len(boxed.numbers) for boxed in sets], axis=0) for each in (sizes, slack))
     wrong, telling = {}, 0
+    reach: dict[Reading, float] = {}
     for reading in READINGS:
         sides = sizes if reading.unit == "pixel" else full_size(reading.unit, None)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -223,10 +232,11 @@ def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:
             empty = (np.clip(low, 0, 1) >= np.clip(high, 0, 1)).any(axis=1)
         if reading.unit != "relative":  # nobody annotates boxes of a pixel, or of a thousandth
             empty |= (np.abs(numbers) <= 1).all(axis=1)
+        reach[reading] = float(high.max(axis=0).min())
         wrong[reading] = int((~inside | empty).sum())
         if reading == declared:
             telling = int((~inside | (high < low).any(axis=1)).sum())
-    return Evidence(declared, len(numbers), wrong, telling)
+    return Evidence(declared, len(numbers), wrong, telling, reach)
 
 
 def told_apart(boxes: Iterable[Four]) -> int:

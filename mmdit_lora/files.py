@@ -40,7 +40,10 @@ def require_file(path: str | Path, *, what: str = "file", cure: str | None = Non
         reason = f"no such {what}" if missing else f"cannot be read: {getattr(error, 'strerror', error)}"
         raise InputError(reason, where=str(path), cure=cure) from None
     if not stat.S_ISREG(mode):
-        raise InputError(f"is {kind_of(mode)}, not a {what}", where=str(path), cure=cure or "give a regular file")
+        article = "an" if what[0] in "aeiou" else "a"
+        raise InputError(
+            f"is {kind_of(mode)}, not {article} {what}", where=str(path), cure=cure or "give a regular file"
+        )
     return path
 
 

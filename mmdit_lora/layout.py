@@ -401,10 +401,11 @@ def as_box(
         # Of a small picture two pixels may be more than the share: the size is asked for where that could matter.
         if not within_edge(xyxy, pixels) and pixels is None and size is not None and by < 0.25:
             pixels = size()
-        if within_edge(xyxy, pixels):
+        left, top, right, bottom = inner = clip(xyxy)
+        if within_edge(xyxy, pixels) and left < right and top < bottom:
             if clipped is not None:
                 clipped.append((by, where))
-            xyxy = clip(xyxy)
+            xyxy = inner
     try:
         return Box(xyxy, phrase)
     except BoxError as error:

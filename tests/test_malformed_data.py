@@ -67,7 +67,7 @@ LAYOUT_FILES = {
     "NaN": (with_box(xyxy=[0, 0, 1, float("nan")]), "holds NaN"),
     "pixels": (with_box(xyxy=[10, 10, 200, 300]), "these look like pixels"),
     "inverted": (with_box(xyxy=[0.5, 0, 0.2, 1]), "inverted"),
-    "no area": (with_box(xyxy=[0.5, 0, 0.5, 1]), "inverted or empty"),
+    "no area": (with_box(xyxy=[0.5, 0, 0.5, 1]), "is empty: its width is 0"),
     "nested without end": ("[" * 100_000, "layout.json"),
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmdit_lora.data.check.findings import EXAMPLES_KEPT, Corners, Example, Finding, example, finding
 from mmdit_lora.data.records import Record
+from mmdit_lora.layout import Box
 
 TINY = 0.01  # of the picture's side
 SAME_IOU = 0.95
@@ -54,25 +55,31 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
     near: list[Example] = []
     other: list[Example] = []
     count: Counter[str] = Counter()
+
+    def note(found: list[Example], kind: str, number: int, record: Record, text: str, boxes: list[int]) -> None:
+        """Of a picture with hundreds of boxes in one place a few tell it all; all pairs would fill the memory."""
+        count[kind] += number
+        if len(found) < EXAMPLES_KEPT or found[-1].where != record.where:
+            found.append(example(record, text, boxes))
+
     for record in records:
         boxes = record.layout.boxes
-        seen: dict[tuple[str, Corners], int] = {}
-        distinct = []
+        first: dict[tuple[str, Corners], int] = {}
         for j, box in enumerate(boxes):
-            i = seen.setdefault((_plain(box.phrase), box.xyxy), j)
-            if i == j:
-                distinct.append(j)
-                continue
-            equal.append(example(record, f"objects.bbox[{j}] repeats [{i}], {boxes[i].phrase!r}", [i, j]))
-        for i, j, overlap in _overlapping(distinct, np.array([box.xyxy for box in boxes]).reshape(-1, 4)):
-            one, two = boxes[i], boxes[j]
-            same = _plain(one.phrase) == _plain(two.phrase)
-            kind, found = ("near", near) if same else ("other", other)
-            count[kind] += 1
-            # Of a picture with hundreds of boxes in one place, a few tell it all; all pairs would fill the memory.
-            if count[kind] <= EXAMPLES_KEPT or not found or found[-1].where != record.where:
-                what = f"and [{j}], both {one.phrase!r}" if same else f"{one.phrase!r} and [{j}] {two.phrase!r}"
-                found.append(example(record, f"objects.bbox[{i}] {what}: IoU {overlap:.3f}", [i, j]))
+            i = first.setdefault((_plain(box.phrase), box.xyxy), j)
+            if i != j:
+                note(equal, "equal", 1, record, f"objects.bbox[{j}] repeats [{i}], {boxes[i].phrase!r}", [i, j])
+        distinct = list(first.values())
+        for i, same, different in _overlapping(distinct, boxes):
+            one = boxes[i]
+            for j, overlap in same[:EXAMPLES_KEPT]:
+                number = len(same) if j == same[0][0] else 0
+                text = f"objects.bbox[{i}] and [{j}], both {one.phrase!r}: IoU {overlap:.3f}"
+                note(near, "near", number, record, text, [i, j])
+            for j, overlap in different[:EXAMPLES_KEPT]:
+                number = len(different) if j == different[0][0] else 0
+                text = f"objects.bbox[{i}] {one.phrase!r} and [{j}] {boxes[j].phrase!r}: IoU {overlap:.3f}"
+                note(other, "other", number, record, text, [i, j])
     return [
         *finding(
             "duplicate-boxes",
@@ -81,6 +88,7 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
             equal,
             total=total,
             unit="boxes",
+            count=count["equal"],
         ),
         *finding(
             "near-identical-boxes",
@@ -103,18 +111,31 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
     ]
 
 
-def _overlapping(chosen: Sequence[int], boxes: np.ndarray) -> Iterator[tuple[int, int, float]]:
-    """(i, j, IoU) of the pairs i < j of `chosen` above `SAME_IOU`; boxes (N, 4) xyxy. Row by row: there may be thousands."""
+Hits = list[tuple[int, float]]
+
+
+def _overlapping(chosen: Sequence[int], boxes: Sequence[Box]) -> Iterator[tuple[int, Hits, Hits]]:
+    """(i, those of the same phrase, those of another) of the boxes behind i in `chosen`, each (j, IoU), that overlap it by more
+    than `SAME_IOU`. Row by row: there may be thousands."""
     indices = np.array(chosen, dtype=int)
-    boxes = boxes[indices]
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    for i in range(len(boxes) - 1):
-        rest = boxes[i + 1 :]
-        sides = np.minimum(boxes[i, 2:], rest[:, 2:]) - np.maximum(boxes[i, :2], rest[:, :2])
+    corners = np.array([boxes[i].xyxy for i in chosen]).reshape(-1, 4)
+    numbers: dict[str, int] = {}
+    phrases = np.array([numbers.setdefault(_plain(boxes[i].phrase), len(numbers)) for i in chosen], dtype=int)
+    areas = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    for i in range(len(corners) - 1):
+        rest = corners[i + 1 :]
+        sides = np.minimum(corners[i, 2:], rest[:, 2:]) - np.maximum(corners[i, :2], rest[:, :2])
         shared = sides.clip(min=0).prod(axis=1)
         overlap = shared / (areas[i] + areas[i + 1 :] - shared)
-        for j in np.flatnonzero(overlap > SAME_IOU):
-            yield int(indices[i]), int(indices[i + 1 + j]), float(overlap[j])
+        hits = np.flatnonzero(overlap > SAME_IOU)
+        if len(hits):
+            same = phrases[i + 1 + hits] == phrases[i]
+            behind = indices[i + 1 :]
+            yield int(indices[i]), _hits(behind, overlap, hits[same]), _hits(behind, overlap, hits[~same])
+
+
+def _hits(indices: np.ndarray, overlap: np.ndarray, some: np.ndarray) -> Hits:
+    return list(zip(indices[some].tolist(), overlap[some].tolist(), strict=True))
 
 
 def _plain(text: str) -> str:

@@ -12,6 +12,7 @@ from mmdit_lora.data.records import Record
 Severity = Literal["error", "warning"]
 Corners = tuple[float, float, float, float]
 
+_DRAWN = 300  # boxes of one picture: of more nothing is seen
 EXAMPLES_KEPT = 12  # of one finding: what a page can show and a person looks at
 
 
@@ -81,14 +82,14 @@ class Finding:
 
 def example(record: Record, text: str, boxes: Sequence[int] = ()) -> Example:
     """An example of a record, the boxes of these indices at fault."""
-    every = record.layout.boxes
+    every, chosen = record.layout.boxes, set(boxes)
     return Example(
         where=record.where,
         text=text,
         image=record.image,
         record=record,
-        at_fault=tuple(every[n].xyxy for n in boxes),
-        others=tuple(box.xyxy for n, box in enumerate(every) if n not in boxes),
+        at_fault=tuple(every[n].xyxy for n in boxes[:_DRAWN]),
+        others=tuple(box.xyxy for n, box in enumerate(every[:_DRAWN]) if n not in chosen),
     )
 
 

@@ -172,7 +172,7 @@ def _captions(path: Path) -> dict[Any, str]:
     """Picture id -> its first caption, from the captions file beside an instances file."""
     file = path.with_name(path.name.replace("instances_", "captions_"))
     captions: dict[Any, str] = {}
-    if file == path or not file.is_file():
+    if file == path or not file.exists():
         return captions
     for item, where in _placed(items_of(read_json(file), "annotations", str(file)), file, "annotations"):
         captions.setdefault(key_of(item, "image_id", where), text(need(item, "caption", where), "the caption", where))

@@ -146,13 +146,13 @@ def _records(shard: Stored) -> Iterator[Keyed]:
     current: dict[str, _Member] = {}
     last = None
     for member in _members(shard):
+        inside(".", member.name, where=shard.name, what="member")
         folder, slash, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")
         key, ending = f"{folder}{slash}{stem}", ending.lower()
         kind = "picture" if ending in PICTURES else ending
         if kind not in ("picture", "json", "txt"):
             continue
-        inside(".", member.name, where=shard.name, what="member")
         if key != last:
             if last is not None:
                 yield last, current
