@@ -74,7 +74,7 @@ def test_a_prompt_and_boxes_are_a_layout_without_a_file(base: Path, tmp_path: Pa
         (["--prompt", "x", "--box", "0,0,1=x"], "--box: is '0,0,1=x'"),
         (["--prompt", "x", "--box", "0,0,1,1"], "--box: is '0,0,1,1'"),
         (["--prompt", "x", "--box", "0,0,1,1= "], "--box"),
-        (["--prompt", "x", "--box", "0,0,nan,1=x"], "nan"),
+        (["--prompt", "x", "--box", "0,0,nan,1=x"], "NaN"),
         (["--prompt", "x", "--box", "0,0,1e300,1=x"], "boxes[0]"),
         (["--prompt", "x", "--box", "0,0," + "9" * 100_000 + ",1=x"], "boxes[0]"),
     ],

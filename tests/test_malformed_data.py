@@ -190,7 +190,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "a tab": (b"base: b\ndata:\n\tpath: d\n", "config.yaml:3"),
     "two documents": (b"base: b\n---\ndata: d\n", "is not YAML"),
     "control characters": (b"base: \x00\n", "is not YAML"),
-    "no text": (b"\xff\xfe\x00", "cannot be read as text"),
+    "no text": (b"\xff\xfe\x00", "is not whole UTF-16 text"),
     "an object": (b"base: !!python/object/apply:os.getcwd []\ndata: d\n", "config.yaml:1: holds a YAML tag"),
     "a name": (b"base: b\ndata: !!python/name:os.system\n", "config.yaml:2: holds a YAML tag"),
     "a key twice": (b"base: b\ndata: d\nbase: c\n", "config.yaml:3: the key 'base' stands twice"),
