@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,9 +57,8 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
     other: list[Example] = []
     count: Counter[str] = Counter()
 
-    def note(found: list[Example], kind: str, number: int, record: Record, text: str, boxes: list[int]) -> None:
+    def note(found: list[Example], record: Record, text: str, boxes: list[int]) -> None:
         """Of a picture with hundreds of boxes in one place a few tell it all; all pairs would fill the memory."""
-        count[kind] += number
         if len(found) < EXAMPLES_KEPT or found[-1].where != record.where:
             found.append(example(record, text, boxes))
 
@@ -68,18 +68,19 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
         for j, box in enumerate(boxes):
             i = first.setdefault((_plain(box.phrase), box.xyxy), j)
             if i != j:
-                note(equal, "equal", 1, record, f"objects.bbox[{j}] repeats [{i}], {boxes[i].phrase!r}", [i, j])
+                count["equal"] += 1
+                note(equal, record, f"objects.bbox[{j}] repeats [{i}], {boxes[i].phrase!r}", [i, j])
         distinct = list(first.values())
         for i, same, different in _overlapping(distinct, boxes):
             one = boxes[i]
-            for j, overlap in same[:EXAMPLES_KEPT]:
-                number = len(same) if j == same[0][0] else 0
+            count["near"] += same.count
+            count["other"] += different.count
+            for j, overlap in same.first:
                 text = f"objects.bbox[{i}] and [{j}], both {one.phrase!r}: IoU {overlap:.3f}"
-                note(near, "near", number, record, text, [i, j])
-            for j, overlap in different[:EXAMPLES_KEPT]:
-                number = len(different) if j == different[0][0] else 0
+                note(near, record, text, [i, j])
+            for j, overlap in different.first:
                 text = f"objects.bbox[{i}] {one.phrase!r} and [{j}] {boxes[j].phrase!r}: IoU {overlap:.3f}"
-                note(other, "other", number, record, text, [i, j])
+                note(other, record, text, [i, j])
     return [
         *finding(
             "duplicate-boxes",
@@ -111,12 +112,18 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
     ]
 
 
-Hits = list[tuple[int, float]]
+class Hits(NamedTuple):
+    """How many boxes overlap one, and the first few of them: (index, IoU)."""
+
+    count: int
+    first: list[tuple[int, float]]
 
 
 def _overlapping(chosen: Sequence[int], boxes: Sequence[Box]) -> Iterator[tuple[int, Hits, Hits]]:
-    """(i, those of the same phrase, those of another) of the boxes behind i in `chosen`, each (j, IoU), that overlap it by more
-    than `SAME_IOU`. Row by row: there may be thousands."""
+    """(i, those of the same phrase, those of another) of the boxes behind i in `chosen` that overlap it by more than `SAME_IOU`.
+
+    Row by row: there may be thousands.
+    """
     indices = np.array(chosen, dtype=int)
     corners = np.array([boxes[i].xyxy for i in chosen]).reshape(-1, 4)
     numbers: dict[str, int] = {}
@@ -135,7 +142,8 @@ def _overlapping(chosen: Sequence[int], boxes: Sequence[Box]) -> Iterator[tuple[
 
 
 def _hits(indices: np.ndarray, overlap: np.ndarray, some: np.ndarray) -> Hits:
-    return list(zip(indices[some].tolist(), overlap[some].tolist(), strict=True))
+    few = some[:EXAMPLES_KEPT]
+    return Hits(len(some), list(zip(indices[few].tolist(), overlap[few].tolist(), strict=True)))
 
 
 def _plain(text: str) -> str:
