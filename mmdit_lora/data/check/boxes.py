@@ -73,8 +73,8 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
         distinct = list(first.values())
         for i, same, different in _overlapping(distinct, boxes):
             one = boxes[i]
-            count["near"] += same.count
-            count["other"] += different.count
+            count["near"] += same.number
+            count["other"] += different.number
             for j, overlap in same.first:
                 text = f"objects.bbox[{i}] and [{j}], both {one.phrase!r}: IoU {overlap:.3f}"
                 note(near, record, text, [i, j])
@@ -115,7 +115,7 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
 class Hits(NamedTuple):
     """How many boxes overlap one, and the first few of them: (index, IoU)."""
 
-    count: int
+    number: int
     first: list[tuple[int, float]]
 
 
