@@ -6,11 +6,17 @@ what is heavy inside themselves, so that `--help` and `--version` answer at once
 
 from __future__ import annotations
 
+from mmdit_lora.start import prepare
+
+if __name__ == "__main__":
+    prepare()  # the imports below take a while
+
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -27,6 +33,7 @@ from mmdit_lora import (
     cli_verify_resume,
 )
 from mmdit_lora.errors import InputError, Stopped, clip
+from mmdit_lora.files import NO_SPACE
 
 # ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -78,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _silence_torchao()
     args, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     try:
+        if "--json" in args:
+            sys.stdout.write("")  # a closed one is noticed before any work
         code = app(args, prog_name="mmdit-lora", standalone_mode=False)
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return code if isinstance(code, int) else 0
@@ -86,16 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _ClickException as error:
         return _report(error, _usage_message(error), 2, debug)
     except Stopped as error:
-        return _report(error, str(error), 1, debug)
+        return _report(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `mmdit-lora ... | head`: nobody listens any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in NO_SPACE or error.filename is not None:
+            return _report_unknown(error, debug)
+        _drop_stdout()
+        full = InputError(f"cannot be written: {error.strerror}", where="standard output", cure="redirect it elsewhere")
+        return _report(error, str(full), 2, debug)
     except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        return _report(error, f"{type(error).__name__}: {first} (run again with --debug for the traceback)", 1, debug)
+        return _report_unknown(error, debug)
+
+
+def _drop_stdout() -> None:
+    """What is still to be written there is lost: the interpreter would complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _silence_torchao() -> None:
@@ -121,10 +140,16 @@ def _usage_message(error: Exception) -> str:
     return f"{message}\n  to mend it: see `{context.command_path} --help`" if context is not None else message
 
 
+def _report_unknown(error: Exception, debug: bool) -> int:
+    first = clip((str(error).strip() or "no message").splitlines()[0], 1000)
+    return _report(error, f"{type(error).__name__}: {first} (run again with --debug for the traceback)", 1, debug)
+
+
 def _report(error: Exception, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"error: {clip(message, 2000)}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"error: {clip(message, 2000)}", file=sys.stderr)
     return code
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdit_lora.cli_data import JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_model import (
     AdapterOption,
     BaseOption,
@@ -25,11 +25,12 @@ from mmdit_lora.cli_model import (
     layouts_of,
     open_with_adapters,
     paint_settings,
-    refuse_foreign,
+    painting_inputs,
     torch_dtype,
 )
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import check_new_folder, new_folder
 from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ def inspect(
     as_json: JsonFlag = False,
 ) -> None:
     """What an adapter changes: norms, spectrum, ranks that hold it, and what it amplifies, linear by linear."""
+    inputs = {"ADAPTER": adapter, "--base": base, "--against": against}
     if out is not None:
-        refuse_file_as_folder(out)
-        refuse_foreign(out, "inspect.json")
+        check_new_folder(out, verb="inspect", inputs=inputs)
     from mmdit_lora.analysis.inspect_page import lines, page
     from mmdit_lora.analysis.inspection import inspect_adapter
     from mmdit_lora.files import write_json, write_text
@@ -66,8 +67,9 @@ def inspect(
     for line in lines(found):
         say(line)
     if out is not None:
-        write_text(out / "inspect.html", page(found))
-        write_json(out / "inspect.json", found.to_dict())
+        with new_folder(out, verb="inspect", inputs=inputs) as temporary:
+            write_text(temporary / "inspect.html", page(found))
+            write_json(temporary / "inspect.json", found.to_dict())
         say(f"wrote {out / 'inspect.html'} and inspect.json")
     if as_json:
         emit(found.to_dict())
@@ -100,7 +102,7 @@ def resize(
     if (rank is None) == (energy is None):
         what = "give --rank or --energy" if rank is None else "--rank and --energy are given"
         raise InputError(what, cure="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
-    refuse_file_as_folder(out)
+    check_new_folder(out, verb="resize", inputs={"ADAPTER": adapter, "--base": base, "--data": data})
     records = None
     if data is not None:
         from mmdit_lora.data.records import read_dataset
@@ -151,40 +153,42 @@ def attribute(
     """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
     from dataclasses import asdict
 
+    inputs = painting_inputs(base, adapter, layout)
+    check_new_folder(out, verb="attribute", inputs=inputs)
     layouts = layouts_of(layout)[:count]
     bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
     if bare is not None:
         raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")
-    refuse_file_as_folder(out)
-    refuse_foreign(out, "attribution.json")
     settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.analysis.attribution import attribute as run
     from mmdit_lora.analysis.attribution_sheet import sheet
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.evaluate.draw import save_png
-    from mmdit_lora.files import atomic_folder, write_json
+    from mmdit_lora.files import write_json
 
-    pipe = open_with_adapters(base, adapter, dtype, settings)
-    found = []
-    with ProgressLines() as tell:
-        for number, each in enumerate(layouts):
-            total, name = len(each.boxes) + 1, f"paint layout {number + 1} of {len(layouts)}"
-            found.append(run(pipe, each, settings, seed=seed + number, on_progress=partial(_tell, tell, name, total)))
-    report = {
-        "base": base,
-        "adapters": adapter or [],
-        "settings": asdict(settings),
-        "layouts": [
-            {
-                "file": f"{number:04d}.png",
-                "seed": seed + number,
-                "caption": each.layout.caption,
-                "boxes": [box.to_dict() for box in each.boxes],
-            }
-            for number, each in enumerate(found)
-        ],
-    }
-    with atomic_folder(out) as temporary:
+    with new_folder(out, verb="attribute", inputs=inputs) as temporary:
+        pipe = open_with_adapters(base, adapter, dtype, settings)
+        found = []
+        with ProgressLines() as tell:
+            for number, each in enumerate(layouts):
+                total, name = len(each.boxes) + 1, f"paint layout {number + 1} of {len(layouts)}"
+                found.append(
+                    run(pipe, each, settings, seed=seed + number, on_progress=partial(_tell, tell, name, total))
+                )
+        report = {
+            "base": base,
+            "adapters": adapter or [],
+            "settings": asdict(settings),
+            "layouts": [
+                {
+                    "file": f"{number:04d}.png",
+                    "seed": seed + number,
+                    "caption": each.layout.caption,
+                    "boxes": [box.to_dict() for box in each.boxes],
+                }
+                for number, each in enumerate(found)
+            ],
+        }
         for number, each_found in enumerate(found):
             save_png(sheet(each_found), temporary / f"{number:04d}.png")
         write_json(temporary / "attribution.json", report)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import refuse_inputs
 
 DEFAULT_FOLDER = "outputs/cache"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -60,6 +61,8 @@ def cache(
     else:
         config = load_config(source, overrides or ())
     folder = Path(out if out is not None else config.data.cache or DEFAULT_FOLDER)
+    inputs = {"base": config.base, "data.path": config.data.path, "data.validation": config.data.validation}
+    refuse_inputs([folder], inputs, verb="data cache")
     from mmdit_lora.cli_data import emit, say
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.data.cache import DiskCache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import typer
 from mmdit_lora import cli_cache, cli_data_formats
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError, clip, unknown_key
+from mmdit_lora.outputs import check_new_file, check_new_folder
 from mmdit_lora.ranges import COUNT, PART, SEED
 
 if TYPE_CHECKING:
@@ -75,13 +77,12 @@ def init(
     from mmdit_lora.data.init_config import commented_config
     from mmdit_lora.files import write_text
 
-    if out is not None and out.exists():
-        raise InputError("exists already", where=str(out), cure="give another --out, or remove it yourself")
+    if out is not None:
+        check_new_file(out, verb="init", inputs={"DATA": data, "--base": base})
     text = commented_config(data, base=base, bbox_format=bbox_format, bbox_units=bbox_units)
     if out is None:
         print(text, end="")
     else:
-        refuse_file_as_folder(out.parent)
         write_text(out, text)
         say(f"wrote {out}: start with `mmdit-lora train {out}`")
 
@@ -101,8 +102,8 @@ def make(
 
     if domain not in DOMAINS:
         raise unknown_key(domain, DOMAINS, where="--domain")
-    refuse_file_as_folder(out)
-    write_dataset(out, DOMAINS[domain], count=count, seed=seed)
+    check_new_folder(out, verb="data make")
+    write_dataset(out, DOMAINS[domain], count=count, seed=seed, verb="data make")
     say(f"wrote {count} pictures of {kind} ({domain}) to {out}")
     if as_json:
         emit({"out": str(out), "records": count, "kind": kind, "domain": domain, "seed": seed})
@@ -144,7 +145,8 @@ def convert(
     from mmdit_lora.data.formats import find_format, read_format, write_format
 
     find_format(to, option="--to")
-    refuse_file_as_folder(out)
+    inputs = {"SRC": src, "--images": images, "--captions": captions}
+    check_new_folder(out, verb="data convert", inputs=inputs)
     source = read_format(
         from_,
         src,
@@ -179,7 +181,8 @@ def say(message: str) -> None:
     from rich.console import Console
 
     lines = "\n".join(clip(line, 1000) for line in message.split("\n"))
-    Console(stderr=True, soft_wrap=True).print(lines, markup=False, highlight=False, emoji=False)
+    with suppress(OSError):  # work is not to end because nobody can be told
+        Console(stderr=True, soft_wrap=True).print(lines, markup=False, highlight=False, emoji=False)
 
 
 def emit(data: Mapping[str, Any]) -> None:
@@ -229,12 +232,3 @@ def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[
         "train": [record for record in records if record.image.stem not in held],
         "validation": [record for record in records if record.image.stem in held],
     }
-
-
-def refuse_file_as_folder(path: Path) -> None:
-    """Raises `InputError`: `path`, or a folder above it, is a file."""
-    for part in (path, *path.absolute().parents):
-        if part.exists():
-            if not part.is_dir():
-                raise InputError("is a file, not a folder", where=str(part), cure="give another --out")
-            return

@@ -13,6 +13,7 @@ from mmdit_lora.cli_data import DeclaredFormat, DeclaredUnits, Images, JsonFlag,
 from mmdit_lora.cli_data_stats import SAMPLE
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError, several
+from mmdit_lora.outputs import check_new_folder, new_folder, refuse_inputs
 from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def check(
     from mmdit_lora.data.buckets import one_size
     from mmdit_lora.data.check import check_dataset, clip_tokens
 
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError("is a file, not a folder", where=str(out), cure="give another --out")
+    inputs: dict[str, str | Path | None] = {"DATA": data, "--images": images, "--against": against, "--base": base}
+    if out is not None:
+        check_new_folder(out, verb="data check", inputs=inputs)
     if against is None and against_from is not None:
         raise InputError("belongs to --against", where="--against-from", cure="leave it away, or give --against")
     judged: dict[str, Any] = {"buckets": None if resolution is None else one_size((resolution, resolution))}
@@ -91,6 +93,7 @@ def check(
     report.notes.extend(found.notes)
     _print(report)
     if out is not None:
+        refuse_inputs([out], {"DATA": data, "--against": against}, verb="data check")  # of the config
         _write(report, found.records, data, out)
     if as_json:
         emit(report.to_dict())
@@ -212,8 +215,9 @@ def _write(report: CheckReport, records: Iterable[Record], data: str, out: Path)
     from mmdit_lora.files import write_json, write_text
 
     boxes = [box for record in records for box in record.layout.boxes]
-    write_text(out / "check.html", page(report, title=data, boxes=boxes))
-    write_json(out / "check.json", {"data": data, **report.to_dict()})
+    with new_folder(out, verb="data check") as folder:
+        write_text(folder / "check.html", page(report, title=data, boxes=boxes))
+        write_json(folder / "check.json", {"data": data, **report.to_dict()})
     say(f"wrote {out / 'check.html'} and {out / 'check.json'}")
 
 

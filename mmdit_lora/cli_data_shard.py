@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from mmdit_lora.cli_cache import parse_bytes
-from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, say
 from mmdit_lora.cli_data_stats import FilterOption
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import check_new_folder
 
 _LARGEST = 2**40  # bytes; places in an index reach twice as far
 
@@ -37,12 +38,7 @@ def shard(
     most = parse_bytes(size, where="--size")
     if not 0 < most <= _LARGEST:
         raise InputError(f"is {size}", where="--size", cure="give from 1 to 1TiB, e.g. 500MB")
-    refuse_file_as_folder(out)
-    here, there = data.resolve(), out.resolve()
-    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
-        raise InputError(
-            f"is, holds or lies in the data set itself ({data})", where=f"--out {out}", cure="give another --out"
-        )
+    check_new_folder(out, verb="data shard", inputs={"DATA": data})
     rules = parse_filter(filter_ or [])
     records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
     filtered = filter_records(records, rules, where="--filter")

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, say
 from mmdit_lora.cli_data_stats import SAMPLE, DataOrShards, FilterOption
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import check_new_file
 from mmdit_lora.ranges import Range
 
 
@@ -37,13 +38,11 @@ def show(
     from mmdit_lora.data.filters import filter_records, parse_filter
     from mmdit_lora.data.shards import sample_dataset
     from mmdit_lora.evaluate.canvas import fit
-    from mmdit_lora.evaluate.draw import contact_sheet, save_png
+    from mmdit_lora.evaluate.draw import contact_sheet, is_marked_png, save_png
 
     if out.suffix.lower() != ".png":
         raise InputError("is no .png", where=f"--out {out}", cure="give a file name that ends in .png")
-    if out.is_dir():
-        raise InputError("is a folder", where=f"--out {out}", cure="give a file name that ends in .png")
-    refuse_file_as_folder(out.parent)
+    check_new_file(out, verb="data show", inputs={"DATA": data}, is_own=is_marked_png)
     rules = parse_filter(filter_ or [])
     most = SAMPLE if filter_ else count
     records, whole = sample_dataset(data, most, bbox_format=bbox_format, bbox_units=bbox_units)
@@ -61,8 +60,7 @@ def show(
         title=title,
         cell=cell,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_png(sheet, out)
+    save_png(sheet, out, mark=True)
     if filtered.summary:
         say(f"warning: {filtered.summary}")
     say(f"wrote {shown} of {total} layouts to {out}")

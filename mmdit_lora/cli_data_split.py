@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, refuse_file_as_folder, say
+from mmdit_lora.cli_data import BoxFormat, BoxUnits, JsonFlag, emit, say
 from mmdit_lora.cli_numbers import number
-from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import check_new_folder
 from mmdit_lora.ranges import PART
 
 if TYPE_CHECKING:
@@ -38,15 +38,10 @@ def split(
     from mmdit_lora.data.partition import partition
     from mmdit_lora.data.records import read_dataset, write_splits
 
-    refuse_file_as_folder(out)
-    here, there = data.resolve(), out.resolve()
-    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
-        raise InputError(
-            f"is, holds or lies in the data set itself ({data})", where=f"--out {out}", cure="give another --out"
-        )
+    check_new_folder(out, verb="data split", inputs={"DATA": data})
     records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
     train, validation = partition(records, share, by=by)
-    write_splits(out, {"train": _items(train, data), "validation": _items(validation, data)})
+    write_splits(out, {"train": _items(train, data), "validation": _items(validation, data)}, verb="data split")
     extra = Counter(column for record in records for column in record.extra)
     if extra:
         say(f"warning: columns that mean nothing here were not written: {', '.join(sorted(extra))}")

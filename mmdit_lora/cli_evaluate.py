@@ -23,9 +23,11 @@ from mmdit_lora.cli_model import (
     fidelity_table,
     open_with_adapters,
     paint_settings,
+    painting_inputs,
 )
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import Inputs, open_folder
 from mmdit_lora.ranges import Range
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
     from mmdit_lora.evaluate.picture_store import PictureStore
     from mmdit_lora.evaluate.sides import Evaluation
     from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+
+
+_WRITTEN: tuple[str, ...] = ("evaluate.json", "pictures/", "seen/", "report.html", "report.md", "report.json")
+_SHEETS: tuple[str, ...] = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth")
+_SHEETS += tuple(f"adapter_{number}" for number in range(2, 10))
+_WRITTEN += tuple(f"{side}.png" for side in _SHEETS)
 
 
 def register(app: typer.Typer) -> None:
@@ -112,70 +120,72 @@ def evaluate(
         raise InputError("nothing to judge", cure="give --base, to paint with, or --images, a folder of pictures")
     if base is None and (adapter or ablations or variations):
         raise InputError("is for painting", where="--adapter, --ablations, --variations", cure="give --base too")
-    from mmdit_lora.data.records import read_dataset
+    inputs: Inputs = painting_inputs(base, adapter, data) | {"--data": data, "--images": images}
+    with open_folder(out, verb="evaluate", names=_WRITTEN, inputs=inputs):
+        from mmdit_lora.data.records import read_dataset
 
-    records = read_dataset(data)[:count]
-    settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
-    from mmdit_lora.cli_progress import ProgressLines
-    from mmdit_lora.evaluate.detectors import open_detector
-    from mmdit_lora.evaluate.picture_store import pictures_of
-    from mmdit_lora.evaluate.sides import ADAPTERS
-    from mmdit_lora.evaluate.sides import evaluate as run
+        records = read_dataset(data)[:count]
+        settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+        from mmdit_lora.cli_progress import ProgressLines
+        from mmdit_lora.evaluate.detectors import open_detector
+        from mmdit_lora.evaluate.picture_store import pictures_of
+        from mmdit_lora.evaluate.sides import ADAPTERS
+        from mmdit_lora.evaluate.sides import evaluate as run
 
-    if each and len(adapter or []) > len(ADAPTERS):
-        raise InputError(f"holds {len(adapter or [])}", where="--adapter", cure=f"compare {len(ADAPTERS)} at most")
-    shown = pictures_of(images, records) if images is not None else None
-    looks = open_detector(detector)
-    scorer = None
-    if clip is not None:
-        from mmdit_lora.evaluate.clip import Clip
+        if each and len(adapter or []) > len(ADAPTERS):
+            raise InputError(f"holds {len(adapter or [])}", where="--adapter", cure=f"compare {len(ADAPTERS)} at most")
+        shown = pictures_of(images, records) if images is not None else None
+        looks = open_detector(detector)
+        scorer = None
+        if clip is not None:
+            from mmdit_lora.evaluate.clip import Clip
 
-        scorer = Clip(clip)
-    pipe = open_with_adapters(base, adapter, dtype, settings) if base is not None else None
-    store = _store(
-        out,
-        pipe,
-        records,
-        settings,
-        base=base,
-        adapters=adapter or [],
-        each=each,
-        images=images,
-        seed=seed,
-        dtype=dtype,
-    )
-    with ProgressLines() as tell:
-        result = run(
+            scorer = Clip(clip)
+        pipe = open_with_adapters(base, adapter, dtype, settings) if base is not None else None
+        store = _store(
+            out,
             pipe,
             records,
             settings,
+            base=base,
+            adapters=adapter or [],
+            each=each,
+            images=images,
             seed=seed,
-            detector=looks,
-            clip=scorer,
-            each=adapter_weights(adapter) if each and adapter else None,
-            ablations=ablations,
-            variations=variations,
-            images=shown,
-            store=store,
-            test_detector=True,
-            on_progress=lambda side, done: tell(f"paint {side}", done, len(records), {}),
+            dtype=dtype,
         )
-    report = {
-        "base_model": base,
-        "adapters": adapter or [],
-        "images_folder": None if images is None else str(images),
-        "data": str(data),
-    } | result.to_dict()
-    store.begin()
-    _write(out, result, report)
-    if result.detector is not None and result.detector.verdict != "trusted":
-        say(f"warning: {result.detector}")
-    say(fidelity_table(report, f"{len(records)} layouts"))
-    for group, sides in report["by_boxes"].items() if len(report["by_boxes"]) > 1 else ():
-        say(fidelity_table(sides, f"{group} boxes, {sides['pictures']} layouts"))
-    say(f"look at {out / 'report.html'}")
-    if as_json:
-        emit(report)
+        with ProgressLines() as tell:
+            result = run(
+                pipe,
+                records,
+                settings,
+                seed=seed,
+                detector=looks,
+                clip=scorer,
+                each=adapter_weights(adapter) if each and adapter else None,
+                ablations=ablations,
+                variations=variations,
+                images=shown,
+                store=store,
+                test_detector=True,
+                on_progress=lambda side, done: tell(f"paint {side}", done, len(records), {}),
+            )
+        report = {
+            "base_model": base,
+            "adapters": adapter or [],
+            "images_folder": None if images is None else str(images),
+            "data": str(data),
+        } | result.to_dict()
+        store.begin()
+        _write(out, result, report)
+        if result.detector is not None and result.detector.verdict != "trusted":
+            say(f"warning: {result.detector}")
+        say(fidelity_table(report, f"{len(records)} layouts"))
+        for group, sides in report["by_boxes"].items() if len(report["by_boxes"]) > 1 else ():
+            say(fidelity_table(sides, f"{group} boxes, {sides['pictures']} layouts"))
+        say(f"look at {out / 'report.html'}")
+        if as_json:
+            emit(report)
 
 
 def _published(
@@ -192,7 +202,8 @@ def _published(
     from mmdit_lora.cli_protocols import score_protocol, write_layouts
 
     if images is None:
-        count = write_layouts(protocol, annotations, out / "layouts.jsonl")
+        with open_folder(out, verb="evaluate", names=["layouts.jsonl"], inputs={"--annotations": annotations}):
+            count = write_layouts(protocol, annotations, out / "layouts.jsonl")
         say(f"wrote {count} layouts to {out / 'layouts.jsonl'}; paint them by `sample --layout`, then give --images")
         return
     from mmdit_lora.cli_progress import ProgressLines

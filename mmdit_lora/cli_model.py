@@ -13,6 +13,7 @@ import typer
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError, clip
+from mmdit_lora.outputs import check_new_folder, new_folder
 from mmdit_lora.ranges import (
     ADAPTER_WEIGHT,
     BATCH,
@@ -234,36 +235,37 @@ def sample(
     """Paint layouts: pictures, the same with their boxes, a contact sheet, and a JSON of all settings."""
     from dataclasses import asdict
 
+    inputs = painting_inputs(base, adapter, layout)
+    check_new_folder(out, verb="sample", inputs=inputs)
     layouts = given_layouts(layout, prompt, box)[:count]
-    refuse_foreign(out, "sample.json")
     settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
-    from mmdit_lora.files import atomic_folder, write_json
+    from mmdit_lora.files import write_json
     from mmdit_lora.pipelines import paint
 
-    pipe = open_with_adapters(base, adapter, dtype, settings)
-    with ProgressLines() as tell:
-        pictures = paint(
-            pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
-        )
-    colors = phrase_colors(layouts)
-    boxed = [draw_boxes(picture, item, colors=colors) for picture, item in zip(pictures, layouts, strict=True)]
-    record = {
-        "base": base,
-        "adapters": adapter or [],
-        "settings": asdict(settings)
-        | {
-            "steps": settings.steps or pipe.config.num_inference_steps,
-            "guidance_scale": pipe.config.guidance_scale if guidance is None else guidance,
-            "dtype": dtype,
-        },
-        "pictures": [
-            {"file": f"{n:04d}.png", "boxes_file": f"{n:04d}_boxes.png", "seed": seed + n, "layout": item.to_dict()}
-            for n, item in enumerate(layouts)
-        ],
-    }
-    with atomic_folder(out) as temporary:
+    with new_folder(out, verb="sample", inputs=inputs) as temporary:
+        pipe = open_with_adapters(base, adapter, dtype, settings)
+        with ProgressLines() as tell:
+            pictures = paint(
+                pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
+            )
+        colors = phrase_colors(layouts)
+        boxed = [draw_boxes(picture, item, colors=colors) for picture, item in zip(pictures, layouts, strict=True)]
+        record = {
+            "base": base,
+            "adapters": adapter or [],
+            "settings": asdict(settings)
+            | {
+                "steps": settings.steps or pipe.config.num_inference_steps,
+                "guidance_scale": pipe.config.guidance_scale if guidance is None else guidance,
+                "dtype": dtype,
+            },
+            "pictures": [
+                {"file": f"{n:04d}.png", "boxes_file": f"{n:04d}_boxes.png", "seed": seed + n, "layout": item.to_dict()}
+                for n, item in enumerate(layouts)
+            ],
+        }
         for number, (picture, drawn) in enumerate(zip(pictures, boxed, strict=True)):
             save_png(picture, temporary / f"{number:04d}.png")
             save_png(drawn, temporary / f"{number:04d}_boxes.png")
@@ -424,10 +426,10 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def refuse_foreign(out: Path, mark: str) -> None:
-    """Before any work: `out` must be free, or hold what this verb wrote earlier."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / mark).is_file()):
-        raise InputError(f"exists and holds no {mark}", where=f"--out {out}", cure="give another folder")
+def painting_inputs(base: str | None, adapters: list[str] | None, layout: Path | None) -> dict[str, str | Path | None]:
+    """What painting reads, by option: no output may be there."""
+    given = {f"--adapter {each}": folder_and_weight(each)[0] for each in adapters or []}
+    return {"--base": base, "--layout": layout, **given}
 
 
 def fidelity_table(report: dict[str, Any], title: str) -> str:

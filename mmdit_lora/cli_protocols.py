@@ -9,10 +9,25 @@ from typing import TYPE_CHECKING, Any
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.html import escape_markdown
+from mmdit_lora.outputs import open_folder
 
 if TYPE_CHECKING:
     from mmdit_lora.evaluate.protocols import Case, PublishedProtocol, Seen
     from mmdit_lora.evaluate.protocols.look import Judges, Looks
+
+
+# What is written, the files of all protocols' own tools among it.
+_WRITTEN: tuple[str, ...] = (
+    "seen.jsonl",
+    "report.json",
+    "report.md",
+    "report.html",
+    "metric_mmdit_lora.json",
+    "minicpm-vqa.json",
+)
+_WRITTEN += ("minicpm-vqa-score.txt", "lgs_score_detailed.json", "lgs_score.txt", "simple/", "medium/", "hard/")
+_WRITTEN += tuple(f"detections_{split}_mmdit_lora_results.json" for split in ("train2017", "val2017"))
+_WRITTEN += tuple(f"instances_{split}_filtered.json" for split in ("train2017", "val2017"))
 
 
 def score_protocol(
@@ -52,33 +67,34 @@ def score_protocol(
     require(protocol, detector=detector is not None, judge=judge is not None)
     cases = protocol.read(annotations)
     pairs = find_pictures(protocol, cases, images_dir)
-    out = Path(out)
-    seen = look_at(
-        protocol,
-        pairs,
-        images_dir,
-        detector=detector,
-        judge=judge,
-        kept=out / "seen.jsonl",
-        on_progress=on_progress,
-    )
-    of_pictures = [case for case, _ in pairs]
-    scores = protocol.score(of_pictures, seen)
-    results = protocol.write_results(of_pictures, seen, out)
-    rows = beside(name, scores) if published and PUBLISHED.is_file() else []  # a wheel has no data folder
-    report = _report(protocol, cases, seen) | {
-        "annotations": str(annotations),
-        "images": str(images_dir),
-        "detector": _named(detector) if protocol.detector != "unused" else None,
-        "judge": _named(judge) if protocol.judge != "unused" else None,
-        "scores": scores,
-        "results": [file.relative_to(out).as_posix() for file in results],
-        "published": to_dicts(rows[1:]),
-    }
-    write_json(out / "report.json", report)
-    write_text(out / "report.md", _page(protocol, report, markdown(rows) if rows else ""))
-    write_text(out / "report.html", _html_page(protocol, report, as_html(rows) if rows else ""))
-    return report
+    out, inputs = Path(out), {"--annotations": annotations, "--images": images_dir}
+    with open_folder(out, verb="evaluate", names=_WRITTEN, inputs=inputs, logs=["seen.jsonl"]):
+        seen = look_at(
+            protocol,
+            pairs,
+            images_dir,
+            detector=detector,
+            judge=judge,
+            kept=out / "seen.jsonl",
+            on_progress=on_progress,
+        )
+        of_pictures = [case for case, _ in pairs]
+        scores = protocol.score(of_pictures, seen)
+        results = protocol.write_results(of_pictures, seen, out)
+        rows = beside(name, scores) if published and PUBLISHED.is_file() else []  # a wheel has no data folder
+        report = _report(protocol, cases, seen) | {
+            "annotations": str(annotations),
+            "images": str(images_dir),
+            "detector": _named(detector) if protocol.detector != "unused" else None,
+            "judge": _named(judge) if protocol.judge != "unused" else None,
+            "scores": scores,
+            "results": [file.relative_to(out).as_posix() for file in results],
+            "published": to_dicts(rows[1:]),
+        }
+        write_json(out / "report.json", report)
+        write_text(out / "report.md", _page(protocol, report, markdown(rows) if rows else ""))
+        write_text(out / "report.html", _html_page(protocol, report, as_html(rows) if rows else ""))
+        return report
 
 
 def write_layouts(name: str, annotations: str | Path, out: str | Path) -> int:

@@ -35,7 +35,10 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """A run ended before its last step, with its state safe. The command line prints it in one message and exits with 1."""
+    """A run ended before its last step, with its state safe. The command line prints it in one message and exits with
+    `exit_code`."""
+
+    exit_code = 1
 
 
 class NonFiniteError(Stopped):

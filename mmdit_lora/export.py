@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.export_creatilayout import write_creatilayout_adapter, write_creatilayout_stream
-from mmdit_lora.export_read import DIFFUSERS_FILE, STREAM_FILE, open_transformer, outputs
-from mmdit_lora.files import atomic_file, atomic_folder
+from mmdit_lora.export_read import open_transformer, outputs
+from mmdit_lora.files import atomic_file
 from mmdit_lora.lora import (
     HEADER_KEY,
     base_fingerprint,
@@ -32,6 +32,7 @@ from mmdit_lora.lora import (
     save_adapter,
 )
 from mmdit_lora.models.creatilayout import SLOTS
+from mmdit_lora.outputs import Inputs, check_new_file, check_new_folder, new_folder, refuse_inputs
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
 Target = Literal["peft", "diffusers", "kohya", "creatilayout", "merged"]
@@ -78,14 +79,15 @@ def export_adapter(
         RuntimeError: what was written does not give the same outputs; it is removed again.
     """
     out = Path(out)
-    _check_out(to, out)
+    _check_out(to, out, {"ADAPTER": adapter, "--base": base})
     if to == "creatilayout" and (Path(adapter) / "transformer").is_dir():
         return _export_stream(str(adapter), out)
     base = base or base_of(adapter)
-    pipe, header = _open(adapter, base)
-    note = _note(to, pipe.transformer)
-    expected, effect = _reference(pipe.transformer)
+    refuse_inputs([out], {"--base": base}, verb="export")
     with _place(to, out) as temporary:
+        pipe, header = _open(adapter, base)
+        note = _note(to, pipe.transformer)
+        expected, effect = _reference(pipe.transformer)
         if merge:
             write_creatilayout_stream(merge_adapter(pipe.transformer, in_place=True), temporary)
         else:
@@ -152,7 +154,7 @@ def _export_stream(base: str, out: Path) -> ExportReport:
     model = open_transformer(base).eval()
     expected = outputs(model)
     effect = (expected - outputs(model, layout_scale=0.0)).abs().max().item()
-    with atomic_folder(out) as temporary:
+    with new_folder(out, verb="export") as temporary:
         write_creatilayout_stream(model, temporary)
         difference = _compare("creatilayout stream", temporary, base, expected)
     return ExportReport("creatilayout", str(out), _bytes(out), difference, effect, _note("creatilayout", model))
@@ -259,27 +261,24 @@ def _compare(to: str, written: Path, base: str, expected: Tensor) -> float:
 @contextmanager
 def _place(to: Target, out: Path) -> Iterator[Path]:
     """Where the export is written before it counts."""
-    with atomic_file(out) if to == "kohya" else atomic_folder(out) as temporary:
+    with atomic_file(out) if to == "kohya" else new_folder(out, verb="export") as temporary:
         yield temporary
 
 
-def _check_out(to: Target, out: Path) -> None:
+def _check_out(to: Target, out: Path, inputs: Inputs) -> None:
     """Before any work: `out` is free, or an earlier export."""
-    if to == "kohya":
-        if out.suffix != ".safetensors":
-            raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
-        if out.exists() and not _is_own_file(out):
-            raise InputError("exists and is not an export", where=str(out), cure="give another --out")
+    if to != "kohya":
+        check_new_folder(out, verb="export", inputs=inputs)
         return
-    ours = ("adapter_config.json", "model_index.json", DIFFUSERS_FILE, STREAM_FILE)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in ours)):
-        raise InputError("exists and is not an export", where=str(out), cure="give another --out")
+    if out.suffix != ".safetensors":
+        raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
+    check_new_file(out, verb="export", inputs=inputs, is_own=_is_own_file)
 
 
 def _is_own_file(file: Path) -> bool:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return HEADER_KEY in (tensors.metadata() or {})
+            return {HEADER_KEY, "ss_network_module"} <= (tensors.metadata() or {}).keys()
     except (SafetensorError, OSError):
         return False
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import codecs
-import glob
+import ctypes
+import errno
+import hashlib
 import io
 import itertools
 import json
 import os
+import re
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, Stopped, clip
+from mmdit_lora.locks import start_of
+
+# Begins the name of every temporary file, folder and lock: <RESERVED><of what>-<pid>-<its start>-<random>. No user's file is
+# named so, and whether the process is dead can be told.
+RESERVED = ".mmdit_lora-"
+_TEMPORARY = re.compile(re.escape(RESERVED) + r"[0-9a-f]+-(\d+)-(\d+)-[0-9a-f]{8}(\.\w*)?")
+_OLD = "was"  # in a temporary folder: what was moved aside, under its own name
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -161,51 +171,309 @@ def decode_text(content: bytes, *, where: str, first_line: int = 1) -> str:
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on any error it is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.chmod(0o644)  # mkstemp gives 0600, which a shared folder's other readers could not open
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def atomic_file(path: str | Path, *, label: str | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on any error it is removed.
+
+    The umask decides who may read it. A link is followed.
+
+    Args:
+        label: of the temporary file's name, in place of one made from `path`.
+
+    Raises:
+        InputError: `path` is a folder, or neither file nor folder; or it cannot be written (no space, no right, ...).
+    """
+    path = output_path(path, folder=False)
+    with told(path):
+        made = make_folders(path.parent)
+        temporary = _temporary(path, label)
+
+        def undo() -> None:
+            temporary.unlink(missing_ok=True)
+            remove_empty(made)
+
+        _pending.append(undo)
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)
+            os.close(handle)
+            yield temporary
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors writes 0600
+                temporary.chmod(mode)
+            _fsync(temporary)
+            temporary.replace(path)
+        finally:
+            _pending.remove(undo)
+            with suppress(OSError):
+                undo()
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path`.
+def atomic_folder(path: str | Path, *, before_swap: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it takes the place of `path`, whatever is there.
 
     Before that its files are fsynced, then the folders that name them, the innermost first; after it the folder that names
-    `path`: a power cut at any moment leaves the old one or the new one, whole.
+    `path`: a power cut at any moment leaves the old one or the new one, whole. So does a kill: the two change places in one
+    step where the system has one (Linux: renameat2). Elsewhere the old one is moved aside first, and `remove_temporaries`
+    puts it back if nothing took its place.
 
-    An existing folder at `path` is moved aside first and removed only after the rename, so that a crash never leaves
-    nothing behind.
+    Args:
+        before_swap: called with the temporary folder when it is complete; what it raises leaves `path` as it is.
+
+    Raises:
+        InputError: `path` is no folder, or cannot be written (no space, no right, ...).
+    """
+    path = output_path(path, folder=True)
+    with told(path):
+        made = make_folders(path.parent)
+        temporary = _temporary(path)
+
+        def undo() -> None:
+            _put_back(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            remove_empty(made)
+
+        _pending.append(undo)
+        try:
+            temporary.mkdir()
+            yield temporary
+            _set_modes(temporary)
+            if before_swap is not None:
+                before_swap(temporary)
+            inside = sorted(temporary.rglob("*"), key=lambda found: len(found.parts), reverse=True)
+            for found in [*(f for f in inside if f.is_file()), *(f for f in inside if f.is_dir()), temporary]:
+                _fsync(found)
+            _swap(temporary, path)
+            _fsync(path.parent)
+        finally:
+            _pending.remove(undo)
+            with suppress(OSError):
+                undo()
+
+
+def output_path(path: str | Path, *, folder: bool) -> Path:
+    """`path` without links, which is absent or of the kind that is to be written, below folders.
+
+    Raises:
+        InputError: it is something else (a FIFO, a device, a dangling link, ...), lies below a file, or is no possible name.
+    """
+    given, cure = Path(path), "give another name"
+    try:
+        for place in (given, *given.absolute().parents):
+            if place.exists():
+                break
+            if place.is_symlink():
+                with suppress(FileNotFoundError):
+                    place.stat()  # raises where links lead round in a circle
+                raise InputError("is a dangling link", where=str(place), cure="remove the link, or " + cure)
+        mode = place.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(_reason(error), where=clip(given), cure=cure) from None
+    is_file = place is given and not folder
+    if not (stat.S_ISREG if is_file else stat.S_ISDIR)(mode):
+        kind = "file" if is_file else "folder"
+        raise InputError(f"is {kind_of(mode)}, not a {kind}", where=str(place), cure=cure)
+    return Path(os.path.realpath(given))
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make `path` and what is missing above it; returns what was made, the innermost first."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_empty(missing)
+        raise
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are empty, in order."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def remove_temporaries(path: str | Path) -> list[str]:
+    """Finish or undo what processes that died in `atomic_file` or `atomic_folder` for `path` left beside it.
+
+    What a live process writes is left alone.
+
+    Returns:
+        What was done, in words; empty where there was nothing.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
+    return _clean(path.parent, f"{RESERVED}{tag_of(path.name)}-*")
+
+
+def remove_all_temporaries(folder: str | Path) -> list[str]:
+    """As `remove_temporaries`, for whatever was to be written in `folder` or below it."""
+    places = {path.parent for path in Path(folder).rglob(f"{RESERVED}*-*")}
+    return [line for place in sorted(places) for line in _clean(place, f"{RESERVED}*-*")]
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, under a temporary's name: a kill halfway leaves nothing with its name."""
+    hidden = _temporary(folder)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def abandon() -> list[str]:
+    """Remove what this process is writing and has not finished: for a process that ends at once.
+
+    Returns:
+        What the user should know, in words.
+    """
+    hints = []
+    while _pending:
+        with suppress(OSError, ValueError):
+            hint = _pending.pop()()
+            hints += [hint] if hint else []
+    return hints
+
+
+def on_abandon(undo: Callable[[], str | None]) -> Callable[[], None]:
+    """Have `abandon` call `undo`, which may return a hint for the user; returns what takes that back."""
+    _pending.append(undo)
+    return lambda: _pending.remove(undo) if undo in _pending else None
+
+
+def space_error(error: BaseException | None) -> int | None:
+    """The system's number of a want of space, also where a library has wrapped it in an error of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return error.errno
+        text = str(error)
+        for number in NO_SPACE:
+            if f"os error {number})" in text:  # as Rust's libraries write it, safetensors among them
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REASONS = {
+    errno.ENOSPC: ("no space is left on the disk", "free some space, or give another place"),
+    errno.EDQUOT: ("the quota of the disk is used up", "free some space, or give another place"),
+    errno.EFBIG: ("a file would be larger than is allowed there", "give another place"),
+    errno.EROFS: ("the file system is read-only", "give another place"),
+    errno.EACCES: ("you have no right to write there", "give another place"),
+    errno.EPERM: ("you have no right to write there", "give another place"),
+    errno.ENAMETOOLONG: ("the name is too long", "give a shorter one"),
+    errno.ELOOP: ("the links lead round in a circle", "give another place"),
+    errno.ENOTDIR: ("a part of the path is a file", "give another place"),
+    errno.EBUSY: ("is in use, as a mount point is", "give a folder in it"),
+}
+# Undone by `abandon`, the last one first.
+_pending: list[Callable[[], str | None]] = []
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Within it, the system's refusal to write `path` becomes an `InputError`."""
     try:
-        yield temporary
-        inside = sorted(temporary.rglob("*"), key=lambda found: len(found.parts), reverse=True)
-        for found in [*(f for f in inside if f.is_file()), *(f for f in inside if f.is_dir()), temporary]:
-            _fsync(found)
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.replace(old / "was")
-        temporary.replace(path)
-        _fsync(path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except (InputError, Stopped):
+        raise
+    except Exception as error:
+        number = space_error(error)
+        if number is None and isinstance(error, OSError) and error.errno in _REASONS and _concerns(error, path):
+            number = error.errno
+        if number is None:
+            raise
+        reason, cure = _REASONS[number]
+        raise InputError(f"cannot be written: {reason}", where=clip(path, 300), cure=cure) from error
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error names `path`, a temporary of it or what is below them, or a folder above."""
+    names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return any(RESERVED in str(name) or name.is_relative_to(path) or path.is_relative_to(name) for name in names)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why a path cannot be written, for a message."""
+    known = _REASONS.get(getattr(error, "errno", None) or 0)
+    return f"cannot be written: {known[0] if known else getattr(error, 'strerror', None) or error}"
+
+
+def tag_of(name: str) -> str:
+    """What stands for a file's or folder's name in the names of its temporaries and lock."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+
+
+def _temporary(path: Path, label: str | None = None) -> Path:
+    """A free name beside `path` that also says who writes it."""
+    pid = os.getpid()
+    suffix = path.suffix if re.fullmatch(r"\.\w{1,15}", path.suffix) else ""
+    name = f"{RESERVED}{label or tag_of(path.name)}-{pid}-{start_of(pid) or 0}-{secrets.token_hex(4)}{suffix}"
+    return path.with_name(name)
+
+
+def _clean(folder: Path, pattern: str) -> list[str]:
+    done = []
+    for left in folder.glob(pattern) if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(left.name)
+        if match is None or start_of(int(match[1])) == int(match[2]):
+            continue
+        who = f"process {match[1]}, which was killed"
+        if left.is_dir() and not left.is_symlink():
+            moved = left / _OLD
+            for old in moved.iterdir() if moved.is_dir() else ():
+                if not (folder / old.name).exists():
+                    old.rename(folder / old.name)
+                    done.append(f"put {folder / old.name} back, which {who}, had moved aside")
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+        done.append(f"removed what {who}, left half-written in {folder}")
+    return list(dict.fromkeys(done))
+
+
+def _put_back(path: Path) -> None:
+    """Undo the first of two renames of this process."""
+    if path.exists():
+        return
+    for moved in path.parent.glob(f"{RESERVED}{tag_of(path.name)}-{os.getpid()}-*/{_OLD}"):
+        if (moved / path.name).exists():
+            (moved / path.name).rename(path)
+            shutil.rmtree(moved.parent, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`, and remove what was there."""
+    if not path.exists() or not any(path.iterdir()):
+        new.rename(path)  # fails where somebody put something there meanwhile
+        return
+    if _exchange(new, path):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    aside = _temporary(path)
+    (aside / _OLD).mkdir(parents=True)
+    path.rename(aside / _OLD / path.name)
+    new.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+
+
+def _set_modes(folder: Path) -> None:
+    """What the umask gives, which it gave `folder` itself: libraries write 0600, and copies keep the modes of others."""
+    own = stat.S_IMODE(folder.stat().st_mode)
+    for found in folder.rglob("*"):
+        if found.is_symlink():
+            continue
+        mode = own if found.is_dir() else own & 0o666
+        if stat.S_IMODE(found.stat().st_mode) != mode:
+            found.chmod(mode)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -217,19 +485,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, data: Any) -> None:
     """Write `data` as indented JSON to `path` atomically. NaN is refused: it is no JSON."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def remove_temporaries(path: str | Path) -> None:
-    """Remove what processes that were killed in `atomic_file` or `atomic_folder` for `path` left beside it.
-
-    Only where nobody else writes `path` at this moment.
-    """
-    path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.config import load_config
+from mmdit_lora.config import Config, load_config
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.draw import before_after, save_png
+from mmdit_lora.evaluate.picture_store import PictureStore
 from mmdit_lora.evaluate.sides import Evaluation, evaluate
 from mmdit_lora.export import Target, export_adapter
-from mmdit_lora.files import write_json
+from mmdit_lora.files import write_json, write_text
+from mmdit_lora.lora import base_fingerprint
+from mmdit_lora.outputs import open_folder
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+from mmdit_lora.training.output import WRITTEN
+from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.trainer import train
 
 CONFIG = "configs/quickstart.yaml"
@@ -25,15 +30,17 @@ NEW, OLD = "page", "basic"  # the new domain, and one that the base was trained 
 TRAIN_PICTURES, HELD_OUT_PICTURES = 2000, 96
 TRAIN_SEED, HELD_OUT_SEED, OLD_SEED = 11, 12, 13
 EXPORTS: tuple[Target, ...] = ("peft", "merged")
+EXPORTS_FOLDERS = tuple(f"{to}/" for to in EXPORTS)
 SHOWN = 6  # pictures in the figure: the first ones, not the best ones
-_MARK = "quickstart.yaml"
-_OWN = ("data", "adapter", "peft", "merged", "samples", "checkpoints", "tensorboard", "wandb")
+_MARK, REPORT = "quickstart.yaml", "report.json"
+_WRITTEN = (_MARK, "before_after.png", "data/", "pictures/", *EXPORTS_FOLDERS, *WRITTEN)
 
 Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 
 
 def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: Tell | None = None) -> dict[str, Any]:
-    """Train on `NEW`, judge on held-out layouts of it and of `OLD`, and write `out`.
+    """Train on `NEW`, judge on held-out layouts of it and of `OLD`, and write `out`. What was stopped goes on where it was;
+    where it was finished, its report is given again.
 
     Args:
         out: gets `report.json`, `before_after.png`, `adapter/`, `merged/` and the data.
@@ -44,11 +51,38 @@ def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: 
         sizes, `export_max_abs_diff`, seconds per phase.
 
     Raises:
-        InputError: `out` holds something else than an earlier quickstart, or the embedded base is not found.
+        InputError: `out` holds something else than this quickstart, or the embedded base is not found.
     """
     out, tell = Path(out), tell or (lambda *_: None)
     config_path = Path(config_path) if config_path is not None else find_file(CONFIG)
-    _clear(out)
+    data = {"train": out / "data" / "train", "held_out": out / "data" / "held_out", "old": out / "data" / "old_domain"}
+    overrides = [f"data.path={data['train']}", f"data.validation={data['held_out']}", f"output_dir={out}"]
+    config = load_config(config_path, overrides)
+    config = config.model_copy(update={"base": str(find_file(config.base))})
+    with open_folder(out, verb="quickstart", names=_WRITTEN, inputs={"base": config.base}):
+        if (found := _finished(out, config)) is not None:
+            return found
+        write_text(out / _MARK, config.to_yaml())
+        return _run(out, config, data, tell)
+
+
+def _finished(out: Path, config: Config) -> dict[str, Any] | None:
+    """The report of an earlier start that came to its end.
+
+    Raises:
+        InputError: an earlier start had another config.
+    """
+    if (out / _MARK).exists() and (out / _MARK).read_text(encoding="utf-8") != config.to_yaml():
+        raise InputError("holds a quickstart of another config", where=str(out), cure="give another --out")
+    try:
+        report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if "export_max_abs_diff" in report else None  # otherwise it is that of the training
+
+
+def _run(out: Path, config: Config, data: dict[str, Path], tell: Tell) -> dict[str, Any]:
+    """All phases; what an earlier start finished is not done again."""
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -58,22 +92,23 @@ def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: 
         yield
         seconds[name] = round(time.perf_counter() - start, 2)
 
-    data = {"train": out / "data" / "train", "held_out": out / "data" / "held_out", "old": out / "data" / "old_domain"}
-    overrides = [f"data.path={data['train']}", f"data.validation={data['held_out']}", f"output_dir={out}"]
-    config = load_config(config_path, overrides)
-    config = config.model_copy(update={"base": str(find_file(config.base))})
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARK).write_text(config.to_yaml(), encoding="utf-8")
     with phase("data"):
-        write_dataset(data["train"], DOMAINS[NEW], count=TRAIN_PICTURES, seed=TRAIN_SEED)
-        write_dataset(data["held_out"], DOMAINS[NEW], count=HELD_OUT_PICTURES, seed=HELD_OUT_SEED)
-        write_dataset(data["old"], DOMAINS[OLD], count=HELD_OUT_PICTURES, seed=OLD_SEED)
+        for folder, domain, count, seed in (
+            (data["train"], NEW, TRAIN_PICTURES, TRAIN_SEED),
+            (data["held_out"], NEW, HELD_OUT_PICTURES, HELD_OUT_SEED),
+            (data["old"], OLD, HELD_OUT_PICTURES, OLD_SEED),
+        ):
+            if not folder.exists():  # whole or absent
+                write_dataset(folder, DOMAINS[domain], count=count, seed=seed, verb="quickstart")
     with phase("train"):
         steps = config.train.max_steps
-        result = train(config, on_progress=lambda step, scalars: tell("train", step, steps, scalars))
+        try:
+            result = train(config, resume=True, on_progress=lambda step, scalars: tell("train", step, steps, scalars))
+        except Interrupted as error:
+            raise Interrupted(error.signal_name, error.step, again="the same call") from None
     with phase("evaluate"):
-        new = _evaluate(result.pipe, data["held_out"], "new domain", tell)
-        old = _evaluate(result.pipe, data["old"], "old domain", tell)
+        new = _evaluate(result.pipe, data["held_out"], out / "pictures" / "new", "new domain", tell)
+        old = _evaluate(result.pipe, data["old"], out / "pictures" / "old", "old domain", tell)
     with phase("figure"):
         save_png(_figure(new), out / "before_after.png")
     with phase("export"):
@@ -89,7 +124,7 @@ def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: 
         "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
         "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
     }
-    write_json(out / "report.json", report)
+    write_json(out / REPORT, report)
     return report
 
 
@@ -107,7 +142,7 @@ def find_file(name: str) -> Path:
     )
 
 
-def _evaluate(pipe: LayoutPipeline, folder: Path, name: str, tell: Tell) -> Evaluation:
+def _evaluate(pipe: LayoutPipeline, folder: Path, pictures: Path, name: str, tell: Tell) -> Evaluation:
     pipe.transformer.eval()
     records = read_dataset(folder)
     return evaluate(
@@ -115,6 +150,7 @@ def _evaluate(pipe: LayoutPipeline, folder: Path, name: str, tell: Tell) -> Eval
         records,
         PaintSettings(),
         seed=0,
+        store=PictureStore(pictures, {"weights": base_fingerprint(pipe.transformer)}),
         on_progress=lambda side, done: tell(f"paint {name}, {side}", done, len(records), {}),
     )
 
@@ -128,13 +164,3 @@ def _figure(evaluation: Evaluation) -> Any:
         title="Held-out layouts, same noise, before and after",
         scores=(base.picture_ious[:SHOWN], adapter.picture_ious[:SHOWN]),
     )
-
-
-def _clear(out: Path) -> None:
-    """Make room for a new quickstart where an earlier one is; refuse anything else."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file()):
-        raise InputError("exists and is not an earlier quickstart", where=f"--out {out}", cure="give another folder")
-    for name in _OWN:
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("report.json", "before_after.png", "config.yaml"):
-        (out / name).unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from mmdit_lora.lora import (
 )
 from mmdit_lora.lora.storage import _in_order
 from mmdit_lora.models import LayoutSD3Transformer2DModel
+from mmdit_lora.outputs import MARKER
 from tests.tiny import tiny_inputs, tiny_layout, tiny_transformer, trained_adapter, velocity
 
 INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
@@ -38,7 +39,7 @@ INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
 
 
 def test_the_folder_is_what_peft_reads(tiny_adapter: Path, adapted: torch.Tensor) -> None:
-    assert {p.name for p in tiny_adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+    assert {p.name for p in tiny_adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "README.md", MARKER}
     config = json.loads((tiny_adapter / CONFIG_FILE).read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("tiny", 16, 32)
     with safe_open(tiny_adapter / WEIGHTS_FILE, framework="pt") as file:

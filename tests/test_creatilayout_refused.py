@@ -186,7 +186,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "a base without config": (no_config, "has no transformer/config.json"),
     "a config that is none": (no_json, "is no config"),
     "a base with a hole": (incomplete_base, "1 missing: proj_out.weight"),
-    "out is taken": (in_the_way, "exists and is not an earlier import"),
+    "out is taken": (in_the_way, "(it holds mine.txt)"),
 }
 
 
@@ -219,7 +219,7 @@ def test_fp16_that_would_overflow_is_refused(tmp_path: Path) -> None:
 
 def test_out_below_a_file_is_refused(tmp_path: Path) -> None:
     base, weights = write_files("sd3", tmp_path)
-    with pytest.raises(InputError, match="exists and is not an earlier import"):
+    with pytest.raises(InputError, match="is a file, not a folder"):
         import_creatilayout(base, weights, weights / "out")
 
 

@@ -34,6 +34,7 @@ from mmdit_lora.data.records import METADATA, Record, read_dataset, scan_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import MARKER
 from tests.data_makers import annotation, picture, voc
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -418,7 +419,7 @@ def test_the_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("error:") == 1
-    assert sorted(path.name for path in out.iterdir()) == ["check.html", "check.json"]
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "check.html", "check.json"]
     written = json.loads((out / "check.json").read_text(encoding="utf-8"))
     text = (out / "check.html").read_text(encoding="utf-8")
     page = Tags()

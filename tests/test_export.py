@@ -224,9 +224,9 @@ def test_the_probe_reaches_every_layer_that_carries_lora(pair: tuple[str, Path])
     ("to", "out", "says"),
     [
         ("kohya", "folder", "ends in .safetensors"),
-        ("kohya", "taken.safetensors", "not an export"),
-        ("diffusers", "taken", "not an export"),
-        ("peft", "taken.safetensors", "not an export"),
+        ("kohya", "taken.safetensors", "is not what `export` wrote"),
+        ("diffusers", "taken", "(it holds mine.txt)"),
+        ("peft", "taken.safetensors", "is a file, not a folder"),
     ],
 )
 def test_a_place_that_is_taken_or_of_the_wrong_kind_is_refused(

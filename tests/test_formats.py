@@ -147,8 +147,10 @@ def test_convert_to_another_format_with_a_holdout(tmp_path: Path, capsys: pytest
     argv = ["data", "convert", "--from", "yolo", tmp_path / "src", "--out", out, "--to", "coco", "--holdout", 0.25]
     assert run(capsys, *argv)["validation"] == 1
     assert len(read_format("coco", out / "train").records) == 3
-    assert main([*map(str, argv)]) == 2  # what it wrote is not replaced
-    assert "is not an empty folder" in capsys.readouterr().err
+    assert main([*map(str, argv)]) == 0  # what it wrote is replaced
+    (out / "train" / "mine.txt").write_text("mine")
+    assert main([*map(str, argv)]) == 2
+    assert "train/mine.txt" in capsys.readouterr().err
 
 
 def test_a_map_a_template_and_captions_from_beside(tmp_path: Path) -> None:

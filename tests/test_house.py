@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From left to right; a room imports only from itself and from rooms on its left.
 ROOMS = (
-    ("layout", "boxes", "errors", "files", "html", "hub", "ranges"),
+    ("layout", "boxes", "errors", "locks", "files", "outputs", "html", "hub", "ranges"),
     ("config", "config_filter", "config_sections", "config_version", "config_yaml"),
     ("models",),
     ("data",),
@@ -30,7 +30,7 @@ ROOMS = (
     ("plan",),
     ("analysis",),
     ("quickstart",),
-    ("cli", "studio"),
+    ("cli", "studio", "start"),
 )
 # Only the families' own files and the places that list them know their names.
 FAMILY_NAME = re.compile(r"sd3|stable_?diffusion|flux", re.IGNORECASE)

@@ -21,6 +21,7 @@ from mmdit_lora.analysis.resize import resize_adapter
 from mmdit_lora.analysis.updates import open_adapter
 from mmdit_lora.cli import main
 from mmdit_lora.lora import add_layout_lora, merge_adapter, save_adapter
+from mmdit_lora.outputs import MARKER
 from tests.adapter_makers import make_adapter, rank_four
 from tests.tiny import tiny_transformer, trained_adapter
 from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
@@ -233,7 +234,7 @@ def test_the_verb_writes_both_files(base: Path, tmp_path: Path, capsys: pytest.C
     adapter = make_adapter(tmp_path / "adapter", base, rank_four)
     assert main(["inspect", str(adapter), "--out", str(tmp_path / "out"), "--json"]) == 0
     output = capsys.readouterr()
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"inspect.html", "inspect.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"inspect.html", "inspect.json", MARKER}
     written = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert written == json.loads(output.out)
     assert written["header"]["base"] == str(base)
@@ -255,7 +256,7 @@ def test_what_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "does not say which base": [str(nameless)],
         "was trained on another base": [str(foreign)],
         "adapts none of the linears": [str(adapter), "--against", str(apart)],
-        "holds no inspect.json": [str(adapter), "--out", str(tmp_path / "full")],
+        "(it holds thesis.txt)": [str(adapter), "--out", str(tmp_path / "full")],
         "is not a base": [str(adapter), "--base", str(adapter)],
     }
     for message, argv in wrong.items():

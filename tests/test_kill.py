@@ -19,6 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mmdit_lora.config import Config
+from mmdit_lora.files import RESERVED
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.trainer import train
 from tests.test_trainer import make_config
@@ -58,8 +59,9 @@ def newest(folder: Path) -> int:
     return found[-1].step if found else 0
 
 
-def hidden(folder: Path, ending: str = "") -> list[Path]:
-    return [path for path in folder.glob(".step_*") if path.name.endswith(ending)] if folder.is_dir() else []
+def hidden(folder: Path) -> list[Path]:
+    """What is being written, or being removed."""
+    return list(folder.glob(f"{RESERVED}*-*"))
 
 
 def kill_and_check(forks: Any, config: Config, moment: Moment, *, goal: int) -> bool:
@@ -117,7 +119,7 @@ def disturbed_equals_undisturbed(
     one, two = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "killed"))
     assert one.keys() == two.keys()
     assert all((one[key] == two[key]).all() for key in one)
-    assert not list((tmp_path / "killed").rglob(".*")), "leftovers of a kill were not removed"
+    assert not list((tmp_path / "killed").rglob(f"{RESERVED}*")), "leftovers of a kill were not removed"
     kept = {c.step for c in checkpoints(folder)}
     assert {steps - 1, steps} <= kept
     assert len(kept) <= KEEP + 1
@@ -145,7 +147,7 @@ def while_saving() -> Moment:
 
 def while_pruning() -> Moment:
     """As soon as one is being removed, or a little too late."""
-    return lambda folder: bool(hidden(folder, ".removed")) or len(checkpoints(folder)) > KEEP + 1
+    return lambda folder: len(checkpoints(folder)) > KEEP and bool(hidden(folder))
 
 
 CHANCE = random.Random(0)

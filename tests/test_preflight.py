@@ -20,6 +20,7 @@ from mmdit_lora.cli import main
 from mmdit_lora.config import Config
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import MARKER
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training import needs, preflight, run, trainer, trial
 from mmdit_lora.training.checkpoint import checkpoints, trainable_parameters
@@ -435,7 +436,7 @@ def test_a_disk_that_fills_up_ends_the_run_cleanly_and_it_can_go_on(
     assert "Traceback" not in said
     assert sorted(p.name for p in folder.iterdir()) == [f"step_000000{n}" for n in (1, 2, 3)]
     checkpoints(folder)[-1].state()  # whole, by its sums
-    assert sorted(p.name for p in (small_disk / "run").iterdir()) == ["checkpoints", "config.yaml"]
+    assert sorted(p.name for p in (small_disk / "run").iterdir()) == [MARKER, "checkpoints", "config.yaml"]
     assert main(["train", path, "--resume", "latest"]) == 2, "the look before it sees that there is no room"
     capsys.readouterr()
     ballast.unlink()

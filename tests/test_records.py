@@ -12,6 +12,7 @@ from mmdit_lora.data.check import check_dataset, read_written
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import read_dataset, scan_dataset, write_dataset, write_splits
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import MARKER
 from tests.data_makers import dataset, line, objects, picture
 
 
@@ -120,7 +121,7 @@ def test_a_data_set_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_dataset(out, [item, ("old.png", *item[1:])])
     write_dataset(out, [item])
-    assert sorted(path.name for path in out.iterdir()) == ["a.png", "metadata.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "a.png", "metadata.jsonl"]
     (out / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match=r"thesis.txt"):
         write_dataset(out, [item])

@@ -168,8 +168,8 @@ def test_what_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "--rank and --energy are given": [str(adapter), "--rank", "2", "--energy", "0.9", *small],
         "above 0, up to 1": [str(adapter), "--energy", "0", *small],
         "is 1.5": [str(adapter), "--energy", "1.5", *small],
-        "is the adapter itself": [str(adapter), "--rank", "2", "--out", str(adapter)],
-        "holds no adapter_config.json": [str(adapter), "--rank", "2", "--out", str(tmp_path / "full")],
+        "is what is read: ADAPTER": [str(adapter), "--rank", "2", "--out", str(adapter)],
+        "(it holds thesis.txt)": [str(adapter), "--rank", "2", "--out", str(tmp_path / "full")],
         "metadata.jsonl": [str(adapter), "--rank", "2", "--data", str(tmp_path / "empty"), *small],
     }
     for message, argv in wrong.items():

@@ -525,9 +525,9 @@ def test_training_from_shards_gives_the_bits_of_training_from_the_folder(
 ) -> None:
     adapters = []
     for name, source in (("folder", data), ("shards", shards)):
-        result = train(config_of(base, source, tmp_path / name))
+        result = train(config_of(base, source, tmp_path / "runs" / name))
         assert result.report["pictures"] == 12
-        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+        adapters.append(load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors"))
     assert adapters[0].keys() == adapters[1].keys()
     assert all(adapters[0][key].equal(adapters[1][key]) for key in adapters[0])
 

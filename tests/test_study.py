@@ -456,7 +456,7 @@ def test_nothing_held_out_and_a_foreign_folder_are_refused(base: Path, data: Pat
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="holds no study"):
+    with pytest.raises(InputError, match="it holds mine"):
         run_study(setup, isolate=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 

@@ -205,7 +205,9 @@ def test_targets_beyond_the_layout_mlp_train_and_nothing_else(base: Path, data: 
     still = {short(n).rpartition(".lora_B")[0] for n, t in trained.items() if "lora_B" in n and not t.any()}
     # Queries of the last block's layout tokens, whose outputs nothing reads: told, as the only ones.
     assert still == set(
-        prepare_run(make_config(base, data, tmp_path, lora={"targets": targets})).trainable.details["dead_targets"]
+        prepare_run(make_config(base, data, tmp_path / "other", lora={"targets": targets})).trainable.details[
+            "dead_targets"
+        ]
     )
     assert len(still) == 1
     assert all(any(f"{target}.lora_" in n for target in targets) for n in trained)

@@ -22,6 +22,7 @@ from mmdit_lora.evaluate.sides import evaluate
 from mmdit_lora.html import code_markdown
 from mmdit_lora.lora import CONFIG_FILE, WEIGHTS_FILE, lora_state_dict, remove_adapter, save_adapter
 from mmdit_lora.lora.adapt import inject
+from mmdit_lora.outputs import check_new_folder
 from mmdit_lora.pipelines import PaintSettings
 
 CARD = "README.md"
@@ -96,7 +97,7 @@ def resize_adapter(
     adapter, out = Path(adapter), Path(out)
     if (rank is None) == (energy is None):
         raise InputError("give a rank or an energy" if rank is None else "a rank and an energy are given")
-    check_out(adapter, out)
+    check_new_folder(out, verb="resize", inputs={"adapter": adapter, "base": base})
     opened = open_adapter(adapter, base=base, dtype=dtype, whole=records is not None)
     model = opened.pipe.transformer
     model.peft_config[ADAPTER].base_model_name_or_path = None  # PEFT would look for that base, on the hub too
@@ -138,21 +139,14 @@ def resize_adapter(
     )
     how = f"rank {rank}" if rank is not None else f"{energy:.4g} of the energy"
     save_adapter(
-        model, out, metadata=_metadata(opened, config, report, how), card=_card(adapter, report, how), beside=_beside(adapter)
-    )  # fmt: skip
+        model,
+        out,
+        metadata=_metadata(opened, config, report, how),
+        card=_card(adapter, report, how),
+        beside=_beside(adapter),
+        verb="resize",
+    )
     return report
-
-
-def check_out(adapter: Path, out: Path) -> None:
-    """Before any work: `out` is free, or an adapter folder, and not the one that is read.
-
-    Raises:
-        InputError: it is not.
-    """
-    if out.exists() and adapter.exists() and out.resolve() == adapter.resolve():
-        raise InputError("is the adapter itself", where=f"--out {out}", cure="give another folder")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file()):
-        raise InputError(f"exists and holds no {CONFIG_FILE}", where=f"--out {out}", cure="give another folder")
 
 
 def _refuse_larger(before: Sequence[Update], rank: int | None, adapter: Path) -> None:

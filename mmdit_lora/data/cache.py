@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,12 +28,14 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
-from mmdit_lora.errors import InputError
-from mmdit_lora.files import atomic_file
+from mmdit_lora.files import RESERVED, atomic_file, told
+from mmdit_lora.outputs import refuse_unmarked
 
 FORMAT = "v1"  # of the files and of all keys; another one is another folder
 LATENTS, PROMPTS, PHRASES, VIEWS, WEIGHTS = KINDS = ("latents", "prompts", "phrases", "views", "weights")
 
+_LOCKS = "locks"
+_HALF_WRITTEN = re.compile(rf"(?:{re.escape(RESERVED)}|\.)([0-9a-f]{{64}})[-.]")  # the second, of earlier versions
 _HEADER_KEY = "mmdit_lora"
 _NO_CHECK = b"0" * 32
 _CHECK_MARK = f'"{_HEADER_KEY}":"'.encode()
@@ -96,15 +99,13 @@ class DiskCache:
     An entry's checksum is verified when this process reads it first, and again where its file has changed since.
 
     Raises:
-        InputError: `root` is there and is no folder.
+        InputError: `root` is no folder, or holds something else than a cache.
     """
 
     def __init__(self, root: str | Path) -> None:
-        root = Path(root)
-        for place in (root, *root.absolute().parents):
-            if place.exists() and not place.is_dir():
-                raise InputError("is a file, not a folder", where=str(place), cure="give another folder for the cache")
-        self.folder = root / FORMAT
+        self.root = Path(root)
+        refuse_unmarked(self.root, own=f"{FORMAT}/{_LOCKS}")
+        self.folder = self.root / FORMAT
         self.stats = CacheStats()
         self._verified: dict[tuple[str, str], tuple[int, int, int]] = {}
 
@@ -150,7 +151,7 @@ class DiskCache:
     def write(self, kind: str, key: str, entry: Entry) -> None:
         """Put an entry in its place, over what is there."""
         whole = _serialise(entry)
-        with atomic_file(self.path(kind, key)) as temporary:
+        with atomic_file(self.path(kind, key), label=key) as temporary:
             temporary.write_bytes(whole)
         self._verified.pop((kind, key), None)
         self.stats.bytes_written += len(whole)
@@ -237,7 +238,10 @@ class DiskCache:
         """Remove what killed processes left half-written; how many files. What a live process writes has its lock held."""
         count = 0
         for path in self.folder.glob("*/??/.*.safetensors"):
-            lock = self._lock(path.name[1:65])
+            key = _HALF_WRITTEN.match(path.name)
+            if key is None:
+                continue
+            lock = self._lock(key[1])
             try:
                 lock.acquire(blocking=False)
             except Timeout:
@@ -253,15 +257,9 @@ class DiskCache:
         return f"{self.folder}/{kind}/{key[:2]}/{key}.safetensors"
 
     def _lock(self, key: str) -> FileLock:
-        locks = self.folder / "locks"
-        try:
+        locks = self.folder / _LOCKS
+        with told(locks):
             locks.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot be written to ({error.strerror})",
-                where=str(self.folder),
-                cure="give another folder for the cache",
-            ) from None
         return FileLock(locks / key[:3], poll_interval=0.01)
 
 

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -28,8 +28,9 @@ from mmdit_lora.data.metadata import METADATA, find_metadata, metadata_records
 from mmdit_lora.data.warnings import Warnings
 from mmdit_lora.data.written import hint, read_written, set_evidence
 from mmdit_lora.errors import InputError, clip, several
-from mmdit_lora.files import atomic_folder, inside, kind_of
+from mmdit_lora.files import inside, kind_of
 from mmdit_lora.layout import Box, BoxError, Clipped, Layout
+from mmdit_lora.outputs import new_folder
 
 __all__ = ["BBOX_FORMATS", "BBOX_UNITS", "COLUMNS", "METADATA", "Item", "Record"]
 
@@ -146,7 +147,7 @@ def scan_dataset(
     return records, errors
 
 
-def write_dataset(out: str | Path, items: Iterable[Item]) -> Path:
+def write_dataset(out: str | Path, items: Iterable[Item], *, verb: str = "write_dataset") -> Path:
     """Write (file name, picture or the path of one to copy, layout) as a data set folder, all of it or nothing.
 
     A picture that is given by path is decoded once, so that no damaged one is passed on. Boxes are written as relative
@@ -156,21 +157,17 @@ def write_dataset(out: str | Path, items: Iterable[Item]) -> Path:
         InputError: `out` holds something else than an earlier data set, a file name leaves the folder, or a picture
             cannot be read.
     """
-    out = Path(out).resolve()
-    check_replaceable(out)
-    with atomic_folder(out) as folder:
+    with new_folder(out, verb=verb) as folder:
         fill_dataset(folder, items)
-    return out
+    return Path(out).resolve()
 
 
-def write_splits(out: str | Path, splits: Mapping[str, Iterable[Item]]) -> Path:
+def write_splits(out: str | Path, splits: Mapping[str, Iterable[Item]], *, verb: str = "write_splits") -> Path:
     """As `write_dataset`, for several data sets in subfolders of `out` (name -> items), all of them or none."""
-    out = Path(out).resolve()
-    check_replaceable(out, parts=tuple(splits))
-    with atomic_folder(out) as folder:
+    with new_folder(out, verb=verb) as folder:
         for name, items in splits.items():
             fill_dataset(folder / name, items)
-    return out
+    return Path(out).resolve()
 
 
 def fill_dataset(folder: Path, items: Iterable[Item]) -> None:
@@ -197,37 +194,6 @@ def layout_columns(layout: Layout) -> dict[str, Any]:
     """`caption` and `objects` of a line: relative xyxy with 6 digits, which `parse_layout` reads."""
     objects = {"bbox": [_rounded(b) for b in layout.boxes], "phrase": [b.phrase for b in layout.boxes]}
     return {"caption": layout.caption, "objects": objects}
-
-
-def check_replaceable(out: Path, *, parts: tuple[str, ...] = ()) -> None:
-    """Refuse to replace anything but nothing, an empty folder, or a data set (with nothing else beside it).
-
-    Args:
-        parts: names of subfolders that may be data sets themselves.
-
-    Raises:
-        InputError: `out` is a file, or holds something that replacing it would destroy.
-    """
-    if not out.exists():
-        return
-    cure = "give another --out, or remove it yourself"
-    if not out.is_dir():
-        raise InputError("is a file, not a folder", where=str(out), cure=cure)
-    ours = set(parts)
-    for part in parts:
-        check_replaceable(out / part)
-    if (out / METADATA).is_file():
-        try:
-            ours |= {METADATA, *(PurePosixPath(line["file_name"]).parts[0] for _, line in metadata_records(out))}
-        except (InputError, LookupError, TypeError):
-            ours = set(parts)
-    others = sorted(path.name for path in out.iterdir() if path.name not in ours)
-    if others:
-        raise InputError(
-            f"is not empty, and no data set alone (it holds {', '.join(others[:3])}{' ...' if others[3:] else ''})",
-            where=str(out),
-            cure=cure,
-        )
 
 
 def _scan(folder: Path, bbox_format: str, bbox_units: str, warnings: Warnings) -> Iterator[Record | InputError]:

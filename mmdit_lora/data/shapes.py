@@ -137,7 +137,7 @@ def phrase_attributes(phrase: str) -> tuple[str, str] | None:
     return None
 
 
-def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int) -> None:
+def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int, verb: str = "write_dataset") -> None:
     """Write `count` scenes as a data set folder (`metadata.jsonl` and PNG files), all or nothing.
 
     Raises:
@@ -152,7 +152,7 @@ def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int) ->
         for index in range(count):
             yield f"{index:06d}.png", *make_scene(spec, seed, index)
 
-    write_records(out, items())
+    write_records(out, items(), verb=verb)
 
 
 def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ All sizes are in pixels of the figure. Rectangles are (left, top, right, bottom)
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from mmdit_lora.evaluate.canvas import (
     HALO,
@@ -46,6 +48,7 @@ from mmdit_lora.files import atomic_file
 from mmdit_lora.layout import Layout
 
 Rect = tuple[int, int, int, int]
+_MARK = "mmdit_lora"  # a text of a PNG
 
 # Okabe and Ito's palette: told apart with every common colour blindness. Its black is left out: halos are dark. Those that
 # show on both light and dark pictures come first.
@@ -229,10 +232,31 @@ def before_after(
     return framed(stack(parts), margin)
 
 
-def save_png(image: Image.Image, path: str | Path) -> None:
-    """Write `image` to `path` as PNG, atomically."""
+def save_png(image: Image.Image, path: str | Path, *, mark: bool = False) -> None:
+    """Write `image` to `path` as PNG, atomically.
+
+    Args:
+        mark: have `is_marked_png` know it again, as long as nobody changes a pixel.
+    """
+    text = PngInfo()
+    if mark:
+        text.add_text(_MARK, _pixels(image))
     with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", optimize=True)
+        image.save(temporary, format="PNG", optimize=True, pnginfo=text)
+
+
+def is_marked_png(path: Path) -> bool:
+    """Whether a file is what `save_png` wrote with `mark`, unchanged."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            return _MARK in image.info and image.info[_MARK] == _pixels(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _pixels(image: Image.Image) -> str:
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 def box_color(index: int) -> Rgb:

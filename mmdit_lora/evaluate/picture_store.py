@@ -37,8 +37,6 @@ class PictureStore:
         self._plan = json.loads(json.dumps(plan))
         if (folder / PLAN).is_file():
             _refuse_other(json.loads((folder / PLAN).read_text(encoding="utf-8")), self._plan, folder)
-        elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise InputError(f"exists and holds no {PLAN}", where=f"--out {folder}", cure="give another folder")
 
     def begin(self) -> None:
         """Write the plan. Before the first picture; what is wrong is found before anything is written."""

@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, listed
-from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora.adapt import adapter_shapes, find_targets, inject, with_adapter
+from mmdit_lora.outputs import new_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -67,6 +67,7 @@ def save_adapter(
     beside: Mapping[str, bytes] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
+    verb: str = "save_adapter",
 ) -> None:
     """Write a PEFT folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`; all or nothing.
 
@@ -75,9 +76,10 @@ def save_adapter(
         card: text of README.md; None = two lines.
         beside: other files, name -> content.
         weights: of the adapter's parameters, by their names in the model, where that has only a part of each (FSDP).
+        verb: what writes it: a folder that the same has written is replaced, no other (see `outputs.new_folder`).
 
     Raises:
-        InputError: the model has no such adapter, or a weight is not finite (a diverged run is not saved as a good one).
+        InputError: `folder` holds something else; the model has no such adapter, or a weight is not finite (a diverged run is not saved as a good one).
     """
     if adapter_name not in getattr(model, "peft_config", {}):
         raise InputError(f"the model has no adapter {adapter_name!r}")
@@ -98,7 +100,7 @@ def save_adapter(
         card = (
             f"# Layout LoRA\n\nAn adapter of the layout stream of `{metadata.get('base')}`, trained with mmdit-lora.\n"
         )
-    with atomic_folder(folder) as temporary:
+    with new_folder(folder, verb=verb) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (temporary / WEIGHTS_FILE).write_bytes(_in_order(save(tensors, metadata=header)))
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdit_lora.errors import InputError, listed
-from mmdit_lora.files import atomic_folder, write_json
+from mmdit_lora.files import write_json
 from mmdit_lora.hub import local_copy
 from mmdit_lora.models.creatilayout import VARIANTS, Recipe, recipes, variant_of
 from mmdit_lora.models.families import FAMILIES
 from mmdit_lora.models.tensor_files import TensorFiles
+from mmdit_lora.outputs import check_new_folder, new_folder
 
 # Of a pipeline's repository: not the single files beside its parts, which hold the same weights again.
 _COMPONENTS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
@@ -75,11 +76,8 @@ def import_creatilayout(
         InputError: what is given is not that: names or shapes that are missing, unexpected or wrong are listed. Nothing
             is written then.
     """
-    out = Path(out)
-    if any(place.is_file() for place in (out, *out.parents)) or (
-        out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()
-    ):
-        raise InputError("exists and is not an earlier import", where=f"--out {out}", cure="give another folder")
+    inputs = {"--base": base, "--weights": weights}
+    out = check_new_folder(out, verb="import", inputs=inputs)
     weights = local_copy(weights, where="--weights", allow=_WEIGHTS, ignore=("*/*",))
     base = local_copy(base, where="--base", allow=_COMPONENTS, ignore=("*.fp16.*", "*.fp16-*"))
     folder, config = _base_transformer(base)
@@ -115,7 +113,7 @@ def import_creatilayout(
         sizes = _check(plan, sources, expected, theirs, own)
         # Sums are made in fp32 and stored as the base's tensor that they are added to.
         dtypes = {n: dtype or sources[r.sources[0]].empty(r.sources[0]).dtype for n, r in plan.items()}
-        with atomic_folder(out) as temporary:
+        with new_folder(out, verb="import", inputs=inputs) as temporary:
             _copy_components(base, temporary)
             if index is not None:
                 write_json(temporary / "model_index.json", {**index, **_named_in_index(index, model)})

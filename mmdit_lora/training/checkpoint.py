@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.files import atomic_folder, write_json
+from mmdit_lora.files import atomic_folder, remove_folder, write_json
 from mmdit_lora.training.optimizer_state import OptimizerState, load_optimizer
 from mmdit_lora.training.sharding import put, whole
 
@@ -51,6 +50,11 @@ class Checkpoint:
                     cure="remove this checkpoint; `--resume latest` then takes the one before",
                 )
         return state
+
+    def others(self) -> set[str]:
+        """Names of files in it that no checkpoint has: the user's."""
+        written = json.loads((self.folder / STATE).read_text(encoding="utf-8"))["sha256"]
+        return {path.name for path in self.folder.iterdir()} - {STATE, *written}
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights that train, and the optimizer's state, back.
@@ -122,8 +126,8 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
     leave many. So at any moment a run has at most `keep` + 1 (the best) + 1 (just written, or half) on the disk.
     """
     for old in checkpoints(folder)[:-keep]:
-        if old.step != best:
-            _remove(old.folder)
+        if old.step != best and not old.others():
+            remove_folder(old.folder)
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -132,19 +136,6 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
         return []
     found = [Checkpoint(p) for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE).is_file()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def _remove(folder: Path) -> None:
-    """Under another name first: a kill halfway leaves nothing that looks like a checkpoint."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing (hidden names); called once at a run's start."""
-    for path in folder.glob(".step_*") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

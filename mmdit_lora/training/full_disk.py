@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmdit_lora.errors import Stopped
+from mmdit_lora.files import space_error
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.output import CHECKPOINTS
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class DiskFull(Stopped):
@@ -24,7 +23,7 @@ def told_when_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = _number(error)
+        number = space_error(error)
         if number is None:
             raise
         kept = checkpoints(folder / CHECKPOINTS)
@@ -35,17 +34,3 @@ def told_when_full(folder: Path) -> Iterator[None]:
         )
         why = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file would be larger than is allowed"}
         raise DiskFull(f"{why.get(number, 'the disk is full')} at {folder}; {safe}") from error
-
-
-def _number(error: BaseException) -> int | None:
-    """The system's number of a want of space, also where a library has wrapped it in an error of its own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return seen.errno
-        text = str(seen)
-        for number in _FULL:
-            if f"os error {number})" in text:  # as Rust's libraries write it, safetensors among them
-                return number
-        seen = seen.__cause__ or seen.__context__
-    return None

@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmdit_lora.files import write_text
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.tracking import Tracker
 
@@ -66,11 +67,8 @@ class Journaled(Tracker):
         if there is not None:  # what is lost and will be done again is logged when it is done, so that steps go up
             known = {(at, key) for at, key in known if at <= step or (at, key) in there}
         rows = [row for row in rows if any(pair in known for pair in _pairs(row))]
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"tracker": name, "run_id": tracker.run_id}, *rows]
-        temporary = path.with_name(f".{path.name}.new")  # cut off where a kill left half a line
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # without half a line that a kill left
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._done = known | (there or set())
         if there is not None:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mmdit_lora.config import Config
 from mmdit_lora.config_filter import nested
 from mmdit_lora.errors import InputError
-from mmdit_lora.files import remove_temporaries
-from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, remove_leftovers
+from mmdit_lora.files import output_path
+from mmdit_lora.outputs import check_new_folder, check_open_folder, open_folder
+from mmdit_lora.training.checkpoint import Checkpoint, checkpoints
 from mmdit_lora.training.identity import PLACES, knows_places
 
 CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.json", "samples"
-_WRITTEN = (CONFIG, REPORT, "adapter", "base")  # of what a kill may leave a half-written neighbour
+VERB = "train"
+WRITTEN: tuple[str, ...] = (
+    CONFIG,
+    REPORT,
+    "adapter/",
+    "base/",
+    f"{CHECKPOINTS}/",
+    f"{SAMPLES}/",
+    "prior/",
+    "tracking.jsonl",
+)
+WRITTEN += ("tensorboard/", "wandb/")
+_OTHERS = ("quickstart",)  # verbs whose folder is a run's too
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")  # as launchers tell a process its number
 # What may differ between a run and its resumption without changing what is trained.
 _FREE_ON_RESUME = {
     "data.workers",
@@ -48,13 +64,14 @@ def check_output(folder: Path, config: Config, resume: bool) -> None:
     Raises:
         InputError: it holds another run, or one of another config.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError("is a file", where=f"output_dir {folder}", cure="give a folder")
+    if not _is_main():
+        return  # the main process may have begun to write
+    folder = output_path(folder, folder=True)
     found = checkpoints(folder / CHECKPOINTS)
+    check_open_folder(folder, names=WRITTEN, strict=False, **_rules(config, resume))
+    for name in ("adapter", "base"):
+        check_new_folder(folder / name, verb=VERB)
     if resume:
-        remove_leftovers(folder / CHECKPOINTS)
-        for name in _WRITTEN:
-            remove_temporaries(folder / name)
         if found:
             _check_same_config(found[-1], config)
     elif found or (folder / CONFIG).exists():
@@ -63,6 +80,51 @@ def check_output(folder: Path, config: Config, resume: bool) -> None:
             where=f"output_dir {folder}",
             cure="go on with it by `--resume latest`, or give another output_dir",
         )
+
+
+@contextmanager
+def run_folder(config: Config, *, resume: bool) -> Iterator[None]:
+    """Within it, the run's folder is this run's: nobody else writes there, and what a killed start left is put right.
+
+    Of several processes, the main one sees to that.
+
+    Raises:
+        InputError: see `check_output`, `open_folder`.
+    """
+    folder = Path(config.output_dir)
+    check_output(folder, config, resume)
+    if not _is_main():
+        yield
+        return
+    with open_folder(
+        folder,
+        names=WRITTEN,
+        strict=False,
+        logs=["tracking.jsonl"],
+        again="`--resume latest`",
+        **_rules(config, resume),
+    ):
+        yield
+
+
+def _rules(config: Config, resume: bool) -> dict[str, Any]:
+    data = config.data
+    inputs = {
+        "base": config.base,
+        "data.path": data.path,
+        "data.validation": data.validation,
+        "data.cache": data.cache,
+        "prior.layouts": config.prior.layouts,
+        "lora.start": config.lora.start,
+    }
+    # A run of an earlier version has checkpoints, and no marker.
+    adopt = resume and bool(checkpoints(Path(config.output_dir) / CHECKPOINTS))
+    return {"verb": VERB, "others": _OTHERS, "inputs": inputs, "adopt": adopt}
+
+
+def _is_main() -> bool:
+    """Whether this is the process that writes, before Accelerate is set up."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
 def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:

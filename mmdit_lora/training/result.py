@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mmdit_lora import __version__
 from mmdit_lora.config import Config
-from mmdit_lora.files import atomic_folder
 from mmdit_lora.lora import save_adapter
+from mmdit_lora.outputs import new_folder
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 from mmdit_lora.training.card import PICTURES, adapter_card
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.method import fold
 from mmdit_lora.training.opening import stored_dtype, stream_options
-from mmdit_lora.training.output import SAMPLES
+from mmdit_lora.training.output import SAMPLES, VERB
 
 
 def save_result(
@@ -32,7 +32,7 @@ def save_result(
     folder = Path(config.output_dir)
     if config.method != "lora":
         folded = fold(pipe.transformer)
-        with atomic_folder(folder / "base") as temporary, quiet():
+        with new_folder(folder / "base", verb=VERB) as temporary, quiet():
             whole_base(pipe, config, folded).save_pretrained(temporary)
         return folder / "base"
     metadata = {
@@ -51,7 +51,15 @@ def save_result(
     sheets = sorted((folder / SAMPLES).glob("step_*.png"))
     card = adapter_card(config, report, type(pipe).__name__, pictures=bool(sheets))
     beside = {PICTURES: sheets[-1].read_bytes()} if sheets else {}
-    save_adapter(pipe.transformer, folder / "adapter", metadata=metadata, card=card, beside=beside, weights=weights)
+    save_adapter(
+        pipe.transformer,
+        folder / "adapter",
+        metadata=metadata,
+        card=card,
+        beside=beside,
+        weights=weights,
+        verb=VERB,
+    )
     return folder / "adapter"
 
 

@@ -19,11 +19,14 @@ class Interrupted(Stopped):
 
     Args:
         signal_name: e.g. "SIGTERM". step: the checkpoint that was written; None where the run writes none.
+        again: what goes on from there.
     """
 
-    def __init__(self, signal_name: str, step: int | None) -> None:
+    exit_code = 130
+
+    def __init__(self, signal_name: str, step: int | None, *, again: str = "`--resume latest`") -> None:
         self.signal_name, self.step = signal_name, step
-        saved = "" if step is None else f"; step {step} is saved, `--resume latest` goes on from there"
+        saved = "" if step is None else f"; step {step} is saved, {again} goes on from there"
         super().__init__(f"stopped by {signal_name}{saved}")
 
 

@@ -19,7 +19,7 @@ from mmdit_lora.training.full_disk import told_when_full
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
 from mmdit_lora.training.journal import with_journal
 from mmdit_lora.training.loop import Progress, Witness, train_loop
-from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT
+from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT, run_folder
 from mmdit_lora.training.preflight import preflight
 from mmdit_lora.training.prior import without_adapter
 from mmdit_lora.training.result import save_result
@@ -62,9 +62,9 @@ def train(
         InputError: the base, the data, the machine or the output folder do not allow the run; nothing is written then.
         Diverged, Interrupted: see `train_loop`. DiskFull: the last checkpoint is whole.
     """
-    run = prepare_run(config, resume=resume)
-    found = checkpoints(run.folder / CHECKPOINTS) if resume else []
-    with told_when_full(run.folder):
+    with run_folder(config, resume=resume), told_when_full(Path(config.output_dir)):
+        run = prepare_run(config, resume=resume)
+        found = checkpoints(run.folder / CHECKPOINTS) if resume else []
         looked = preflight(run, checkpoint=found[-1] if found else None, costly=config.train.preflight)
         if run.accelerator.is_main_process and on_preflight is not None:
             on_preflight(looked)
@@ -77,7 +77,6 @@ def _train(
 ) -> TrainResult:
     config, main = run.config, run.accelerator.is_main_process
     if main:
-        run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / CONFIG, config.to_yaml())
     run.start_prior()
     if run.held_out is not None:

@@ -26,11 +26,13 @@ from mmdit_lora.analysis.study.table import Decided, Table
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
+from mmdit_lora.outputs import check_open_folder, open_folder
 from mmdit_lora.training.opening import open_encoders
 from mmdit_lora.training.run_data import read_data
 
 _BY_PICTURE = ("ious", "old_ious", "loss_minus_base", "old_losses")  # these stay in the runs' own files
 PLAN, RESULTS, PLOT, PAGE, VERDICT = "plan.json", "study.json", "study.png", "study.md", "verdict.json"
+_WRITTEN = (PLAN, RESULTS, PLOT, PAGE, VERDICT, "runs/", "cache/")
 
 
 class Study(Protocol):
@@ -67,35 +69,38 @@ def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isol
         InputError: the folder holds something else, or a run is not possible. Stopped: start it again, it goes on.
     """
     study, out = STUDIES[setup.name], setup.out
+    check_open_folder(out, verb="study", names=_WRITTEN)
     scans = _look(setup, study)
-    _claim_folder(setup, study)
-    rates, tried = scan_rates(setup, scans, tell, isolate=isolate)
-    runs = run_all(setup, study.arms(setup, rates), tell, isolate=isolate)
-    table = Table(runs)
-    decided, extra = study.conclude(setup, table)
-    study.draw(setup, table, extra, out / PLOT)
-    kept = [{key: value for key, value in run.items() if key not in _BY_PICTURE} for run in runs]
-    scanned = [json.loads(path.read_text("utf-8"))["seconds"] for path in (out / "runs").glob("scan*/figures.json")]
-    results = plain(
-        {
-            "study": setup.name,
-            "title": study.title,
-            "command": command,
-            "asked": setup.to_dict(),
-            "machine": machine(),
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "wall_seconds": round(sum(run["seconds"] for run in runs) + sum(scanned), 1),
-            "learning_rates": {"chosen": rates, "tried": tried, "seed": setup.scan_seed},
-            "verdicts": [one.to_dict() for one in decided],
-            "settings": table.rows(),
-            "runs": kept,
-            **extra,
-        }
-    )
-    write_json(out / RESULTS, results)
-    write_json(out / VERDICT, {"study": setup.name, "claims": results["verdicts"]})
-    write_text(out / PAGE, markdown(results))
-    return results
+    inputs = {"base": setup.config.base, "data.path": setup.config.data.path, "--old": setup.old}
+    with open_folder(out, verb="study", names=_WRITTEN, inputs=inputs):
+        _claim_folder(setup, study)
+        rates, tried = scan_rates(setup, scans, tell, isolate=isolate)
+        runs = run_all(setup, study.arms(setup, rates), tell, isolate=isolate)
+        table = Table(runs)
+        decided, extra = study.conclude(setup, table)
+        study.draw(setup, table, extra, out / PLOT)
+        kept = [{key: value for key, value in run.items() if key not in _BY_PICTURE} for run in runs]
+        scanned = [json.loads(path.read_text("utf-8"))["seconds"] for path in (out / "runs").glob("scan*/figures.json")]
+        results = plain(
+            {
+                "study": setup.name,
+                "title": study.title,
+                "command": command,
+                "asked": setup.to_dict(),
+                "machine": machine(),
+                "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "wall_seconds": round(sum(run["seconds"] for run in runs) + sum(scanned), 1),
+                "learning_rates": {"chosen": rates, "tried": tried, "seed": setup.scan_seed},
+                "verdicts": [one.to_dict() for one in decided],
+                "settings": table.rows(),
+                "runs": kept,
+                **extra,
+            }
+        )
+        write_json(out / RESULTS, results)
+        write_json(out / VERDICT, {"study": setup.name, "claims": results["verdicts"]})
+        write_text(out / PAGE, markdown(results))
+        return results
 
 
 def machine() -> dict[str, Any]:
@@ -136,7 +141,7 @@ def _claim_folder(setup: Setup, study: Study) -> None:
     """The plan, written once; later starts must be of the same.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder holds another study.
     """
     path = setup.out / PLAN
     claims = [{"claim": claim.text, "rule": claim.rule} for claim in study.claims(setup)]
@@ -150,6 +155,4 @@ def _claim_folder(setup: Setup, study: Study) -> None:
                 cure="give another --out, or start it again as it was",
             )
         return
-    if setup.out.is_file() or (setup.out.is_dir() and any(setup.out.iterdir())):
-        raise InputError("exists and holds no study", where=f"--out {setup.out}", cure="give another folder")
     write_json(path, wanted)

@@ -46,11 +46,11 @@ from mmdit_lora.data.formats.tools import read_cvat, read_label_studio
 from mmdit_lora.data.formats.trainers import read_comfyui, read_simpletuner, write_simpletuner
 from mmdit_lora.data.formats.voc import read_voc, write_voc
 from mmdit_lora.data.formats.yolo import read_yolo, write_yolo
-from mmdit_lora.data.records import Item, Record, check_replaceable, fill_dataset, scan_dataset
+from mmdit_lora.data.records import Item, Record, fill_dataset, scan_dataset
 from mmdit_lora.data.written import Written, hint, read_written, set_evidence
 from mmdit_lora.errors import InputError, several, unknown_key
-from mmdit_lora.files import atomic_folder
 from mmdit_lora.layout import Box, BoxError, Layout, check_count
+from mmdit_lora.outputs import new_folder
 
 
 @dataclass(frozen=True)
@@ -322,16 +322,11 @@ def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]
     if write is None:
         writable = ", ".join(key for key, value in FORMATS.items() if value.write)
         raise InputError(f"{name} is read, not written", where="--to", cure=f"give one of {writable}")
-    out = Path(out).resolve()
-    if name == "jsonl":
-        check_replaceable(out, parts=tuple(part for part in parts if part))
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is not an empty folder", where=str(out), cure="give another --out, or remove it yourself")
-    with atomic_folder(out) as folder:
+    with new_folder(out, verb="data convert") as folder:
         for part, items in parts.items():
             (folder / part).mkdir(exist_ok=True)
             write(folder / part, items)
-    return out
+    return Path(out).resolve()
 
 
 def _layout(caption: str, boxes: tuple[Box, ...], where: str) -> Layout:

@@ -18,8 +18,8 @@ from mmdit_lora.data.shards.index import SUFFIX, row_type, save_index
 from mmdit_lora.data.shards.store import find
 from mmdit_lora.data.shards.tar import PICTURES, add_member, digest
 from mmdit_lora.errors import InputError
-from mmdit_lora.files import atomic_folder
 from mmdit_lora.layout import Layout
+from mmdit_lora.outputs import new_folder
 
 CONVENTIONS = "xyxy relative"  # what is written, and what readers take where nothing is declared
 _SHARD = re.compile(rf"shard-\d{{6}}\.tar({re.escape(SUFFIX)})?")
@@ -97,13 +97,7 @@ def write_shards(out: str | Path, records: Iterable[Record], *, size: int) -> Sh
     Raises:
         InputError: `out` holds something else than earlier shards, or a picture cannot be read.
     """
-    out = Path(out).resolve()
-    if out.exists():
-        others = [p.name for p in out.iterdir() if not _SHARD.fullmatch(p.name)] if out.is_dir() else [out.name]
-        if others:
-            cure = "give another --out, or remove it yourself"
-            raise InputError(f"holds something else than shards ({others[0]})", where=str(out), cure=cure)
-    with atomic_folder(out) as folder:
+    with new_folder(out, verb="data shard") as folder:
         writer = ShardWriter(folder, size=size)
         for record in records:
             writer.add(*_picture(record), record.layout, file_name=record.name)
