@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or file.")],
     base: OwnBase = None,
     against: Annotated[
         str | None, typer.Option("--against", help="A second adapter on the same base, whose directions are compared.")
@@ -76,7 +76,7 @@ def inspect(
 
 
 def resize(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or file.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     rank: Annotated[
         int | None, number(Range(1, 100_000, whole=True), "--rank", help="The new rank of every linear.")

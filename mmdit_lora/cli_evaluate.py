@@ -141,7 +141,7 @@ def evaluate(
             from mmdit_lora.evaluate.clip import Clip
 
             scorer = Clip(clip)
-        pipe = open_with_adapters(base, adapter, dtype, settings) if base is not None else None
+        pipe = open_with_adapters(base, adapter, dtype, settings, allow_same=each) if base is not None else None
         store = _store(
             out,
             pipe,
@@ -266,9 +266,9 @@ def _digest(adapter: str) -> str:
     import hashlib
 
     from mmdit_lora.cli_model import folder_and_weight
+    from mmdit_lora.lora import adapter_file
 
-    file = Path(folder_and_weight(adapter)[0]) / "adapter_model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    return hashlib.sha256(adapter_file(folder_and_weight(adapter)[0]).read_bytes()).hexdigest()
 
 
 def _write(out: Path, result: Evaluation, report: dict[str, Any]) -> None:

@@ -277,11 +277,13 @@ def sample(
 
 
 def export(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder; with --to creatilayout also a base, for its stream.")],
+    adapter: Annotated[
+        str, typer.Argument(help="Adapter folder or file; with --to creatilayout also a base, for its stream.")
+    ],
     to: Annotated[
         Literal["peft", "diffusers", "kohya", "creatilayout", "merged"],
         typer.Option(
-            help="peft: a PEFT folder. diffusers: for pipe.load_lora_weights. kohya: one file in sd-scripts' names. "
+            help="peft: a PEFT folder. diffusers: for pipe.load_lora_weights. kohya: one file in sd-scripts' names, which no other tool reads. "
             "creatilayout: under CreatiLayout's names. merged: a whole base."
         ),
     ],
@@ -299,6 +301,8 @@ def export(
 
     report = export_adapter(adapter, to=to, out=out, base=base, merge=merge)
     say(f"wrote {report.out} ({report.bytes / 2**20:.2f} MiB); read back, it differs by {report.max_abs_diff:.1e}")
+    if report.max_image_diff is not None:
+        say(f"an image sampled with it, twice with one seed, differs by {report.max_image_diff:.1e} of 1")
     if report.note:
         say(f"note: {report.note}")
     if as_json:
@@ -306,7 +310,7 @@ def export(
 
 
 def verify(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or file.")],
     base: Annotated[str | None, typer.Option(help="Its base; default: the one that it names.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -384,17 +388,26 @@ def paint_settings(
 
 
 def open_with_adapters(
-    base: str, adapters: list[str] | None, dtype: str, settings: PaintSettings | None = None
+    base: str,
+    adapters: list[str] | None,
+    dtype: str,
+    settings: PaintSettings | None = None,
+    *,
+    allow_same: bool = False,
 ) -> LayoutPipeline:
     """The base with its adapters on it, all active, on the GPU where there is one.
 
     Args:
         settings: their size must be one that this base can paint.
+        allow_same: an adapter may be given several times, where they are not to act together.
     """
     import torch
 
-    from mmdit_lora.lora import base_fingerprint, load_adapter
+    from mmdit_lora.lora import adapter_file, load_adapter
     from mmdit_lora.pipelines import load_pipeline
+
+    for given in adapters or []:
+        adapter_file(folder_and_weight(given)[0])  # before the base is opened, which takes longer
 
     pipe = load_pipeline(base, dtype=torch_dtype(dtype))
     for side in (settings.size if settings is not None else None) or ():
@@ -403,10 +416,9 @@ def open_with_adapters(
         except InputError as error:
             raise InputError(error.what, where="--size", cure=error.cure) from None
     weights = adapter_weights(adapters)
-    fingerprint = base_fingerprint(pipe.transformer) if adapters else ""
     for name, given in zip(weights, adapters or [], strict=True):
         folder, _ = folder_and_weight(given)
-        load_adapter(pipe.transformer, folder, adapter_name=name, expect_fingerprint=fingerprint)
+        load_adapter(pipe.transformer, folder, adapter_name=name, allow_same=allow_same)
     if weights:
         pipe.transformer.set_adapters(list(weights), list(weights.values()))
     pipe.transformer.eval()

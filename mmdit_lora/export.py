@@ -1,7 +1,8 @@
-"""An adapter for other tools. Every export is read back in a fresh process and its outputs compared before it counts."""
+"""An adapter for other tools. Every export is used in a fresh process as its user would, and compared before it counts."""
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -13,23 +14,33 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import yaml
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, clip
 from mmdit_lora.export_creatilayout import write_creatilayout_adapter, write_creatilayout_stream
-from mmdit_lora.export_read import open_transformer, outputs
-from mmdit_lora.files import atomic_file
+from mmdit_lora.export_read import STREAM_FILE, answers, open_transformer, outputs
+from mmdit_lora.files import atomic_file, public_name
 from mmdit_lora.lora import (
+    CONFIG_FILE,
+    DIFFUSERS_FILE,
     HEADER_KEY,
-    base_fingerprint,
+    KOHYA_PREFIX,
+    StoredAdapter,
+    adapter_file,
     load_adapter,
     lora_state_dict,
     merge_adapter,
+    public_header,
+    read_adapter_config,
     read_adapter_header,
     save_adapter,
+    save_tensors,
+    stored_config,
 )
 from mmdit_lora.models.creatilayout import SLOTS
 from mmdit_lora.outputs import Inputs, check_new_file, check_new_folder, new_folder, refuse_inputs
@@ -37,7 +48,8 @@ from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
 Target = Literal["peft", "diffusers", "kohya", "creatilayout", "merged"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the velocity
+IMAGE_TOLERANCE = 2e-3  # half a grey level of [0, 1]: sampling adds up the differences of its steps
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,9 @@ class ExportReport:
 
     Args:
         max_abs_diff: largest difference of the predicted velocity, over two random inputs with three boxes each.
-        effect: largest difference that the adapter itself makes there (of a stream alone: the layout); 0 would mean that
-            it does nothing.
+        max_image_diff: largest difference of a sampled image, in [0, 1]; None where nothing was sampled.
+        effect: largest difference that the adapter itself makes to the velocity (of a stream alone: the layout); 0 would mean
+            that it does nothing.
         note: what the other tool does otherwise, if anything.
     """
 
@@ -57,6 +70,7 @@ class ExportReport:
     max_abs_diff: float
     effect: float
     note: str | None = None
+    max_image_diff: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +79,10 @@ class ExportReport:
 def export_adapter(
     adapter: str | Path, *, to: Target, out: str | Path, base: str | None = None, merge: bool = False
 ) -> ExportReport:
-    """Write `out`, read it back in a fresh process, compare.
+    """Write `out`, use it in a fresh process by the loader that it is for, and compare: the velocity for random inputs, and a
+    sampled image, twice with one seed.
+
+    What is written carries no dropout, so that no loader can leave it on; the header keeps the trained value.
 
     Args:
         to: "peft" a PEFT folder; "diffusers" a folder for `pipe.load_lora_weights`; "kohya" one .safetensors file in the
@@ -85,68 +102,123 @@ def export_adapter(
     base = base or base_of(adapter)
     refuse_inputs([out], {"--base": base}, verb="export")
     with _place(to, out) as temporary:
-        pipe, header = _open(adapter, base)
+        pipe, stored = _open(adapter, base)
+        config = pipe.transformer.peft_config["default"]
+        header = public_header({"base": base, "lora_dropout": config.lora_dropout, **stored.header})
+        config.lora_dropout = 0.0
         note = _note(to, pipe.transformer)
-        expected, effect = _reference(pipe.transformer)
+        expected, effect = _reference(pipe)
         if merge:
             write_creatilayout_stream(merge_adapter(pipe.transformer, in_place=True), temporary)
         else:
             _write(to, pipe, temporary, adapter, header)
-        difference = _compare("creatilayout stream" if merge else to, temporary, base, expected)
-    return ExportReport(to, str(out), _bytes(out), difference, effect, note)
+        del pipe  # the fresh process needs the memory
+        gc.collect()
+        differences = _compare("creatilayout stream" if merge else to, temporary, base, expected)
+    return ExportReport(to, str(out), _bytes(out), differences[0], effect, note, differences[1])
 
 
 def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str, Any]:
-    """Load an adapter on its base, strictly, and again with PEFT alone in a fresh process; compare.
+    """Load an adapter on its base, strictly, and again in a fresh process by the loader that its form is for (a PEFT folder: by
+    PEFT alone); compare.
 
     Returns:
-        base, fingerprint, parameters, `effect` (largest change of the velocity that it makes) and `max_abs_diff`.
+        base, form, fingerprint, parameters, `effect` (largest change of the velocity that it makes), `max_abs_diff` and
+        `max_image_diff`.
 
     Raises:
         InputError: it is no adapter, damaged, of another base, or has no effect at all.
     """
     base = base or base_of(adapter)
-    pipe, header = _open(adapter, base)
-    expected, effect = _reference(pipe.transformer)
-    difference = _read_back("peft", Path(adapter), base, expected)
+    pipe, stored = _open(adapter, base)
+    expected, effect = _reference(pipe)
+    count = sum(p.numel() for name, p in pipe.transformer.named_parameters() if "lora_" in name)
+    del pipe
+    gc.collect()
     if effect == 0:
         raise InputError("changes nothing: its weights are all zero", where=str(adapter), cure="train it for longer")
-    if difference > TOLERANCE:
-        raise InputError(f"PEFT alone gives other outputs, by {difference:.1e}", where=str(adapter))
-    count = sum(p.numel() for name, p in pipe.transformer.named_parameters() if "lora_" in name)
-    named: dict[str, Any] = {key: header[key] for key in ("fingerprint", "version") if key in header}
+    # PEFT would try a file's regular expressions on every module, and one that backtracks takes minutes.
+    form = (
+        "peft" if stored.form == "peft" and _states_names(stored) else stored.form if stored.form != "peft" else "ours"
+    )
+    try:
+        differences = _compare(form, stored.path.parent if stored.form == "peft" else stored.path, base, expected)
+    except RuntimeError as error:
+        raise InputError(f"another loader gives other outputs: {error}", where=str(adapter)) from None
+    named: dict[str, Any] = {key: stored.header[key] for key in ("fingerprint", "version") if key in stored.header}
     return {
         "adapter": str(adapter),
         "base": base,
+        "form": stored.form,
         **named,
         "parameters": count,
         "effect": effect,
-        "max_abs_diff": difference,
+        "max_abs_diff": differences[0],
+        "max_image_diff": differences[1],
     }
 
 
 def base_of(adapter: str | Path) -> str:
-    """The base that an adapter names in its header or PEFT config.
+    """The base that an adapter names in its header or PEFT config, where it is: a path (or hub id) that can be opened.
+
+    Adapters name a folder by its name alone. It is looked for where the run beside the adapter says, then under this name
+    in the current directory, its `data`, the folders above the adapter, and the `data` of a source checkout. Whether it is
+    the right one is for the fingerprint to say.
 
     Raises:
-        InputError: it names none.
+        InputError: it names none, or a folder that is not found.
     """
+    file = adapter_file(adapter)
     name = read_adapter_header(adapter).get("base")
-    if not name:
-        name = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get(
-            "base_model_name_or_path"
-        )
-    if not name:
+    if not name and (file.parent / CONFIG_FILE).is_file():
+        name = read_adapter_config(file.parent).base_model_name_or_path
+    if not isinstance(name, str) or not name:
         raise InputError("does not say which base it is for", where=str(adapter), cure="give --base")
-    return str(name)
+    if _is_base(Path(name)):
+        return name
+    short = public_name(name)
+    here = file.resolve().parents
+    beside = [run for run in [_base_of_run(here[1])] if run is not None and public_name(run) == short]
+    roots = [Path(), Path("data"), *here[:3], Path(__file__).parent.parent / "data"]
+    folders = [*beside, *(root / short for root in roots)]
+    for folder in folders:
+        if _is_base(folder):
+            return str(folder)
+    if "/" in short:
+        return short  # a hub id
+    raise InputError(
+        f"names its base {clip(repr(short), 100)}, and no such folder is here",
+        where=str(adapter),
+        cure="give --base FOLDER",
+    )
 
 
-def _open(adapter: str | Path, base: str) -> tuple[LayoutPipeline, dict[str, Any]]:
-    header = read_adapter_header(adapter)
+def _is_base(folder: Path) -> bool:
+    try:
+        return (folder / "model_index.json").is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _base_of_run(folder: Path) -> Path | None:
+    """The base that the config of a run in `folder` states."""
+    try:
+        stated = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["base"]
+        return Path(stated)
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+
+
+def _states_names(stored: StoredAdapter) -> bool:
+    """Whether the config is read as it is stored: it has no regular expressions."""
+    config = read_adapter_config(stored.path.parent)
+    keys = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
+    return all(getattr(config, key) == getattr(stored.config, key) for key in keys)
+
+
+def _open(adapter: str | Path, base: str) -> tuple[LayoutPipeline, StoredAdapter]:
     pipe = load_pipeline(base)
-    load_adapter(pipe.transformer, adapter, expect_fingerprint=base_fingerprint(pipe.transformer))
-    pipe.transformer.eval()
-    return pipe, header
+    return pipe, load_adapter(pipe.transformer, adapter)
 
 
 def _export_stream(base: str, out: Path) -> ExportReport:
@@ -156,11 +228,18 @@ def _export_stream(base: str, out: Path) -> ExportReport:
     effect = (expected - outputs(model, layout_scale=0.0)).abs().max().item()
     with new_folder(out, verb="export") as temporary:
         write_creatilayout_stream(model, temporary)
-        difference = _compare("creatilayout stream", temporary, base, expected)
+        difference, _ = _compare("creatilayout stream", temporary, base, {"velocity": expected})
     return ExportReport("creatilayout", str(out), _bytes(out), difference, effect, _note("creatilayout", model))
 
 
 def _note(to: Target, model: Any) -> str | None:
+    if to == "kohya":
+        return (
+            "mmdit-lora reads this file (load_lora_weights, sample --adapter); sd-scripts and ComfyUI have no layout stream, so "
+            "none of its keys means anything to them"
+        )
+    if to == "merged":
+        return "mmdit-lora opens this base; stock diffusers and ComfyUI have no layout stream, and would drop it"
     if to != "creatilayout" or (model.config.layout_slots == SLOTS and not model.config.mask_padding):
         return None
     return (
@@ -172,33 +251,35 @@ def _note(to: Target, model: Any) -> str | None:
 def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, header: dict[str, Any]) -> None:
     model = pipe.transformer
     if to == "peft":
-        card = Path(adapter) / "README.md"
+        card = adapter_file(adapter).parent / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else None
         save_adapter(model, path, metadata=header, card=text)
     elif to == "diffusers":
-        _write_diffusers(pipe, path)
+        _write_diffusers(model, path, header)
     elif to == "kohya":
         _write_kohya(model, path, header)
     elif to == "creatilayout":
-        write_creatilayout_adapter(model, path)
+        write_creatilayout_adapter(model, path, header)
     else:
         pipe.transformer = merge_adapter(model, in_place=True)
         with quiet():
             pipe.save_pretrained(path)
 
 
-def _write_diffusers(pipe: LayoutPipeline, folder: Path) -> None:
+def _write_diffusers(model: Any, folder: Path, header: dict[str, Any]) -> None:
     """What `pipe.load_lora_weights` reads; rank, alpha and targets are in the file's header."""
-    writer: Any = type(pipe)
-    writer.save_lora_weights(
-        folder,
-        transformer_lora_layers=_for_file(lora_state_dict(pipe.transformer)),
-        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-    )
+    prefix = "transformer."
+    config = {prefix + key: value for key, value in stored_config(model.peft_config["default"]).items()}
+    metadata = {
+        LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True),
+        HEADER_KEY: json.dumps(header, sort_keys=True),
+    }
+    tensors = {prefix + name: value for name, value in lora_state_dict(model).items()}
+    save_tensors(tensors, folder / DIFFUSERS_FILE, metadata)
 
 
 def _write_kohya(model: Any, file: Path, header: dict[str, Any]) -> None:
-    """One file in the names of kohya-ss/sd-scripts: `lora_<module, dots as underscores>.lora_down.weight`, ...
+    """One file in the names of kohya-ss/sd-scripts: `lora_unet_<module, dots as underscores>.lora_down.weight`, ...
 
     Their update is alpha / rank * up @ down, whatever scaling PEFT was told to use.
     """
@@ -210,12 +291,11 @@ def _write_kohya(model: Any, file: Path, header: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and "default" in module.scaling:
-            flat = "lora_" + name.replace(".", "_")
+            flat = KOHYA_PREFIX + name.replace(".", "_")
             tensors[f"{flat}.lora_down.weight"] = module.lora_A["default"].weight
             tensors[f"{flat}.lora_up.weight"] = module.lora_B["default"].weight
             tensors[f"{flat}.alpha"] = torch.tensor(module.scaling["default"] * module.r["default"])
     metadata = {
-        "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(config.lora_alpha),
@@ -223,39 +303,48 @@ def _write_kohya(model: Any, file: Path, header: dict[str, Any]) -> None:
         "ss_sd_model_name": str(header.get("base", "")),
         HEADER_KEY: json.dumps(header, sort_keys=True),
     }
-    save_file(_for_file(tensors), file, metadata=metadata)
+    save_tensors(tensors, file, metadata)
 
 
-def _for_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
-
-
-@torch.no_grad()
-def _reference(model: Any) -> tuple[Tensor, float]:
-    """Outputs with the adapter, and how much it changes them."""
-    expected = outputs(model)
-    model.disable_lora()
-    effect = (expected - outputs(model)).abs().max().item()
-    model.enable_lora()
+def _reference(pipe: LayoutPipeline) -> tuple[dict[str, Tensor], float]:
+    """What base + adapter answers, and how much the adapter changes of the velocity."""
+    expected = answers(pipe, twice=False)
+    pipe.transformer.disable_lora()
+    effect = (expected["velocity"] - outputs(pipe.transformer)).abs().max().item()
+    pipe.transformer.enable_lora()
     return expected, effect
 
 
-def _read_back(to: str, written: Path, base: str, expected: Tensor) -> float:
-    """Largest difference of outputs, from a process that has only the files."""
+def _read_back(to: str, written: Path, base: str) -> dict[str, Tensor]:
+    """The answers of a process that has only the files."""
     with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "outputs.safetensors"
+        answer = Path(scratch) / "answers.safetensors"
         command = [sys.executable, "-m", "mmdit_lora.export_read", to, str(written), base, str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"the export cannot be read back: {done.stderr.strip().splitlines()[-1]}")
-        return (load_file(answer)["sample"] - expected).abs().max().item()
+            raise RuntimeError(
+                f"the export cannot be read back: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+            )
+        return {name: value.clone() for name, value in load_file(answer).items()}
 
 
-def _compare(to: str, written: Path, base: str, expected: Tensor) -> float:
-    difference = _read_back(to, written, base, expected)
-    if difference > TOLERANCE:
-        raise RuntimeError(f"the export differs from base + adapter by {difference:.1e}; nothing was written")
-    return difference
+def _compare(to: str, written: Path, base: str, expected: dict[str, Tensor]) -> tuple[float, float | None]:
+    """Largest differences of velocity and image, of what a fresh process answers twice.
+
+    Raises:
+        RuntimeError: they are too large, or the second answer is not the first, as with dropout left on.
+    """
+    found = _read_back(to, written, base)
+    for name in expected:
+        if not torch.equal(found[name], found[f"{name} again"]):
+            raise RuntimeError(f"the export gives another {name} when it is asked again; nothing was written")
+    velocity = (found["velocity"] - expected["velocity"]).abs().max().item()
+    image = (found["image"] - expected["image"]).abs().max().item() if "image" in expected else None
+    if not velocity <= TOLERANCE or not (image is None or image <= IMAGE_TOLERANCE):
+        raise RuntimeError(
+            f"the export differs from base + adapter by {max(velocity, image or 0):.1e}; nothing was written"
+        )
+    return velocity, image
 
 
 @contextmanager

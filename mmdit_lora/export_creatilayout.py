@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.lora import lora_state_dict
+from mmdit_lora.lora import DIFFUSERS_FILE, HEADER_KEY, lora_state_dict, save_tensors, stored_config
 from mmdit_lora.models.creatilayout import lora_to_creatilayout, stream_to_creatilayout, variant_of_model
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_FILE = DIFFUSERS_FILE
 STREAM_FILE = "model.safetensors"
 
 
-def write_creatilayout_adapter(model: Any, folder: str | Path, *, adapter_name: str = "default") -> None:
+def write_creatilayout_adapter(
+    model: Any, folder: str | Path, header: Mapping[str, Any] | None = None, *, adapter_name: str = "default"
+) -> None:
     """Write `folder/pytorch_lora_weights.safetensors` for `load_lora_adapter` of CreatiLayout's transformer classes.
 
-    Rank and alpha of every module are in the file's header.
+    Rank and alpha of every module are in the file's header, and the adapter's own metadata.
 
     Raises:
         InputError: the stream or the adapter is of a form that CreatiLayout has not.
     """
     variant = variant_of_model(model)
-    config: dict[str, Any] = model.peft_config[adapter_name].to_dict()
+    config = stored_config(model.peft_config[adapter_name])
     state = lora_state_dict(model, adapter_name)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -43,20 +46,17 @@ def write_creatilayout_adapter(model: Any, folder: str | Path, *, adapter_name: 
             theirs, factors = lora_to_creatilayout(name, factors, variant)
         except KeyError:
             raise InputError(f"the adapter is on {name} too, which CreatiLayout's stream has not") from None
-        tensors |= {
-            f"transformer.{theirs}.{key}": value.to("cpu", torch.float32).contiguous() for key, value in factors.items()
-        }
+        tensors |= {f"transformer.{theirs}.{key}": value for key, value in factors.items()}
         ranks[theirs], alphas[theirs] = module.r[adapter_name], module.lora_alpha[adapter_name]
     config |= {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    LoraBaseMixin.write_lora_layers(
-        state_dict=tensors,
-        save_directory=str(folder),
-        is_main_process=True,
-        weight_name=ADAPTER_FILE,
-        save_function=None,
-        safe_serialization=True,
-        lora_adapter_metadata={f"transformer.{key}": value for key, value in config.items()},
+    metadata = {f"transformer.{key}": value for key, value in config.items()}
+    save_tensors(
+        tensors,
+        Path(folder) / ADAPTER_FILE,
+        {
+            LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True),
+            HEADER_KEY: json.dumps(dict(header or {}), sort_keys=True),
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""The reading side of `export`: a fresh process opens what was written, with diffusers and PEFT, and answers its outputs.
+"""The reading side of `export`: a fresh process uses what was written, as a user would, and answers what it gives.
 
     python -m mmdit_lora.export_read FORMAT WRITTEN BASE ANSWER
 
@@ -7,25 +7,24 @@ Nothing of the writing side is used here.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from safetensors import safe_open
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.layout import Box, Layout
+from mmdit_lora.lora import DIFFUSERS_FILE, load_adapter
 from mmdit_lora.models import LayoutInputs
-from mmdit_lora.models.creatilayout import recipes, to_creatilayout, variant_of_model
+from mmdit_lora.models.creatilayout import recipes, variant_of_model
 from mmdit_lora.models.families import stored_transformer
-from mmdit_lora.pipelines import load_pipeline
+from mmdit_lora.pipelines import LayoutPipeline, load_pipeline
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # CreatiLayout's classes read the same
+STEPS = 4
 STREAM_FILE = "model.safetensors"
 
 
@@ -61,65 +60,6 @@ def open_transformer(base: str) -> Any:
     return stored_transformer(base)[0].from_pretrained(base, subfolder="transformer", dtype=torch.float32)
 
 
-def from_flat_names(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], peft.LoraConfig]:
-    """Tensors named `lora_<module, dots as underscores>.{lora_down.weight, lora_up.weight, alpha}` as PEFT has them.
-
-    Raises:
-        InputError: a name stands for no module of `model`.
-    """
-    modules = {"lora_" + name.replace(".", "_"): name for name, _ in model.named_modules() if name}
-    named: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for key, value in state.items():
-        flat, _, leaf = key.partition(".")
-        if flat not in modules:
-            raise InputError(f"{flat!r} stands for no module of this base")
-        name = modules[flat]
-        if leaf == "alpha":
-            alphas[name] = value.item()
-        else:
-            named[f"{name}.{ {'lora_down.weight': 'lora_A.weight', 'lora_up.weight': 'lora_B.weight'}[leaf] }"] = value
-            if leaf == "lora_down.weight":
-                ranks[name] = value.shape[0]
-    config = peft.LoraConfig(
-        r=next(iter(ranks.values())),
-        target_modules=list(ranks),
-        rank_pattern=ranks,
-        alpha_pattern={name: alphas.get(name, rank) for name, rank in ranks.items()},
-    )
-    return named, config
-
-
-def from_creatilayout_names(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], peft.LoraConfig]:
-    """An adapter under CreatiLayout's names as PEFT has it on our modules."""
-    variant = variant_of_model(model)
-    ours: dict[str, str] = {}
-    for name, module in model.named_modules():
-        # Of the two that share a fused projection, the MLP's part is the one that can carry LoRA.
-        if isinstance(module, nn.Linear) and "layout" in name and not (name.startswith("single") and ".to_out" in name):
-            ours[to_creatilayout(name, variant)] = name
-    with safe_open(file, framework="pt") as tensors:
-        header = json.loads(tensors.metadata()["lora_adapter_metadata"])
-    told = {key.removeprefix("transformer."): value for key, value in header.items()}
-    state: dict[str, Tensor] = {}
-    for key, value in load_file(file).items():
-        module_name, _, leaf = key.removeprefix("transformer.").partition(".lora_")
-        name = ours[module_name]
-        width = model.get_submodule(name).in_features
-        # What a fused projection reads before the MLP's columns is the attention's, which the LoRA leaves alone.
-        state[f"{name}.lora_{leaf}"] = value[:, -int(width) :] if leaf == "A.weight" else value  # type: ignore[arg-type]
-    config = peft.LoraConfig(
-        r=told["r"],
-        target_modules=[ours[name] for name in told["target_modules"]],
-        rank_pattern={ours[name]: rank for name, rank in told["rank_pattern"].items()},
-        alpha_pattern={ours[name]: alpha for name, alpha in told["alpha_pattern"].items()},
-        use_rslora=told["use_rslora"],
-        use_dora=told["use_dora"],
-    )
-    return state, config
-
-
 @torch.no_grad()
 def take_creatilayout_stream(file: Path, model: nn.Module) -> None:
     """Put a stream under CreatiLayout's names into `model`, by the same recipes as `import creatilayout`."""
@@ -133,37 +73,50 @@ def take_creatilayout_stream(file: Path, model: nn.Module) -> None:
         own[name].copy_(recipe.make(*sources) if recipe.make else sources[0])
 
 
-def read(to: str, written: str, base: str) -> Any:
-    """The transformer with what was written, in evaluation mode."""
-    model: Any
+def read(to: str, written: str, base: str) -> LayoutPipeline:
+    """The pipeline with what was written, by the calls that its users make; no mode is set for them."""
     if to == "merged":
-        model = open_transformer(written)
-    elif to == "diffusers":
-        pipe: Any = load_pipeline(base)
-        pipe.load_lora_weights(written, weight_name=DIFFUSERS_FILE)
-        model = pipe.transformer
+        return load_pipeline(written)
+    pipe: Any = load_pipeline(base)
+    if to == "peft":
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, written)
+    elif to == "ours":
+        load_adapter(pipe.transformer, written)
+    elif to == "creatilayout stream":
+        take_creatilayout_stream(Path(written) / STREAM_FILE, pipe.transformer)
     else:
-        model = open_transformer(base)
-        if to == "peft":
-            from peft import PeftModel
+        pipe.load_lora_weights(written)
+    return pipe
 
-            wrapped: Any = PeftModel.from_pretrained(model, written)
-            return wrapped.eval().base_model.model
-        if to == "creatilayout stream":
-            take_creatilayout_stream(Path(written) / STREAM_FILE, model)
-            return model.eval()
-        if to == "creatilayout":
-            state, config = from_creatilayout_names(Path(written) / DIFFUSERS_FILE, model)
-        else:
-            state, config = from_flat_names(load_file(written), model)
-        model.add_adapter(config)
-        outcome: Any = peft.set_peft_model_state_dict(model, state)
-        assert not outcome.unexpected_keys
-    return model.eval()
+
+def answers(pipe: Any, *, twice: bool = True) -> dict[str, Tensor]:
+    """The velocity for `probe`, and a sampled image (1, height, width, 3) in [0, 1], of few pixels and steps.
+
+    Args:
+        twice: once more, with the same seed, as "velocity again" and "image again".
+    """
+    boxes = Box((0.1, 0.1, 0.9, 0.4), "a red square"), Box((0.1, 0.5, 0.4, 0.9), "a blue circle")
+    layout = Layout("a red square and a blue circle", boxes)
+    side = min(pipe.default_side, 8 * pipe.transformer.latent_multiple * pipe.vae_scale_factor)
+    found = {}
+    for again in ("", " again") if twice else ("",):
+        found[f"velocity{again}"] = outputs(pipe.transformer).contiguous()
+        generator = torch.Generator().manual_seed(0)
+        image = pipe(
+            layout, num_inference_steps=STEPS, height=side, width=side, generator=generator, output_type="np"
+        ).images
+        found[f"image{again}"] = torch.from_numpy(image).contiguous()
+    return found
 
 
 def main(to: str, written: str, base: str, answer: str) -> None:
-    save_file({"sample": outputs(read(to, written, base)).contiguous()}, Path(answer))
+    pipe = read(to, written, base)
+    found = answers(pipe)
+    if to == "diffusers":  # the same file by diffusers' own loader of transformers
+        bare = load_pipeline(base)
+        bare.transformer.load_lora_adapter(written, weight_name=DIFFUSERS_FILE)
+        found["velocity again"] = outputs(bare.transformer).contiguous()
+    save_file(found, Path(answer))
 
 
 if __name__ == "__main__":

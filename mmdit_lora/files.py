@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import difflib
 import errno
 import hashlib
 import io
@@ -72,6 +73,47 @@ def inside(folder: str | Path, name: Any, *, where: str, what: str = "file") -> 
             f"names the {what} {name!r}", where=where, cure="give a relative path below the folder, without '..'"
         )
     return Path(folder) / name
+
+
+def public_name(base: str | Path) -> str:
+    """How files that are given away name a base: a hub id as it is, a folder by its name alone. Nobody's paths."""
+    text = str(base)
+    if not written_as_path(text) and not exists(text):
+        return text
+    name = PureWindowsPath(text).name if "\\" in text or text[1:2] == ":" else Path(text).name
+    return name if name.strip(".") else Path(text).resolve().name or "base"
+
+
+def exists(path: str | Path) -> bool:
+    """Whether something is at `path`; False for a name that no file can have (too long, or with a NUL)."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def written_as_path(base: str) -> bool:
+    """Whether a base's name can be nothing but a path; a hub id has one "/" at most, and could be a relative path too."""
+    return "\\" in base or base[1:2] == ":" or base.startswith(("/", ".", "~")) or base.count("/") > 1
+
+
+def nearest(path: str | Path) -> Path | None:
+    """What exists and has nearly the name of a path that does not: a slip of the pen in one of its parts; else None."""
+    parts = Path(path).parts
+    found = Path(parts[0]) if parts and Path(parts[0]).is_absolute() else Path()
+    for part in parts[1:] if found.parts else parts:
+        if exists(found / part):
+            found /= part
+            continue
+        try:
+            names = sorted(entry.name for entry in found.iterdir())
+        except OSError:
+            return None
+        near = difflib.get_close_matches(part[:255], names, n=1, cutoff=0.6)
+        if not near:
+            return None
+        found /= near[0]
+    return found if found.parts else None
 
 
 def kind_of(mode: int) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 
@@ -114,7 +119,7 @@ def test_several_adapters_mix(tiny_adapter: Path, adapted: torch.Tensor, tmp_pat
 def test_lora_parameters_and_state_are_in_one_order(tiny_adapter: Path) -> None:
     model = tiny_transformer()
     load_adapter(model, tiny_adapter, adapter_name="b")
-    load_adapter(model, tiny_adapter, adapter_name="a")
+    load_adapter(model, tiny_adapter, adapter_name="a", allow_same=True)
     state = lora_state_dict(model, "a")
     assert list(state) == sorted(state)
     assert [tuple(v.shape) for v in state.values()] == [tuple(p.shape) for p in lora_parameters(model, "a")]
@@ -157,17 +162,44 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any], header: str =
     return edit
 
 
+def with_pattern(kind: str, pattern: str, value: Any) -> Callable[[Path], None]:
+    return edit_config(**{kind: {pattern: value}})
+
+
+SLOW = "((((a*)*)*)*)*b"  # backtracks for ever on any name that has some a
 KEY = "base_model.model.layout_processor.layout_mlp.fc1.lora_A.weight"
 MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), "no adapter_config.json"),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "no such file"),
     "config is not JSON": (lambda f: (f / CONFIG_FILE).write_text('{"r": 16,'), "is not JSON"),
-    "config is not text": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+    "config is not text": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), "is not whole UTF-16 text"),
     "config is a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "peft_type is 'list'"),
     "config of another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'"),
     "rank zero": (edit_config(r=0), "not a valid LoraConfig"),
     "rank is text": (edit_config(r="16"), "not a valid LoraConfig"),
     "alpha is missing a value": (edit_config(lora_alpha=None), "not a valid LoraConfig"),
+    "rank is negative": (edit_config(r=-4), "r is -4, not a whole number from 1"),
+    "rank is true": (edit_config(r=True), "r is True"),
+    "rank is huge": (edit_config(r=10**30), "r is 1000000"),
+    "alpha is NaN": (edit_config(lora_alpha=float("nan")), "lora_alpha is nan, not a finite number"),
+    "alpha is infinite": (edit_config(lora_alpha=float("-inf")), "lora_alpha is -inf, not a finite number"),
+    "alpha is absurd": (edit_config(lora_alpha=1e300), "lora_alpha is 1e+300, not a finite number up to"),
+    "alpha is a whole number beyond floats": (edit_config(lora_alpha=10**400), "not a valid LoraConfig"),
+    "alpha is text": (edit_config(lora_alpha="32"), "lora_alpha is '32'"),
+    "an alpha of some is NaN": (with_pattern("alpha_pattern", "fc1", float("nan")), "alpha_pattern['fc1'] is nan"),
+    "a rank of some is 0": (with_pattern("rank_pattern", "fc1", 0), "rank_pattern['fc1'] is 0"),
+    "patterns are a list": (edit_config(rank_pattern=["fc1"]), "not a valid LoraConfig"),
+    "dropout of 7": (edit_config(lora_dropout=7), "lora_dropout is 7, not a share"),
+    "dropout of all": (edit_config(lora_dropout=1.0), "lora_dropout is 1.0, not a share"),
+    "dropout is NaN": (edit_config(lora_dropout=float("nan")), "lora_dropout is nan"),
+    "rank pattern is no expression": (with_pattern("rank_pattern", "(", 4), "rank_pattern '(' is no regular expression"),
+    "alpha pattern is no expression": (with_pattern("alpha_pattern", "*", 4), "alpha_pattern '*' is no regular expression"),
+    "alpha pattern is endless": (with_pattern("alpha_pattern", "x" * 2000 + "*", 4), "longer than 1,000 characters"),
+    "rslora is text": (edit_config(use_rslora="yes"), "use_rslora is 'yes'"),
+    "targets are numbers": (edit_config(target_modules=[1]), "target_modules are no names"),
+    "too many targets": (edit_config(target_modules=[f"a{i}" for i in range(5000)]), "5,000 entries"),
+    "an absurd weight": (edit_weights(lambda s: s.update({KEY: s[KEY] * 1e9})), "its update of 1 linears is larger than"),
+    "a weight whose product overflows": (edit_weights(lambda s: s.update({KEY: s[KEY] * 1e37})), "is larger than"),
     "another rank": (edit_config(r=8), "12 of another shape"),
     "target of another base": (edit_config(target_modules=["ff_bbox.net.2"]), "does not fit this base"),
     "biases": (edit_config(bias="all"), "bias is 'all'"),
@@ -178,7 +210,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unexpected name": (edit_weights(lambda s: s.update({"base_model.model.foo": torch.ones(1)})), "1 unexpected (base_model.model.foo)"),
     "misshapen": (edit_weights(lambda s: s.update({KEY: torch.ones(3, 3)})), "(3, 3), not (16, 96)"),
     "no prefix": (edit_weights(lambda s: {k.removeprefix("base_model.model."): v for k, v in s.items()}), "begin with 'base_model.model.'"),
-    "NaN": (edit_weights(lambda s: s.update({KEY: s[KEY] * float("nan")})), "1 not finite"),
+    "NaN": (edit_weights(lambda s: s.update({KEY: s[KEY] * float("nan")})), "at a lower learning rate, or get it anew"),
     "integers": (edit_weights(lambda s: s.update({KEY: s[KEY].int()})), "1 not finite"),
     "header is not JSON": (edit_weights(lambda _: None, header="{base"), "is not JSON"),
     "header is a list": (edit_weights(lambda _: None, header="[1]"), "is not a JSON object"),
@@ -275,3 +307,153 @@ def test_the_same_adapter_is_the_same_file_in_every_process() -> None:
     assert int.from_bytes(one[:8], "little") % 8 == 0
     assert all(torch.equal(load(one)[name], load(content)[name]) for name in "ab")
     assert json.loads(one[8 : 8 + int.from_bytes(one[:8], "little")])["__metadata__"] == {"x": "1", "format": "pt"}
+
+
+# -- what is in a file and on a model
+
+
+@pytest.mark.parametrize("spell", [r".*\.layout_mlp\.(fc1|fc2)", SLOW, "all-linear", "("])
+def test_targets_by_an_expression_are_those_of_the_tensors(
+    tiny_adapter: Path, adapted: torch.Tensor, tmp_path: Path, spell: str
+) -> None:
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    edit_config(target_modules=spell, exclude_modules=SLOW)(tmp_path / "adapter")
+    model = tiny_transformer()
+    stored = load_adapter(model, tmp_path / "adapter")
+    assert sorted(stored.config.target_modules or ()) == sorted(
+        {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in stored.tensors}
+    )
+    with torch.no_grad():
+        assert torch.equal(velocity(model), adapted)
+
+
+def test_alphas_by_an_expression_are_peft_s_own(tiny_adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    patterns = {
+        r".*blocks\.[01]\..*fc1": 4,
+        "layout_processor.layout_mlp.fc1": 7,
+        r"^layout_processor\.layout_mlp\.fc2": 9,
+        "fc2": 3,
+    }
+    edit_config(alpha_pattern=patterns)(tmp_path / "adapter")
+    model = tiny_transformer()
+    load_adapter(model, tmp_path / "adapter")
+    wrapped = peft.PeftModel.from_pretrained(tiny_transformer(), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(velocity(model), velocity(wrapped))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [("(.|..)+[A-Z]", "takes too long to match"), ("fc7", "matches no module"), (".*fc[789]", "matches no module")],
+)
+def test_an_alpha_pattern_that_cannot_be_matched_is_refused(
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, says: str
+) -> None:
+    monkeypatch.setattr("mmdit_lora.lora.reading._MATCHING_SECONDS", 0.2)
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    edit_config(alpha_pattern={pattern: 4})(tmp_path / "adapter")
+    with pytest.raises(InputError) as refusal:
+        load_adapter(tiny_transformer(), tmp_path / "adapter")
+    assert says in str(refusal.value)
+    assert "alpha_pattern" in str(refusal.value)
+
+
+def test_the_same_adapter_is_refused_a_second_time(tiny_adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:
+    shutil.copytree(tiny_adapter, tmp_path / "copy")
+    edit_config(lora_dropout=0.0)(tmp_path / "copy")  # the same content all the same
+    model = tiny_transformer()
+    load_adapter(model, tiny_adapter)
+    model.set_adapters(["default"], [1.0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match="on the model already, as 'default'"):
+        load_adapter(model, tmp_path / "copy", adapter_name="again")
+    with pytest.raises(InputError, match="'default' already"):
+        load_adapter(model, tmp_path / "copy")
+    assert list(model.peft_config) == ["default"]
+    assert model.state_dict().keys() == before.keys()
+    with torch.no_grad():
+        assert torch.equal(velocity(model), adapted)
+    # At another strength it is another adapter.
+    edit_config(lora_alpha=8)(tmp_path / "copy")
+    load_adapter(model, tmp_path / "copy", adapter_name="weaker")
+
+
+def test_the_base_is_checked_unless_told_otherwise(tiny_adapter: Path) -> None:
+    other = tiny_transformer()
+    with torch.no_grad():
+        other.proj_out.bias[0] += 0.1
+    with pytest.raises(InputError, match="trained on another base: 'tiny'"):
+        load_adapter(other, tiny_adapter)
+    assert not getattr(other, "peft_config", {})
+    load_adapter(other, tiny_adapter, check_base=False)
+
+
+def test_a_kept_fingerprint_follows_every_change() -> None:
+    model = tiny_transformer()
+    prints = [base_fingerprint(model)]
+    assert base_fingerprint(model) == prints[0]
+    weight = model.proj_out.weight
+    for change in (
+        lambda: weight.data.add_(1.0),  # no version is counted
+        lambda: weight.data.neg_(),
+        lambda: setattr(weight, "data", weight.data.clone() + 1.0),
+        lambda: model.proj_out.bias.data.fill_(2.0),
+        lambda: weight.detach().numpy().__setitem__((0, 0), 7.0),
+    ):
+        change()
+        prints.append(base_fingerprint(model))
+        fresh = copy.deepcopy(model)
+        del fresh._mmdit_lora_fingerprint
+        assert base_fingerprint(fresh) == prints[-1]
+    assert len(set(prints)) == len(prints)
+
+
+def test_a_load_that_fails_half_way_leaves_the_model_as_it_was(
+    tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_transformer()
+    model.requires_grad_(False)
+    model.proj_out.requires_grad_(True)
+    before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmdit_lora.lora.storage.peft.set_peft_model_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_adapter(model, tiny_adapter, trainable=True)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(p.requires_grad == before[name][0] and torch.equal(p, before[name][1]) for name, p in after.items())
+    assert not getattr(model, "peft_config", {})
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    alpha=st.floats(width=64) | st.integers(),
+    factor=st.floats(width=32),
+    r=st.sampled_from([16, 16, 16, 0, -1, 2**31]),
+    rslora=st.booleans(),
+)
+def test_an_adapter_s_numbers_are_refused_or_paint_finite_numbers(
+    tiny_adapter: Path, alpha: float, factor: float, r: int, rslora: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        shutil.copytree(tiny_adapter, folder)
+        edit_config(lora_alpha=alpha, r=r, use_rslora=rslora)(folder)
+        edit_weights(lambda state: {name: value * factor for name, value in state.items()})(folder)
+        model = tiny_transformer()
+        refusal = None
+        try:
+            load_adapter(model, folder)
+        except InputError as error:
+            refusal = str(error)
+        if refusal is None:
+            with torch.no_grad():
+                assert velocity(model).isfinite().all()
+        else:
+            assert str(folder) in refusal
+            assert len(refusal) < 2000
+            assert not getattr(model, "peft_config", {})

@@ -19,7 +19,7 @@ def test_the_card_says_what_the_run_was(base: Path, data: Path, tmp_path: Path) 
     text = (folder / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["license"] == "cc-by-4.0"
-    assert yaml.safe_load(front)["base_model"] == str(base)
+    assert yaml.safe_load(front)["base_model"] == base.name
     for value in report["fingerprints"].values():
         assert f"`{value}`" in body
     assert f"{report['trainable_params']:,} of {report['total_params']:,} parameters" in body

@@ -11,13 +11,13 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmdit_lora.cli import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.export import Target, export_adapter
-from mmdit_lora.export_read import from_flat_names, outputs, probe, read
-from mmdit_lora.lora import add_layout_lora, base_fingerprint, load_adapter, save_adapter
+from mmdit_lora.export_read import answers, outputs, probe, read
+from mmdit_lora.lora import KEY_PREFIX, add_layout_lora, base_fingerprint, load_adapter, read_adapter, save_adapter
 from mmdit_lora.pipelines import load_pipeline
 from tests.tiny import tiny_pipeline, tiny_transformer, trained_adapter
 from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
@@ -90,8 +90,8 @@ def out_of(to: str, folder: Path) -> Path:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reading side runs here: a fresh process costs seconds. `-m slow` and the command line's tests have it."""
 
-    def read_back(to: str, written: Path, base: str, want: torch.Tensor) -> float:
-        return (outputs(read(to, str(written), base)) - want).abs().max().item()
+    def read_back(to: str, written: Path, base: str) -> dict[str, torch.Tensor]:
+        return answers(read(to, str(written), base))
 
     monkeypatch.setattr("mmdit_lora.export._read_back", read_back)
 
@@ -113,12 +113,13 @@ def test_each_format_gives_the_outputs_of_base_and_adapter(pair: tuple[str, Path
     # Once more here, and not by the same code where the format is somebody else's.
     want = expected(base, adapter)
     if to == "diffusers":
-        pipe: Any = load_pipeline(base)
-        pipe.load_lora_weights(str(out), weight_name="pytorch_lora_weights.safetensors")
-        model = pipe.transformer
+        model: Any = load_pipeline(base).transformer
+        model.load_lora_adapter(str(out), weight_name="pytorch_lora_weights.safetensors")
     else:
-        model = read(to, str(out), base)
-    torch.testing.assert_close(outputs(model.eval()), want, atol=1e-5, rtol=0)
+        model = read(to, str(out), base).transformer
+    torch.testing.assert_close(outputs(model), want, atol=1e-5, rtol=0)
+    assert report.max_image_diff is not None
+    assert report.max_image_diff <= (1e-4 if to == "merged" else 0)
     # A second time over its own result is fine.
     assert export_adapter(adapter, to=to, out=out).max_abs_diff == report.max_abs_diff
 
@@ -129,17 +130,25 @@ def test_names_and_metadata_of_kohya(pair: tuple[str, Path], tmp_path: Path) -> 
     file = tmp_path / "lora.safetensors"
     export_adapter(adapter, to="kohya", out=file)
     state = load_file(file)
-    first = "lora_transformer_blocks_0_layout_stream_layout_mlp_fc1"
+    first = "lora_unet_transformer_blocks_0_layout_stream_layout_mlp_fc1"
     assert {f"{first}.lora_down.weight", f"{first}.lora_up.weight", f"{first}.alpha"} <= state.keys()
     # Their scaling is alpha / rank; rslora's was 6 / sqrt(4) here.
     assert state[f"{first}.alpha"].item() == pytest.approx(6 / 4**0.5 * 4)
     with safe_open(file, framework="pt") as tensors:
         metadata = tensors.metadata()
     assert metadata["ss_network_dim"] == "4"
-    assert json.loads(metadata["mmdit_lora"])["base"] == base
-    state["lora_nothing.alpha"] = torch.tensor(1.0)
-    with pytest.raises(InputError, match="lora_nothing"):
-        from_flat_names(state, load_pipeline(base).transformer)
+    assert json.loads(metadata["mmdit_lora"])["base"] == Path(base).name
+    model = load_pipeline(base).transformer
+    # Files of before had no `unet_`.
+    save_file({key.replace("lora_unet_", "lora_"): value for key, value in state.items()}, tmp_path / "old.safetensors")
+    old, new = read_adapter(tmp_path / "old.safetensors", model), read_adapter(file, model)
+    assert old.config == new.config
+    assert old.tensors.keys() == new.tensors.keys() == load_file(adapter / "adapter_model.safetensors").keys()
+    assert all(name.startswith(KEY_PREFIX) for name in new.tensors)
+    state["lora_unet_nothing.alpha"] = torch.tensor(1.0)
+    save_file(state, tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match="lora_unet_nothing"):
+        read_adapter(tmp_path / "bad.safetensors", model)
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -237,7 +237,7 @@ def test_the_verb_writes_both_files(base: Path, tmp_path: Path, capsys: pytest.C
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"inspect.html", "inspect.json", MARKER}
     written = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert written == json.loads(output.out)
-    assert written["header"]["base"] == str(base)
+    assert written["header"]["base"] == base.name
     assert "block 1 layout_mlp fc1" in output.err
     assert set(Inspection.__dataclass_fields__) == written.keys()
 

@@ -154,7 +154,7 @@ def test_what_is_off_stays_off(pipe: Any, files: dict[str, Path]) -> None:
     load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
     pipe.set_adapters("layout")
     layout_alone = paint(pipe, RED)
-    load_adapter(pipe.transformer, files["layout"], adapter_name="again")
+    load_adapter(pipe.transformer, files["layout"], adapter_name="again", allow_same=True)
     assert pipe.transformer.active_adapters() == ["layout", "again"]
     remove_adapter(pipe.transformer, "again")
     assert pipe.transformer.active_adapters() == ["layout"]

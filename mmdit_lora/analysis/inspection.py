@@ -24,7 +24,7 @@ from mmdit_lora.analysis.spectrum import (
 )
 from mmdit_lora.analysis.updates import OpenedAdapter, Update, open_adapter, updates
 from mmdit_lora.errors import InputError, listed
-from mmdit_lora.lora import base_fingerprint, load_adapter
+from mmdit_lora.lora import load_adapter
 
 SHARES = (0.90, 0.95, 0.99)
 RANK_NAMES = tuple(f"{share:.0%}" for share in SHARES)
@@ -262,7 +262,7 @@ def _notes(own: Sequence[Update], modules: Sequence[ModuleFigures]) -> list[str]
 def _downs(adapter: str | Path, first: OpenedAdapter) -> dict[str, Tensor]:
     """The matrices A of a second adapter on the same base, by module."""
     model = first.pipe.transformer
-    load_adapter(model, adapter, adapter_name=_AGAINST, expect_fingerprint=base_fingerprint(model))
+    load_adapter(model, adapter, adapter_name=_AGAINST, allow_same=True)
     return {update.name: update.down for update in updates(model, _AGAINST)}
 
 

@@ -19,8 +19,17 @@ from mmdit_lora.analysis.updates import ADAPTER, OpenedAdapter, Update, open_ada
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.sides import evaluate
+from mmdit_lora.files import public_name
 from mmdit_lora.html import code_markdown
-from mmdit_lora.lora import CONFIG_FILE, WEIGHTS_FILE, lora_state_dict, remove_adapter, save_adapter
+from mmdit_lora.lora import (
+    CONFIG_FILE,
+    DIFFUSERS_FILE,
+    WEIGHTS_FILE,
+    adapter_file,
+    lora_state_dict,
+    remove_adapter,
+    save_adapter,
+)
 from mmdit_lora.lora.adapt import inject
 from mmdit_lora.outputs import check_new_folder
 from mmdit_lora.pipelines import PaintSettings
@@ -257,8 +266,12 @@ def _metadata(opened: OpenedAdapter, config: peft.LoraConfig, report: Resized, h
 
 def _card(adapter: Path, report: Resized, how: str) -> str:
     """The adapter's card with a section about the resizing, in the place of an earlier one."""
-    file = adapter / CARD
-    text = file.read_text(encoding="utf-8") if file.is_file() else f"# Layout LoRA for {code_markdown(report.base)}\n"
+    file = adapter_file(adapter).parent / CARD
+    text = (
+        file.read_text(encoding="utf-8")
+        if file.is_file()
+        else f"# Layout LoRA for {code_markdown(public_name(report.base))}\n"
+    )
     ranks = sorted({module.new_rank for module in report.modules})
     section = (
         "\n## Resized\n\n"
@@ -280,7 +293,9 @@ def _range(ranks: Sequence[int]) -> str:
 
 def _beside(adapter: Path) -> Mapping[str, bytes]:
     """Files of the adapter folder that go along, e.g. the pictures of its card."""
-    known = (CONFIG_FILE, WEIGHTS_FILE, CARD)
+    if not adapter.is_dir():
+        return {}
+    known = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, CARD)
     return {
         file.name: file.read_bytes() for file in sorted(adapter.iterdir()) if file.is_file() and file.name not in known
     }

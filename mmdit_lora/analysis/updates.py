@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmdit_lora.analysis.spectrum import Directions, frobenius, of_product, top
 from mmdit_lora.errors import InputError
 from mmdit_lora.export import base_of
-from mmdit_lora.lora import base_fingerprint, load_adapter, read_adapter_config, read_adapter_header
+from mmdit_lora.lora import load_adapter
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline
 
 ADAPTER = "default"
@@ -113,7 +113,6 @@ def open_adapter(
     Raises:
         InputError: it is no adapter, is damaged, names no base, or is of another base; or the base is none.
     """
-    config, header = read_adapter_config(adapter), read_adapter_header(adapter)
     base = base or base_of(adapter)
     components: dict[str, None] = {}
     if not whole:
@@ -122,9 +121,9 @@ def open_adapter(
             needless = ("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
             components = dict.fromkeys(name for name in index if name.startswith(needless))
     pipe = load_pipeline(base, dtype=dtype, components=components)
-    load_adapter(pipe.transformer, adapter, expect_fingerprint=base_fingerprint(pipe.transformer))
+    stored = load_adapter(pipe.transformer, adapter)
     pipe.transformer.eval()
-    return OpenedAdapter(Path(adapter), base, pipe, config, header)
+    return OpenedAdapter(Path(adapter), base, pipe, stored.config, stored.header)
 
 
 def updates(model: nn.Module, adapter_name: str = ADAPTER) -> Iterator[Update]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, clip
 from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode
 
 TARGETS = ("layout_mlp.fc1", "layout_mlp.fc2")
@@ -135,7 +136,13 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
 
     def matched(by: peft.LoraConfig) -> dict[str, nn.Module]:
         # The excluded answer of PEFT is a false value, a match may be an `re.Match`.
-        return {name: m for name, m in modules.items() if check_target_module_exists(by, name)}
+        try:
+            return {name: m for name, m in modules.items() if check_target_module_exists(by, name)}
+        except re.error as error:
+            raise InputError(
+                f"target_modules {clip(repr(by.target_modules), 100)} is no regular expression: {error}",
+                cure=f"name them, e.g. {list(TARGETS)}",
+            ) from None
 
     patterns = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
     for pattern in patterns:
@@ -151,7 +158,13 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
             )
     for kind in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, kind) or {}:
-            if not any(get_pattern_key([pattern], name) != name or pattern == name for name in found):
+            try:
+                hits = any(get_pattern_key([pattern], name) != name or pattern == name for name in found)
+            except re.error as error:
+                raise InputError(
+                    f"{kind} {clip(repr(pattern), 100)} is no regular expression: {error}", cure="state module names"
+                ) from None
+            if not hits:
                 raise _no_match(kind, pattern, found)
     return found
 
@@ -365,6 +378,7 @@ def _dead_targets(model: nn.Module, targets: Iterable[str], zero_gates: list[str
 def _no_match(kind: str, pattern: str, names: Iterable[str]) -> InputError:
     """PEFT is silent about one wrong name among several."""
     # Compare with name endings of as many parts as the pattern has, so that "layout_mlp.fc3" is near "layout_mlp.fc1".
+    pattern = clip(pattern, 200)
     parts = pattern.count(".") + 1
     endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
     near = difflib.get_close_matches(pattern, endings, n=3, cutoff=0.4)

@@ -1,27 +1,43 @@
-"""Adapters as PEFT folders: written atomically, read strictly. No pickle."""
+"""Adapters saved as PEFT folders, atomically, and put on a model, strictly. No pickle."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mmdit_lora.errors import InputError, listed
+from mmdit_lora.errors import InputError, clip, listed
+from mmdit_lora.files import public_name
 from mmdit_lora.lora.adapt import adapter_shapes, find_targets, inject, with_adapter
+from mmdit_lora.lora.reading import (
+    CONFIG_FILE,
+    HEADER_KEY,
+    KEY_PREFIX,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    read_adapter,
+)
+from mmdit_lora.lora.style import Undo
+from mmdit_lora.models.adapter_layers import adapter_layers
 from mmdit_lora.outputs import new_folder
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."  # PEFT loads keys without it as nothing, with a mere warning
-HEADER_KEY = "mmdit_lora"
+logger = logging.getLogger("mmdit_lora")
+
+# An entry of a weight is far below 100; an update of more than this makes images of nothing but overflow.
+MAX_UPDATE = 1e4
+_FINGERPRINT = "_mmdit_lora_fingerprint"
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -30,19 +46,39 @@ def base_fingerprint(model: nn.Module) -> str:
     Values are rounded to bf16 first, so that a base gives one fingerprint as stored (fp16, bf16 or fp32), opened as fp32
     and opened as bf16, with or without adapters. A quantised base has a fingerprint of its own.
 
+    Hashing several GB takes a while: the answer is kept on the model, for as long as no bit of its parameters changes.
+
     Raises:
         ValueError: the model is on the meta device.
     """
     digest = hashlib.sha256()
-    named = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
-    for name in sorted(named):
-        value = named[name].detach()
+    named: dict[str, Tensor] = {
+        name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name
+    }
+    for name, value in named.items():
         if value.is_meta:
             raise ValueError(f"{name} is on the meta device: a fingerprint needs values")
+    state = {name: _state_of(value) for name, value in named.items()}
+    kept = getattr(model, _FINGERPRINT, None)
+    if kept is not None and kept[0] == state and None not in state.values():
+        return str(kept[1])
+    for name in sorted(named):
+        value = named[name].detach()
         value = value.to(torch.bfloat16) if value.is_floating_point() else value
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    setattr(model, _FINGERPRINT, (state, digest.hexdigest()))
     return digest.hexdigest()
+
+
+def _state_of(value: Tensor) -> tuple[Any, ...] | None:
+    """What changes with any change of a parameter: its place and version, and the sum of its bits, since `.data` may be
+    written without either. None where that cannot be told (a tensor of another kind, as quantised ones are)."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(value.element_size())
+    if type(value) not in (Tensor, nn.Parameter) or words is None or value.is_inference() or value.is_complex():
+        return None
+    bits = value.detach().contiguous().view(words).sum(dtype=torch.int64).item()
+    return (value.shape, value.dtype, value.device, value.data_ptr(), value._version, bits)
 
 
 def lora_state_dict(
@@ -72,7 +108,8 @@ def save_adapter(
     """Write a PEFT folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`; all or nothing.
 
     Args:
-        metadata: goes as JSON into the safetensors header under `mmdit_lora`; its "base" also into the PEFT config.
+        metadata: goes as JSON into the safetensors header under `mmdit_lora`; its "base" also into the PEFT config, a hub id as
+            it is, a folder by its name alone (the fingerprint says which base it is, a path says whose machine it was).
         card: text of README.md; None = two lines.
         beside: other files, name -> content.
         weights: of the adapter's parameters, by their names in the model, where that has only a part of each (FSDP).
@@ -92,20 +129,40 @@ def save_adapter(
         raise InputError(
             f"the adapter holds NaN or infinity, in {', '.join(bad[:4])}", cure="train with a lower learning rate"
         )
-    config: dict[str, Any] = cast(Any, model).peft_config[adapter_name].to_dict()
+    metadata = public_header(metadata)
+    config = stored_config(cast(Any, model).peft_config[adapter_name])
     config |= {"base_model_name_or_path": metadata.get("base"), "inference_mode": True}
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    header = {"format": "pt", HEADER_KEY: json.dumps(dict(metadata), sort_keys=True, allow_nan=False)}
+    header = {HEADER_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}
     if card is None:
         card = (
             f"# Layout LoRA\n\nAn adapter of the layout stream of `{metadata.get('base')}`, trained with mmdit-lora.\n"
         )
     with new_folder(folder, verb=verb) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (temporary / WEIGHTS_FILE).write_bytes(_in_order(save(tensors, metadata=header)))
+        save_tensors(tensors, temporary / WEIGHTS_FILE, header)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for name, content in (beside or {}).items():
             (temporary / name).write_bytes(content)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, in fp32, the same bytes in every process."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stored = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+    file.write_bytes(_in_order(save(stored, metadata={"format": "pt", **metadata})))
+
+
+def public_header(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's metadata, the base by its public name."""
+    base = metadata.get("base")
+    return {**metadata, "base": public_name(base)} if isinstance(base, str) and base else dict(metadata)
+
+
+def stored_config(config: peft.LoraConfig) -> dict[str, Any]:
+    """A config as it is written to files, without paths of this machine."""
+    base = config.base_model_name_or_path
+    entries = config.to_dict() | {"base_model_name_or_path": None if base is None else public_name(base)}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
 
 
 def _in_order(content: bytes) -> bytes:
@@ -126,22 +183,30 @@ def load_adapter(
     trainable: bool = False,
     dtype: torch.dtype | None = None,
     expect_fingerprint: str | None = None,
-) -> None:
-    """Add an adapter from a PEFT folder. It acts beside the adapters that are active, whose weights stay as they are
-    (`model.set_adapters([...], weights)` chooses and mixes).
+    check_base: bool = True,
+    allow_same: bool = False,
+) -> StoredAdapter:
+    """Add an adapter from a folder or file, as `train` or `export` (in any form but "merged") writes it. It acts beside the
+    adapters that are active, whose weights stay as they are (`model.set_adapters([...], weights)` chooses and mixes).
 
     Args:
         trainable: its weights train, in fp32, and all else is frozen; else it is frozen too.
         dtype: of its weights; default fp32.
-        expect_fingerprint: `base_fingerprint(model)`; compared with the one in the adapter's header, if it has one.
+        expect_fingerprint: `base_fingerprint(model)`, where the caller has it already.
+        check_base: compare the model's fingerprint with the one in the adapter's header, if it has one. A quantised model has
+            none to compare.
+        allow_same: it may be on the model already under another name, to be used in its place.
+
+    Returns:
+        What was read.
 
     Raises:
-        InputError: the folder is no adapter, is damaged, or fits another base: names and shapes must be equal as sets, and
-            all are listed. Or the model's weights are offloaded. The model is then as it was.
+        InputError: it is no adapter, is damaged, or fits another base: names and shapes must be equal as sets, and all are
+            listed; or it is on the model already; or a number in it is not finite or absurd; or the model's weights are
+            offloaded. The model is then as it was.
     """
-    path = Path(folder) / WEIGHTS_FILE
-    config = read_adapter_config(folder)
-    tensors, header = _read_weights(path)
+    stored = read_adapter(folder, model)
+    path, config = stored.path, copy.deepcopy(stored.config)
     if adapter_name in getattr(model, "peft_config", {}):
         raise InputError(f"the model has an adapter {adapter_name!r} already", cure="give the new one another name")
     try:
@@ -154,8 +219,75 @@ def load_adapter(
             where=str(path),
             cure="load adapters first, then switch offloading on",
         )
-    expected = {KEY_PREFIX + name: shape for name, shape in adapter_shapes(targets, config).items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    _refuse_unfit(stored, adapter_shapes(targets, config))
+    if check_base or expect_fingerprint is not None:
+        _refuse_other_base(stored, model, expect_fingerprint)
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    config.init_lora_weights = True  # data-driven initialisations have done their work, and would ask for their data
+    config.inference_mode = not trainable
+    state = {name.removeprefix(KEY_PREFIX): value for name, value in stored.tensors.items()}
+    undo = Undo([model])
+    try:
+        inject(model, config, adapter_name)
+        outcome: Any = peft.set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+        if outcome.unexpected_keys:
+            raise RuntimeError(f"PEFT did not take {', '.join(outcome.unexpected_keys[:8])}")
+        twin = None if allow_same else same_adapter(model, adapter_name)
+        if twin is not None:
+            raise InputError(
+                f"is on the model already, as {twin!r}: it would act twice",
+                where=str(path),
+                cure=f"give it once, with a larger weight; or take it off first: remove_adapter(model, {twin!r})",
+            )
+    except BaseException:
+        undo(adapter_name)
+        raise
+    own = {with_adapter(name, adapter_name) for name in adapter_shapes(targets, config)}
+    for name, parameter in model.named_parameters():
+        if name in own:
+            parameter.data = parameter.data.to(torch.float32 if trainable or dtype is None else dtype)
+            parameter.requires_grad_(trainable)
+        else:
+            # PEFT freezes all that is not LoRA; loading an adapter to look at it must not stop what was training.
+            parameter.requires_grad_(
+                not trainable and trains.get(name, trains.get(name.replace(".base_layer.", "."), True))
+            )
+    return stored
+
+
+def same_adapter(model: nn.Module, adapter_name: str) -> str | None:
+    """Another adapter of the model that has the same weights at the same strength; None where there is none."""
+    layers = [layer for _, layer in adapter_layers(model)]
+
+    def strengths(name: str) -> list[float | None]:
+        # `scaling` is not looked at: `set_adapters` writes weights into it.
+        return [
+            layer.lora_alpha[name] / (math.sqrt(layer.r[name]) if rslora(name) else layer.r[name])
+            if isinstance(layer, LoraLayer) and name in layer.r
+            else None
+            for layer in layers
+        ]
+
+    def rslora(name: str) -> bool:
+        return bool(getattr(cast(Any, model).peft_config[name], "use_rslora", False))
+
+    own, strength = lora_state_dict(model, adapter_name), strengths(adapter_name)
+    for other in cast(Any, model).peft_config:
+        if other == adapter_name or strengths(other) != strength:
+            continue
+        state = lora_state_dict(model, other)
+        if own.keys() == state.keys() and all(
+            value.shape == state[name].shape and torch.equal(value.to(state[name]), state[name])
+            for name, value in own.items()
+        ):
+            return str(other)
+    return None
+
+
+def _refuse_unfit(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Names, shapes and numbers of an adapter, against those that PEFT would give its targets."""
+    expected = {KEY_PREFIX + name: shape for name, shape in shapes.items()}
+    found = {name: tuple(value.shape) for name, value in stored.tensors.items()}
     faults = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -164,100 +296,73 @@ def load_adapter(
             for name in sorted(expected.keys() & found.keys())
             if expected[name] != found[name]
         ],
-        "not finite": sorted(
-            name for name, v in tensors.items() if not v.is_floating_point() or not v.isfinite().all()
-        ),
     }
     if any(faults.values()):
-        bare = any(not name.startswith(KEY_PREFIX) for name in found)
+        bare = not any(name.startswith(KEY_PREFIX) for name in found)
         raise InputError(
-            "is not an adapter of this base: "
-            + "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in faults.items() if names),
-            where=str(path),
+            "is not an adapter of this base: " + _counted(faults),
+            where=str(stored.path),
             cure=f"PEFT keys begin with {KEY_PREFIX!r}; `mmdit-lora export --to peft` writes them"
             if bare
             else "load it on the base that it was trained on (`mmdit-lora inspect` shows which)",
         )
-    if expect_fingerprint is not None and header.get("fingerprint", expect_fingerprint) != expect_fingerprint:
+    faults = {
+        "not finite": [
+            name for name, v in stored.tensors.items() if not v.is_floating_point() or not v.isfinite().all()
+        ]
+    }
+    if any(faults.values()):
         raise InputError(
-            f"was trained on another base: {header.get('base')!r}, fingerprint {str(header['fingerprint'])[:12]}..., "
-            f"and this base has {expect_fingerprint[:12]}...",
-            where=str(path),
-            cure="load it on the base that it was trained on",
+            "holds weights that are no finite numbers: " + _counted(faults),
+            where=str(stored.path),
+            cure="the training that wrote it diverged, or the file is damaged: train at a lower learning rate, or get it anew",
         )
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    config.init_lora_weights = True  # data-driven initialisations have done their work, and would ask for their data
-    config.inference_mode = not trainable
-    inject(model, config, adapter_name)
-    state = {name.removeprefix(KEY_PREFIX): value for name, value in tensors.items()}
-    outcome: Any = peft.set_peft_model_state_dict(model, state, adapter_name=adapter_name)
-    if outcome.unexpected_keys:
-        raise RuntimeError(f"PEFT did not take {', '.join(outcome.unexpected_keys[:8])}")
-    own = {with_adapter(name, adapter_name) for name in adapter_shapes(targets, config)}
-    for name, parameter in model.named_parameters():
-        if name in own:
-            parameter.data = parameter.data.to(torch.float32 if trainable or dtype is None else dtype)
-            parameter.requires_grad_(trainable)
-        else:
-            # PEFT freezes all that is not LoRA; loading an adapter to look at it must not stop what was training.
-            parameter.requires_grad_(not trainable and name.replace(".base_layer.", ".") not in frozen)
-
-
-def read_adapter_header(folder: str | Path) -> dict[str, Any]:
-    """The `mmdit_lora` metadata of an adapter; empty for an adapter that another tool wrote.
-
-    Raises:
-        InputError: no such file, no safetensors file, or its metadata is not a JSON object.
-    """
-    return _read_weights(Path(folder) / WEIGHTS_FILE, tensors=False)[1]
-
-
-def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
-    """The `LoraConfig` of an adapter folder.
-
-    Raises:
-        InputError: no such file, not JSON, or not the config of a LoRA.
-    """
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
+    absurd = [
+        name for name in sorted(shapes) if name.endswith(".lora_A.weight") and not _largest(stored, name) <= MAX_UPDATE
+    ]
+    absurd += [
+        name
+        for name, value in stored.tensors.items()
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")) and not value.abs().max() <= MAX_UPDATE
+    ]
+    if absurd:
         raise InputError(
-            f"no {CONFIG_FILE}", where=str(folder), cure="give an adapter folder as `mmdit-lora train` writes it"
+            f"its update of {len(absurd)} linears is larger than {MAX_UPDATE:g} in an entry ({listed(absurd)})",
+            where=str(stored.path),
+            cure="its alpha or its weights are wrong: get it anew",
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON: {error}", where=str(path)) from None
-    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
-        kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"is not the config of a LoRA: peft_type is {kind!r}", where=str(path))
-    try:
-        config = cast(peft.LoraConfig, peft.LoraConfig.from_peft_type(**data))
-        ranks = [config.r, *(config.rank_pattern or {}).values()]
-        alphas = [config.lora_alpha, *(config.alpha_pattern or {}).values()]
-        if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
-            raise ValueError(f"ranks {ranks} are not whole numbers above 0")
-        if not all(isinstance(a, int | float) for a in alphas):
-            raise ValueError(f"alphas {alphas} are not numbers")
-    except Exception as error:  # whatever PEFT makes of a config that is not one
-        raise InputError(f"is not a valid LoraConfig: {error}", where=str(path)) from None
-    return config
 
 
-def _read_weights(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise InputError("no such file", where=str(path), cure="give an adapter folder as `mmdit-lora train` writes it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER_KEY, "{}")
-            state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"is not a safetensors file: {error}", where=str(path), cure="the file is damaged: get it anew"
-        ) from None
-    try:
-        metadata = json.loads(header)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"its header {HEADER_KEY!r} is not JSON: {error}", where=str(path)) from None
-    if not isinstance(metadata, dict):
-        raise InputError(f"its header {HEADER_KEY!r} is not a JSON object", where=str(path))
-    return state, metadata
+def _largest(stored: StoredAdapter, name: str) -> float:
+    """Largest entry of scale * B A, or a bound of it where that is small enough to say so."""
+    config, module = stored.config, name.removesuffix(".lora_A.weight")
+    down = stored.tensors[KEY_PREFIX + name].double()
+    up = stored.tensors[f"{KEY_PREFIX}{module}.lora_B.weight"].double()
+    alphas = config.alpha_pattern or {}
+    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha))
+    scale = abs(alpha) / (math.sqrt(len(down)) if config.use_rslora else len(down))
+    bound = scale * up.norm(dim=1).max().item() * down.norm(dim=0).max().item()
+    return bound if bound <= MAX_UPDATE else scale * (up @ down).abs().max().item()
+
+
+def _counted(faults: Mapping[str, Iterable[str]]) -> str:
+    return "; ".join(f"{len(list(names))} {kind} ({listed(names)})" for kind, names in faults.items() if names)
+
+
+def _refuse_other_base(stored: StoredAdapter, model: nn.Module, fingerprint: str | None) -> None:
+    """Compare the base that an adapter states with the one that it is put on."""
+    stated = stored.header.get("fingerprint")
+    if stated is None or (fingerprint is None and getattr(model, "hf_quantizer", None) is not None):
+        return
+    fingerprint = fingerprint or base_fingerprint(model)
+    if stated == fingerprint:
+        return
+    if any(p.dtype is torch.float16 for name, p in model.named_parameters() if "lora_" not in name):
+        logger.warning("%s: whether it is of this base cannot be told in fp16", stored.path)
+        return
+    raise InputError(
+        f"was trained on another base: {clip(repr(stored.header.get('base')), 100)}, fingerprint {str(stated)[:12]}..., "
+        f"and this base has {fingerprint[:12]}...",
+        where=str(stored.path),
+        cure="load it on the base that it was trained on; in Python, check_base=False loads it all the same",
+    )

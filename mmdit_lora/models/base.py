@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, listed
+from mmdit_lora.files import exists, nearest, public_name, write_json, written_as_path
 from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode, without_adapters
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
@@ -52,6 +55,55 @@ def refuse_pickle(safe: bool, where: str) -> None:
             where=where,
             cure="leave use_safetensors and safe_serialization out: only safetensors are read and written",
         )
+
+
+_WEIGHT_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def refuse_pickled_weights(folder: Path) -> None:
+    """Refuse a part of a base whose weights are there as a pickle alone. A folder that is not here is let through.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not folder.is_dir():
+        return
+    names = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in names if name.endswith(_WEIGHT_PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise InputError(
+            f"its weights are a pickle ({listed(pickles)}), which may run code when it is opened",
+            where=str(folder),
+            cure="get them as .safetensors: many repositories hold both",
+        )
+
+
+def no_such_base(base: str) -> InputError:
+    """For a base that is neither a folder nor a hub id that can be had: the nearest folder that there is."""
+    found = nearest(base)
+    near = found if found is not None and found.is_dir() and not exists(base) else None
+    what = "there is no such folder"
+    if not written_as_path(base):
+        what += ", nor a hub id of this name that is cached or can be reached"
+    return InputError(
+        what,
+        where=base,
+        cure=f"did you mean {near}?"
+        if near
+        else "give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id",
+    )
+
+
+def forget_paths(folder: str | Path) -> None:
+    """Take the paths of this machine out of the configs of a folder that was saved: diffusers writes where a part was opened."""
+    for file in (*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")):
+        if file.name not in ("config.json", "model_index.json"):
+            continue
+        config = json.loads(file.read_text(encoding="utf-8"))
+        origin = config.get("_name_or_path")
+        if isinstance(origin, str) and public_name(origin) != origin:
+            del config["_name_or_path"]
+            write_json(file, config)
 
 
 def warn_of_adapters(where: str, *models: nn.Module) -> None:
@@ -157,11 +209,17 @@ class LayoutModelMixin(nn.Module):
         where = str(pretrained_model_name_or_path)
         refuse_pickle(kwargs.get("use_safetensors", True) is not False, where)
         kwargs["use_safetensors"] = True
+        if not exists(where) and written_as_path(where):
+            raise no_such_base(where)
+        if exists(where):
+            refuse_pickled_weights(Path(where, kwargs.get("subfolder") or ""))
         try:
             with without_missing_weights_warning():
                 # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
                 loaded = super().from_pretrained(where, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except (ValueError, OSError, SafetensorError) as error:  # another shape; no such or a damaged file
+            if isinstance(error, OSError) and not exists(where) and nearest(where) is not None:
+                raise no_such_base(where) from error
             raise InputError(f"does not hold this model: {error}", where=where) from error
         model, info = loaded
         added = {name for name, _ in model.named_parameters() if "layout" in name}
@@ -349,6 +407,7 @@ class LayoutModelMixin(nn.Module):
             warn_of_adapters(str(save_directory), self)
         with without_adapters(self):
             super().save_pretrained(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
+        forget_paths(save_directory)
 
     def save_lora_adapter(
         self, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any

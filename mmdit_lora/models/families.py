@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.models import flux, sd3
-from mmdit_lora.models.base import Family, LayoutModelMixin
+from mmdit_lora.models.base import Family, LayoutModelMixin, no_such_base
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,
@@ -74,8 +75,12 @@ def stored_transformer(base: str) -> tuple[type[LayoutModelMixin], dict[str, Any
         InputError: there is no such transformer, or it is of no known family.
     """
     reader: Any = next(iter(FAMILIES.values())).transformer  # any will do: it reads the file as it is
+    if not exists(base) and written_as_path(base):
+        raise no_such_base(base)
     try:
         config = reader.load_config(base, subfolder="transformer")
     except OSError as error:
+        if not exists(base):
+            raise no_such_base(base) from error
         raise InputError(f"has no transformer/config.json: {error}", where=base) from error
     return family_of(config, where=base).transformer, config

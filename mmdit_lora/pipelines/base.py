@@ -9,20 +9,34 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import diffusers
 import torch
+import transformers
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmdit_lora.data.collate import collate_layouts
-from mmdit_lora.errors import InputError, NonFiniteError
+from mmdit_lora.errors import InputError, NonFiniteError, clip, listed
+from mmdit_lora.files import exists
 from mmdit_lora.layout import Layout
-from mmdit_lora.lora import merged_copy
+from mmdit_lora.lora import adapter_file, is_layout_adapter_file, load_adapter, merged_copy, same_adapter
+from mmdit_lora.lora.style import StyleReport, Undo
 from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, without_adapters
-from mmdit_lora.models.base import LayoutModelMixin, refuse_pickle, warn_of_adapters
+from mmdit_lora.models.base import (
+    LayoutModelMixin,
+    forget_paths,
+    refuse_pickle,
+    refuse_pickled_weights,
+    warn_of_adapters,
+)
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.pipelines.finite import each_finite, require_finite
 from mmdit_lora.pipelines.styles import StyleLoader
@@ -39,6 +53,9 @@ _SHARED_OPTIONS = (
     "local_files_only",
     "use_safetensors",
 )
+
+
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
 
 def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +119,49 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             )
         elif transformer_options:
             raise ValueError("transformer_options belong to a transformer that is opened, and one is given")
-        return super().from_pretrained(path, **kwargs)
+        kwargs |= cls._whole_parts(path, kwargs)
+        pipe = super().from_pretrained(path, **kwargs)
+        _check_parts(pipe, path)
+        return pipe
+
+    @classmethod
+    def _whole_parts(cls, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The models beside the transformer, with all of their weights. Where a file lacks some, transformers makes them up
+        and diffusers leaves them on the meta device, both with a mere warning.
+
+        Raises:
+            InputError: weights are missing or of another shape, or they are a pickle.
+        """
+        options = {key: given[key] for key in _SHARED_OPTIONS if key in given}
+        unusual = [key for key in ("variant", "device_map", "quantization_config") if given.get(key) is not None]
+        if unusual or any(isinstance(value, dict) for value in options.values()):
+            return {}  # diffusers settles these part by part
+        index: Any = cls.load_config(path, **{key: value for key, value in options.items() if key in _HUB_OPTIONS})
+        expected, _ = cls._get_signature_keys(cls)
+        parts = {}
+        for name in expected - given.keys():
+            library, kind = index.get(name) if isinstance(index.get(name), list | tuple) else ("", "")
+            source = {"diffusers": diffusers, "transformers": transformers}.get(str(library))
+            model_class: Any = getattr(source, str(kind), None)
+            if not _has_weights(model_class):
+                continue
+            if exists(path):
+                refuse_pickled_weights(Path(path, name))
+            where = f"{path}/{name}"
+            try:
+                model, info = model_class.from_pretrained(path, subfolder=name, output_loading_info=True, **options)
+            except SafetensorError as error:
+                raise InputError(f"is damaged: {error}", where=where, cure="get it anew") from None
+            faults = {"missing": info["missing_keys"], "of another shape": info.get("mismatched_keys") or ()}
+            if any(faults.values()):
+                found = "; ".join(
+                    f"{len(keys)} {what}: {listed(sorted(map(str, keys)))}" for what, keys in faults.items() if keys
+                )
+                raise InputError(
+                    f"does not hold the weights of its config: {found}", where=where, cure="get it anew, whole"
+                )
+            parts[name] = model
+        return parts
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
@@ -158,6 +217,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         finally:
             for name, part in held.items():
                 setattr(self, name, part)
+        forget_paths(save_directory)
 
     @classmethod
     def save_lora_weights(cls, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -169,6 +229,42 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         refuse_pickle(safe_serialization, str(save_directory))
         writer: Any = super()
         writer.save_lora_weights(save_directory, *args, safe_serialization=True, **kwargs)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        *,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> StyleReport:
+        """Load a style LoRA of any tool (see `StyleLoader`), or a layout adapter in any form that `export` writes, as
+        `load_adapter` does. Either acts beside the layout adapters that are active.
+
+        Raises:
+            InputError: see `StyleLoader.load_lora_weights` and `load_adapter`; or it is on the pipeline already, under
+                another name. Everything is then as it was.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        components = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
+        layout_file = None if hotswap else _layout_adapter_file(source, kwargs)
+        if layout_file is not None:
+            name = self._style_name(adapter_name, components, hotswap=False)
+            stored = load_adapter(self.transformer, layout_file, adapter_name=name)
+            size = 4 * sum(tensor.numel() for tensor in stored.tensors.values())
+            return StyleReport(name, used={"transformer": stored.modules}, bytes=size)
+        undo = Undo([model for model in components.values() if model is not None])
+        report = super().load_lora_weights(source, adapter_name, hotswap=hotswap, **kwargs)
+        carriers: list[Any] = [components[name] for name in report.used]
+        twins = {same_adapter(model, report.adapter_name) for model in carriers}
+        if not hotswap and len(twins) == 1 and (twin := twins.pop()) is not None:
+            undo(report.adapter_name)
+            raise InputError(
+                f"is loaded already, as {twin!r}: it would act twice",
+                where=clip(source, 300) if isinstance(source, str | Path) else None,
+                cure=f"give it once, with a larger weight: pipe.set_adapters({twin!r}, 2.0)",
+            )
+        return report
 
     def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
         """As diffusers'.
@@ -343,6 +439,61 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             step = next((number for number, each in enumerate(finite, start=1) if not each.all()), None)
             raise error.change(step=step) from None
         return output
+
+
+def _has_weights(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, (ModelMixin, PreTrainedModel))
+
+
+def _check_parts(pipe: Any, where: str) -> None:
+    """Whether tokenizers, text encoders, VAE and transformer belong together.
+
+    Raises:
+        InputError: a tokenizer has ids, an end token or a length that its text encoder has not; or the VAE has other latents.
+    """
+    cure = "take all parts from one base"
+    for name, tokenizer in pipe.components.items():
+        encoder = (
+            pipe.components.get(name.replace("tokenizer", "text_encoder")) if name.startswith("tokenizer") else None
+        )
+        if tokenizer is None or encoder is None:
+            continue
+        part = f"{where}/{name}"
+        largest, rows = max(tokenizer.get_vocab().values(), default=0), encoder.get_input_embeddings().num_embeddings
+        if largest >= rows:
+            raise InputError(f"has ids up to {largest:,}, and its text encoder knows {rows:,}", where=part, cure=cure)
+        end = getattr(encoder.config, "eos_token_id", None)
+        # 2 stands in CLIP's older configs, whatever the vocabulary is.
+        if isinstance(end, int) and end != 2 and tokenizer.eos_token_id not in (None, end):
+            raise InputError(
+                f"ends texts with {tokenizer.eos_token_id}, and its text encoder looks for {end}", where=part, cure=cure
+            )
+        places = getattr(encoder.config, "max_position_embeddings", None)
+        if isinstance(places, int) and places < tokenizer.model_max_length < 10**6:
+            raise InputError(
+                f"makes {tokenizer.model_max_length} tokens of a text, and its text encoder has {places} places",
+                where=part,
+                cure=cure,
+            )
+    channels = getattr(getattr(pipe.vae, "config", None), "latent_channels", None)
+    if channels is not None and channels != pipe.transformer.latent_channels:
+        raise InputError(
+            f"has {channels} latent channels, and the transformer {pipe.transformer.latent_channels}",
+            where=f"{where}/vae",
+            cure=cure,
+        )
+
+
+def _layout_adapter_file(source: Any, options: Mapping[str, Any]) -> Path | None:
+    """The file of a layout adapter that `load_lora_weights` is asked for; None for anything else."""
+    if not isinstance(source, str | Path) or not exists(source):
+        return None
+    path = Path(source, options.get("subfolder") or "")
+    with suppress(InputError):  # what is no adapter is for the reader of style LoRAs to refuse
+        file = adapter_file(path / options["weight_name"] if options.get("weight_name") else path)
+        if is_layout_adapter_file(file):
+            return file
+    return None
 
 
 def _layouts_and_prompt(

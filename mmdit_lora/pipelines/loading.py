@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import exists, written_as_path
+from mmdit_lora.models.base import no_such_base, refuse_pickled_weights
 from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 
@@ -40,11 +43,18 @@ def load_pipeline(
     from mmdit_lora.pipelines import PIPELINES
 
     folder = Path(base)
-    if folder.exists():
+    if exists(folder):
         _check_folder(folder)
+    elif written_as_path(base):
+        raise no_such_base(base)
     try:
         with quiet():
-            index: Any = DiffusionPipeline.load_config(base)
+            try:
+                index: Any = DiffusionPipeline.load_config(base)
+            except OSError as error:
+                if not exists(folder):
+                    raise no_such_base(base) from error
+                raise
             name = index["_class_name"]
             by_name = {opened: pipeline for pipeline in PIPELINES for opened in pipeline.opens}
             if name in by_name:
@@ -54,6 +64,8 @@ def load_pipeline(
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        if not exists(folder):
+            _check_cached(base)
         raise InputError(
             f"cannot be opened as a base: {_first_line(error)}",
             where=base,
@@ -71,7 +83,7 @@ def load_pipeline(
     if name not in by_name:
         raise InputError(
             f"is a {name}; known are {', '.join(by_name)}",
-            where=str(folder / "model_index.json") if folder.exists() else base,
+            where=str(folder / "model_index.json") if exists(folder) else base,
             cure="give a base of one of these families",
         )
     pipe.set_progress_bar_config(disable=True)
@@ -117,6 +129,14 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"lacks {', '.join(absent)}, which model_index.json names", where=str(folder), cure="copy it whole"
         )
+
+
+def _check_cached(base: str) -> None:
+    """Whether what is cached of a hub id are pickles: diffusers says only that it finds no safetensors."""
+    with suppress(OSError, ValueError):  # nothing is
+        folder = Path(snapshot_download(base, local_files_only=True))
+        for part in sorted(folder.iterdir()):
+            refuse_pickled_weights(part)
 
 
 def _first_line(error: Exception) -> str:

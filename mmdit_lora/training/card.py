@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mmdit_lora.config import Config
+from mmdit_lora.files import public_name
 from mmdit_lora.html import code_markdown
 
 PICTURES = "samples.png"
@@ -22,11 +23,12 @@ def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, pictu
         pipeline: name of the class that opens its base.
         pictures: whether `PICTURES` lies beside it.
     """
+    base = public_name(config.base)
     front = {
-        "base_model": config.base,
+        "base_model": base,
         "library_name": "peft",
         "license": config.license,
-        "tags": ["lora", "layout-to-image", "mmdit", f"base_model:adapter:{config.base}"],
+        "tags": ["lora", "layout-to-image", "mmdit", f"base_model:adapter:{base}"],
     }
     lora, targets = config.lora, ", ".join(map(code_markdown, config.lora.targets))
     shown = f"![Held-out layouts with their boxes]({PICTURES})\n\nHeld-out layouts, boxes drawn.\n" if pictures else ""
@@ -34,7 +36,7 @@ def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, pictu
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# Layout LoRA for {code_markdown(config.base)}
+# Layout LoRA for {code_markdown(base)}
 
 A LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on {targets} of the layout stream:
 {report["trainable_params"]:,} of {report["total_params"]:,} parameters, trained for {report["steps"]:,} steps on
@@ -43,11 +45,11 @@ A LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on {targets}
 {shown}
 ## Use
 
-    mmdit-lora sample --base {shlex.quote(" ".join(config.base.split()))} --adapter . --layout layout.json --out pictures
+    mmdit-lora sample --base {shlex.quote(" ".join(base.split()))} --adapter . --layout layout.json --out pictures
 
     from peft import PeftModel
     from mmdit_lora.pipelines import {pipeline}
-    pipe = {pipeline}.from_pretrained({json.dumps(config.base, ensure_ascii=False)})
+    pipe = {pipeline}.from_pretrained({json.dumps(base, ensure_ascii=False)})
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")
 
 Boxes are [left, top, right, bottom] in [0, 1] of the picture's width and height.

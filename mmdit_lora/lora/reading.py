@@ -1,0 +1,462 @@
+"""Adapter files in every form that `export` writes: recognised, and brought to PEFT's names and one `LoraConfig`.
+
+| form | what lies there | names of tensors |
+| --- | --- | --- |
+| peft | a folder with adapter_config.json, adapter_model.safetensors | `base_model.model.<module>.lora_A.weight` |
+| diffusers | pytorch_lora_weights.safetensors, its config in the header | `transformer.<module>.lora_A.weight` |
+| kohya | one file | `lora_unet_<module, dots as underscores>.lora_down.weight`, `.alpha` |
+| creatilayout | pytorch_lora_weights.safetensors, its config in the header | `transformer.<CreatiLayout's module>.lora_A.weight` |
+
+Nothing of an adapter file is trusted: numbers are checked here, and its regular expressions never reach PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import regex
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mmdit_lora.errors import InputError, clip
+from mmdit_lora.files import exists, nearest, read_text, require_file
+from mmdit_lora.models.creatilayout import to_creatilayout, variant_of_model
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+DIFFUSERS_FILE = LORA_WEIGHT_NAME_SAFE
+KEY_PREFIX = "base_model.model."  # PEFT loads keys without it as nothing, with a mere warning
+KOHYA_PREFIX = "lora_unet_"
+HEADER_KEY = "mmdit_lora"
+
+MAX_RANK = 16_384
+MAX_ALPHA = 1e6
+_MAX_PATTERNS = 4_096
+_MATCHING_SECONDS = 2.0
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OUR_PREFIX = "transformer."
+_CREATILAYOUT_MARK = re.compile(r"\b(?:ff_bbox|bbox_\w+|position_net)\.")
+_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")  # a pattern that is a name, or the end of one
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as it is stored, whatever its form.
+
+    Args:
+        path: the file of its tensors.
+        form: "peft", "diffusers", "kohya" or "creatilayout".
+        tensors: by PEFT's names, `base_model.model.<module>.lora_A.weight`.
+        config: as stored, or, where that states targets or patterns by regular expressions, module by module.
+        header: the metadata that `save_adapter` wrote; empty for an adapter of another tool.
+    """
+
+    path: Path
+    form: str
+    tensors: dict[str, Tensor]
+    config: peft.LoraConfig
+    header: dict[str, Any]
+
+    @property
+    def modules(self) -> list[str]:
+        """The linears that it adapts, sorted."""
+        return sorted(name.removeprefix(KEY_PREFIX) for name in _ranks(self.tensors))
+
+
+def read_adapter(source: str | Path, model: nn.Module) -> StoredAdapter:
+    """Read an adapter file or folder in any form.
+
+    Args:
+        model: the transformer that it is for; some forms name modules in ways that only it resolves. Not changed.
+
+    Raises:
+        InputError: there is no adapter, it is damaged or a pickle, a number in it is not finite or absurd, or it is of a form
+            whose names stand for no module of `model`.
+    """
+    path = adapter_file(source)
+    tensors, metadata = _read(path)
+    header = _json_object(metadata.get(HEADER_KEY, "{}"), HEADER_KEY, path)
+    form = _form(tensors, path)
+    if form == "peft":
+        config = read_adapter_config(path.parent)
+        return StoredAdapter(path, form, tensors, _resolved(config, tensors, path.parent / CONFIG_FILE), header)
+    if form == "kohya":
+        state, config = _from_kohya(tensors, model, path)
+    else:
+        prefix = _OUR_PREFIX if any(name.startswith(_OUR_PREFIX) for name in tensors) else ""
+        foreign = [name for name in tensors if not name.startswith(prefix)]
+        if foreign:
+            raise InputError(
+                f"holds more than an adapter of the transformer: {clip(foreign[0], 100)}, ...",
+                where=str(path),
+                cure="load it with pipe.load_lora_weights",
+            )
+        state = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        told = _json_object(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), LORA_ADAPTER_METADATA_KEY, path)
+        told = {key.removeprefix(prefix): value for key, value in told.items()}
+        if form == "creatilayout":
+            state, told = _from_creatilayout(state, told, model, path)
+        config = _config_of(_ranks(state), {}) if not told else _valid_config(told, str(path))
+    tensors = {KEY_PREFIX + name: value for name, value in state.items()}
+    return StoredAdapter(path, form, tensors, _resolved(config, tensors, path), header)
+
+
+def adapter_file(source: str | Path) -> Path:
+    """The file that holds the tensors of an adapter: `source` itself, or the one in the folder `source`.
+
+    Raises:
+        InputError: there is none, or it is a pickle.
+    """
+    path = Path(source)
+    if exists(path) and path.is_dir():
+        names = [name for name in (WEIGHTS_FILE, DIFFUSERS_FILE) if (path / name).exists()]
+        alone = sorted(path.glob("*.safetensors"))
+        if names:
+            path /= names[0]
+        elif (path / CONFIG_FILE).exists() and not alone and not _pickles_in(path):
+            raise InputError(
+                "no such file", where=str(path / WEIGHTS_FILE), cure="the folder is not whole: get it anew"
+            )
+        elif len(alone) == 1:
+            path = alone[0]
+        elif pickles := _pickles_in(path):
+            path = pickles[0]
+        else:
+            base = (path / "model_index.json").is_file()
+            raise InputError(
+                f"holds no adapter: no {CONFIG_FILE} beside {WEIGHTS_FILE}, no {DIFFUSERS_FILE}, "
+                + ("no .safetensors file" if not alone else f"and {len(alone)} .safetensors files"),
+                where=str(source),
+                cure="this is a base: give it as --base"
+                if base
+                else "give an adapter folder or file as `train` or `export` writes it",
+            )
+    elif not exists(path):
+        found = nearest(path)
+        raise InputError(
+            "no such file or folder",
+            where=str(source),
+            cure=f"did you mean {found}?"
+            if found
+            else "give an adapter folder or file as `train` or `export` writes it",
+        )
+    if path.suffix in _PICKLES:
+        raise InputError("is a pickle, which may run code", where=str(path), cure="get it as .safetensors")
+    return require_file(path, what="adapter file")
+
+
+def is_layout_adapter_file(path: Path) -> bool:
+    """Whether a safetensors file is an adapter of a layout stream alone, in any form; False where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError, ValueError):
+        return False
+    if any(name.startswith(("text_encoder", "lora_te")) for name in names):
+        return False
+    return any(("layout_" in name or _CREATILAYOUT_MARK.search(name)) and "lora" in name for name in names)
+
+
+def read_adapter_header(source: str | Path) -> dict[str, Any]:
+    """The `mmdit_lora` metadata of an adapter; empty for an adapter that another tool wrote.
+
+    Raises:
+        InputError: no such file, no safetensors file, or its metadata is not a JSON object.
+    """
+    path = adapter_file(source)
+    return _json_object(_read(path, tensors=False)[1].get(HEADER_KEY, "{}"), HEADER_KEY, path)
+
+
+def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
+    """The `LoraConfig` of a PEFT folder, as it is stored.
+
+    Raises:
+        InputError: no such file, not JSON, or not the config of a LoRA that can be applied.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.exists():
+        raise InputError(
+            f"no {CONFIG_FILE}", where=str(folder), cure="give an adapter folder as `mmdit-lora train` writes it"
+        )
+    text = read_text(path, what="adapter config", limit=16 * 2**20)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON: {error}", where=str(path)) from None
+    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
+        kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"is not the config of a LoRA: peft_type is {kind!r}", where=str(path))
+    return _valid_config(data, str(path))
+
+
+def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"is not a safetensors file: {error}", where=str(path), cure="the file is damaged: get it anew"
+        ) from None
+    return state, metadata
+
+
+def _json_object(text: str, key: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"its header {key!r} is not JSON: {error}", where=str(path)) from None
+    if not isinstance(found, dict):
+        raise InputError(f"its header {key!r} is not a JSON object", where=str(path))
+    return found
+
+
+def _pickles_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
+
+
+def _form(names: Iterable[str], path: Path) -> str:
+    names = list(names)
+    if any(name.startswith(KEY_PREFIX) for name in names) or (path.parent / CONFIG_FILE).exists():
+        return "peft"
+    if any(name.startswith("lora_") and ".lora_down." in name for name in names):
+        return "kohya"
+    if any(_CREATILAYOUT_MARK.search(name) for name in names):
+        return "creatilayout"
+    if any(".lora_A." in name for name in names):
+        return "diffusers"
+    raise InputError(
+        "holds no adapter in a form that is known here: " + (clip(names[0], 100) if names else "it is empty"),
+        where=str(path),
+        cure="give an adapter folder or file as `train` or `export` writes it; style LoRAs go to pipe.load_lora_weights",
+    )
+
+
+# -- configs
+
+
+def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
+    """PEFT's config of these entries.
+
+    Raises:
+        InputError: PEFT takes no such config, or an entry cannot be applied.
+    """
+    try:
+        config = cast(peft.LoraConfig, peft.LoraConfig.from_peft_type(**{"peft_type": "LORA", **data}))
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        for kind, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
+                raise ValueError(f"{kind} is no object of names and values")
+            if len(patterns) > _MAX_PATTERNS:
+                raise ValueError(f"{kind} has {len(patterns):,} entries; {_MAX_PATTERNS:,} are read at most")
+        for name, rank in {"r": config.r, **_entries("rank_pattern", ranks)}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
+                raise ValueError(f"{name} is {clip(repr(rank), 60)}, not a whole number from 1 to {MAX_RANK:,}")
+        for name, alpha in {"lora_alpha": config.lora_alpha, **_entries("alpha_pattern", alphas)}.items():
+            if not _is_number(alpha) or not abs(alpha) <= MAX_ALPHA:
+                raise ValueError(f"{name} is {clip(repr(alpha), 60)}, not a finite number up to {MAX_ALPHA:,.0f}")
+        if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {clip(repr(config.lora_dropout), 60)}, not a share from 0 to below 1")
+        targets = config.target_modules
+        if not (targets is None or isinstance(targets, str) or all(isinstance(target, str) for target in targets)):
+            raise ValueError("target_modules are no names")
+        if isinstance(targets, Collection) and not isinstance(targets, str) and len(targets) > _MAX_PATTERNS:
+            raise ValueError(f"target_modules has {len(targets):,} entries; {_MAX_PATTERNS:,} are read at most")
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            if not isinstance(getattr(config, name), bool):
+                raise ValueError(f"{name} is {clip(repr(getattr(config, name)), 60)}, not true or false")
+    except InputError:
+        raise
+    except Exception as error:  # whatever PEFT makes of a config that is not one
+        raise InputError(f"is not a valid LoraConfig: {error}", where=where) from None
+    return config
+
+
+def _entries(kind: str, patterns: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{kind}[{clip(repr(key), 60)}]": value for key, value in patterns.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _config_of(ranks: Mapping[str, int], alphas: Mapping[str, float], **more: Any) -> peft.LoraConfig:
+    """A config that states rank and alpha of every module by its full name; without an alpha it is the rank."""
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    strengths = {name: alphas.get(name, each) for name, each in ranks.items()}
+    alpha = Counter(strengths.values()).most_common(1)[0][0] if ranks else 1
+    entries = {
+        **more,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {_exact(name): each for name, each in ranks.items() if each != rank},
+        "alpha_pattern": {_exact(name): each for name, each in strengths.items() if each != alpha},
+    }
+    return _valid_config(entries, "the adapter")
+
+
+def _exact(name: str) -> str:
+    """A full module name as a pattern of PEFT, which matches the ends of names."""
+    return f"^{re.escape(name)}"
+
+
+def _ranks(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Module -> its rank."""
+    return {
+        name.removesuffix(".lora_A.weight"): value.shape[0]
+        for name, value in state.items()
+        if name.endswith(".lora_A.weight") and value.ndim
+    }
+
+
+def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], where: Path) -> peft.LoraConfig:
+    """The config without regular expressions: what they match is told by the tensors' names.
+
+    A config that states plain names is returned as it is. PEFT would try a file's expressions on every module of the
+    model, and one that backtracks takes minutes.
+
+    Raises:
+        InputError: a pattern is no regular expression, or takes too long to match.
+    """
+    ranks = {name.removeprefix(KEY_PREFIX): rank for name, rank in _ranks(tensors).items()}
+    if len(ranks) > _MAX_PATTERNS:
+        raise InputError(f"adapts {len(ranks):,} linears; {_MAX_PATTERNS:,} are read at most", where=str(where))
+    by_expression = isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
+    if (by_expression or config.layers_to_transform is not None or config.layers_pattern) and ranks:
+        config.target_modules = sorted(ranks)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    for kind in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, kind) or {}
+        if len(patterns) > 512 or not all(_PLAIN.fullmatch(pattern) for pattern in patterns):
+            setattr(config, kind, _by_module(patterns, ranks, kind, str(where)))
+    return config
+
+
+def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, where: str) -> dict[str, Any]:
+    """For every module that a pattern matches, its value by the full name; the first pattern counts, as in PEFT."""
+    found: dict[str, Any] = {}
+    left = _MATCHING_SECONDS
+    for pattern, value in patterns.items():
+        hit = False
+        for name in names:
+            if _PLAIN.fullmatch(pattern):
+                literal = pattern.replace("\\.", ".").removesuffix("$")
+                bare = literal.removeprefix("^")
+                matches = name == bare or (bare == literal and name.endswith(f".{bare}"))
+            else:
+                matches, left = _matches(pattern, name, kind, where, left)
+            if matches:
+                hit = True
+                found.setdefault(name, value)
+        if not hit:
+            raise InputError(f"{kind} {clip(repr(pattern), 100)} matches no module of the adapter", where=where)
+    return {_exact(name): value for name, value in found.items()}
+
+
+def _matches(pattern: str, name: str, kind: str, where: str, seconds: float) -> tuple[bool, float]:
+    """As PEFT matches a pattern; with the seconds that are left for others.
+
+    Raises:
+        InputError: the pattern is none, or no time is left.
+    """
+    what = f"{kind} {clip(repr(pattern), 100)}"
+    if len(pattern) > 1_000:
+        raise InputError(f"{what} is longer than 1,000 characters", where=where, cure="state module names")
+    try:
+        before = time.monotonic()
+        matched = regex.match(rf"(.*\.)?({pattern})$", name, timeout=max(seconds, 1e-3)) is not None
+        return matched, seconds - (time.monotonic() - before)
+    except TimeoutError:
+        raise InputError(f"{what} takes too long to match", where=where, cure="state module names") from None
+    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+        raise InputError(f"{what} is no regular expression: {error}", where=where, cure="state module names") from None
+
+
+# -- names of others
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    """Names of the model's own modules, as if no adapter were on it."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name and not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
+    ]
+
+
+def _from_kohya(
+    tensors: Mapping[str, Tensor], model: nn.Module, path: Path
+) -> tuple[dict[str, Tensor], peft.LoraConfig]:
+    """Tensors named `lora_unet_<module, dots as underscores>.{lora_down.weight, lora_up.weight, alpha}` as PEFT has them."""
+    modules = {name.replace(".", "_"): name for name in _module_names(model)}
+    leaves = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    state: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for key, value in tensors.items():
+        flat, _, leaf = key.partition(".")
+        # Before 0.2 these files had no `unet_`, which is what every reader of them looks for.
+        name = modules.get(flat.removeprefix(KOHYA_PREFIX)) or modules.get(flat.removeprefix("lora_"))
+        if name is None:
+            raise InputError(
+                f"{clip(repr(flat), 100)} stands for no module of this base",
+                where=str(path),
+                cure="give the base that the adapter was trained on; style LoRAs go to pipe.load_lora_weights",
+            )
+        if leaf == "alpha" and value.numel() == 1:
+            alphas[name] = float(value.item())
+        elif leaf in leaves:
+            state[f"{name}.{leaves[leaf]}"] = value
+        else:
+            raise InputError(f"{clip(key, 100)} is no part of a plain LoRA", where=str(path))
+    try:
+        return state, _config_of(_ranks(state), alphas)
+    except InputError as error:
+        raise InputError(error.what, where=str(path), cure=error.cure) from None
+
+
+def _from_creatilayout(
+    state: Mapping[str, Tensor], told: Mapping[str, Any], model: nn.Module, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config under CreatiLayout's module names as PEFT has them on our modules."""
+    try:
+        variant = variant_of_model(model)
+    except InputError as error:
+        raise error.at(f"{path} is for CreatiLayout's stream") from None
+    ours: dict[str, str] = {}
+    for name in _module_names(model):
+        # Of the two that share a fused projection, the MLP's part is the one that can carry LoRA.
+        is_linear = hasattr(model.get_submodule(name), "in_features")
+        if is_linear and "layout" in name and not (name.startswith("single") and ".to_out" in name):
+            ours[to_creatilayout(name, variant)] = name
+    theirs = {name.partition(".lora_")[0] for name in state} | {
+        name.lstrip("^") for kind in ("rank_pattern", "alpha_pattern") for name in told.get(kind) or {}
+    }
+    if unknown := sorted(theirs - ours.keys()):
+        raise InputError(
+            f"{clip(repr(unknown[0]), 100)} stands for no module of this base",
+            where=str(path),
+            cure="give the base that the adapter was trained on",
+        )
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        module, _, leaf = key.partition(".lora_")
+        name = ours[module]
+        width = int(cast(Any, model.get_submodule(name)).in_features)
+        # What a fused projection reads before the MLP's columns is the attention's, which the LoRA leaves alone.
+        renamed[f"{name}.lora_{leaf}"] = value[:, -width:].contiguous() if leaf == "A.weight" else value
+    config = dict(told)
+    for kind in ("rank_pattern", "alpha_pattern"):
+        config[kind] = {_exact(ours[name.lstrip("^")]): each for name, each in (told.get(kind) or {}).items()}
+    return renamed, config | {"target_modules": sorted(_ranks(renamed))} if told else {}
