@@ -13,6 +13,7 @@ import typer
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError, clip
+from mmdit_lora.files import nearest
 from mmdit_lora.outputs import check_new_folder, new_folder
 from mmdit_lora.ranges import (
     ADAPTER_WEIGHT,
@@ -75,10 +76,13 @@ def _adapters_are_there(adapters: list[str] | None) -> list[str] | None:
     for given in adapters or ():
         folder, _ = folder_and_weight(given)
         if not os.path.lexists(folder):  # Path.exists raises for names that are too long
+            found = nearest(folder)
             raise InputError(
                 "no such file or folder",
                 where=f"--adapter {folder}",
-                cure="give an adapter's folder as `mmdit-lora train` writes it, or what `mmdit-lora export` wrote",
+                cure=f"did you mean {found}?"
+                if found
+                else "give an adapter's folder as `mmdit-lora train` writes it, or what `mmdit-lora export` wrote",
             )
     return adapters
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.export_creatilayout import write_creatilayout_adapter, write_creatilayout_stream
-from mmdit_lora.export_read import STREAM_FILE, answers, open_transformer, outputs
+from mmdit_lora.export_read import answers, open_transformer, outputs
 from mmdit_lora.files import atomic_file, public_name
 from mmdit_lora.lora import (
     CONFIG_FILE,
@@ -42,6 +42,7 @@ from mmdit_lora.lora import (
     save_tensors,
     stored_config,
 )
+from mmdit_lora.lora.known_bases import recall_base, recall_named, remember_base
 from mmdit_lora.models.creatilayout import SLOTS
 from mmdit_lora.outputs import Inputs, check_new_file, check_new_folder, new_folder, refuse_inputs
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
@@ -161,15 +162,17 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
 def base_of(adapter: str | Path) -> str:
     """The base that an adapter names in its header or PEFT config, where it is: a path (or hub id) that can be opened.
 
-    Adapters name a folder by its name alone. It is looked for where the run beside the adapter says, then under this name
-    in the current directory, its `data`, the folders above the adapter, and the `data` of a source checkout. Whether it is
-    the right one is for the fingerprint to say.
+    Adapters name a folder by its name alone. It is looked for where the run beside the adapter says, then where this machine
+    last had a base of its fingerprint (`lora/known_bases.py`), then under this name in the current directory, its `data`, the
+    folders above the adapter, and the `data` of a source checkout, then where there last was a base of this name. Whether it
+    is the right one is for the fingerprint to say.
 
     Raises:
         InputError: it names none, or a folder that is not found.
     """
     file = adapter_file(adapter)
-    name = read_adapter_header(adapter).get("base")
+    header = read_adapter_header(adapter)
+    name = header.get("base")
     if not name and (file.parent / CONFIG_FILE).is_file():
         name = read_adapter_config(file.parent).base_model_name_or_path
     if not isinstance(name, str) or not name:
@@ -177,12 +180,12 @@ def base_of(adapter: str | Path) -> str:
     if _is_base(Path(name)):
         return name
     short = public_name(name)
-    here = file.resolve().parents
-    beside = [run for run in [_base_of_run(here[1])] if run is not None and public_name(run) == short]
+    here = list(file.resolve().parents)
+    beside = [run for run in map(_base_of_run, here[1:2]) if run is not None and public_name(run) == short]
     roots = [Path(), Path("data"), *here[:3], Path(__file__).parent.parent / "data"]
-    folders = [*beside, *(root / short for root in roots)]
-    for folder in folders:
-        if _is_base(folder):
+    noted = recall_base(header.get("fingerprint"))
+    for folder in (*beside, noted, *(root / short for root in roots), recall_named(short)):
+        if folder is not None and _is_base(folder):
             return str(folder)
     if "/" in short:
         return short  # a hub id
@@ -218,7 +221,9 @@ def _states_names(stored: StoredAdapter) -> bool:
 
 def _open(adapter: str | Path, base: str) -> tuple[LayoutPipeline, StoredAdapter]:
     pipe = load_pipeline(base)
-    return pipe, load_adapter(pipe.transformer, adapter)
+    stored = load_adapter(pipe.transformer, adapter)
+    remember_base(stored.header.get("fingerprint"), base)
+    return pipe, stored
 
 
 def _export_stream(base: str, out: Path) -> ExportReport:

@@ -42,9 +42,6 @@ def make_adapter(folder: Path, base: Path | str, factors: Factors, *, magnitude:
     save_adapter(
         model, folder, metadata={"base": str(base), "fingerprint": fingerprint, "r": 16}, card="# A card\n\nText.\n"
     )
-    beside = folder.parent / Path(base).name  # adapters name a base, not where it is: it is looked for above them
-    if Path(base).is_dir() and not beside.exists():
-        beside.symlink_to(base)
     return folder
 
 

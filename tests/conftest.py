@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The note of bases of the one who runs the tests stays as it is.
+os.environ["MMDIT_LORA_HOME"] = tempfile.mkdtemp(prefix="mmdit_lora_home_")
+atexit.register(shutil.rmtree, os.environ["MMDIT_LORA_HOME"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with as many threads as cores fight for them
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

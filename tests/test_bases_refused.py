@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from mmdit_lora.cli import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import nearest, public_name
-from mmdit_lora.lora import add_layout_lora, base_fingerprint, save_adapter
+from mmdit_lora.lora import add_layout_lora, base_fingerprint, read_adapter_header, save_adapter
+from mmdit_lora.lora.known_bases import note_file, recall_base, recall_named, remember_base
 from mmdit_lora.models import LayoutSD3Transformer2DModel
 from mmdit_lora.models.families import stored_transformer
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, load_pipeline
@@ -179,6 +180,10 @@ def test_the_base_is_found_by_its_name(
 
     assert Path(base_of(adapter)) == base  # by the run's own config
     shutil.copytree(adapter, tmp_path / "copies" / "adapter")
+    monkeypatch.setenv("MMDIT_LORA_HOME", str(tmp_path / "home"))
+    remember_base(read_adapter_header(adapter)["fingerprint"], str(base))
+    assert Path(base_of(tmp_path / "copies" / "adapter")) == base  # by this machine's note
+    monkeypatch.setenv("MMDIT_LORA_HOME", str(tmp_path / "empty"))
     with pytest.raises(
         InputError, match=r"names its base 'pipeline', and no such folder is here\n  to mend it: give --base"
     ):
@@ -189,3 +194,23 @@ def test_the_base_is_found_by_its_name(
     (tmp_path / "pipeline").rename(tmp_path / "here" / "data" / "pipeline")
     monkeypatch.chdir(tmp_path / "here")
     assert base_of(tmp_path / "copies" / "adapter") == "data/pipeline"
+
+
+def test_a_note_of_bases_that_cannot_be_used_is_none(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMDIT_LORA_HOME", str(tmp_path / "home"))
+    assert recall_base("f00") is None
+    remember_base("f00", str(base))
+    remember_base("f01", "org/model")
+    assert recall_base("f00") == base
+    assert recall_base("f01") is None
+    assert recall_named(base.name) == base  # whether it is the right one is for the fingerprint to say
+    for content in ("[]", "{", '{"f00": 3}', '{"f00": "/nowhere"}'):
+        note_file().write_text(content)
+        assert recall_base("f00") is None
+    remember_base("f00", str(base))
+    assert recall_base("f00") == base
+    monkeypatch.setenv("MMDIT_LORA_HOME", str(note_file()))  # a file: nothing can be written there
+    remember_base("f02", str(base))
+    assert recall_base("f02") is None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.files import public_name
 from mmdit_lora.lora.adapt import adapter_shapes, find_targets, inject, with_adapter
+from mmdit_lora.lora.known_bases import remember_base
 from mmdit_lora.lora.reading import (
     CONFIG_FILE,
     HEADER_KEY,
@@ -129,6 +130,7 @@ def save_adapter(
         raise InputError(
             f"the adapter holds NaN or infinity, in {', '.join(bad[:4])}", cure="train with a lower learning rate"
         )
+    remember_base(metadata.get("fingerprint"), metadata.get("base"))
     metadata = public_header(metadata)
     config = stored_config(cast(Any, model).peft_config[adapter_name])
     config |= {"base_model_name_or_path": metadata.get("base"), "inference_mode": True}
