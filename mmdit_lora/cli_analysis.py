@@ -11,17 +11,20 @@ import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_model import (
+    AdapterArgument,
     AdapterOption,
     BaseOption,
     BatchOption,
     CountOption,
     DtypeOption,
     GuidanceOption,
+    OwnBase,
     ScaleOption,
     SeedOption,
     SizeOption,
     StepsOption,
     WindowOption,
+    adapter_is_there,
     layouts_of,
     open_with_adapters,
     paint_settings,
@@ -36,8 +39,6 @@ from mmdit_lora.ranges import Range
 if TYPE_CHECKING:
     from mmdit_lora.analysis.resize import Resized
 
-OwnBase = Annotated[str | None, typer.Option("--base", help="Its base; default: the one that it names.")]
-
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
@@ -46,10 +47,15 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or file.")],
+    adapter: AdapterArgument,
     base: OwnBase = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="A second adapter on the same base, whose directions are compared.")
+        str | None,
+        typer.Option(
+            "--against",
+            help="A second adapter on the same base, whose directions are compared.",
+            callback=adapter_is_there,
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for inspect.json and inspect.html.")] = None,
     dtype: DtypeOption = "fp32",
@@ -76,7 +82,7 @@ def inspect(
 
 
 def resize(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or file.")],
+    adapter: AdapterArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     rank: Annotated[
         int | None, number(Range(1, 100_000, whole=True), "--rank", help="The new rank of every linear.")

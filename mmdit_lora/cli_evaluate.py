@@ -20,6 +20,7 @@ from mmdit_lora.cli_model import (
     StepsOption,
     WindowOption,
     adapter_weights,
+    base_is_there,
     fidelity_table,
     open_with_adapters,
     paint_settings,
@@ -51,7 +52,10 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; the same call goes on where it was stopped.")],
     data: Annotated[Path | None, typer.Option("--data", help="Data set folder of layouts with pictures.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Pipeline folder or hub id, to paint with.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Pipeline folder or hub id, to paint with.", callback=base_is_there),
+    ] = None,
     adapter: AdapterOption = None,
     each: Annotated[
         bool, typer.Option("--each", help="Every --adapter is a side of its own; without it they act together.")

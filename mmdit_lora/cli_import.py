@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from mmdit_lora.cli_data import JsonFlag, emit, say
+from mmdit_lora.errors import InputError
+from mmdit_lora.files import exists, nearest, written_as_path
+from mmdit_lora.outputs import check_new_folder
 
 imports = typer.Typer(help="Bring in the weights of other projects.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -41,6 +44,12 @@ def creatilayout(
     as_json: JsonFlag = False,
 ) -> None:
     """CreatiLayout's layout stream (SD3, SD3-LoRA or FLUX) on its base, as a base of ours."""
+    for option, given in (("--base", base), ("--weights", weights)):
+        if not exists(given) and written_as_path(given) and given.startswith((".", "/", "~")):
+            near = nearest(given)
+            cure = f"did you mean {near}?" if near else "give a path that is there, or OWNER/NAME of the hub"
+            raise InputError("no such file or folder", where=f"{option} {given}", cure=cure)
+    check_new_folder(out, verb="import", inputs={"--base": base, "--weights": weights})
     import torch
 
     from mmdit_lora.models.creatilayout_import import import_creatilayout

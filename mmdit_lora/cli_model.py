@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,9 @@ import typer
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError, clip
-from mmdit_lora.files import nearest
-from mmdit_lora.outputs import check_new_folder, new_folder
+from mmdit_lora.files import exists, nearest, output_path
+from mmdit_lora.hub import refuse_no_base
+from mmdit_lora.outputs import check_new_folder, check_open_folder, new_folder
 from mmdit_lora.ranges import (
     ADAPTER_WEIGHT,
     BATCH,
@@ -59,7 +59,7 @@ def folder_and_weight(text: str) -> tuple[str, float]:
         InputError: the weight is no number in `ADAPTER_WEIGHT`.
     """
     folder, equals, weight = text.rpartition("=")
-    if not equals or os.path.lexists(text):
+    if not equals or exists(text):
         return text, 1.0
     try:
         value = float(weight)
@@ -75,16 +75,29 @@ def folder_and_weight(text: str) -> tuple[str, float]:
 def _adapters_are_there(adapters: list[str] | None) -> list[str] | None:
     for given in adapters or ():
         folder, _ = folder_and_weight(given)
-        if not os.path.lexists(folder):  # Path.exists raises for names that are too long
-            found = nearest(folder)
-            raise InputError(
-                "no such file or folder",
-                where=f"--adapter {folder}",
-                cure=f"did you mean {found}?"
-                if found
-                else "give an adapter's folder as `mmdit-lora train` writes it, or what `mmdit-lora export` wrote",
-            )
+        if not exists(folder):
+            raise _no_such_adapter(folder, f"--adapter {folder}")
     return adapters
+
+
+def _no_such_adapter(path: str, where: str) -> InputError:
+    near = nearest(path)
+    cure = f"did you mean {near}?" if near else "give an adapter as `mmdit-lora train` or `mmdit-lora export` wrote it"
+    return InputError("no such file or folder", where=where, cure=cure)
+
+
+def adapter_is_there(adapter: str | None) -> str | None:
+    """The `callback` of an option or argument that is an adapter."""
+    if adapter is not None and not exists(adapter):
+        raise _no_such_adapter(adapter, adapter)
+    return adapter
+
+
+def base_is_there(base: str | None) -> str | None:
+    """The `callback` of an option that is a base to be opened."""
+    if base is not None:
+        refuse_no_base(base)
+    return base
 
 
 def _check_size(text: str | None) -> str | None:
@@ -95,7 +108,11 @@ def _check_size(text: str | None) -> str | None:
 
 # -- options that several verbs have
 
-BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub id.")]
+BaseOption = Annotated[str, typer.Option("--base", help="Pipeline folder or hub id.", callback=base_is_there)]
+OwnBase = Annotated[
+    str | None, typer.Option("--base", help="Its base; default: the one that it names.", callback=base_is_there)
+]
+AdapterArgument = Annotated[str, typer.Argument(help="Adapter folder or file.", callback=adapter_is_there)]
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -147,6 +164,7 @@ def quickstart(
     as_json: JsonFlag = False,
 ) -> None:
     """Train an adapter on the embedded base, show before and after, export it. A few minutes on a CPU."""
+    check_open_folder(out, verb="quickstart", names=())
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.quickstart import quickstart as run
 
@@ -175,6 +193,7 @@ def train(
     from mmdit_lora.config import load_config
 
     settings = load_config(config, overrides or ())
+    output_path(settings.output_dir, folder=True)
     from mmdit_lora.cli_preflight import check_only as look
     from mmdit_lora.cli_preflight import show_preflight
     from mmdit_lora.cli_progress import ProgressLines
@@ -282,7 +301,11 @@ def sample(
 
 def export(
     adapter: Annotated[
-        str, typer.Argument(help="Adapter folder or file; with --to creatilayout also a base, for its stream.")
+        str,
+        typer.Argument(
+            help="Adapter folder or file; with --to creatilayout also a base, for its stream.",
+            callback=adapter_is_there,
+        ),
     ],
     to: Annotated[
         Literal["peft", "diffusers", "kohya", "creatilayout", "merged"],
@@ -292,7 +315,7 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; for kohya a .safetensors file.")],
-    base: Annotated[str | None, typer.Option(help="Its base; default: the one that it names.")] = None,
+    base: OwnBase = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="creatilayout: the whole stream, with the adapter in its weights.")
     ] = False,
@@ -301,6 +324,10 @@ def export(
     """Write an adapter for other tools, read it back in a fresh process, and compare."""
     if merge and to != "creatilayout":
         raise InputError("is for --to creatilayout", where="--merge", cure="--to merged writes a whole base")
+    if to != "kohya":
+        check_new_folder(out, verb="export", inputs={"ADAPTER": adapter, "--base": base})
+    elif out.suffix != ".safetensors":
+        raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
     from mmdit_lora.export import export_adapter
 
     report = export_adapter(adapter, to=to, out=out, base=base, merge=merge)
@@ -314,8 +341,8 @@ def export(
 
 
 def verify(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or file.")],
-    base: Annotated[str | None, typer.Option(help="Its base; default: the one that it names.")] = None,
+    adapter: AdapterArgument,
+    base: OwnBase = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Check that an adapter is whole, fits its base, does something, and that PEFT alone loads it to the same outputs."""

@@ -16,6 +16,7 @@ import typer
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.hub import refuse_no_base
 from mmdit_lora.ranges import BATCH, SIDE, Range
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def plan(
         raise InputError(
             f"is {every}, and nothing is checkpointed", where="--every", cure="add --gradient-checkpointing"
         )
+    if base is not None:
+        refuse_no_base(base, whole=False)
     stream = {"layout_attention": attention, "layout_single_blocks": single_blocks, "phrase_tokens": phrase_tokens}
     with _light_process():
         from mmdit_lora.plan.bases import open_base, preset_base

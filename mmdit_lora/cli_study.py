@@ -12,6 +12,7 @@ import typer
 from mmdit_lora.cli_data import JsonFlag, emit, say
 from mmdit_lora.cli_numbers import number
 from mmdit_lora.errors import InputError
+from mmdit_lora.outputs import check_open_folder
 from mmdit_lora.ranges import SEED, Range
 
 
@@ -54,6 +55,7 @@ def study(
     if bases is not None and name != "intrinsic-dimension":
         raise InputError("is for intrinsic-dimension", where="--bases", cure="give base=... to the others")
     numbers = _seeds(seeds)
+    check_open_folder(out, verb="study", names=())
     from mmdit_lora.config import load_config
 
     settings = load_config(

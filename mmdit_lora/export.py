@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import yaml
@@ -43,7 +43,8 @@ from mmdit_lora.lora import (
     stored_config,
 )
 from mmdit_lora.lora.known_bases import recall_base, recall_named, remember_base
-from mmdit_lora.models.creatilayout import SLOTS
+from mmdit_lora.models.creatilayout import SLOTS, variant_of_model
+from mmdit_lora.models.families import stored_transformer
 from mmdit_lora.outputs import Inputs, check_new_file, check_new_folder, new_folder, refuse_inputs
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
@@ -102,6 +103,10 @@ def export_adapter(
         return _export_stream(str(adapter), out)
     base = base or base_of(adapter)
     refuse_inputs([out], {"--base": base}, verb="export")
+    if to == "creatilayout":  # known from its config, before any weight is opened
+        transformer, stored_config = stored_transformer(base)
+        with torch.device("meta"):
+            variant_of_model(cast(Any, transformer).from_config(stored_config))
     with _place(to, out) as temporary:
         pipe, stored = _open(adapter, base)
         config = pipe.transformer.peft_config["default"]

@@ -1,13 +1,15 @@
-"""Hub ids where files are meant: what the cache of huggingface_hub or the hub has of them."""
+"""Folders of bases and hub ids: what can be said of them, and had of them, before anything heavy is imported."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdit_lora.errors import InputError, clip
+from mmdit_lora.files import exists, nearest, read_text, written_as_path
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -26,7 +28,7 @@ def local_copy(source: str | Path, *, where: str, allow: Sequence[str], ignore: 
         InputError: it is neither here nor to be had, e.g. as there is no connection, or it asks for a login.
     """
     text, path = str(source), Path(source)
-    if _exists(path):
+    if exists(path):
         return path
     owner, _, rest = text.partition("/")
     name, _, inside = rest.partition("/")
@@ -60,8 +62,69 @@ def local_copy(source: str | Path, *, where: str, allow: Sequence[str], ignore: 
     return folder / inside
 
 
-def _exists(path: Path) -> bool:
+def no_such_base(base: str) -> InputError:
+    """For a base that is neither a folder nor a hub id that can be had: the nearest folder that there is."""
+    found = nearest(base)
+    near = found if found is not None and found.is_dir() and not exists(base) else None
+    what = "there is no such folder"
+    if not written_as_path(base):
+        what += ", nor a hub id of this name that is cached or can be reached"
+    return InputError(
+        what,
+        where=base,
+        cure=f"did you mean {near}?"
+        if near
+        else "give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id",
+    )
+
+
+def refuse_no_base(base: str, *, whole: bool = True) -> None:
+    """What can be said of a base before anything heavy is imported: a folder's parts, or that a name leads nowhere.
+
+    Args:
+        whole: a folder must be a pipeline, not a transformer alone.
+
+    Raises:
+        InputError: a folder is no pipeline; a path is not there; offline, a hub id is not in the cache.
+    """
+    if exists(base):
+        if whole and Path(base).is_dir():
+            check_base_folder(Path(base))
+    elif written_as_path(base):
+        raise no_such_base(base)
+    else:
+        from huggingface_hub import constants
+
+        cached = Path(constants.HF_HUB_CACHE) / f"models--{base.replace('/', '--')}"
+        if constants.HF_HUB_OFFLINE and not exists(cached):
+            raise no_such_base(base)
+
+
+def check_base_folder(folder: Path) -> None:
+    """Whether a folder is a diffusers pipeline with all its parts; no weight is opened.
+
+    Raises:
+        InputError: it is not.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        cure = "give a diffusers pipeline folder: model_index.json beside transformer/, vae/, text_encoder/, ..."
+        if (folder / "adapter_config.json").is_file():
+            cure = "this is an adapter: give it as --adapter, and the base it was trained on as --base"
+        raise InputError("is not a base: it has no model_index.json", where=str(folder), cure=cure)
     try:
-        return os.path.lexists(path)
-    except (OSError, ValueError):  # too long, or with a NUL in it
-        return False
+        content: Any = json.loads(read_text(index, what="model_index.json"))
+        content["_class_name"]
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"is no pipeline description ({type(error).__name__}: {clip(error)})", where=str(index)
+        ) from None
+    # transformers makes an empty tokenizer of a folder that is not there.
+    parts = [part for part, source in content.items() if isinstance(source, list) and source[0] is not None]
+    absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
+    if absent:
+        raise InputError(
+            f"lacks {', '.join(absent)}, which model_index.json names", where=str(folder), cure="copy it whole"
+        )

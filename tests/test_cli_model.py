@@ -82,7 +82,7 @@ def test_a_prompt_and_boxes_are_a_layout_without_a_file(base: Path, tmp_path: Pa
 def test_a_prompt_or_a_box_that_is_none_is_refused(
     tmp_path: Path, capsys: Capture, given: list[str], message: str
 ) -> None:
-    assert main(["sample", "--base", "nowhere", *given, "--out", str(tmp_path / "out")]) == 2
+    assert main(["sample", "--base", "data/tiny_base", *given, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error) < 2000

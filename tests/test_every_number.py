@@ -7,8 +7,10 @@ of the pipelines. A new one is found by itself; a text that holds numbers must b
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -117,7 +119,7 @@ def test_an_option_is_refused_by_name_or_in_its_range(option: Option, capsys: Ca
 # Texts that hold numbers: what is written before the number, and a verb whose other options are there.
 def _texts(value: str) -> Iterator[tuple[str, list[str]]]:
     layout = ["--prompt", "x"]
-    sample = ["sample", "--base", "nowhere", "--out", "nowhere_out"]
+    sample = ["sample", "--base", "data/tiny_base", "--out", "nowhere_out"]
     yield "--adapter", [*sample, *layout, "--adapter", f"nowhere={value}"]
     yield "--size", [*sample, *layout, "--size", value]
     yield "--size", [*sample, *layout, "--size", f"64x{value}"]
@@ -299,3 +301,41 @@ def test_a_weight_of_an_adapter_is_refused_by_name_or_finite(pipe: Any, adapter:
             _sample(pipe, LAYOUT, num_inference_steps=1)
     finally:
         remove_adapter(pipe.transformer, "weighed")
+
+
+def _numbers(config: dict[str, Any]) -> list[str]:
+    """The keys of an adapter's config that hold a number, or numbers by name."""
+    plain = [key for key, value in config.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    return [*plain, "rank_pattern", "alpha_pattern"]
+
+
+@settings(quick, max_examples=80)
+@given(value=number, data=st.data())
+def test_a_number_of_an_adapter_s_config_is_refused_by_name_or_gives_finite_images(
+    pipe: Any, adapter: Path, tmp_path_factory: pytest.TempPathFactory, value: Any, data: st.DataObject
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    keys = _numbers(config)
+    assert {"r", "lora_alpha", "lora_dropout"} <= set(keys)
+    key = data.draw(st.sampled_from(keys))
+    folder = tmp_path_factory.mktemp("changed")
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    config[key] = {"layout_processor.layout_mlp.fc1": value} if key.endswith("pattern") else value
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    try:
+        load_adapter(pipe.transformer, folder, adapter_name="changed")
+    except InputError as error:
+        message = str(error)
+    else:
+        message = ""
+    if message:
+        named = (key, key.split("_")[-1], "rank" if key in ("r", "rank_pattern") else "alpha", "shape")
+        assert any(name in message for name in named), (key, value, message)
+        assert len(message) < 2000
+        return
+    try:
+        pipe.set_adapters(["changed"], [1.0])
+        _sample(pipe, LAYOUT, num_inference_steps=1)
+    finally:
+        remove_adapter(pipe.transformer, "changed")
+        shutil.rmtree(folder)

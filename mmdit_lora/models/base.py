@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import exists, nearest, public_name, write_json, written_as_path
+from mmdit_lora.hub import no_such_base
 from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode, without_adapters
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
@@ -76,22 +77,6 @@ def refuse_pickled_weights(folder: Path) -> None:
             where=str(folder),
             cure="get them as .safetensors: many repositories hold both",
         )
-
-
-def no_such_base(base: str) -> InputError:
-    """For a base that is neither a folder nor a hub id that can be had: the nearest folder that there is."""
-    found = nearest(base)
-    near = found if found is not None and found.is_dir() and not exists(base) else None
-    what = "there is no such folder"
-    if not written_as_path(base):
-        what += ", nor a hub id of this name that is cached or can be reached"
-    return InputError(
-        what,
-        where=base,
-        cure=f"did you mean {near}?"
-        if near
-        else "give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id",
-    )
 
 
 def forget_paths(folder: str | Path) -> None:

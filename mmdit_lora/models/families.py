@@ -8,8 +8,9 @@ from typing import Any
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
+from mmdit_lora.hub import no_such_base
 from mmdit_lora.models import flux, sd3
-from mmdit_lora.models.base import Family, LayoutModelMixin, no_such_base
+from mmdit_lora.models.base import Family, LayoutModelMixin
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,8 @@ from huggingface_hub import snapshot_download
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
-from mmdit_lora.models.base import no_such_base, refuse_pickled_weights
+from mmdit_lora.hub import check_base_folder, no_such_base
+from mmdit_lora.models.base import refuse_pickled_weights
 from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 
@@ -44,7 +44,9 @@ def load_pipeline(
 
     folder = Path(base)
     if exists(folder):
-        _check_folder(folder)
+        check_base_folder(folder)
+        for shards in folder.glob("*/*.index.json"):
+            shard_names(shards)  # diffusers would follow a name out of the folder
     elif written_as_path(base):
         raise no_such_base(base)
     try:
@@ -106,29 +108,6 @@ def quiet() -> Iterator[None]:
     finally:
         for module in loggings:
             module.enable_progress_bar()
-
-
-def _check_folder(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        cure = "give a diffusers pipeline folder: model_index.json beside transformer/, vae/, text_encoder/, ..."
-        if (folder / "adapter_config.json").is_file():
-            cure = "this is an adapter: give it as --adapter, and the base it was trained on as --base"
-        raise InputError("is not a base: it has no model_index.json", where=str(folder), cure=cure)
-    try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-        content["_class_name"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"is no pipeline description ({_first_line(error)})", where=str(index)) from None
-    for shards in folder.glob("*/*.index.json"):
-        shard_names(shards)  # diffusers would follow a name out of the folder
-    # transformers makes an empty tokenizer of a folder that is not there.
-    parts = [part for part, source in content.items() if isinstance(source, list) and source[0] is not None]
-    absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
-    if absent:
-        raise InputError(
-            f"lacks {', '.join(absent)}, which model_index.json names", where=str(folder), cure="copy it whole"
-        )
 
 
 def _check_cached(base: str) -> None:
