@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,6 +101,7 @@ def parse_bytes(text: str, *, where: str) -> int:
     """A size such as 500MB, 20GB or 1.5TiB. Raises `InputError` with the option `where`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
-    if match is None or unit is None:
+    size = math.inf if match is None or unit is None else float(match[1]) * unit
+    if not size <= 2**60:
         raise InputError(f"is {text!r}", where=where, cure="give a size such as 500MB, 20GB or 1.5TiB")
-    return int(float(match[1]) * unit)
+    return int(size)

@@ -243,6 +243,13 @@ def sample(
             help='With --prompt: a box, its numbers from 0 to 1, e.g. "0.1,0.1,0.5,0.5=a red circle"; may be given again.',
         ),
     ] = None,
+    box_format: Annotated[
+        Literal["xyxy", "xywh", "cxcywh"], typer.Option("--box-format", help="What the numbers of --box are.")
+    ] = "xyxy",
+    box_units: Annotated[
+        Literal["relative", "pixel", "permille"],
+        typer.Option("--box-units", help="Units of --box: relative (0 to 1), permille (0 to 1000), pixel (of --size)."),
+    ] = "relative",
     adapter: AdapterOption = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
@@ -260,7 +267,7 @@ def sample(
 
     inputs = painting_inputs(base, adapter, layout)
     check_new_folder(out, verb="sample", inputs=inputs)
-    layouts = given_layouts(layout, prompt, box)[:count]
+    layouts = given_layouts(layout, prompt, box, box_format, box_units, size)[:count]
     settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
@@ -365,8 +372,13 @@ def layouts_of(path: Path) -> list[Layout]:
     return read_layouts(path, picture_size=image_size)
 
 
-def given_layouts(layout: Path | None, prompt: str | None, boxes: list[str] | None) -> list[Layout]:
+def given_layouts(
+    layout: Path | None, prompt: str | None, boxes: list[str] | None, order: str, units: str, size: str | None
+) -> list[Layout]:
     """The layouts of `--layout`, or the one of `--prompt` and `--box`.
+
+    Args:
+        order, units: of the boxes' numbers, see `Layout.from_dict`. size: of the image, for pixels.
 
     Raises:
         InputError: not exactly one of the two is given, or what is given is no layout.
@@ -383,7 +395,13 @@ def given_layouts(layout: Path | None, prompt: str | None, boxes: list[str] | No
         )
     from mmdit_lora.layout import Layout
 
-    return [Layout.from_dict({"caption": prompt, "boxes": [_box(text) for text in boxes or ()]})]
+    given: dict[str, Any] = {"caption": prompt, "boxes": [_box(text) for text in boxes or ()]}
+    given |= {"bbox_format": order, "bbox_units": units}
+    if units == "pixel":
+        if size is None:
+            raise InputError("is missing", where="--size", cure="boxes in pixels need the image's size, e.g. 1184x880")
+        given["height"], given["width"] = _size(size)
+    return [Layout.from_dict(given)]
 
 
 def _box(text: str) -> dict[str, Any]:

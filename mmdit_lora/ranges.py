@@ -103,7 +103,7 @@ OF_ARGUMENT = {
     "sigmas": SHARE,
     "max_sequence_length": Range(1, 65_536, whole=True),
 }
-_FINITE = Range(-1e30, 1e30)
+FINITE = Range(-1e30, 1e30)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             if within is not None and number is not None:
                 within.check(number, name)
             elif isinstance(number, float):
-                _FINITE.check(number, name)
+                FINITE.check(number, name)
 
 
 def check_window(window: Any, where: str = "layout_window") -> None:

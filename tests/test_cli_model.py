@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli import main
+from mmdit_lora.cli_model import given_layouts
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from tests.test_layout_stream_method import stock_flux
 
@@ -63,6 +64,19 @@ def test_a_prompt_and_boxes_are_a_layout_without_a_file(base: Path, tmp_path: Pa
         assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
     records = [json.loads((tmp_path / name / "sample.json").read_text()) for name in ("file", "given")]
     assert records[0]["pictures"] == records[1]["pictures"]
+
+
+@pytest.mark.parametrize(
+    ("box", "order", "units", "size"),
+    [
+        ("100,250,500,1000=x", "xyxy", "permille", None),
+        ("0.1,0.25,0.4,0.75=x", "xywh", "relative", None),
+        ("3.2,16,16,64=x", "xyxy", "pixel", "32x64"),
+    ],
+)
+def test_a_box_may_be_in_other_units(box: str, order: str, units: str, size: str | None) -> None:
+    (layout,) = given_layouts(None, "x", [box], order, units, size)
+    assert layout.boxes[0].xyxy == pytest.approx((0.1, 0.25, 0.5, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from mmdit_lora import Box, Layout, ranges
 from mmdit_lora.cli import app, main
 from mmdit_lora.config import Config
+from mmdit_lora.config_filter import FilterSection
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import load_adapter, remove_adapter
 from mmdit_lora.pipelines import load_pipeline
@@ -124,6 +125,12 @@ def _texts(value: str) -> Iterator[tuple[str, list[str]]]:
     yield "--size", [*sample, *layout, "--size", value]
     yield "--size", [*sample, *layout, "--size", f"64x{value}"]
     yield "boxes[0]", [*sample, *layout, "--box", f"0,0,{value},1=x"]
+    yield "boxes[0]", [*sample, *layout, "--box-units", "permille", "--box", f"0,0,{value},1=x"]
+    shard = ["data", "shard", "nowhere", "--out", "nowhere_out", "--size"]
+    yield "--size", [*shard, f"{value}GB"]
+    for key in FilterSection.model_fields:
+        if not key.endswith("_phrases"):
+            yield "--filter", [*shard, "1GB", "--filter", f"{key}={value}"]
     yield "--seeds", ["study", "rank", "nowhere.yaml", "--out", "nowhere_out", "--seeds", f"0,{value}"]
 
 

@@ -13,12 +13,12 @@ Nothing of an adapter file is trusted: numbers are checked here, and its regular
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -287,7 +287,10 @@ def _entries(kind: str, patterns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An int may be too large for a float, and is finite.
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and (isinstance(value, int) or isfinite(value))
+    )
 
 
 def _config_of(ranks: Mapping[str, int], alphas: Mapping[str, float], **more: Any) -> peft.LoraConfig:

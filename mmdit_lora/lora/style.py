@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.lora.style_names import EMBEDDINGS, LEAVES, REFUSED, FamilyNames, Place, Places, split_key
 from mmdit_lora.models.adapter_layers import adapter_layers
+from mmdit_lora.ranges import FINITE
 
 _ADDED = {"alpha", "bias", "up_bias", "dora_scale", "magnitude"}  # beside any method's own tensors
 # Method: tensors that it needs, tensors that it may have.
@@ -266,7 +267,7 @@ class _Hint:
                 break
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if value not in FINITE:
             raise InputError(f"lora_alpha is {clip(repr(value))}, not a finite number")
         return float(value)
 
