@@ -114,8 +114,8 @@ MUTATIONS = (
         BASE,
         "return layout[batch:]",
         "return layout[:batch]",
+        "models",
         "pipeline",
-        "families",
     ),
     _m(
         "padding is attended to",
@@ -163,7 +163,7 @@ MUTATIONS = (
         FLUX,
         "layout = layout.dropped()",
         "layout = layout",
-        "flux_pipeline",
+        "families",
     ),
     _m(
         "FLUX: rotary position of layout tokens",
@@ -397,7 +397,7 @@ def run(mutation: Mutation, tree: Path) -> str | None:
         file.write_text(right, encoding="utf-8")
     if done.returncode not in (0, 1, 2):
         raise SystemExit(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    caught = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    caught = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return caught[1] if done.returncode and caught else None
 
 
