@@ -160,8 +160,6 @@ def convert(
         bbox_units=bbox_units,
         skip_missing=skip_missing,
     )
-    if not source.records:
-        raise InputError("holds no picture with a box", where=str(src))
     parts = {"": source.records} if holdout is None else _held_out(source.records, holdout, src)
     names = _file_names(source.records)
     write_format(to, out, {part: _items(records, names) for part, records in parts.items()})

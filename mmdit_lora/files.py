@@ -199,16 +199,22 @@ def decode_text(content: bytes, *, where: str, first_line: int = 1) -> str:
     """
     wide = content.startswith(_UTF16)
     try:
+        if not wide and b"\0" in content:
+            line = content[: content.index(b"\0")].count(b"\n") + first_line
+            raise InputError(
+                f"holds a NUL in line {line}, as UTF-16 without a byte order mark does",
+                where=where,
+                cure="save it as UTF-8",
+            )
         return content.decode("utf-16") if wide else content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if wide:
             raise InputError(f"is not whole UTF-16 text ({error.reason} at byte {error.start})", where=where) from None
         line = content[: error.start].count(b"\n") + first_line
-        guess = "" if b"\0" in content else ", probably Windows-1252 (Latin-1)"
         raise InputError(
-            f"is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}{guess}",
+            f"is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}, probably Windows-1252 (Latin-1)",
             where=where,
-            cure="save it as UTF-8" if not guess else "save it as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)",
+            cure="save it as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)",
         ) from None
 
 

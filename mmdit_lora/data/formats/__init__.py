@@ -301,6 +301,8 @@ def read_format(
     if errors and not collect_errors:
         found = hint(set_evidence(_own_written(context))) if kind.read is None and _of_boxes(errors) else None
         raise several(errors, where=str(src), hint=found)
+    if not records and not errors:
+        raise InputError("holds no picture with a box", where=str(src))
     for key in phrases:
         if key not in names and not errors:
             raise unknown_key(key, sorted(names), where="--map")
