@@ -336,6 +336,9 @@ def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], where: Pat
     ranks = {name.removeprefix(KEY_PREFIX): rank for name, rank in _ranks(tensors).items()}
     if len(ranks) > _MAX_PATTERNS:
         raise InputError(f"adapts {len(ranks):,} linears; {_MAX_PATTERNS:,} are read at most", where=str(where))
+    for kind in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(config, kind), str):
+            _compiled(pattern, kind, str(where))
     by_expression = isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
     if (by_expression or config.layers_to_transform is not None or config.layers_pattern) and ranks:
         config.target_modules = sorted(ranks)
@@ -374,15 +377,23 @@ def _matches(pattern: str, name: str, kind: str, where: str, seconds: float) -> 
     Raises:
         InputError: the pattern is none, or no time is left.
     """
-    what = f"{kind} {clip(repr(pattern), 100)}"
-    if len(pattern) > 1_000:
-        raise InputError(f"{what} is longer than 1,000 characters", where=where, cure="state module names")
+    _compiled(pattern, kind, where)
     try:
         before = time.monotonic()
         matched = regex.match(rf"(.*\.)?({pattern})$", name, timeout=max(seconds, 1e-3)) is not None
         return matched, seconds - (time.monotonic() - before)
     except TimeoutError:
+        what = f"{kind} {clip(repr(pattern), 100)}"
         raise InputError(f"{what} takes too long to match", where=where, cure="state module names") from None
+
+
+def _compiled(pattern: str, kind: str, where: str) -> None:
+    """Raises `InputError`: `pattern` is no regular expression, or longer than anybody writes one."""
+    what = f"{kind} {clip(repr(pattern), 100)}"
+    if len(pattern) > 1_000:
+        raise InputError(f"{what} is longer than 1,000 characters", where=where, cure="state module names")
+    try:
+        regex.compile(pattern)
     except (regex.error, RecursionError, MemoryError, OverflowError) as error:
         raise InputError(f"{what} is no regular expression: {error}", where=where, cure="state module names") from None
 
