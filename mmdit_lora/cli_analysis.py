@@ -169,7 +169,7 @@ def attribute(
     from mmdit_lora.analysis.attribution import attribute as run
     from mmdit_lora.analysis.attribution_sheet import sheet
     from mmdit_lora.cli_progress import ProgressLines
-    from mmdit_lora.evaluate.draw import save_png
+    from mmdit_lora.evaluate.draw import phrase_colors, save_png
     from mmdit_lora.files import write_json
 
     with new_folder(out, verb="attribute", inputs=inputs) as temporary:
@@ -195,8 +195,9 @@ def attribute(
                 for number, each in enumerate(found)
             ],
         }
+        colors = phrase_colors(layouts)
         for number, each_found in enumerate(found):
-            save_png(sheet(each_found), temporary / f"{number:04d}.png")
+            save_png(sheet(each_found, colors), temporary / f"{number:04d}.png")
         write_json(temporary / "attribution.json", report)
     say(f"{'share inside the box / its area':<40} {'change':>9} {'attention':>10}")
     for each_found in found:

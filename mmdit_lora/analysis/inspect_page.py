@@ -16,7 +16,8 @@ from mmdit_lora.html import document
 
 _STYLE = """
 .lead{color:var(--soft);margin:0 0 12px;max-width:75ch}.charts.pair{grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr))}
-code{font-size:13px;overflow-wrap:anywhere}
+code{font-size:13px;overflow-wrap:anywhere}svg{height:auto}
+.charts.one figure{overflow-x:auto}.charts.one svg{min-width:560px}
 """
 
 
