@@ -38,6 +38,7 @@ def test_a_card_without_pictures_or_held_out_ones_says_so(base: Path, data: Path
     assert "nothing was measured" in text
     assert "samples.png" not in text
     assert sorted(path.name for path in (tmp_path / "run" / "adapter").iterdir()) == [
+        ".mmdit_lora.json",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",

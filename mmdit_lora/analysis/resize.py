@@ -31,7 +31,7 @@ from mmdit_lora.lora import (
     save_adapter,
 )
 from mmdit_lora.lora.adapt import inject
-from mmdit_lora.outputs import check_new_folder
+from mmdit_lora.outputs import MARKER, check_new_folder
 from mmdit_lora.pipelines import PaintSettings
 
 CARD = "README.md"
@@ -295,7 +295,7 @@ def _beside(adapter: Path) -> Mapping[str, bytes]:
     """Files of the adapter folder that go along, e.g. the pictures of its card."""
     if not adapter.is_dir():
         return {}
-    known = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, CARD)
+    known = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, CARD, MARKER)
     return {
         file.name: file.read_bytes() for file in sorted(adapter.iterdir()) if file.is_file() and file.name not in known
     }
