@@ -19,7 +19,7 @@ from mmdit_lora.html import code_markdown, escape_markdown
 from mmdit_lora.pipelines import PaintSettings
 from mmdit_lora.training.card import adapter_card
 
-HOSTILE = 'a<script>alert(1)</script>|`b` *c* [d](http://e) & "f" \n# g'
+HOSTILE = 'a<script>alert(1)|`b` *c* [d](e) & "f" \n# g'  # without "/": a card names a folder by its last part
 
 
 def test_escaped_markdown_is_one_line_in_which_nothing_acts() -> None:
