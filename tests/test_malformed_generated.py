@@ -2,6 +2,7 @@
 
 Each ends the command with exit code 2 and one message of less than 2,000 characters, within 20 seconds and 2 GB: limits that
 nothing comes near, but a reader that waits for a FIFO, follows a link to /dev/zero or tries a regular expression on a long name.
+The default suite runs one in three of each kind, the same ones each time; the others are marked slow.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -35,6 +37,15 @@ def imported() -> None:
     """The libraries take seconds to come, whatever the input."""
     import mmdit_lora.export
     import mmdit_lora.training.trainer  # noqa: F401
+
+
+def one_in_three(cases: Iterable[Any], name: Callable[[Any], str] = str) -> list[Any]:
+    """The cases as parameters, of every three two marked slow."""
+    ordered = sorted(cases, key=lambda case: zlib.crc32(name(case).encode()))
+    return [
+        pytest.param(case, id=name(case), marks=[pytest.mark.slow] if number % 3 else [])
+        for number, case in enumerate(ordered)
+    ]
 
 
 @contextmanager
@@ -153,7 +164,7 @@ def data_cases() -> Iterator[tuple[str, str, str]]:
                 yield name, file, fault
 
 
-@pytest.mark.parametrize("case", sorted(data_cases()), ids=lambda case: ": ".join(case))
+@pytest.mark.parametrize("case", one_in_three(data_cases(), ": ".join))
 def test_data_sets(case: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, file, fault = case
     src = tmp_path / "src"
@@ -183,7 +194,7 @@ def _is_section(annotation: Any) -> bool:
 WRONG_VALUES: dict[str, Any] = {"an object": {"x": {"y": 1}}, "a date": "2024-01-01", "not a number": float("nan")}
 
 
-@pytest.mark.parametrize("key", sorted(keys_of(Config)), ids=".".join)
+@pytest.mark.parametrize("key", one_in_three(keys_of(Config), ".".join))
 def test_config_keys(key: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config: dict[str, Any] = {"base": "data/tiny_base", "data": {"path": "shapes://basic?count=8&seed=1"}}
     section = config
@@ -218,13 +229,13 @@ CONFIG_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIG_TEXTS)
+@pytest.mark.parametrize("name", one_in_three(CONFIG_TEXTS))
 def test_config_texts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG_TEXTS[name])
     refused(["train", str(tmp_path / "run.yaml"), "--check-only"], capsys)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", one_in_three(FAULTS))
 def test_config_files(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("base: data/tiny_base\ndata: {path: x}\n")
@@ -261,7 +272,7 @@ def sample_layout(file: Path, tmp_path: Path) -> list[str]:
     return ["sample", "--base", "data/tiny_base", "--layout", str(file), "--out", str(tmp_path / "out"), "--steps", "1"]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", one_in_three(LAYOUTS))
 def test_layouts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "layout.json"
     file.write_text(json.dumps(LAYOUTS[name]))
@@ -270,7 +281,7 @@ def test_layouts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", one_in_three(FAULTS))
 def test_layout_files(fault: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / f"layout{suffix}"
     file.write_text(json.dumps({"caption": "c", "boxes": [BOX]}))
@@ -391,7 +402,7 @@ def _opened(base: Path) -> Any:
     return _BASES[base]
 
 
-@pytest.mark.parametrize("name", adapter_cases())
+@pytest.mark.parametrize("name", one_in_three(adapter_cases()))
 def test_adapters(
     name: str, adapter: Path, base: Path, one_base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -425,7 +436,7 @@ def base_cases() -> Iterator[tuple[str, str]]:
             yield file, fault
 
 
-@pytest.mark.parametrize("case", base_cases(), ids=": ".join)
+@pytest.mark.parametrize("case", one_in_three(base_cases(), ": ".join))
 def test_bases(case: tuple[str, str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, fault = case
     folder = tmp_path / "base"
@@ -462,7 +473,7 @@ def _kinds(parameter: Any) -> set[Any]:
     return {annotation, *get_args(annotation)}
 
 
-@pytest.mark.parametrize("case", sorted(set(option_cases())), ids=" ".join)
+@pytest.mark.parametrize("case", one_in_three(set(option_cases()), " ".join))
 def test_options(case: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verb = next(number for number, part in enumerate(case) if part.startswith("-"))
     needed = list(_needed(case[:verb], tmp_path, case[verb]))
