@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mmdit_lora.cli import main
 from mmdit_lora.data.records import write_dataset
@@ -326,7 +329,15 @@ def test_adapters_side_by_side(base: Path, data: Path, adapter: Path, tmp_path: 
         shown = [tmp_path / "both" / "pictures" / side, tmp_path / side / "pictures" / "adapter"]
         mine, theirs = ([Image.open(path).tobytes() for path in sorted(f.glob("*.png"))] for f in shown)
         assert mine == theirs
-    assert "adapter_2" not in run("together", "--adapter", one, "--adapter", half)
+    # Together: two adapters; one alone given twice would act twice, and is refused.
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    file = other / "adapter_model.safetensors"
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    save_file({name: 0.5 * value for name, value in load_file(file).items()}, file, metadata=metadata)
+    assert "adapter_2" not in run("together", "--adapter", one, "--adapter", str(other))
+    assert main(command(base, data, tmp_path / "twice", "--adapter", one, "--adapter", half)) == 2
 
 
 class Tags(HTMLParser):
