@@ -20,9 +20,9 @@ class InputError(ValueError):
 
     def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
         # Messages echo keys and values of files, which may be megabytes long.
-        self.what = clip(what, 1000)
-        self.where = None if where is None else clip(where, 400)
-        self.cure = None if cure is None else clip(cure, 500)
+        self.what = clip(what, 900)
+        self.where = None if where is None else clip(where, 300)
+        self.cure = None if cure is None else clip(cure, 700)
         super().__init__(self.what)
 
     def at(self, where: str) -> InputError:

@@ -270,7 +270,7 @@ def test_check_only_and_report_count_what_is_left_out(
     counts = json.loads(captured.out)["filter"]
     assert counts["boxes"] == counts["records"] == 12
     assert counts["boxes_left_out"] == {"beyond max_boxes": before - 12}
-    assert f"warning data.filter left out {before - 12} boxes" in " ".join(captured.err.split())
+    assert f"data.filter left out {before - 12} boxes" in " ".join(captured.err.split())
     assert main(["train", str(path)]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["filter"] == counts

@@ -105,7 +105,7 @@ def test_it_holds_the_base_where_it_was(base: Path, data: Path, layouts: Path, t
         if not prior:
             config = config.model_copy(update={"prior": config.prior.model_copy(update={"layouts": None})})
         model = train(config).pipe.transformer.eval()
-        run = started(config_of(base, data, tmp_path / "measure", layouts))
+        run = started(config_of(base, data, tmp_path / f"measured_{out.name}", layouts))
         assert run.prior is not None
         with torch.no_grad():
             batches = [run.prior.batch(n, 1, 0) for n in range(3)]
