@@ -172,6 +172,7 @@ def test_a_plain_base_of_another_family_from_stream_to_pictures(
     assert {"base", "adapter", "ground_truth", "shuffled"} <= report.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["peft", "merged"])
 def test_exports_are_read_back_and_equal(
     base: Path, adapter: Path, layouts: Path, tmp_path: Path, capsys: Capture, to: str

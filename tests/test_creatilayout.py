@@ -163,6 +163,7 @@ print(peak[0] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_stays_near_one_shard(tmp_path: Path) -> None:
     """The variant whose tensors are computed, not copied: 120 MB written in shards of 10 MB, in a process of its own.

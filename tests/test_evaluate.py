@@ -394,6 +394,7 @@ def test_wrong_input(args: list[str], said: str, base: Path, data: Path, tmp_pat
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_killed_halfway_it_goes_on(base: Path, data: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags = ["--batch-size", "1", "--steps", "20"]

@@ -156,6 +156,7 @@ START = at_any_time(1.0)  # while everything is set up
 KINDS = [START, STEP, while_saving, while_pruning, STEP]
 
 
+@pytest.mark.slow
 def test_four_kills_change_no_bit(forks: Any, base: Path, data: Path, tmp_path: Path) -> None:
     disturbed_equals_undisturbed(forks, base, data, tmp_path, [START, while_saving, STEP, while_pruning], steps=24)
 

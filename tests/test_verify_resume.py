@@ -69,6 +69,7 @@ def config(base: Path, data: Path, tmp_path: Path) -> Config:
     return make_config(base, data, tmp_path / "run", train=train, data=data_section)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_found_equal_and_one_with_kills_too(config: Config, tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
     verdict = verify_resume(config, steps=3, kills=1, tell=lambda phase, done, *_: told.append((phase, done)))
