@@ -483,8 +483,14 @@ def killed_at(step: int, action: Callable[[], None]) -> bool:
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("one_step", [True, False], ids=["renameat2", "two renames"])
-@pytest.mark.parametrize("before", [None, "old"], ids=["fresh", "replaced"])
+@pytest.mark.parametrize(
+    ("one_step", "before"),
+    [
+        pytest.param(True, None, id="fresh", marks=pytest.mark.slow),
+        pytest.param(True, "old", id="replaced by renameat2"),
+        pytest.param(False, "old", id="replaced by two renames", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_every_step_of_a_folder(
     one_step: bool, before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,7 +524,9 @@ def open_and_write(out: Path, text: str) -> None:
         written(out / "adapter", text)
 
 
-@pytest.mark.parametrize("before", [None, "old"], ids=["fresh", "replaced"])
+@pytest.mark.parametrize(
+    "before", [pytest.param(None, id="fresh"), pytest.param("old", id="replaced", marks=pytest.mark.slow)]
+)
 def test_killed_at_every_step_of_an_open_folder(before: str | None, tmp_path: Path) -> None:
     step, killed = 0, True
     while killed:

@@ -30,6 +30,7 @@ KILLS = 10
 FEWER = {"export": 4, "study": 3, "quickstart": 4}  # each of their starts takes several seconds
 # Files with times in them: that they are there is all that is compared.
 TIMED = (
+    ".index.safetensors",  # the time of its shard
     "report.json",
     "report.html",
     "figures.json",
@@ -110,9 +111,10 @@ def argv_of(verb: str, inputs: Inputs, out: Path, theirs: tuple[Path, Path]) -> 
 
 def contents(out: Path) -> dict[str, bytes | None]:
     """Relative names, and bytes where they hold no times."""
-    found = [out] if out.is_file() else sorted(out.rglob("*"))
+    found = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.parent.name != "locks")
     return {
-        str(path.relative_to(out)): None if path.is_dir() or path.name in TIMED else path.read_bytes() for path in found
+        str(path.relative_to(out)): None if path.is_dir() or path.name.endswith(TIMED) else path.read_bytes()
+        for path in found
     }
 
 
@@ -142,7 +144,7 @@ def test_killed_at_any_moment_and_called_again(verb: str, forks: Any, inputs: In
         killed += live(out, max(1, count * (number + 1) // (kills + 1))) == -9
         if verb == "init":
             out.unlink(missing_ok=True)  # it replaces no file
-    assert killed >= kills // 2
+    assert killed >= kills // 3  # what goes on has less to do each time
     assert live(out, None) == 0
     assert counted.read_text().split()[1] == "0"
     expected = {
