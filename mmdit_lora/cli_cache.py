@@ -63,7 +63,7 @@ def cache(
         config = load_config(source, overrides or ())
     folder = Path(out if out is not None else config.data.cache or DEFAULT_FOLDER)
     inputs = {"base": config.base, "data.path": config.data.path, "data.validation": config.data.validation}
-    refuse_inputs([folder], inputs, verb="data cache")
+    refuse_inputs([folder], inputs, verb="data cache", inside=False)
     from mmdit_lora.cli_data import emit, say
     from mmdit_lora.cli_progress import ProgressLines
     from mmdit_lora.data.cache import DiskCache

@@ -171,6 +171,8 @@ def open_folder(
         marker.write(out)
 
         def settle() -> str | None:
+            if nested:
+                return None  # the verb around this one goes on writing
             if fresh and not _top(out):
                 (out / MARKER).unlink(missing_ok=True)
                 return None
@@ -178,7 +180,7 @@ def open_folder(
             there = [name for name in now.files if (out / name).exists()]
             now.files = {name: None if name in logs else _stamp(out / name) for name in there}
             now.write(out)
-            return None if nested else f"{again} goes on with {out}"
+            return f"{again} goes on with {out}"
 
         forget = on_abandon(settle)
         try:

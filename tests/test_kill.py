@@ -147,7 +147,9 @@ def while_saving() -> Moment:
 
 def while_pruning() -> Moment:
     """As soon as one is being removed, or a little too late."""
-    return lambda folder: len(checkpoints(folder)) > KEEP and bool(hidden(folder))
+    return lambda folder: (
+        len(checkpoints(folder)) > KEEP + 1 or (len(checkpoints(folder)) >= KEEP and bool(hidden(folder)))
+    )
 
 
 CHANCE = random.Random(0)

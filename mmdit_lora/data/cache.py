@@ -34,7 +34,6 @@ from mmdit_lora.outputs import refuse_unmarked
 FORMAT = "v1"  # of the files and of all keys; another one is another folder
 LATENTS, PROMPTS, PHRASES, VIEWS, WEIGHTS = KINDS = ("latents", "prompts", "phrases", "views", "weights")
 
-_LOCKS = "locks"
 _HALF_WRITTEN = re.compile(rf"(?:{re.escape(RESERVED)}|\.)([0-9a-f]{{64}})[-.]")  # the second, of earlier versions
 _HEADER_KEY = "mmdit_lora"
 _NO_CHECK = b"0" * 32
@@ -104,7 +103,7 @@ class DiskCache:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        refuse_unmarked(self.root, own=f"{FORMAT}/{_LOCKS}")
+        refuse_unmarked(self.root, own=FORMAT)
         self.folder = self.root / FORMAT
         self.stats = CacheStats()
         self._verified: dict[tuple[str, str], tuple[int, int, int]] = {}
@@ -257,7 +256,7 @@ class DiskCache:
         return f"{self.folder}/{kind}/{key[:2]}/{key}.safetensors"
 
     def _lock(self, key: str) -> FileLock:
-        locks = self.folder / _LOCKS
+        locks = self.folder / "locks"
         with told(locks):
             locks.mkdir(parents=True, exist_ok=True)
         return FileLock(locks / key[:3], poll_interval=0.01)
