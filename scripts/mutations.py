@@ -341,7 +341,7 @@ MUTATIONS = (
     _m(
         "the best checkpoint is pruned",
         "training/checkpoint.py",
-        "if old.step != best:",
+        "if old.step != best and not old.others():",
         "if True:",
         "training_choices",
         "trainer",
@@ -376,9 +376,17 @@ MUTATIONS = (
     _m(
         "an export that differs counts",
         "export.py",
-        "if difference > TOLERANCE:\n        raise RuntimeError",
-        "if False:\n        raise RuntimeError",
+        "if not velocity <= TOLERANCE or not (image is None or image <= IMAGE_TOLERANCE):",
+        "if False:",
         "export",
+        "cli_model",
+    ),
+    _m(
+        "dropout stays on while sampling",
+        "models/adapter_layers.py",
+        "module.training = False",
+        "pass",
+        "pipeline_with_adapter",
     ),
 )
 
