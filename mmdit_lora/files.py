@@ -27,6 +27,7 @@ from mmdit_lora.locks import start_of
 # named so, and whether the process is dead can be told.
 RESERVED = ".mmdit_lora-"
 _TEMPORARY = re.compile(re.escape(RESERVED) + r"[0-9a-f]+-(\d+)-(\d+)-[0-9a-f]{8}(\.\w*)?")
+_LOCK_NAME = re.compile(re.escape(RESERVED) + r"(lock|[0-9a-f]+\.lock)")
 _OLD = "was"  # in a temporary folder: what was moved aside, under its own name
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -321,6 +322,11 @@ def output_path(path: str | Path, *, folder: bool) -> Path:
         kind = "file" if is_file else "folder"
         raise InputError(f"is {kind_of(mode)}, not a {kind}", where=str(place), cure=cure)
     return Path(os.path.realpath(given))
+
+
+def is_reserved(name: str) -> bool:
+    """Whether the program names a temporary or a lock so; a user's `.mmdit_lora-notes` is none."""
+    return bool(_TEMPORARY.fullmatch(name) or _LOCK_NAME.fullmatch(name))
 
 
 def make_folders(path: Path) -> list[Path]:

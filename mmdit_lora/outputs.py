@@ -25,6 +25,7 @@ from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import (
     RESERVED,
     atomic_folder,
+    is_reserved,
     kind_of,
     make_folders,
     on_abandon,
@@ -109,10 +110,12 @@ def check_new_folder(out: str | Path, *, verb: str, inputs: Inputs | None = None
     """Before any work: whether `new_folder` may write `out`; returns it without links. Writes nothing.
 
     Raises:
-        InputError: it is, holds or lies in an input; it is no folder; it holds something else than what `verb` wrote.
+        InputError: it is, holds or lies in an input; it is no folder; it holds something else than what `verb` wrote; it
+            cannot be replaced as a whole, as a mount point and the folder that one is in cannot.
     """
     out = output_path(out, folder=True)
     refuse_inputs([out], inputs or {}, verb=verb)
+    _refuse_irreplaceable(out, verb)
     names = _names(out)
     if not names:
         _refuse_held(out)
@@ -316,6 +319,20 @@ def _locked(place: Path, file: Path, what: Path) -> Iterator[FolderLock]:
             undo()
 
 
+def _refuse_irreplaceable(out: Path, verb: str) -> None:
+    """Raises `InputError`: `out` cannot be renamed, or a renamed one would leave the user's shell in a removed folder."""
+    here = Path.cwd()
+    kind = "the current directory" if out == here else "above the current directory" if out in here.parents else ""
+    if not kind and os.path.ismount(out):
+        kind = "a mount point"
+    if kind:
+        raise InputError(
+            f"is {kind}, and `{verb}` replaces its folder as a whole",
+            where=_where(out, verb),
+            cure="give a folder in it",
+        )
+
+
 def _refuse_held(out: Path) -> None:
     """Raises `InputError`: a process that writes file by file has just begun in `out`."""
     if (out / _LOCK).exists():
@@ -362,7 +379,7 @@ def _top(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(folder), cure="give another folder") from None
-    return [name for name in names if name != MARKER and not name.startswith(RESERVED) and name not in _LITTER]
+    return [name for name in names if name != MARKER and not is_reserved(name) and name not in _LITTER]
 
 
 def _names(folder: Path) -> list[str]:

@@ -340,6 +340,27 @@ def test_a_start_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+def test_the_folder_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "..", "/"):
+        with pytest.raises(InputError, match="current directory"):
+            check_new_folder(out, verb="sample")
+    assert main(["data", "make", "shapes", "--count", "2", "--out", "."]) == 2
+    assert not list(Path().iterdir())
+    with pytest.raises(InputError, match="is a mount point"):
+        check_new_folder("/proc", verb="sample")
+
+
+def test_a_file_that_begins_as_temporaries_do_is_the_users(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        with new_folder(tmp_path / "out", verb="sample") as folder:
+            (folder / "a.txt").write_text(text)
+    (tmp_path / "out" / f"{RESERVED}notes").write_text("mine")
+    with pytest.raises(InputError, match="did not write"):
+        check_new_folder(tmp_path / "out", verb="sample")
+
+
 def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
