@@ -38,6 +38,7 @@ from mmdit_lora.lora import (
     public_header,
     read_adapter_config,
     read_adapter_header,
+    require_own_targets,
     save_adapter,
     save_tensors,
     stored_config,
@@ -133,10 +134,11 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
         `max_image_diff`.
 
     Raises:
-        InputError: it is no adapter, damaged, of another base, or has no effect at all.
+        InputError: it is no adapter, damaged, of another base, or has no effect at all; or PEFT cannot load it by its config.
     """
     base = base or base_of(adapter)
     pipe, stored = _open(adapter, base)
+    require_own_targets(stored)
     expected, effect = _reference(pipe)
     count = sum(p.numel() for name, p in pipe.transformer.named_parameters() if "lora_" in name)
     del pipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.export import verify_adapter
 from mmdit_lora.lora import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -28,13 +30,18 @@ from mmdit_lora.lora import (
     lora_parameters,
     lora_state_dict,
     merge_adapter,
+    read_adapter,
+    read_adapter_config,
     read_adapter_header,
+    reading,
     remove_adapter,
+    require_own_targets,
     save_adapter,
 )
 from mmdit_lora.lora.storage import _in_order
 from mmdit_lora.models import LayoutSD3Transformer2DModel
 from mmdit_lora.outputs import MARKER
+from mmdit_lora.pipelines import load_pipeline
 from tests.tiny import tiny_inputs, tiny_layout, tiny_transformer, trained_adapter, velocity
 
 INPUTS, LAYOUT = tiny_inputs(), tiny_layout()
@@ -185,6 +192,9 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha is infinite": (edit_config(lora_alpha=float("-inf")), "lora_alpha is -inf, not a finite number"),
     "alpha is absurd": (edit_config(lora_alpha=1e300), "lora_alpha is 1e+300, not a finite number up to"),
     "alpha is a whole number beyond floats": (edit_config(lora_alpha=10**400), "not a valid LoraConfig"),
+    "alpha is zero": (edit_config(lora_alpha=0), "lora_alpha is 0, with which the adapter does nothing"),
+    "alpha is a zero below": (edit_config(lora_alpha=-0.0), "lora_alpha is 0, with which"),
+    "an alpha of some is zero": (with_pattern("alpha_pattern", "fc1", 0), "alpha_pattern['fc1'] is 0, with which"),
     "alpha is text": (edit_config(lora_alpha="32"), "lora_alpha is '32'"),
     "an alpha of some is NaN": (with_pattern("alpha_pattern", "fc1", float("nan")), "alpha_pattern['fc1'] is nan"),
     "a rank of some is 0": (with_pattern("rank_pattern", "fc1", 0), "rank_pattern['fc1'] is 0"),
@@ -358,6 +368,102 @@ def test_an_alpha_pattern_that_cannot_be_matched_is_refused(
         load_adapter(tiny_transformer(), tmp_path / "adapter")
     assert says in str(refusal.value)
     assert "alpha_pattern" in str(refusal.value)
+
+
+OPTIONS: dict[str, Any] = {
+    "alora_invocation_tokens": [1],
+    "arrow_config": {"top_k": 1},
+    "corda_config": {"a": 1},
+    "ensure_weight_tying": True,
+    "eva_config": {"rho": 0},
+    "fan_in_fan_out": True,
+    "kasa_config": {"beta": -1},
+    "layer_replication": [[0, 1]],
+    "loftq_config": {"loftq_bits": 4},
+    "lora_ga_config": 3,
+    "megatron_config": {"tensor_model_parallel_size": 1},
+    "megatron_core": "os",
+    "modules_to_save": ["proj_out"],
+    "monteclora_config": {"num_samples": 0},
+    "qalora_group_size": 8,
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "target_parameters": "proj_out.weight",
+    "trainable_token_indices": [1],
+    "use_bdlora": "yes",
+    "use_qalora": 1,
+    "velora_config": [1],
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_an_option_beyond_plain_lora_is_refused_by_name(
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("PEFT saw the option")
+
+    monkeypatch.setattr(peft.LoraConfig, "__post_init__", never)
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    edit_config(**{name: OPTIONS[name]})(tmp_path / "adapter")
+    with pytest.raises(InputError, match=f"{name} is set") as refusal:
+        read_adapter_config(tmp_path / "adapter")
+    assert str(tmp_path) in str(refusal.value)
+
+
+def test_every_field_of_peft_is_plain_or_refused() -> None:
+    """A field that a new PEFT brings is refused until it is known here."""
+    known = set(OPTIONS) | reading._PLAIN_FIELDS
+    assert known == {field.name for field in dataclasses.fields(peft.LoraConfig)}
+
+
+def test_defaults_and_unknown_keys_are_passed_over(
+    tiny_adapter: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    empty = {"arrow_config": None, "loftq_config": {}, "modules_to_save": [], "use_qalora": False}
+    edit_config(**empty, megatron_core="megatron.core", **{"k" * 3_000_000: 1})(tmp_path / "adapter")
+    assert read_adapter_config(tmp_path / "adapter") == read_adapter_config(tiny_adapter)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target_modules": "(a+)+$"}, "target_modules '(a+)+$' does not match"),
+        ({"target_modules": "layout_mlp.fc1"}, "does not match"),  # the end of a name is not the name
+        ({"target_modules": r".*layout_mlp\.fc1"}, "does not match"),
+        ({"exclude_modules": r".*\.fc2"}, "exclude_modules '.*\\\\.fc2' leaves out"),
+        ({"target_modules": SLOW}, "does not match"),
+        ({"target_modules": r".*\.layout_mlp\.(fc1|fc2)", "exclude_modules": "x"}, None),
+        ({"target_modules": "all-linear"}, None),
+        ({}, None),
+    ],
+)
+def test_whether_peft_can_load_by_the_expressions(
+    tiny_adapter: Path, tmp_path: Path, changes: dict[str, Any], says: str | None
+) -> None:
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    edit_config(**changes)(tmp_path / "adapter")
+    stored = read_adapter(tmp_path / "adapter", tiny_transformer())
+    if says is None:
+        require_own_targets(stored)
+        return
+    with pytest.raises(InputError) as refusal:
+        require_own_targets(stored)
+    assert says in str(refusal.value)
+    assert "--to peft" in str(refusal.value)
+
+
+def test_verify_refuses_targets_that_peft_cannot_load(tmp_path: Path) -> None:
+    base = str(Path(__file__).resolve().parent.parent / "data" / "tiny_base")
+    model = load_pipeline(base).transformer
+    fingerprint = base_fingerprint(model)
+    add_layout_lora(model)
+    trained_adapter(model)
+    save_adapter(model, tmp_path / "adapter", metadata={"base": base, "fingerprint": fingerprint})
+    edit_config(target_modules="(a+)+$")(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"target_modules .* does not match"):
+        verify_adapter(tmp_path / "adapter", base=base)
 
 
 def test_the_same_adapter_is_refused_a_second_time(tiny_adapter: Path, adapted: torch.Tensor, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +43,32 @@ MAX_RANK = 16_384
 MAX_ALPHA = 1e6
 _MAX_PATTERNS = 4_096
 _MATCHING_SECONDS = 2.0
+# Fields of PEFT's config that say what a plain LoRA is; `bias` is refused by its value. Any other must be at its default.
+_PLAIN_FIELDS = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_dora",
+        "use_rslora",
+    ]
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OUR_PREFIX = "transformer."
 _CREATILAYOUT_MARK = re.compile(r"\b(?:ff_bbox|bbox_\w+|position_net)\.")
@@ -193,10 +219,9 @@ def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON: {error}", where=str(path)) from None
-    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
-        kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"is not the config of a LoRA: peft_type is {kind!r}", where=str(path))
-    return _valid_config(data, str(path))
+    if not isinstance(data, dict):
+        data = {"peft_type": type(data).__name__}
+    return _valid_config({"peft_type": None, **data}, str(path))
 
 
 def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -246,13 +271,14 @@ def _form(names: Iterable[str], path: Path) -> str:
 
 
 def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
-    """PEFT's config of these entries.
+    """PEFT's config of these entries; those that it has no field for are left out.
 
     Raises:
         InputError: PEFT takes no such config, or an entry cannot be applied.
     """
+    entries = _plain_entries(data, where)
     try:
-        config = cast(peft.LoraConfig, peft.LoraConfig.from_peft_type(**{"peft_type": "LORA", **data}))
+        config = peft.LoraConfig(**entries)
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         for kind, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
@@ -265,6 +291,8 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
         for name, alpha in {"lora_alpha": config.lora_alpha, **_entries("alpha_pattern", alphas)}.items():
             if not _is_number(alpha) or not abs(alpha) <= MAX_ALPHA:
                 raise ValueError(f"{name} is {clip(repr(alpha), 60)}, not a finite number up to {MAX_ALPHA:,.0f}")
+            if alpha == 0:
+                raise ValueError(f"{name} is 0, with which the adapter does nothing")
         if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {clip(repr(config.lora_dropout), 60)}, not a share from 0 to below 1")
         targets = config.target_modules
@@ -280,6 +308,35 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
     except Exception as error:  # whatever PEFT makes of a config that is not one
         raise InputError(f"is not a valid LoraConfig: {error}", where=where) from None
     return config
+
+
+def _plain_entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What PEFT may see of a stored config: the fields of a plain LoRA.
+
+    Raises:
+        InputError: it is of another method, or a field beyond these is set.
+    """
+    kind = data.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise InputError(f"is not the config of a LoRA: peft_type is {clip(repr(kind), 100)}", where=where)
+    entries = {}
+    for field in fields(peft.LoraConfig):
+        if field.name not in data:
+            continue
+        value = data[field.name]
+        if field.name in _PLAIN_FIELDS:
+            entries[field.name] = value
+        elif not (value is None or value is False or value in ([], {}) or _is_default(value, field.default)):
+            raise InputError(
+                f"{field.name} is set",
+                where=where,
+                cure=f"leave {field.name} out: only LoRA on linear layers is part of an adapter",
+            )
+    return entries
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return default is not MISSING and type(value) is type(default) and value == default
 
 
 def _entries(kind: str, patterns: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,8 +428,35 @@ def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, w
     return {_exact(name): value for name, value in found.items()}
 
 
-def _matches(pattern: str, name: str, kind: str, where: str, seconds: float) -> tuple[bool, float]:
-    """As PEFT matches a pattern; with the seconds that are left for others.
+def require_own_targets(stored: StoredAdapter) -> None:
+    """Whether a PEFT folder's expressions for targets, which PEFT alone would go by, select every linear that it adapts.
+
+    Raises:
+        InputError: they do not, or take too long to match.
+    """
+    if stored.form != "peft":
+        return
+    config, where = read_adapter_config(stored.path.parent), str(stored.path.parent / CONFIG_FILE)
+    left = _MATCHING_SECONDS
+    for kind, wanted in (("target_modules", True), ("exclude_modules", False)):
+        pattern = getattr(config, kind)
+        if not isinstance(pattern, str) or not pattern or (wanted and pattern.lower() == "all-linear"):
+            continue
+        for name in stored.modules:
+            matched, left = _matches(pattern, name, kind, where, left, whole=True)
+            if matched != wanted:
+                raise InputError(
+                    f"{kind} {clip(repr(pattern), 100)} {'does not match' if wanted else 'leaves out'} {clip(name, 100)}, "
+                    "which the adapter holds: PEFT cannot load it",
+                    where=where,
+                    cure="`export --to peft` writes a plain one",
+                )
+
+
+def _matches(
+    pattern: str, name: str, kind: str, where: str, seconds: float, *, whole: bool = False
+) -> tuple[bool, float]:
+    """As PEFT matches a pattern, which is of a name's end, or of the `whole` name; with the seconds that are left for others.
 
     Raises:
         InputError: the pattern is none, or no time is left.
@@ -380,7 +464,9 @@ def _matches(pattern: str, name: str, kind: str, where: str, seconds: float) -> 
     _compiled(pattern, kind, where)
     try:
         before = time.monotonic()
-        matched = regex.match(rf"(.*\.)?({pattern})$", name, timeout=max(seconds, 1e-3)) is not None
+        of_end = pattern if whole else rf"(.*\.)?({pattern})$"
+        match = regex.fullmatch if whole else regex.match
+        matched = match(of_end, name, timeout=max(seconds, 1e-3)) is not None
         return matched, seconds - (time.monotonic() - before)
     except TimeoutError:
         what = f"{kind} {clip(repr(pattern), 100)}"
