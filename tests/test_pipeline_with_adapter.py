@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,42 @@ def test_no_pickle_is_written(pipe: Any, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="pickle"):
             write(tmp_path / "out", safe_serialization=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_base_does_not_replace_the_base(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "base"
+    pipe.save_pretrained(base)
+    monkeypatch.chdir(tmp_path)
+    opened = load_pipeline("base")
+    monkeypatch.chdir("/")
+    add_layout_lora(opened.transformer)
+    trained_adapter(opened.transformer)
+    (tmp_path / "link").symlink_to(base)
+    files = {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
+    pipe.transformer = type(pipe.transformer).from_pretrained(str(base), subfolder="transformer")
+    from_same = type(pipe)(**opened.components)
+    for each in (opened, pipe, from_same):
+        for folder in (base, str(base), tmp_path / "link", base / "transformer" / ".."):
+            with pytest.raises(InputError, match="merged weights would replace it"):
+                each.save_pretrained(folder, merge_adapters=True)
+    assert {file: file.read_bytes() for file in base.rglob("*") if file.is_file()} == files
+    opened.save_pretrained(base)  # as in diffusers: the base over itself
+    opened.save_pretrained(tmp_path / "merged", merge_adapters=True)
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+
+
+def test_only_folders_are_written_to(pipe: Any, tmp_path: Path) -> None:
+    add_layout_lora(pipe.transformer)
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    for write in (
+        pipe.save_pretrained,
+        lambda folder: pipe.save_pretrained(folder, merge_adapters=True),
+        pipe.transformer.save_pretrained,
+        pipe.transformer.save_lora_adapter,
+        lambda folder: pipe.save_lora_weights(folder, transformer_lora_layers={}),
+    ):
+        for name, kind in (("file", "a file"), ("fifo", "a FIFO")):
+            with pytest.raises(InputError, match=f"is {kind}, not a folder"):
+                write(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, listed
-from mmdit_lora.files import exists, nearest, public_name, write_json, written_as_path
+from mmdit_lora.files import exists, nearest, output_path, public_name, write_json, written_as_path
 from mmdit_lora.hub import no_such_base
 from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode, without_adapters
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
@@ -91,6 +91,11 @@ def forget_paths(folder: str | Path) -> None:
             write_json(file, config)
 
 
+def opened_from(where: str | Path, subfolder: str | None = None) -> Path | None:
+    """The folder that something is opened from, whatever the current directory is later; None for a hub id."""
+    return Path(where, subfolder or "").resolve() if exists(where) else None
+
+
 def warn_of_adapters(where: str, *models: nn.Module) -> None:
     """One warning that the adapters on `models` are not part of the folder that is being saved."""
     names = sorted({name for model in models for name in getattr(model, "peft_config", {})})
@@ -150,6 +155,7 @@ class LayoutModelMixin(nn.Module):
     layout_processor: LayoutProcessor
     family: ClassVar[str]  # its key in `families.FAMILIES`
     gradient_checkpointing_every: int = 1
+    opened_from: Path | None = None  # its folder, `subfolder` included
 
     if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
 
@@ -229,6 +235,7 @@ class LayoutModelMixin(nn.Module):
         on_meta = [name for name, p in model.named_parameters() if p.is_meta]
         if on_meta:
             raise RuntimeError(f"weights left on the meta device: {', '.join(on_meta[:8])}")
+        model.opened_from = opened_from(where, kwargs.get("subfolder"))
         return (model, info) if want_info else model  # type: ignore[return-value]
 
     def reset_layout_stream(self, *, seed: int, init: StreamInit = "copy_text") -> None:
@@ -385,9 +392,10 @@ class LayoutModelMixin(nn.Module):
         """As diffusers'. Adapters that are on the model are left out, with one warning: what is saved is the base.
 
         Raises:
-            InputError: `safe_serialization` is False, which would write a pickle.
+            InputError: `safe_serialization` is False, which would write a pickle; or `save_directory` is no folder.
         """
         refuse_pickle(safe_serialization, str(save_directory))
+        output_path(save_directory, folder=True)
         if adapter_layers(self):
             warn_of_adapters(str(save_directory), self)
         with without_adapters(self):
@@ -400,9 +408,10 @@ class LayoutModelMixin(nn.Module):
         """As diffusers'.
 
         Raises:
-            InputError: `safe_serialization` is False, which would write a pickle.
+            InputError: `safe_serialization` is False, which would write a pickle; or `save_directory` is no folder.
         """
         refuse_pickle(safe_serialization, str(save_directory))
+        output_path(save_directory, folder=True)
         super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
 
     # -- switches that save memory or time and change no result

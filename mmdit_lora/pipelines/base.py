@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.errors import InputError, NonFiniteError, clip, listed
-from mmdit_lora.files import exists
+from mmdit_lora.files import exists, output_path
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import adapter_file, is_layout_adapter_file, load_adapter, merged_copy, same_adapter
 from mmdit_lora.lora.style import StyleReport, Undo
@@ -33,6 +33,7 @@ from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, wi
 from mmdit_lora.models.base import (
     LayoutModelMixin,
     forget_paths,
+    opened_from,
     refuse_pickle,
     refuse_pickled_weights,
     warn_of_adapters,
@@ -87,6 +88,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
     vae: Any
     scheduler: Any
     vae_scale_factor: int
+    opened_from: Path | None = None  # its folder
     image_processor: Any
     config: Any
 
@@ -122,6 +124,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         kwargs |= cls._whole_parts(path, kwargs)
         pipe = super().from_pretrained(path, **kwargs)
         _check_parts(pipe, path)
+        pipe.opened_from = opened_from(path)
         return pipe
 
     @classmethod
@@ -199,9 +202,14 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             merge_adapters: add the active adapters into the weights that are saved; those in memory stay as they are.
 
         Raises:
-            InputError: `safe_serialization` is False, which would write pickles; or merged weights would not be finite.
+            InputError: `safe_serialization` is False, which would write pickles; or `save_directory` is no folder; or, with
+                `merge_adapters`, it is where the pipeline or its transformer was opened from; or merged weights would not be
+                finite.
         """
         refuse_pickle(safe_serialization, str(save_directory))
+        target = output_path(save_directory, folder=True)
+        if merge_adapters:
+            self._refuse_own_source(target)
         held = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
         plain = {name: part.get_base_model() if isinstance(part, PeftModel) else part for name, part in held.items()}
         adapted = {name: part for name, part in plain.items() if adapter_layers(part)}
@@ -219,14 +227,30 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
                 setattr(self, name, part)
         forget_paths(save_directory)
 
+    def _refuse_own_source(self, folder: Path) -> None:
+        """Refuse to write merged weights over the base: the adapters would fit nothing any more."""
+        part: Any = self.transformer
+        part = part.get_base_model() if isinstance(part, PeftModel) else part
+        sources = [place for place in (self.opened_from, getattr(part, "opened_from", None)) if place is not None]
+        inner = [place / "transformer" for place in sources]
+        for written in (folder, folder / "transformer"):
+            for source in (*sources, *inner):
+                if exists(written) and exists(source) and written.samefile(source):
+                    raise InputError(
+                        "is the base that the pipeline was opened from: merged weights would replace it",
+                        where=str(folder),
+                        cure="give another folder",
+                    )
+
     @classmethod
     def save_lora_weights(cls, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """As diffusers'.
 
         Raises:
-            InputError: `safe_serialization` is False, which would write a pickle.
+            InputError: `safe_serialization` is False, which would write a pickle; or `save_directory` is no folder.
         """
         refuse_pickle(safe_serialization, str(save_directory))
+        output_path(save_directory, folder=True)
         writer: Any = super()
         writer.save_lora_weights(save_directory, *args, safe_serialization=True, **kwargs)
 
