@@ -17,7 +17,7 @@ EDGE_SHARE, EDGE_PIXELS = 0.02, 2
 ROUNDING = 1e-3  # of the side: clipped without a word
 EDGE_RULE = f"a box may leave its picture by {EDGE_SHARE:.0%} of the side or by {EDGE_PIXELS} pixels, and is clipped"
 
-_ENOUGH_BOXES = 5  # wrong ones, before a reading of a larger set is doubted
+_ENOUGH_BOXES = 5  # before a reading is doubted at all; and wrong ones, before that of a larger set is
 _ENOUGH_SHARE = 0.2
 _ENOUGH_TO_REACH = 12  # boxes, some of which are at the right and at the lower side of pictures
 _NEARLY_ALL = 0.02  # of the boxes may be wrong under a reading that is proposed
@@ -105,6 +105,17 @@ class Reading(NamedTuple):
     order: str
     unit: str
 
+    @property
+    def allows(self) -> str:
+        """What four numbers under this reading are, in words."""
+        four = {
+            "xyxy": "[left, top, right, bottom], left < right, top < bottom",
+            "xywh": "[left, top, width, height]",
+            "cxcywh": "[center x, center y, width, height]",
+        }
+        sides = {"relative": "sides run from 0 to 1", "permille": "sides run from 0 to 1000", "pixel": "in pixels"}
+        return f"{four[self.order]}; {sides[self.unit]}"
+
 
 READINGS = tuple(Reading(order, unit) for unit in BBOX_UNITS for order in BBOX_FORMATS)
 
@@ -161,9 +172,11 @@ class Evidence:
     def proposed(self) -> list[Reading]:
         """Readings that explain the set where the declared one does not: several where they fit equally well.
 
-        None where few boxes are wrong: of 30 boxes one is a mistake of its own. None where no other reading makes nearly
-        all of them right.
+        None where there are few boxes, or few are wrong: of 30 boxes one is a mistake of its own. None where no other
+        reading makes nearly all of them right.
         """
+        if self.total < _ENOUGH_BOXES:
+            return []
         wrong = self.wrong[self.declared]
         enough = self.telling >= _ENOUGH_BOXES and self.telling >= _ENOUGH_SHARE * self.total
         if not (enough or self.telling > self.total / 2):
@@ -195,16 +208,18 @@ class Evidence:
         if not self.proposed:
             return None
         ways = " or ".join(self.declaration(reading) for reading in self.proposed)
-        sure = "" if self.total >= _ENOUGH_BOXES and len(self.proposed) == 1 else "if that is what they are, "
+        sure = "" if len(self.proposed) == 1 else "if that is what they are, "
         return f"{sure}declare {ways}"
 
     @property
     def beside_error(self) -> str | None:
         """What stands beside an error of boxes: the shares under each reading, and what to declare where one explains them.
 
-        None where boxes are merely empty, which no reading explains.
+        None where there are too few boxes to tell, or they are merely empty, which no reading explains.
         """
-        return "; ".join(part for part in (self.line, self.hint) if part) if self.telling else None
+        if self.total < _ENOUGH_BOXES or not self.telling:
+            return None
+        return "; ".join(part for part in (self.line, self.hint) if part)
 
 
 def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:

@@ -393,19 +393,41 @@ def given_layouts(
             where="--prompt" if boxes else None,
             cure='give --layout FILE, or --prompt "TEXT" with --box "0.1,0.1,0.5,0.5=a red circle" for each box',
         )
-    from mmdit_lora.layout import Layout
+    from mmdit_lora.boxes import EdgeCount, Reading
+    from mmdit_lora.data.records import warn
+    from mmdit_lora.layout import Box, BoxError, Clipped, Layout, as_box
 
-    given: dict[str, Any] = {"caption": prompt, "boxes": [_box(text) for text in boxes or ()]}
-    given |= {"bbox_format": order, "bbox_units": units}
+    reading, image_size, edges = Reading(order, units), None, EdgeCount()
     if units == "pixel":
         if size is None:
             raise InputError("is missing", where="--size", cure="boxes in pixels need the image's size, e.g. 1184x880")
-        given["height"], given["width"] = _size(size)
-    return [Layout.from_dict(given)]
+        image_size = partial(_width_and_height, size)
+    made: list[Box] = []
+    clipped: Clipped = []
+    for text in boxes or ():
+        numbers, phrase = _box(text)
+        try:
+            made.append(as_box(numbers, phrase, reading, image_size, f"--box {clip(text, 80)}", clipped))
+        except BoxError as error:
+            cure = (
+                f"it is read as --box-format {order} --box-units {units}: {reading.allows}; "
+                "correct the numbers, or give these options as the numbers are"
+            )
+            raise InputError(error.what, where=error.where, cure=cure) from None
+    for by, place in clipped:
+        edges.add(by, place)
+    if edges.message:
+        warn(edges.message)
+    return [Layout(prompt, tuple(made))]
 
 
-def _box(text: str) -> dict[str, Any]:
-    """A box of a layout file, from `LEFT,TOP,RIGHT,BOTTOM=PHRASE`."""
+def _width_and_height(size: str) -> tuple[int, int]:
+    height, width = _size(size)
+    return width, height
+
+
+def _box(text: str) -> tuple[list[float], str]:
+    """Numbers and phrase of `LEFT,TOP,RIGHT,BOTTOM=PHRASE`."""
     numbers, _, phrase = text.partition("=")
     try:
         xyxy = [float(number) for number in numbers.split(",")]
@@ -417,7 +439,7 @@ def _box(text: str) -> dict[str, Any]:
             where="--box",
             cure='give four numbers and the phrase: "0.1,0.1,0.5,0.5=a red circle"',
         )
-    return {"xyxy": xyxy, "phrase": phrase.strip()}
+    return xyxy, phrase.strip()
 
 
 def paint_settings(

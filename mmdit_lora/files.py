@@ -31,6 +31,7 @@ _LOCK_NAME = re.compile(re.escape(RESERVED) + r"(lock|[0-9a-f]+\.lock)")
 _OLD = "was"  # in a temporary folder: what was moved aside, under its own name
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 def require_file(path: str | Path, *, what: str = "file", cure: str | None = None) -> Path:
@@ -167,7 +168,9 @@ def read_lines(
     path = require_file(path, what=what, cure=cure)
     try:
         with path.open("rb") as file:
-            wide = file.read(2) in _UTF16
+            start = file.read(4)
+            _refuse_utf32(start, str(path))
+            wide = start.startswith(_UTF16)
             file.seek(0)
             lines = io.TextIOWrapper(file, encoding="utf-16", newline="\n") if wide else file
             for number in itertools.count(1):
@@ -198,12 +201,13 @@ def decode_text(content: bytes, *, where: str, first_line: int = 1) -> str:
     Raises:
         InputError: the encoding is another one.
     """
+    _refuse_utf32(content, where)
     wide = content.startswith(_UTF16)
     try:
         if not wide and b"\0" in content:
             line = content[: content.index(b"\0")].count(b"\n") + first_line
             raise InputError(
-                f"holds a NUL in line {line}, as UTF-16 without a byte order mark does",
+                f"holds a NUL in line {line}, as UTF-16 or UTF-32 without a byte order mark does",
                 where=where,
                 cure="save it as UTF-8",
             )
@@ -217,6 +221,11 @@ def decode_text(content: bytes, *, where: str, first_line: int = 1) -> str:
             where=where,
             cure="save it as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)",
         ) from None
+
+
+def _refuse_utf32(content: bytes, where: str) -> None:
+    if content.startswith(_UTF32):  # before UTF-16, whose mark the one of UTF-32 begins with
+        raise InputError("is UTF-32 text", where=where, cure="save it as UTF-8 (iconv -f UTF-32 -t UTF-8 OLD > NEW)")
 
 
 @contextmanager

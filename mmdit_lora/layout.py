@@ -10,9 +10,10 @@ import difflib
 import json
 import logging
 import math
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ MOST_BOXES = 10_000  # of a layout: every pair of them meets in attention
 MOST_CAPTION, MOST_PHRASE = 100_000, 10_000  # characters; text encoders read a few hundred
 EXAMPLE = '{"caption": "a red square", "boxes": [{"xyxy": [0.1, 0.1, 0.5, 0.5], "phrase": "a red square"}]}'
 _LAYOUT_KEYS = ("caption", "boxes", "bbox_format", "bbox_units", "width", "height")
+_BOX_KEYS = ("xyxy", "bbox", "phrase")
 _LINE_KEYS = ("file_name", "caption", "objects", "bbox_format", "bbox_units", "width", "height")
 
 _PLAIN = Reading("xyxy", "relative")
@@ -200,7 +202,9 @@ def read_json_records(
     """
     lines = read_lines(path, what=what, cure=cure)
     number, first = next(lines, (0, ""))
-    if not number and path.suffix != ".json":
+    if not number:
+        if path.suffix == ".json":
+            raise InputError("is empty", where=str(path), cure=cure)
         return
     if path.suffix == ".json" or first[0] == "[":
         yield from _whole_json(read_text(path, what=what, limit=limit, cure=cure), path)
@@ -208,6 +212,8 @@ def read_json_records(
     if first == "{":  # objects over several lines, or a broken first line
         try:
             whole = list(_whole_json(read_text(path, what=what, limit=limit, cure=cure), path))
+        except _TwiceError:
+            raise
         except InputError:
             whole = []
         if whole:
@@ -216,7 +222,7 @@ def read_json_records(
     while number:
         where = f"{path}:{number}"
         try:
-            yield where, parse_json(first, where=where)
+            yield where, parse_json(first, where=where, unique=True)
         except InputError as error:
             yield where, error
         number, first = next(lines, (0, ""))
@@ -225,20 +231,20 @@ def read_json_records(
 def _whole_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     at = _skip(text, 0)
     if path.suffix == ".json":
-        data = parse_json(text, where=str(path)) if not _holds_lines(text, at) else None
+        data = parse_json(text, where=str(path), unique=True) if not _holds_lines(text, at) else None
         if isinstance(data, list):
             yield from ((f"{path}[{index}]", item) for index, item in enumerate(data))
             return
-        if data is not None or at == len(text):
+        if data is not None:
             yield str(path), data
             return
-    decoder, array = json.JSONDecoder(parse_constant=_refuse_constant), text[at] == "["
+    array = text[at] == "["
     at, line, counted = at + array, 1, 0
     while (at := _skip(text, at)) < len(text) and not (array and text[at] == "]"):
         line, counted = line + text.count("\n", counted, at), at
         where = f"{path}:{line}"
         with _json_errors(where):
-            value, at = decoder.raw_decode(text, at)
+            value, at = _UNIQUE.raw_decode(text, at)
             at = _skip(text, at)
             if array and text[at : at + 1] == ",":
                 at += 1
@@ -276,14 +282,23 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def parse_json(text: str, *, where: str) -> Any:
+def parse_json(text: str, *, where: str, unique: bool = False) -> Any:
     """`json.loads` that refuses NaN and Infinity and reports the place.
+
+    Args:
+        unique: refuse a key that stands twice in an object; else the last one holds.
 
     Raises:
         InputError: with the line and column inside `text`.
     """
+    if not text.strip():
+        raise InputError("is empty", where=where)
     with _json_errors(where, many_lines="\n" in text.strip()):
-        return json.loads(text, parse_constant=_refuse_constant)
+        try:
+            return (_UNIQUE if unique else _DECODER).decode(text)
+        except _TwiceError as error:
+            line = _line_of_second(text, error.key) if "\n" in text.strip() else None
+            raise error.at(f"{where}:{line}") if line else error from None
     raise AssertionError("unreachable")
 
 
@@ -293,9 +308,13 @@ def _json_errors(where: str, *, many_lines: bool = False) -> Iterator[None]:
         yield
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if many_lines else where
-        raise InputError(f"is not JSON: {error.msg} (column {error.colno})", where=place) from None
+        what = f"is not JSON: {error.msg} (column {error.colno})"
+        if error.msg == "Extra data" and error.doc[: error.pos].rstrip(" \t").endswith("\r"):
+            cure = "its lines end in CR alone: save it with LF line ends (tr '\\r' '\\n' < OLD > NEW)"
+            raise InputError(what, where=place, cure=cure) from None
+        raise InputError(what, where=place) from None
     except InputError as error:
-        raise error.at(where) from None
+        raise error if (error.where or "").startswith(where) else error.at(where) from None
     except ValueError as error:  # an int of thousands of digits
         raise InputError(f"is not JSON that can be read: {str(error).split(';')[0]}", where=where) from None
     except RecursionError:
@@ -304,6 +323,42 @@ def _json_errors(where: str, *, many_lines: bool = False) -> Iterator[None]:
 
 def _refuse_constant(name: str) -> float:
     raise InputError(f"holds {name}", cure="write a finite number")
+
+
+class _TwiceError(InputError):
+    """A key stands twice in one object."""
+
+    key = ""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        key = next(name for index, name in enumerate(names) if name in names[:index])
+        error = _TwiceError(f"the key {clip_text(repr(key), 100)} stands twice", cure="keep one of the two")
+        error.key = key
+        raise error
+    return found
+
+
+def _line_of_second(text: str, key: str) -> int | None:
+    """The line where a key stands the second time in one object, for JSON whose inner and outer objects share no key."""
+    before = 0  # how often it stands in objects that end earlier
+
+    def count(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal before
+        _once(pairs)
+        before += any(name == key for name, _ in pairs)
+
+    with suppress(_TwiceError):
+        json.loads(text, object_pairs_hook=count)
+    places = [found.start() for found in re.finditer(rf'(?<!\\)"{re.escape(key)}"\s*:', text)]
+    return text.count("\n", 0, places[before + 1]) + 1 if len(places) > before + 1 else None
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_UNIQUE = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once)
 
 
 def reading_of(data: Mapping[str, Any], default: Reading = _PLAIN) -> Reading:
@@ -326,8 +381,10 @@ def boxes_of_layout(
     boxes = []
     for index, item in enumerate(items):
         try:
-            key = "bbox" if isinstance(item, Mapping) and "bbox" in item and "xyxy" not in item else "xyxy"
-            _check_keys(item, (key, "phrase"), required=(key, "phrase"))
+            key = "bbox" if isinstance(item, Mapping) and "bbox" in item else "xyxy"
+            if key == "bbox" and "xyxy" in item:
+                raise InputError("holds both xyxy and bbox", cure="give one of the two")
+            _check_keys(item, _BOX_KEYS, required=(key, "phrase"), numbers="xyxy")
             boxes.append(as_box(item[key], item["phrase"], reading, size, f"boxes[{index}]", clipped))
         except InputError as error:
             place = f"boxes[{index}]"
@@ -344,7 +401,7 @@ def boxes_of_line(
         raise InputError(f"objects is {type(objects).__name__}, not an object", cure=cure)
     for key in objects:
         if key not in ("bbox", "phrase"):
-            raise unknown_key(key, ("bbox", "phrase"), where="objects")
+            raise _unknown_box_key(key, ("bbox", "phrase"), "bbox").at("objects")
     for key in ("bbox", "phrase"):
         if not isinstance(objects.get(key), list):
             what = f"is {type(objects[key]).__name__}, not a list" if key in objects else "is missing"
@@ -409,8 +466,11 @@ def as_box(
     try:
         return Box(xyxy, phrase)
     except BoxError as error:
-        written = "" if reading == _PLAIN else f" (written as {reading.order} {_few(numbers)})"
-        raise BoxError(error.what + written, where=where, cure=error.cure) from None
+        if reading == _PLAIN:
+            raise BoxError(error.what, where=where, cure=error.cure) from None
+        written = f" (written as {reading.order} {_few(numbers)})"
+        cure = f"correct or remove the box; declared are {reading.allows} ({EDGE_RULE})"
+        raise BoxError(error.what + written, where=where, cure=cure) from None
     except InputError as error:
         raise error.at(where) from None
 
@@ -463,16 +523,35 @@ def _hint(errors: Sequence[InputError], seen: Sequence[Mapping[str, Any]]) -> st
     return found.beside_error if found else None
 
 
-def _check_keys(data: Any, known: Sequence[str], *, required: Sequence[str], near_only: bool = False) -> None:
-    """Refuse keys that are not known; with `near_only` those alone that look like a known one misspelt."""
+def _check_keys(
+    data: Any, known: Sequence[str], *, required: Sequence[str], near_only: bool = False, numbers: str | None = None
+) -> None:
+    """Refuse keys that are not known; with `near_only` those alone that look like a known one misspelt.
+
+    Args:
+        numbers: of a box, the key of its numbers.
+    """
     if not isinstance(data, Mapping):
         raise InputError(f"is {type(data).__name__}, not an object with {', '.join(required)}", cure=f"write {EXAMPLE}")
     for key in data:
         if key not in known and not (near_only and not difflib.get_close_matches(str(key)[:100], known, 1, 0.8)):
-            raise unknown_key(key, known)
+            raise _unknown_box_key(key, known, numbers) if numbers else unknown_key(key, known)
     for key in required:
         if key not in data:
             raise InputError(f"{key!r} is missing", cure=f"write {EXAMPLE}")
+
+
+def _unknown_box_key(key: Any, known: Sequence[str], numbers: str) -> InputError:
+    """The nearest key of a box is never advised where that would read its numbers in another order."""
+    error = unknown_key(key, known)
+    if key in BBOX_FORMATS:
+        error.cure = f'write the numbers under "{numbers}" and declare "bbox_format": "{key}" beside the caption'
+    elif key in ("box", "boxes", "bboxes", "bbox"):
+        error.cure = (
+            f'write the numbers under "{numbers}"; where they are not [left, top, right, bottom], '
+            'declare "bbox_format": "xywh" or "cxcywh" beside the caption'
+        )
+    return error
 
 
 def _choice(value: Any, known: tuple[str, ...], key: str) -> str:

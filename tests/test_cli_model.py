@@ -89,8 +89,8 @@ def test_a_box_may_be_in_other_units(box: str, order: str, units: str, size: str
         (["--prompt", "x", "--box", "0,0,1,1"], "--box: is '0,0,1,1'"),
         (["--prompt", "x", "--box", "0,0,1,1= "], "--box"),
         (["--prompt", "x", "--box", "0,0,nan,1=x"], "NaN"),
-        (["--prompt", "x", "--box", "0,0,1e300,1=x"], "boxes[0]"),
-        (["--prompt", "x", "--box", "0,0," + "9" * 100_000 + ",1=x"], "boxes[0]"),
+        (["--prompt", "x", "--box", "0,0,1e300,1=x"], "--box 0,0,1e300,1=x: the box"),
+        (["--prompt", "x", "--box", "0,0," + "9" * 100_000 + ",1=x"], "--box 0,0,999"),
     ],
 )
 def test_a_prompt_or_a_box_that_is_none_is_refused(

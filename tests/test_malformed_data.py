@@ -52,7 +52,13 @@ def with_box(**changes: Any) -> str:
 
 LAYOUT_FILES = {
     "no json": ("{", "is not JSON"),
-    "empty": ("", "is not JSON"),
+    "empty": ("", 'is empty\n  to mend it: give a .json file of one layout or a .jsonl of many, e.g. {"caption"'),
+    "blank": (" \n\n", "is empty"),
+    "a key twice": ('{"caption": "a", "caption": "b"}', "layout.json: the key 'caption' stands twice"),
+    "a key twice, in lines": ('{"caption": "a",\n "boxes": [],\n "caption": "b"}', "layout.json:3: the key 'caption'"),
+    "a key twice in a box": (layout().replace('"phrase"', '"xyxy": [0, 0, 1, 1], "phrase"'), "the key 'xyxy' stands"),
+    "a key twice in a list": (f'[{layout()},\n{{"caption": "a", "caption": "b"}}]', "layout.json:2: the key 'caption'"),
+    "xyxy and bbox": (with_box(bbox=[0, 0, 1, 1]), "boxes[1]: holds both xyxy and bbox"),
     "empty list": ("[]", "holds no layout"),
     "a number": ("3", "not an object"),
     "no caption": ('{"boxes": []}', "'caption' is missing"),
@@ -91,6 +97,18 @@ def test_layout_lines_are_numbered(
     refused_reader(monkeypatch, capsys, lambda: read_layouts(tmp_path / "none.json"), "none.json: no such layout file")
     path.write_bytes(b"\xff\xfe{")
     refused_reader(monkeypatch, capsys, lambda: read_layouts(path), "many.jsonl", "UTF-16")
+    twice = '{"caption": "a", "caption": "b"}'
+    path.write_text(f"{layout()}\n{twice}\n")
+    refused_reader(monkeypatch, capsys, lambda: read_layouts(path), "many.jsonl:2: the key 'caption' stands twice")
+    path.write_bytes(f"{layout()}\r{layout()}\r".encode())
+    refused_reader(monkeypatch, capsys, lambda: read_layouts(path), "many.jsonl:1", "its lines end in CR alone")
+    path.write_bytes(f"{layout()}\r\n{layout()}\r\n".encode())
+    assert len(read_layouts(path)) == 2
+    for encoding in ("utf-32-le", "utf-32-be"):
+        path.write_bytes(f"\ufeff{layout()}".encode(encoding))
+        refused_reader(monkeypatch, capsys, lambda: read_layouts(path), "many.jsonl: is UTF-32 text", "-f UTF-32")
+        path.rename(tmp_path / "one.json")
+        refused_reader(monkeypatch, capsys, lambda: read_layouts(tmp_path / "one.json"), "one.json: is UTF-32 text")
 
 
 # --- data sets: line 2 is wrong, and the message says so --------------------------------------------------------------
@@ -136,7 +154,15 @@ LINES: dict[str, tuple[dict[str, Any] | str, str]] = {
         line(objects=objects([[1, 1, 50, 10]]), bbox_units="pixel"),
         "(written as xyxy [1, 1, 50, 10])",
     ),
-    "xywh as xyxy": (line(objects=objects([[0.5, 0.5, 0.2, 0.2]])), "33.3% as xyxy (declared), 33.3% as xywh"),
+    "xywh as xyxy": (
+        line(objects=objects([[0.5, 0.5, 0.2, 0.2]] * 2 + [[0, 0, 0.4, 0.4]])),
+        "40.0% as xyxy (declared), 20.0% as xywh",
+    ),
+    "xywh for bbox": (
+        line(objects={"xywh": [], "phrase": []}),
+        'write the numbers under "bbox" and declare "bbox_format": "xywh" beside the caption',
+    ),
+    "a key twice": (json.dumps(line())[:-1] + ', "caption": "b"}', "metadata.jsonl:2: the key 'caption' stands twice"),
     "inverted": (line(objects=objects([[0.9, 0.1, 0.5, 0.4]])), "objects.bbox[0]"),
     "xyxy as xywh": (line(objects=objects([[0.5, 0.5, 0.9, 0.9]]), bbox_format="xywh"), "written as xywh"),
     "unknown format": (line(bbox_format="yxyx"), "give one of xyxy, xywh, cxcywh"),

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from mmdit_lora import Box, Layout
 from mmdit_lora.boxes import READINGS, Boxed, Reading, evidence
 from mmdit_lora.cli import main
+from mmdit_lora.cli_model import given_layouts
 from mmdit_lora.config import load_config
 from mmdit_lora.data.formats import read_format
 from mmdit_lora.data.images import image_size, load_image
@@ -441,8 +442,12 @@ def test_a_layout_in_every_form(data: dict[str, Any], want: list[float] | None, 
         ({"caption": "c", "boxes": [{"xyxy": [1, 2, 30, 40], "phrase": "p"}], "bbox_units": "pixel"}, 'add "width" and "height"'),
         ({"caption": "c", "boxes": [], "width": -3, "height": 4}, "width and height are -3 and 4"),
         ({"boxes": []}, r"'caption' is missing\n.*\"boxes\": \[\{\"xyxy\""),
-        ({"caption": "c", "boxes": [{"xyxy": [0.6, 0.6, 0.3, 0.3], "phrase": "p"}]}, r'is inverted; .*100.0% as xyxy \(declared\).* declare "bbox_format": "xywh"'),
-        ({"caption": "c", "boxes": [{"xyxy": [64, 64, 512, 512], "phrase": "p"}]}, 'declare "bbox_units": "pixel" or "bbox_units": "permille"'),
+        ({"caption": "c", "boxes": [{"xyxy": [0.6, 0.6, 0.3, 0.3], "phrase": "p"}] * 5}, r'is inverted; .*100.0% as xyxy \(declared\).* declare "bbox_format": "xywh"'),
+        ({"caption": "c", "boxes": [{"xyxy": [64, 64, 512, 512], "phrase": "p"}] * 5}, 'declare "bbox_units": "pixel" or "bbox_units": "permille"'),
+        ({"caption": "c", "boxes": [{"xywh": [0.1, 0.1, 0.3, 0.3], "phrase": "p"}]}, 'unknown key .xywh.\n.*write the numbers under "xyxy" and declare "bbox_format": "xywh" beside the caption'),
+        ({"caption": "c", "boxes": [{"cxcywh": [0.3, 0.3, 0.2, 0.2], "phrase": "p"}]}, 'under "xyxy" and declare "bbox_format": "cxcywh"'),
+        ({"caption": "c", "boxes": [{"box": [0.1, 0.1, 0.3, 0.3], "phrase": "p"}]}, 'under "xyxy"; where they are not .*declare "bbox_format": "xywh" or "cxcywh"'),
+        ({"caption": "c", "boxes": [{"zzz": 1, "phrase": "p"}]}, "known keys: xyxy, bbox, phrase"),
         ({"file_name": "../a.png", "caption": "c", "objects": {"bbox": [[4, 4, 20, 18]], "phrase": ["p"]}, "bbox_units": "pixel"}, r"without '\.\.'"),
     ],
 )  # fmt: skip
@@ -450,6 +455,44 @@ def test_what_a_layout_may_not_say(data: dict[str, Any], says: str, tmp_path: Pa
     (tmp_path / "one.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match=says):
         read_layouts(tmp_path / "one.json", picture_size=image_size)
+
+
+@pytest.mark.parametrize(
+    ("four", "declared", "says"),
+    [
+        ([100, 100, 1500, 500], {"bbox_units": "permille"}, "sides run from 0 to 1000"),
+        ([100, 100, 2500, 500], {"bbox_units": "permille"}, "sides run from 0 to 1000"),
+        ([0.5, 0.1, -0.2, 0.2], {"bbox_format": "xywh"}, "[left, top, width, height]; sides run from 0 to 1 "),
+        ([64, 64, 32, 32], {}, "check the order"),
+        ([0.6, 0.6, 0.3, 0.3], {}, "check the order"),
+    ],
+)
+def test_few_wrong_boxes_are_no_evidence(
+    four: list[float], declared: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """The message has neither shares nor another reading; the hint says what the declared one allows."""
+    for count in (1, 4):
+        data = {"caption": "c", "boxes": [{"xyxy": four, "phrase": "p"}] * count} | declared
+        (tmp_path / "one.json").write_text(json.dumps(data))
+        with pytest.raises(InputError) as refused:
+            read_layouts(tmp_path / "one.json")
+        assert says in str(refused.value)
+        for word in ("0.0%", "100.0%", "if that is what they are", '"pixel"'):
+            assert word not in str(refused.value)
+
+
+def test_boxes_of_options_are_clipped_and_refused_as_options(caplog: pytest.LogCaptureFixture) -> None:
+    boxes = ["0,0,1.01,1=x", "0,0,0.5,0.5=y", "0,0,1,1.02=z"]
+    (layout,) = given_layouts(None, "x", boxes, "xyxy", "relative", None)
+    assert [box.xyxy for box in layout.boxes] == [(0, 0, 1, 1), (0, 0, 0.5, 0.5), (0, 0, 1, 1)]
+    assert (
+        caplog.text.count("2 boxes leave their pictures by at most 2.0% of the side and were clipped (--box 0,0") == 1
+    )
+    with pytest.raises(InputError) as refused:
+        given_layouts(None, "x", ["100,100,500,900=x"], "xyxy", "relative", None)
+    assert str(refused.value).startswith("--box 100,100,500,900=x: the box")
+    assert "--box-units relative: [left, top, right, bottom]" in str(refused.value)
+    assert "bbox_units" not in str(refused.value)
 
 
 def test_clipped_boxes_of_layouts_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -88,7 +88,7 @@ def read_layout(
     """Layout and ignored keys of a record's json and txt. Raises `InputError` without place."""
     if data is None:
         raise InputError("has no .json", cure="each picture has its layout beside it, under the same key")
-    parsed = parse_json(decode_text(data, where="its .json"), where="its .json")
+    parsed = parse_json(decode_text(data, where="its .json"), where="its .json", unique=True)
     if isinstance(parsed, dict):
         if parsed.get("caption") is None and caption is not None:
             parsed["caption"] = decode_text(caption, where="its .txt").strip()
