@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,8 @@ PLAN, PICTURES = "evaluate.json", "pictures"
 
 class PictureStore:
     """`folder/pictures/<side>/00000.png`, and `folder/evaluate.json` with all that decides what they show.
+
+    `folder/pictures/<side>/digests.json` holds their digests: a picture that was changed since is not judged as a painted one.
 
     Args:
         folder: of one evaluation. plan: what the pictures depend on, for JSON; the same to go on.
@@ -56,16 +59,29 @@ class PictureStore:
         """As `pipelines.paint`, batch by batch; a batch whose pictures are all there is not painted again.
 
         The batches are cut as they were, since a picture's last bits may depend on what it is painted with.
+
+        Raises:
+            InputError: a picture is not the one that was painted.
         """
         self.begin()
+        digests_file = self.folder / PICTURES / side / "digests.json"
+        digests: dict[str, str] = json.loads(digests_file.read_text("utf-8")) if digests_file.is_file() else {}
         out: list[Path] = []
         for start in range(0, len(layouts), settings.batch_size):
             part = layouts[start : start + settings.batch_size]
             paths = [self.path(side, start + number) for number in range(len(part))]
-            if not all(path.is_file() for path in paths):
+            there = [path for path in paths if path.is_file() and path.name in digests]
+            changed = [path for path in there if _digest(path) != digests[path.name]]
+            if changed:
+                raise InputError(
+                    "is not the picture that was painted", where=str(changed[0]), cure="remove it: it is painted again"
+                )
+            if len(there) < len(paths):
                 pictures = paint(pipe, part, settings, seed=seed + start)
                 for path, picture in zip(paths, pictures, strict=True):
                     save_png(picture, path)
+                digests |= {path.name: _digest(path) for path in paths}
+                write_json(digests_file, digests)
             out += paths
             on_progress(len(out))
         return stored(out)
@@ -125,6 +141,10 @@ def pictures_of(folder: Path, records: Sequence[Record]) -> Lazy:
             cure="name each picture as the data set's picture, or 0000.png, 0001.png, ... in its order",
         )
     return stored([found[stem][0] for stem in stems])
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
