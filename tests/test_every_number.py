@@ -124,8 +124,8 @@ def _texts(value: str) -> Iterator[tuple[str, list[str]]]:
     yield "--adapter", [*sample, *layout, "--adapter", f"nowhere={value}"]
     yield "--size", [*sample, *layout, "--size", value]
     yield "--size", [*sample, *layout, "--size", f"64x{value}"]
-    yield "boxes[0]", [*sample, *layout, "--box", f"0,0,{value},1=x"]
-    yield "boxes[0]", [*sample, *layout, "--box-units", "permille", "--box", f"0,0,{value},1=x"]
+    yield "--box", [*sample, *layout, "--box", f"0,0,{value},1=x"]
+    yield "--box", [*sample, *layout, "--box-units", "permille", "--box", f"0,0,{value},1=x"]
     shard = ["data", "shard", "nowhere", "--out", "nowhere_out", "--size"]
     yield "--size", [*shard, f"{value}GB"]
     for key in FilterSection.model_fields:
