@@ -19,7 +19,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "size": ([*SAMPLE, "--layout", "LAYOUT", "--size", "0"], "--size"),
     "layout": ([*SAMPLE, "--layout", "nowhere.json"], "nowhere.json"),
     "no layout": (SAMPLE, "nothing to paint"),
-    "box": ([*SAMPLE, "--prompt", "x", "--box", "1,1,0,0=x"], "boxes[0]"),
+    "box": ([*SAMPLE, "--prompt", "x", "--box", "1,1,0,0=x"], "--box"),
     "base": (["sample", "--base", "data/tiny_bse", "--out", "OUT", "--prompt", "x"], "did you mean data/tiny_base"),
     "a base that is none": (["sample", "--base", "FULL", "--out", "OUT", "--prompt", "x"], "model_index.json"),
     "sample onto a file": (["sample", "--base", "data/tiny_base", "--prompt", "x", "--out", "FILE"], "FILE"),

@@ -291,7 +291,7 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
         for name, alpha in {"lora_alpha": config.lora_alpha, **_entries("alpha_pattern", alphas)}.items():
             if not _is_number(alpha) or not abs(alpha) <= MAX_ALPHA:
                 raise ValueError(f"{name} is {clip(repr(alpha), 60)}, not a finite number up to {MAX_ALPHA:,.0f}")
-            if alpha == 0:
+            if alpha == 0 and name == "lora_alpha" and not any(alphas.values()):  # one of a few may be switched off
                 raise ValueError(f"{name} is 0, with which the adapter does nothing")
         if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {clip(repr(config.lora_dropout), 60)}, not a share from 0 to below 1")
