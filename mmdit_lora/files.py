@@ -141,6 +141,11 @@ def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, 
     Raises:
         InputError: no regular file, larger than `limit`, or in another encoding, which is named where it can be told.
     """
+    return decode_text(read_bytes(path, what=what, limit=limit, cure=cure), where=str(path))
+
+
+def read_bytes(path: str | Path, *, what: str = "file", limit: int, cure: str | None = None) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises `InputError` as `read_text` does."""
     path = require_file(path, what=what, cure=cure)
     try:
         with path.open("rb") as file:
@@ -149,7 +154,7 @@ def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, 
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
     if len(content) > limit:
         raise InputError(f"is larger than {limit / 2**20:g} MiB, the limit of a {what}", where=str(path))
-    return decode_text(content, where=str(path))
+    return content
 
 
 def read_lines(

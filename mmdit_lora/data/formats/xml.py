@@ -9,7 +9,7 @@ from xml.parsers import expat
 
 from mmdit_lora.data.formats.common import number
 from mmdit_lora.errors import InputError
-from mmdit_lora.files import decode_text, require_file
+from mmdit_lora.files import decode_text, read_bytes
 
 _LIMIT = 2**30  # bytes; CVAT writes a set as one file
 _DECLARED = re.compile(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z][\w.-]{0,40})[\"']")
@@ -22,14 +22,7 @@ def read_xml(path: Path) -> str:
     Raises:
         InputError: no regular file, a huge one, or not in that encoding.
     """
-    require_file(path, what="annotation file")
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LIMIT + 1)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    if len(content) > _LIMIT:
-        raise InputError(f"is larger than {_LIMIT / 2**30:g} GiB, the limit of an XML file", where=str(path))
+    content = read_bytes(path, what="annotation file", limit=_LIMIT)
     if content.startswith(_BOMS):
         return decode_text(content, where=str(path))
     for encoding, start in (("utf-16-le", b"<\0"), ("utf-16-be", b"\0<")):
