@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,18 @@ atexit.register(shutil.rmtree, os.environ["MMDIT_LORA_HOME"], ignore_errors=True
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with as many threads as cores fight for them
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="module")
+def forks(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Starts processes that have imported all that the test's own file imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([request.module.__name__])
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield context
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 @pytest.fixture(scope="session")

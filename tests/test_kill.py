@@ -6,11 +6,9 @@ second and not ten; what is killed is a real process that runs a real training.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -34,18 +32,6 @@ def train_here(config: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     train(Config.model_validate(config), resume=True)
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Any]:
-    """Starts processes that have everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_kill"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield context
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
 
 
 def run(forks: Any, config: Config) -> BaseProcess:

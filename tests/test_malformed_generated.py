@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from mmdit_lora.cli import app, main
 from mmdit_lora.config import Config
 from tests.format_makers import MAKERS, options, source
+from tests.time_limit import at_most
 
 SECONDS, BYTES, CHARACTERS = 20, 2 * 2**30, 2000
 IMAGES = {".png", ".jpg", ".jpeg"}
@@ -52,9 +52,6 @@ def one_in_three(cases: Iterable[Any], name: Callable[[Any], str] = str) -> list
 def within_limits() -> Iterator[None]:
     """Fails if what runs in it takes longer than `SECONDS`, or more than `BYTES` of memory beyond what there is."""
 
-    def too_long(*_: Any) -> None:
-        raise TimeoutError(f"took more than {SECONDS} s")
-
     def kilobytes(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(name))
@@ -63,13 +60,8 @@ def within_limits() -> Iterator[None]:
     if measured:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew
         before = kilobytes("VmRSS")
-    previous = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS)
-    try:
+    with at_most(SECONDS):
         yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
     if measured:
         assert (kilobytes("VmHWM") - before) * 1024 < BYTES
 

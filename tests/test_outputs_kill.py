@@ -6,9 +6,7 @@ The processes are forked from one that has imported everything; each is killed a
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +73,6 @@ def one_life(argv: list[str], count_file: str, step: int | None, quick: str) -> 
     code = main(argv)
     Path(count_file).write_text(f"{count} {code}")
     os._exit(0)
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_outputs_kill"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield context
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
 
 
 @pytest.fixture(scope="module")

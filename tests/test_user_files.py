@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,24 +33,9 @@ from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.training.run_data import read_data
 from tests.data_makers import annotation, dataset, line, objects, picture, voc
 from tests.format_makers import MAKERS, coco_data, options, source, write
+from tests.time_limit import at_most
 
 BOX = [0.1, 0.2, 0.5, 0.9]
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """What waits for a FIFO would wait for ever."""
-
-    def late(*_: object) -> None:
-        raise AssertionError(f"not done in {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # --- readings of boxes ------------------------------------------------------------------------------------------------
