@@ -246,7 +246,7 @@ def atomic_file(path: str | Path, *, label: str | None = None) -> Iterator[Path]
         InputError: `path` is a folder, or neither file nor folder; or it cannot be written (no space, no right, ...).
     """
     path = output_path(path, folder=False)
-    with told(path):
+    with os_errors_as_input_errors(path):
         made = make_folders(path.parent)
         temporary = _temporary(path, label)
 
@@ -286,7 +286,7 @@ def atomic_folder(path: str | Path, *, before_swap: Callable[[Path], None] | Non
         InputError: `path` is no folder, or cannot be written (no space, no right, ...).
     """
     path = output_path(path, folder=True)
-    with told(path):
+    with os_errors_as_input_errors(path):
         made = make_folders(path.parent)
         temporary = _temporary(path)
 
@@ -437,7 +437,7 @@ _pending: list[Callable[[], str | None]] = []
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def os_errors_as_input_errors(path: Path) -> Iterator[None]:
     """Within it, the system's refusal to write `path` becomes an `InputError`."""
     try:
         yield

@@ -94,8 +94,9 @@ def refuse_no_base(base: str, *, whole: bool = True) -> None:
         raise no_such_base(base)
     else:
         from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
 
-        cached = Path(constants.HF_HUB_CACHE) / f"models--{base.replace('/', '--')}"
+        cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model")
         if constants.HF_HUB_OFFLINE and not exists(cached):
             raise no_such_base(base)
 

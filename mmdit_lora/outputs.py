@@ -29,12 +29,12 @@ from mmdit_lora.files import (
     kind_of,
     make_folders,
     on_abandon,
+    os_errors_as_input_errors,
     output_path,
     remove_all_temporaries,
     remove_empty,
     remove_temporaries,
     tag_of,
-    told,
     write_text,
 )
 from mmdit_lora.locks import FolderLock
@@ -164,7 +164,7 @@ def open_folder(
     out = output_path(out, folder=True)
     rules: dict[str, Any] = {"verb": verb, "others": tuple(others), "adopt": adopt}
     check_open_folder(out, names=names, inputs=inputs, strict=strict, **rules)
-    with _locked(out, out / _LOCK, out) as lock, told(out):
+    with _locked(out, out / _LOCK, out) as lock, os_errors_as_input_errors(out):
         _report(out, [*remove_all_temporaries(out), *_remove_old_temporaries(out, names)])
         _check_names(out, names, **rules)
         nested = lock.is_nested
@@ -294,7 +294,7 @@ def refuse_unmarked(folder: Path, *, own: str) -> None:
 @contextmanager
 def _locked(place: Path, file: Path, what: Path) -> Iterator[FolderLock]:
     """Hold the lock `file` in `place`, which is made."""
-    with told(what):
+    with os_errors_as_input_errors(what):
         made = make_folders(place)
         lock = FolderLock.at(file, what)
 

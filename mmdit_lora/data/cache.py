@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
-from mmdit_lora.files import RESERVED, atomic_file, told
+from mmdit_lora.files import RESERVED, atomic_file, os_errors_as_input_errors
 from mmdit_lora.outputs import refuse_unmarked
 
 FORMAT = "v1"  # of the files and of all keys; another one is another folder
@@ -257,7 +257,7 @@ class DiskCache:
 
     def _lock(self, key: str) -> FileLock:
         locks = self.folder / "locks"
-        with told(locks):
+        with os_errors_as_input_errors(locks):
             locks.mkdir(parents=True, exist_ok=True)
         return FileLock(locks / key[:3], poll_interval=0.01)
 

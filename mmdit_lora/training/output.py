@@ -16,7 +16,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import output_path
 from mmdit_lora.outputs import check_new_folder, check_open_folder, open_folder
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints
-from mmdit_lora.training.identity import PLACES, knows_places
+from mmdit_lora.training.fingerprints import PLACES, knows_places
 
 CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.json", "samples"
 VERB = "train"

@@ -14,12 +14,12 @@ from mmdit_lora.data.shards import ShardedRecords, Subset, spread
 from mmdit_lora.errors import listed
 from mmdit_lora.lora.adapt import with_adapter
 from mmdit_lora.pipelines.texts import long_texts
-from mmdit_lora.training.cautions import cautions
 from mmdit_lora.training.checkpoint import Checkpoint
 from mmdit_lora.training.checks import Check, Lines, Preflight
-from mmdit_lora.training.identity import first_change
+from mmdit_lora.training.fingerprints import first_change
 from mmdit_lora.training.needs import check_disk, check_memory, check_time, check_tracker, size_text, step_text
 from mmdit_lora.training.run import Run
+from mmdit_lora.training.setting_warnings import setting_warnings
 from mmdit_lora.training.trial import Trial, try_steps
 
 _WHOLE = {
@@ -50,7 +50,7 @@ def preflight(
         _check_data(run, lines)
     with report.timed("targets") as lines:
         _check_targets(run, lines)
-    if odd := list(cautions(run)):
+    if odd := list(setting_warnings(run)):
         with report.timed("settings") as lines:
             for found, cure in odd:
                 lines.warn(found, cure)

@@ -25,8 +25,8 @@ from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, save_checkpo
 from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.fingerprints import fingerprint_encoders, fingerprint_layouts, first_change
 from mmdit_lora.training.held_out import PairedLoss
-from mmdit_lora.training.identity import fingerprint_encoders, fingerprint_layouts, first_change
 from mmdit_lora.training.method import TrainableReport, refuse_frozen, set_trainable
 from mmdit_lora.training.opening import DTYPES, open_base
 from mmdit_lora.training.optim import make_optimizer, make_schedule

@@ -13,8 +13,8 @@ import pytest
 from mmdit_lora.config import Config
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.pipelines.texts import long_texts
-from mmdit_lora.training.cautions import cautions, idle_keys
 from mmdit_lora.training.preflight import preflight
+from mmdit_lora.training.setting_warnings import idle_keys, setting_warnings
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_preflight import short_texts
 from tests.test_trainer import make_config
@@ -27,13 +27,13 @@ def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(base: Path, data: Path, out: Path, **changes: Any) -> list[str]:
-    return [found for found, _ in cautions(prepare_run(make_config(base, data, out, **changes)))]
+    return [found for found, _ in setting_warnings(prepare_run(make_config(base, data, out, **changes)))]
 
 
 def test_nothing_is_said_of_a_run_as_it_is_meant(base: Path, short: Path, tmp_path: Path) -> None:
     assert said(base, short, tmp_path) == []
     plain = Config.model_validate({"base": str(base), "output_dir": str(tmp_path / "run"), "data": str(short)})
-    assert list(cautions(prepare_run(plain))) == []
+    assert list(setting_warnings(prepare_run(plain))) == []
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_the_rate_that_a_long_warm_up_is_said_to_reach_is_the_one_it_reaches(
     rates: list[float] = []
     config = make_config(base, short, tmp_path, train={"warmup_steps": 8, "max_steps": 3, "preflight": False})
     train(config, witness=lambda record: rates.append(record.learning_rate))
-    (line,) = [found for found, _ in cautions(prepare_run(config, resume=True))]
+    (line,) = [found for found, _ in setting_warnings(prepare_run(config, resume=True))]
     assert f"reaches {max(rates):g} at most" in line
 
 

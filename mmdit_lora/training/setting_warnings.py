@@ -34,8 +34,8 @@ _ACT_THROUGH: tuple[tuple[tuple[str, ...], str, _Acts], ...] = (
 )
 
 
-def cautions(run: Run) -> Iterator[tuple[str, str]]:
-    """(what was found, how to mend it) of each."""
+def setting_warnings(run: Run) -> Iterator[tuple[str, str]]:
+    """Per warning: what was found, and how to mend it."""
     config, train = run.config, run.config.train
     steps, given = train.max_steps, train.model_fields_set
     if train.warmup_steps >= steps:
