@@ -69,6 +69,7 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
     settings, state = run.config.train, run.state
     meter = Meter()
     measured = state.step
+    saved = state.step  # every process counts it: what is on the disk depends on when a process looks
     with noticed_signals() as signal_name:
         # A run may have been killed after its early stop was saved: it trains no further.
         while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):
@@ -96,13 +97,11 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
                 with meter.phase("pause"):
                     if takes_part:
                         run.save()
+                saved = state.step
             if stopped:
                 raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
         # A run that ended may go on with more steps, from where it ended.
-        is_saved = not settings.checkpoint_every or any(
-            c.step == state.step for c in checkpoints(run.folder / CHECKPOINTS)
-        )
-        if not is_saved and (tracker is not None or run.is_sharded):
+        if settings.checkpoint_every and saved != state.step and (tracker is not None or run.is_sharded):
             run.save()
 
 
