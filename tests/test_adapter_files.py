@@ -119,7 +119,12 @@ def test_several_adapters_mix(tiny_adapter: Path, adapted: torch.Tensor, tmp_pat
         model.set_adapters(["two"])
         assert torch.equal(velocity(model), velocity(other))
     remove_adapter(model, "two")
+    with pytest.raises(InputError, match="'two': no such adapter") as caught:
+        remove_adapter(model, "two")
+    assert "loaded: one" in str(caught.value)
     remove_adapter(model, "one")
+    with pytest.raises(InputError, match="loaded: none"):
+        remove_adapter(model, "one")
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in tiny_transformer().named_parameters()]
 
 

@@ -176,8 +176,15 @@ def test_an_adapter_under_creatilayouts_names_reads_back(creatilayout_pair: tupl
     names = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert "transformer.transformer_blocks.0.ff_bbox.net.0.proj.lora_A.weight" in names
     assert not any("layout" in name for name in names)
-    masked = load_pipeline(base).transformer.config.mask_padding
-    assert (report.note is not None) == masked  # theirs attends to the filling
+    model = load_pipeline(base).transformer
+    assert (report.note is not None) == model.config.mask_padding  # theirs attends to the filling
+    with safe_open(tmp_path / "out" / "pytorch_lora_weights.safetensors", "pt") as opened:
+        header = opened.metadata()
+    for value in (7, ["^a"], "r", {"no such module": 2}):
+        config = json.dumps(json.loads(header["lora_adapter_metadata"]) | {"transformer.rank_pattern": value})
+        save_file(names, tmp_path / "changed.safetensors", header | {"lora_adapter_metadata": config})
+        with pytest.raises(InputError, match=r"rank_pattern is no object|stands for no module"):
+            read_adapter(tmp_path / "changed.safetensors", model)
 
 
 @pytest.mark.usefixtures("in_this_process")

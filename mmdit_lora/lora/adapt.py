@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mmdit_lora.errors import InputError, clip
+from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode
 
 TARGETS = ("layout_mlp.fc1", "layout_mlp.fc2")
@@ -203,7 +203,16 @@ def lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[n
 
 
 def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
-    """Take an adapter off. Others stay as they are: active or not, with their weights; linears that carry none are plain again."""
+    """Take an adapter off. Others stay as they are: active or not, with their weights; linears that carry none are plain again.
+
+    Raises:
+        InputError: the model has no adapter of that name.
+    """
+    present = sorted(getattr(model, "peft_config", {}))
+    if adapter_name not in present:
+        raise InputError(
+            "no such adapter", where=clip(repr(adapter_name), 100), cure=f"loaded: {listed(present) or 'none'}"
+        )
     if set(model.peft_config) == {adapter_name}:  # type: ignore[arg-type]
         model.unload_lora()  # type: ignore[operator]
         return

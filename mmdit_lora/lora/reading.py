@@ -279,12 +279,7 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
     entries = _plain_entries(data, where)
     try:
         config = peft.LoraConfig(**entries)
-        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-        for kind, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
-                raise ValueError(f"{kind} is no object of names and values")
-            if len(patterns) > _MAX_PATTERNS:
-                raise ValueError(f"{kind} has {len(patterns):,} entries; {_MAX_PATTERNS:,} are read at most")
+        ranks, alphas = _patterns(data, "rank_pattern", where), _patterns(data, "alpha_pattern", where)
         for name, rank in {"r": config.r, **_entries("rank_pattern", ranks)}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
                 raise ValueError(f"{name} is {clip(repr(rank), 60)}, not a whole number from 1 to {MAX_RANK:,}")
@@ -308,6 +303,23 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
     except Exception as error:  # whatever PEFT makes of a config that is not one
         raise InputError(f"is not a valid LoraConfig: {error}", where=where) from None
     return config
+
+
+def _patterns(data: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """`rank_pattern` or `alpha_pattern` of a stored config, by name.
+
+    Raises:
+        InputError: it is no object, or a larger one than is read.
+    """
+    patterns = data.get(kind) or {}
+    if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
+        raise InputError(f"is not a valid LoraConfig: {kind} is no object of names and values", where=where)
+    if len(patterns) > _MAX_PATTERNS:
+        raise InputError(
+            f"is not a valid LoraConfig: {kind} has {len(patterns):,} entries; {_MAX_PATTERNS:,} are read at most",
+            where=where,
+        )
+    return patterns
 
 
 def _plain_entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -534,15 +546,15 @@ def _from_creatilayout(
         variant = variant_of_model(model)
     except InputError as error:
         raise error.at(f"{path} is for CreatiLayout's stream") from None
+    told_by_kind = {kind: _patterns(told, kind, str(path)) for kind in ("rank_pattern", "alpha_pattern")}
     ours: dict[str, str] = {}
     for name in _module_names(model):
         # Of the two that share a fused projection, the MLP's part is the one that can carry LoRA.
         is_linear = hasattr(model.get_submodule(name), "in_features")
         if is_linear and "layout" in name and not (name.startswith("single") and ".to_out" in name):
             ours[to_creatilayout(name, variant)] = name
-    theirs = {name.partition(".lora_")[0] for name in state} | {
-        name.lstrip("^") for kind in ("rank_pattern", "alpha_pattern") for name in told.get(kind) or {}
-    }
+    theirs = {name.partition(".lora_")[0] for name in state}
+    theirs |= {name.lstrip("^") for patterns in told_by_kind.values() for name in patterns}
     if unknown := sorted(theirs - ours.keys()):
         raise InputError(
             f"{clip(repr(unknown[0]), 100)} stands for no module of this base",
@@ -557,6 +569,6 @@ def _from_creatilayout(
         # What a fused projection reads before the MLP's columns is the attention's, which the LoRA leaves alone.
         renamed[f"{name}.lora_{leaf}"] = value[:, -width:].contiguous() if leaf == "A.weight" else value
     config = dict(told)
-    for kind in ("rank_pattern", "alpha_pattern"):
-        config[kind] = {_exact(ours[name.lstrip("^")]): each for name, each in (told.get(kind) or {}).items()}
+    for kind, patterns in told_by_kind.items():
+        config[kind] = {_exact(ours[name.lstrip("^")]): each for name, each in patterns.items()}
     return renamed, config | {"target_modules": sorted(_ranks(renamed))} if told else {}
