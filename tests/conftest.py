@@ -37,6 +37,17 @@ def forks(request: pytest.FixtureRequest) -> Iterator[Any]:
         del os.environ["OMP_NUM_THREADS"]
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reading side of an export runs here: a fresh process costs seconds. `-m slow` and the command line's tests have it."""
+    from mmdit_lora.export_read import answers, read
+
+    def read_back(to: str, written: Path, base: str) -> dict[str, torch.Tensor]:
+        return answers(read(to, str(written), base))
+
+    monkeypatch.setattr("mmdit_lora.export._read_back", read_back)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the real classes at tiny size, its gates open as if its layout stream had been trained."""

@@ -191,6 +191,7 @@ def test_exports_are_read_back_and_equal(
         assert json.loads(capsys.readouterr().out)["effect"] == report["effect"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_wrong_export_is_not_left_behind(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -306,9 +306,6 @@ def test_sides_report_and_page(base: Path, data: Path, adapter: Path, tmp_path: 
     assert main(command(base, data, out, *flags)) == 0
     assert json.loads((out / "report.json").read_text()) == report
     assert {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")} == before
-    again = tmp_path / "again"
-    assert main(command(base, data, again, *flags)) == 0
-    assert json.loads((again / "report.json").read_text()) == report
 
 
 def test_adapters_side_by_side(base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:

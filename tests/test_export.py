@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mmdit_lora.cli import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.export import Target, export_adapter
-from mmdit_lora.export_read import answers, outputs, probe, read
+from mmdit_lora.export_read import outputs, probe, read
 from mmdit_lora.lora import KEY_PREFIX, add_layout_lora, base_fingerprint, load_adapter, read_adapter, save_adapter
 from mmdit_lora.pipelines import load_pipeline
 from tests.tiny import tiny_pipeline, tiny_transformer, trained_adapter
@@ -84,16 +84,6 @@ def expected(base: str, adapter: Path) -> torch.Tensor:
 
 def out_of(to: str, folder: Path) -> Path:
     return folder / (f"{to}.safetensors" if to == "kohya" else to)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reading side runs here: a fresh process costs seconds. `-m slow` and the command line's tests have it."""
-
-    def read_back(to: str, written: Path, base: str) -> dict[str, torch.Tensor]:
-        return answers(read(to, str(written), base))
-
-    monkeypatch.setattr("mmdit_lora.export._read_back", read_back)
 
 
 @pytest.mark.slow

@@ -28,10 +28,16 @@ from mmdit_lora.training.checks import Preflight
 from mmdit_lora.training.full_disk import DiskFull, told_when_full
 from mmdit_lora.training.needs import duration_text, events, size_text
 from mmdit_lora.training.trainer import prepare_run, train
-from tests.test_trainer import adapter_of, make_config, stop_after
+from tests.test_trainer import adapter_of, stop_after
+from tests.test_trainer import make_config as config_of
 from tests.tiny import tiny_pipeline, tiny_transformer
 
 Usage = namedtuple("Usage", "total used free")
+
+
+def make_config(base: Path, path: Path, out: Path, **changes: Any) -> Config:
+    """With the trial steps, which the other files' runs leave out."""
+    return config_of(base, path, out, **{**changes, "train": {"preflight": True} | changes.get("train", {})})
 
 
 def look(config: Config, **options: Any) -> Preflight:

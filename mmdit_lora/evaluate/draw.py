@@ -242,7 +242,8 @@ def save_png(image: Image.Image, path: str | Path, *, mark: bool = False) -> Non
     if mark:
         text.add_text(_MARK, _pixels(image))
     with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", optimize=True, pnginfo=text)
+        # Level 3 takes an eighth of the time of `optimize` for a tenth more bytes.
+        image.save(temporary, format="PNG", compress_level=3, pnginfo=text)
 
 
 def is_marked_png(path: Path) -> bool:

@@ -320,7 +320,7 @@ def _data_url(picture: Image.Image, layout: Layout, colors: Mapping[str, Rgb]) -
     drawn = draw_boxes(picture, layout, scale_to=256, labels=False, colors=colors)
     drawn.thumbnail((256, 512))
     file = io.BytesIO()
-    drawn.quantize(64).save(file, format="PNG", optimize=True)
+    drawn.quantize(64).save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

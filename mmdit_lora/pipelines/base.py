@@ -322,12 +322,20 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         by_config_alone = self.transformer.device.type == "meta" and not hasattr(self.transformer, "_hf_hook")
         return self.vae.device if by_config_alone else self._execution_device  # a hook: offloaded, and will be there
 
-    def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
-        """Phrases as this base's transformer takes them: pooled embeddings (n, P), or token embeddings (n, K, P)."""
+    def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:
+        """Phrases as this base's transformer takes them: pooled embeddings (n, P), or token embeddings (n, K, P).
+
+        Args:
+            device: where they are encoded; `encoding_device` if not given, which costs a walk over every module.
+        """
         raise NotImplementedError
 
-    def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
-        """The text of one picture as this pipeline samples with it: prompt embeddings (1, S, E), pooled ones (1, P)."""
+    def encode_caption(self, caption: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The text of one picture as this pipeline samples with it: prompt embeddings (1, S, E), pooled ones (1, P).
+
+        Args:
+            device: as in `encode_phrases`.
+        """
         raise NotImplementedError
 
     def prepare_layout(self, layouts: Sequence[Layout]) -> LayoutInputs:

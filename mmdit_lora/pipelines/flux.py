@@ -79,19 +79,21 @@ class _Flux(LayoutPipeline):
         self.default_sample_size = default_sample_size
 
     @torch.no_grad()
-    def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
+    def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:
         """T5 embeddings of the first K tokens, (n, K, P), without a mask, as in CreatiLayout; or pooled CLIP, (n, P)."""
+        device = device or self.encoding_device
         tokens = self.transformer.phrase_tokens
         if tokens is None:
-            return self._get_clip_prompt_embeds(list(phrases), device=self.encoding_device)
+            return self._get_clip_prompt_embeds(list(phrases), device=device)
         length = max(PHRASE_LENGTH, tokens)
-        embeds = self._get_t5_prompt_embeds(list(phrases), max_sequence_length=length, device=self.encoding_device)
+        embeds = self._get_t5_prompt_embeds(list(phrases), max_sequence_length=length, device=device)
         return embeds[:, :tokens]
 
     @torch.no_grad()
-    def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
+    def encode_caption(self, caption: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         length = self.config.max_sequence_length
-        embeds, pooled, _ = self.encode_prompt(caption, None, max_sequence_length=length, device=self.encoding_device)
+        device = device or self.encoding_device
+        embeds, pooled, _ = self.encode_prompt(caption, None, max_sequence_length=length, device=device)
         return embeds, pooled
 
 

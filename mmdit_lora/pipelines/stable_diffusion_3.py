@@ -80,19 +80,19 @@ class _StableDiffusion3(LayoutPipeline):
         )
 
     @torch.no_grad()
-    def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
+    def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:
         """Pooled CLIP-L beside pooled CLIP-G embeddings, (n, P); no T5, as in CreatiLayout."""
-        device = self.encoding_device
+        device = device or self.encoding_device
         pooled = [self._get_clip_prompt_embeds(list(phrases), device=device, clip_model_index=n)[1] for n in (0, 1)]
         return torch.cat(pooled, dim=-1)
 
     @torch.no_grad()
-    def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
+    def encode_caption(self, caption: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         embeds, _, pooled, _ = self.encode_prompt(
             caption,
             None,
             None,
-            device=self.encoding_device,
+            device=device or self.encoding_device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.config.max_sequence_length,
         )

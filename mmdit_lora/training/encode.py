@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,6 +72,10 @@ class Encoder:
         self._prompts = TensorCache()
         self._phrases = TensorCache()
 
+    @cached_property
+    def _text_device(self) -> torch.device:
+        return self.pipe.encoding_device  # asked of the pipeline once: it walks over every module for it
+
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) fp32 on the CPU: the posterior's mode, scaled as the transformer takes it."""
@@ -117,14 +122,14 @@ class Encoder:
     def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
         """As `prompt`, always made."""
         with quiet_texts(self.pipe):
-            embeds, pooled = self.pipe.encode_caption(caption)
+            embeds, pooled = self.pipe.encode_caption(caption, self._text_device)
         return embeds.cpu(), pooled.cpu()
 
     @torch.no_grad()
     def encode_phrase(self, phrase: str) -> Tensor:
         """As `phrase`, always made."""
         with quiet_texts(self.pipe):
-            return self.pipe.encode_phrases([phrase]).cpu()
+            return self.pipe.encode_phrases([phrase], self._text_device).cpu()
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
