@@ -28,7 +28,6 @@ from mmdit_lora.lora.reading import (
     read_adapter,
     read_adapter_config,
     read_adapter_header,
-    require_own_targets,
 )
 from mmdit_lora.lora.storage import (
     base_fingerprint,
@@ -71,7 +70,6 @@ __all__ = [
     "read_adapter_header",
     "refuse_zero_gates",
     "remove_adapter",
-    "require_own_targets",
     "same_adapter",
     "save_adapter",
     "save_tensors",

@@ -132,6 +132,8 @@ def read_adapter(source: str | Path, model: nn.Module) -> StoredAdapter:
         told = {key.removeprefix(prefix): value for key, value in told.items()}
         if form == "creatilayout":
             state, told = _from_creatilayout(state, told, model, path)
+        if told and "r" not in told:
+            raise InputError(f"{LORA_ADAPTER_METADATA_KEY} in its header states no rank (r)", where=str(path))
         config = _config_of(_ranks(state), {}) if not told else _valid_config(told, str(path))
     tensors = {KEY_PREFIX + name: value for name, value in state.items()}
     return StoredAdapter(path, form, tensors, _resolved(config, tensors, path), header)
@@ -276,10 +278,10 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
     Raises:
         InputError: PEFT takes no such config, or an entry cannot be applied.
     """
-    entries = _plain_entries(data, where)
+    ranks, alphas = (_patterns(data, kind, where) for kind in ("rank_pattern", "alpha_pattern"))
+    entries = _plain_entries(data, where) | {"rank_pattern": ranks, "alpha_pattern": alphas}
     try:
         config = peft.LoraConfig(**entries)
-        ranks, alphas = _patterns(data, "rank_pattern", where), _patterns(data, "alpha_pattern", where)
         for name, rank in {"r": config.r, **_entries("rank_pattern", ranks)}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
                 raise ValueError(f"{name} is {clip(repr(rank), 60)}, not a whole number from 1 to {MAX_RANK:,}")
@@ -291,10 +293,17 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
         if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {clip(repr(config.lora_dropout), 60)}, not a share from 0 to below 1")
         targets = config.target_modules
-        if not (targets is None or isinstance(targets, str) or all(isinstance(target, str) for target in targets)):
+        if not (targets is None or isinstance(targets, str) or _all(targets, str)):
             raise ValueError("target_modules are no names")
         if isinstance(targets, Collection) and not isinstance(targets, str) and len(targets) > _MAX_PATTERNS:
             raise ValueError(f"target_modules has {len(targets):,} entries; {_MAX_PATTERNS:,} are read at most")
+        excluded, layers, pattern = config.exclude_modules, config.layers_to_transform, config.layers_pattern
+        if not (excluded is None or isinstance(excluded, str) or _all(excluded, str)):
+            raise ValueError("exclude_modules are no names")
+        if not (layers is None or (isinstance(layers, int) and not isinstance(layers, bool)) or _all(layers, int)):
+            raise ValueError(f"layers_to_transform is {clip(repr(layers), 60)}, not numbers of layers")
+        if not (pattern is None or isinstance(pattern, str) or _all(pattern, str)):
+            raise ValueError("layers_pattern are no names")
         for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(config, name), bool):
                 raise ValueError(f"{name} is {clip(repr(getattr(config, name)), 60)}, not true or false")
@@ -351,6 +360,10 @@ def _is_default(value: Any, default: Any) -> bool:
     return default is not MISSING and type(value) is type(default) and value == default
 
 
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list | set | tuple) and all(type(value) is kind for value in values)
+
+
 def _entries(kind: str, patterns: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{kind}[{clip(repr(key), 60)}]": value for key, value in patterns.items()}
 
@@ -400,14 +413,12 @@ def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], where: Pat
     model, and one that backtracks takes minutes.
 
     Raises:
-        InputError: a pattern is no regular expression, or takes too long to match.
+        InputError: a pattern is no regular expression, takes too long to match, or leaves out a linear that the tensors adapt.
     """
     ranks = {name.removeprefix(KEY_PREFIX): rank for name, rank in _ranks(tensors).items()}
     if len(ranks) > _MAX_PATTERNS:
         raise InputError(f"adapts {len(ranks):,} linears; {_MAX_PATTERNS:,} are read at most", where=str(where))
-    for kind in ("target_modules", "exclude_modules"):
-        if isinstance(pattern := getattr(config, kind), str):
-            _compiled(pattern, kind, str(where))
+    _require_own_targets(config, ranks, str(where))
     by_expression = isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
     if (by_expression or config.layers_to_transform is not None or config.layers_pattern) and ranks:
         config.target_modules = sorted(ranks)
@@ -417,6 +428,45 @@ def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], where: Pat
         if len(patterns) > 512 or not all(_PLAIN.fullmatch(pattern) for pattern in patterns):
             setattr(config, kind, _by_module(patterns, ranks, kind, str(where)))
     return config
+
+
+def _require_own_targets(config: peft.LoraConfig, names: Collection[str], where: str) -> None:
+    """Whether what the config selects by expression or by layer, which is all that PEFT goes by, is all that has tensors.
+
+    Raises:
+        InputError: it is not; PEFT would load a part, without a word.
+    """
+    left = _MATCHING_SECONDS
+    for kind, wanted in (("target_modules", True), ("exclude_modules", False)):
+        pattern = getattr(config, kind)
+        if not isinstance(pattern, str) or not pattern or (wanted and pattern.lower() == "all-linear"):
+            continue
+        for name in names:
+            matched, left = _matches(pattern, name, kind, where, left, whole=True)
+            if matched != wanted:
+                how = "does not match" if wanted else "leaves out"
+                raise _contradiction(f"{kind} {clip(repr(pattern), 100)} {how}", name, where)
+    layers = config.layers_to_transform
+    if layers is None or isinstance(config.target_modules, str):
+        return
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for name in set(names) - set(config.target_modules or []):  # PEFT takes a module that is named whole from any layer
+        found = None
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            end, left = _matches(rf"(?:.*?\.)?{pattern}\.(\d+)\..*", name, "layers_pattern", where, left, whole=True)
+            if end:
+                found = regex.fullmatch(rf"(?:.*?\.)?{pattern}\.(?P<layer>\d+)\..*", name, timeout=_MATCHING_SECONDS)
+                break
+        if found is None or int(found["layer"]) not in ([layers] if isinstance(layers, int) else layers):
+            raise _contradiction(f"layers_to_transform {clip(repr(layers), 100)} leaves out", name, where)
+
+
+def _contradiction(what: str, name: str, where: str) -> InputError:
+    return InputError(
+        f"{what} {clip(name, 100)}, which the adapter holds: PEFT would not load it",
+        where=where,
+        cure="state the names of the modules in target_modules; `export --to peft` writes them",
+    )
 
 
 def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, where: str) -> dict[str, Any]:
@@ -438,31 +488,6 @@ def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, w
         if not hit:
             raise InputError(f"{kind} {clip(repr(pattern), 100)} matches no module of the adapter", where=where)
     return {_exact(name): value for name, value in found.items()}
-
-
-def require_own_targets(stored: StoredAdapter) -> None:
-    """Whether a PEFT folder's expressions for targets, which PEFT alone would go by, select every linear that it adapts.
-
-    Raises:
-        InputError: they do not, or take too long to match.
-    """
-    if stored.form != "peft":
-        return
-    config, where = read_adapter_config(stored.path.parent), str(stored.path.parent / CONFIG_FILE)
-    left = _MATCHING_SECONDS
-    for kind, wanted in (("target_modules", True), ("exclude_modules", False)):
-        pattern = getattr(config, kind)
-        if not isinstance(pattern, str) or not pattern or (wanted and pattern.lower() == "all-linear"):
-            continue
-        for name in stored.modules:
-            matched, left = _matches(pattern, name, kind, where, left, whole=True)
-            if matched != wanted:
-                raise InputError(
-                    f"{kind} {clip(repr(pattern), 100)} {'does not match' if wanted else 'leaves out'} {clip(name, 100)}, "
-                    "which the adapter holds: PEFT cannot load it",
-                    where=where,
-                    cure="`export --to peft` writes a plain one",
-                )
 
 
 def _matches(

@@ -310,7 +310,10 @@ def _refuse_unfit(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) 
         )
     faults = {
         "not finite": [
-            name for name, v in stored.tensors.items() if not v.is_floating_point() or not v.isfinite().all()
+            # As they will act: what is finite in fp64 may not be in fp32.
+            name
+            for name, v in stored.tensors.items()
+            if not v.is_floating_point() or not v.float().isfinite().all()
         ]
     }
     if any(faults.values()):
