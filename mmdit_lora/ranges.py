@@ -86,6 +86,8 @@ STEPS = Range(1, 10_000, whole=True)
 SIDE = Range(1, 16_384, whole=True)
 BATCH = Range(1, 65_536, whole=True)
 COUNT = Range(1, 10**9, whole=True)
+# An entry of a weight is far below 100; an adapter's change of more than this makes images of nothing but overflow.
+MAX_UPDATE = 1e4
 SEED = Range(0, 2**32 - 1, whole=True)  # NumPy takes no larger one
 
 # Arguments of the pipelines' calls, ours and diffusers'; a number that is not here must be finite.
@@ -104,21 +106,31 @@ OF_ARGUMENT = {
     "max_sequence_length": Range(1, 65_536, whole=True),
 }
 FINITE = Range(-1e30, 1e30)
+_LISTS = {"sigmas"}
+_NEVER_NONE = {"layout_scale", "scale", "num_images_per_prompt"}  # None stands for the base's own in all others
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Every number among the arguments of a call, also in lists.
 
     Raises:
-        InputError: one is NaN, infinite or outside its range; it names the argument.
+        InputError: one is NaN, infinite or outside its range, or no number; it names the argument.
     """
     for name, value in arguments.items():
         within = OF_ARGUMENT.get(name)
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if within is not None and number is not None:
+        if within is None:
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, float):
+                    FINITE.check(number, name)
+        elif value is None and name not in _NEVER_NONE:
+            continue
+        elif name not in _LISTS:
+            within.check(value, name)
+        elif not hasattr(value, "__len__") or isinstance(value, str | bytes):
+            raise InputError(f"is {clip(repr(value), 60)}", where=name, cure="give a list of numbers")
+        else:
+            for number in value:
                 within.check(number, name)
-            elif isinstance(number, float):
-                FINITE.check(number, name)
 
 
 def check_window(window: Any, where: str = "layout_window") -> None:
@@ -127,6 +139,8 @@ def check_window(window: Any, where: str = "layout_window") -> None:
     Raises:
         InputError: it is not two numbers with 0 <= start < end <= 1.
     """
+    if not isinstance(window, list | tuple):
+        raise InputError(f"is {clip(repr(window), 60)}", where=where, cure="give 0 <= start < end <= 1")
     if len(window) != 2 or any(side not in SHARE for side in window) or window[0] >= window[1]:
         raise InputError(f"is {clip(' '.join(map(str, window)), 60)}", where=where, cure="give 0 <= start < end <= 1")
 

@@ -343,6 +343,26 @@ def test_sequential_offload_changes_nothing(own: Any, adapter: Path) -> None:
     assert np.array_equal(paint(own, RED), before)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clip_skip": -1}, "clip_skip: is -1"),
+        ({"clip_skip": 99}, "clip_skip: is 99"),
+        ({"clip_skip": True}, "clip_skip: is True"),
+        ({"layout_scale": None}, "layout_scale: is None"),
+        ({"layout_scale": [1.0]}, r"layout_scale: is \[1.0\]"),
+        ({"layout_window": 5}, "layout_window: is 5"),
+        ({"guidance_scale": [7.0]}, "guidance_scale: is"),
+        ({"sigmas": 0.5}, "sigmas: is 0.5"),
+        ({"joint_attention_kwargs": 5}, "joint_attention_kwargs: is 5"),
+        ({"joint_attention_kwargs": {"layout_scale": 3.0}}, "joint_attention_kwargs: holds layout_scale"),
+    ],
+)
+def test_arguments_that_would_be_ignored_or_fail_late_are_refused(own: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}"):
+        own(RED, **{"num_inference_steps": 1, **options})
+
+
 def test_an_adapter_for_offloaded_weights_is_refused(own: Any, adapter: Path) -> None:
     bare = paint(own, RED)
     offload_sequentially(own)

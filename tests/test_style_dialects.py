@@ -248,6 +248,15 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "alpha NaN": ({**PLAIN, "alpha": torch.tensor(float("nan"))}, "NaN or infinity.*alpha"),
     "alpha infinite": ({**PLAIN, "alpha": torch.tensor(float("-inf"))}, "NaN or infinity.*alpha"),
     "alpha of 1e300": ({**PLAIN, "alpha": torch.tensor(1e300, dtype=torch.float64)}, "not finite"),
+    "alpha of 1e10": ({**PLAIN, "alpha": torch.tensor(1e10)}, "by 1e.10, more than 10000"),
+    "factors of 1e15": (
+        {"lora_down__weight": torch.full((2, 32), 1e15), "lora_up__weight": torch.full((32, 2), 1e15)},
+        "more than 10000",
+    ),
+    "a factor of LoKr whole and in two": (
+        {"lokr_w1": torch.ones(4, 4), "lokr_w1_a": torch.ones(4, 1), "lokr_w2": torch.ones(8, 8)},
+        "lokr_w1 whole and as factors .lokr_w1_a",
+    ),
     "alphas": ({**PLAIN, "alpha": torch.ones(3)}, "alpha has 3"),
     "dora_scale NaN": ({**PLAIN, "dora_scale": nan((32, 1))}, "NaN or infinity.*dora_scale"),
     "dora_scale of another shape": ({**PLAIN, "dora_scale": torch.ones(31, 1)}, "dora_scale has shape"),
@@ -419,12 +428,46 @@ def test_headers_that_say_nothing_sensible(adapted: dict[str, Any], tmp_path: Pa
             ("{", "cannot be read"),
             ('{"transformer.lora_alpha": [4]}', r"lora_alpha is \[4\]"),
             ('{"transformer.alpha_pattern": 4}', "alpha_pattern is 4"),
+            ('{"transformer.use_rslora": "false", "transformer.lora_alpha": 4}', "use_rslora is 'false'"),
         )
     ):
         file = tmp_path / f"{number}.safetensors"
         save_file(maker.file.tensors, file, {"format": "pt", "lora_adapter_metadata": header})
         refuse(pipe, file, match)
     refuse(pipe, None, "is a NoneType")
+
+
+def test_a_style_that_does_nothing_is_refused_and_keys_with_the_adapters_name_are_named(
+    adapted: dict[str, Any],
+) -> None:
+    pipe = adapted["sd3"]
+    maker = Maker(pipe)
+    refuse(pipe, one(maker, **PLAIN, alpha=torch.tensor(0.0)), "every alpha in it is 0")
+    key = "base_model.model.transformer_blocks.0.attn.to_q.lora_A.style.weight"
+    refuse(pipe, {key: torch.ones(2, 32)}, r"no part of a LoRA .*lora_A\.style\.weight")
+
+
+def test_a_layout_adapter_that_states_no_alpha_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = make_pipe("sd3", tmp_path / "a")
+    add_layout_lora(pipe.transformer, adapter_name="layout")
+    trained_adapter(pipe.transformer, "layout")
+    found = peft.get_peft_model_state_dict(pipe.transformer, adapter_name="layout")
+    plain = {f"transformer.{name}": value.contiguous() for name, value in found.items()}
+    pipe.transformer.unload_lora()
+    save_file(plain, tmp_path / "plain.safetensors")
+    targets = [name.removeprefix("transformer.").partition(".lora_")[0] for name in plain]
+    stated = {"transformer.r": 16, "transformer.lora_alpha": 32, "transformer.target_modules": sorted(set(targets))}
+    save_file(plain, tmp_path / "stated.safetensors", {"format": "pt", "lora_adapter_metadata": json.dumps(stated)})
+    for source, warned in (
+        (plain, True),
+        (tmp_path / "plain.safetensors", True),
+        (tmp_path / "stated.safetensors", False),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="mmdit_lora"):
+            pipe.load_lora_weights(source, adapter_name="layout")
+        assert ("no alpha is stated" in caplog.text) == warned
+        pipe.transformer.unload_lora()
 
 
 def test_weights_are_put_in_place_of_others(pipes: dict[str, Any]) -> None:

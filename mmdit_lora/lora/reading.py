@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import exists, nearest, read_text, require_file
+from mmdit_lora.lora.style import warn_without_alpha
 from mmdit_lora.models.creatilayout import to_creatilayout, variant_of_model
 
 CONFIG_FILE = "adapter_config.json"
@@ -134,6 +135,8 @@ def read_adapter(source: str | Path, model: nn.Module) -> StoredAdapter:
             state, told = _from_creatilayout(state, told, model, path)
         if told and "r" not in told:
             raise InputError(f"{LORA_ADAPTER_METADATA_KEY} in its header states no rank (r)", where=str(path))
+        if not told:
+            warn_without_alpha(clip(path, 300), len(_ranks(state)))
         config = _config_of(_ranks(state), {}) if not told else _valid_config(told, str(path))
     tensors = {KEY_PREFIX + name: value for name, value in state.items()}
     return StoredAdapter(path, form, tensors, _resolved(config, tensors, path), header)

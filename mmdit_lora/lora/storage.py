@@ -33,11 +33,10 @@ from mmdit_lora.lora.reading import (
 from mmdit_lora.lora.style import Undo
 from mmdit_lora.models.adapter_layers import adapter_layers
 from mmdit_lora.outputs import new_folder
+from mmdit_lora.ranges import MAX_UPDATE
 
 logger = logging.getLogger("mmdit_lora")
 
-# An entry of a weight is far below 100; an update of more than this makes images of nothing but overflow.
-MAX_UPDATE = 1e4
 _FINGERPRINT = "_mmdit_lora_fingerprint"
 
 

@@ -13,6 +13,7 @@ norms of the base's rows, not of the changed weight's.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.lora.style_names import EMBEDDINGS, LEAVES, REFUSED, FamilyNames, Place, Places, split_key
 from mmdit_lora.models.adapter_layers import adapter_layers
-from mmdit_lora.ranges import FINITE
+from mmdit_lora.ranges import FINITE, MAX_UPDATE
+
+logger = logging.getLogger("mmdit_lora")
 
 _ADDED = {"alpha", "bias", "up_bias", "dora_scale", "magnitude"}  # beside any method's own tensors
 # Method: tensors that it needs, tensors that it may have.
@@ -144,16 +147,33 @@ def read_style(
     _refuse_twice(found)
 
     deltas: dict[str, dict[str, _Delta]] = {}
+    without_alpha: list[str] = []
     for name, place in found.items():
         targets = [places.modules[place.component][module] for module in place.modules]
         hint = _Hint(metadata or {}, place)
+        if "down" in modules[name] and "alpha" not in modules[name] and hint.alpha() is None:
+            without_alpha += [module for module in place.modules if "layout" in module]
         try:
             whole = _delta(modules[name], targets, place, hint)
         except InputError as error:
             raise error.at(clip(name)) from None
         deltas.setdefault(place.component, {}).update(_split(whole, place, targets))
+    if not any(delta.alpha or delta.bias is not None for there in deltas.values() for delta in there.values()):
+        raise InputError("does nothing: every alpha in it is 0")
     parts = {component: _part(found_there, places.modules[component]) for component, found_there in deltas.items()}
+    if without_alpha:
+        warn_without_alpha("the tensors", len(without_alpha))
     return parts, ignored, sum(delta.full for there in deltas.values() for delta in there.values())
+
+
+def warn_without_alpha(what: str, count: int) -> None:
+    """A layout adapter is trained at alpha 2 r by default, and a dict of tensors does not say so."""
+    logger.warning(
+        "%s: no alpha is stated for %d linears of the layout stream: they act at alpha = rank, whatever they were trained with. "
+        "Files that `train` and `export` write state it: give the file or its folder.",
+        what,
+        count,
+    )
 
 
 class Undo:
@@ -212,7 +232,7 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
             f"holds {' and '.join(kinds)}, which cannot be loaded as LoRA: {listed(text.split(', e.g. ')[1] for text in refused)}",
             cure="merge it into the base with the tool that made it, or give a LoRA, LoHa, LoKr, DoRA or full difference",
         )
-    if unknown and modules:
+    if unknown and (modules or any("lora" in key.lower() for key in unknown)):
         raise InputError(
             f"{len(unknown)} of {len(state)} keys are no part of a LoRA that is known here: {listed(unknown)}",
             cure="leave them out of the file",
@@ -273,7 +293,10 @@ class _Hint:
 
     @property
     def by_root(self) -> bool:
-        return bool(self.config.get("use_rslora"))
+        value = self.config.get("use_rslora") or False
+        if not isinstance(value, bool):
+            raise InputError(f"use_rslora is {clip(repr(value))}, not true or false")
+        return value
 
 
 def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, hint: _Hint) -> _Delta:
@@ -319,7 +342,17 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
     if not all(number.float().isfinite().all() for number in (delta.up, delta.down, largest)):
         factors = f"factors up to {delta.up.abs().max():.3g} and {delta.down.abs().max():.3g}"
         raise InputError(f"its change is not finite in fp32: {factors}, alpha {delta.alpha:.3g}")
+    if largest > MAX_UPDATE and (entry := _largest(delta)) > MAX_UPDATE:
+        raise InputError(
+            f"changes a weight by {entry:.3g}, more than {MAX_UPDATE:g}",
+            cure="its alpha or its weights are wrong: get it anew",
+        )
     return delta
+
+
+def _largest(delta: _Delta) -> float:
+    """The largest entry of a change."""
+    return abs(delta.alpha) / delta.down.shape[0] * (delta.up.double() @ delta.down.double()).abs().max().item()
 
 
 def _method(tensors: Mapping[str, Tensor]) -> str:
@@ -365,6 +398,9 @@ def _factors(method: str, t: Mapping[str, Tensor], width_out: int, width_in: int
         decomposed: int | None = None
         kron = []
         for i in (1, 2):
+            pair = {f"lokr_w{i}_a", f"lokr_w{i}_b"} & t.keys()
+            if f"lokr_w{i}" in t and pair:
+                raise InputError(f"gives lokr_w{i} whole and as factors ({listed(sorted(pair))})")
             if f"lokr_w{i}" in t:
                 kron.append(_whole(t[f"lokr_w{i}"].double().flatten(1)))
             elif {f"lokr_w{i}_a", f"lokr_w{i}_b"} <= t.keys():

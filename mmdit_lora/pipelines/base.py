@@ -41,7 +41,7 @@ from mmdit_lora.models.base import (
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.pipelines.finite import each_finite, require_finite
 from mmdit_lora.pipelines.styles import StyleLoader
-from mmdit_lora.ranges import check_adapter_weights, check_arguments, check_window
+from mmdit_lora.ranges import Range, check_adapter_weights, check_arguments, check_window
 
 # What `from_pretrained` of a pipeline and of its transformer both take.
 _SHARED_OPTIONS = (
@@ -408,7 +408,20 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             "sigmas": sigmas,
             "max_sequence_length": max_sequence_length,
         }
+        if not isinstance(joint_attention_kwargs or {}, Mapping):
+            raise InputError(
+                f"is {clip(repr(joint_attention_kwargs), 60)}", where="joint_attention_kwargs", cure="give a dict"
+            )
+        if taken := {"layout", "layout_scale"} & set(joint_attention_kwargs or {}):
+            raise InputError(
+                f"holds {listed(sorted(taken))}", where="joint_attention_kwargs", cure="give it to the call itself"
+            )
         check_arguments({**own, **(joint_attention_kwargs or {}), **kwargs})
+        if (skip := kwargs.get("clip_skip")) is not None:
+            given: Any = (self.text_encoder, getattr(self, "text_encoder_2", None))
+            encoders = [encoder for encoder in given if hasattr(encoder, "text_model")]
+            layers = min((e.config.num_hidden_layers for e in encoders), default=1)
+            Range(0, layers - 1, whole=True).check(skip, "clip_skip")
         for side in (kwargs.get("height"), kwargs.get("width")):
             if side is not None and side < self.vae_scale_factor * self.transformer.latent_multiple:
                 self.check_side(side)
