@@ -19,7 +19,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.lora import load_adapter, save_adapter
 from mmdit_lora.lora.adapt import add_layout_lora
 from mmdit_lora.lora.style import StyleReport
-from tests.pipeline_makers import differ, paint
+from tests.pipeline_makers import RED, attention_kwargs_seen, differ, paint
 from tests.style_makers import AB, ENCODERS, METHODS, NAMES, PLACES, Make, Maker, StyleFile, make_pipe
 from tests.tiny import trained_adapter
 
@@ -175,6 +175,44 @@ def test_a_style_for_all_parts_is_mixed_fused_and_taken_off(tmp_path: Path, pipe
         pipe.unfuse_lora()
         pipe.unload_lora_weights()
         np.testing.assert_allclose(paint(pipe, prompt="a red circle"), plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, -1.0, 2])
+def test_the_scale_of_a_call_is_that_of_set_adapters_in_every_part(scale: float, pipes: dict[str, Any]) -> None:
+    for family, pipe in pipes.items():
+        whole, encoders, t5 = Maker(pipe), Maker(pipe), Maker(pipe)
+        NAMES[family]["sd-scripts"](whole)
+        ENCODERS[family]["sd-scripts"](encoders)
+        component = "text_encoder_3" if family == "sd3" else "text_encoder_2"
+        module = "encoder.block.0.layer.0.SelfAttention.v"
+        t5.lora(f"lora_te3_{module.replace('.', '_')}", (module,), component=component)
+        strong = {key: value * 2 for key, value in t5.file.tensors.items()}  # T5 says little in so small a base
+
+        def seen(pipe: Any, **attention: Any) -> tuple[np.ndarray, Tensor]:
+            options = {"guidance_scale": 3.0, "joint_attention_kwargs": attention}
+            return paint(pipe, RED, **options), attention_kwargs_seen(pipe, RED, **options)[0]["layout"].phrase_embeds
+
+        for tensors in (strong, encoders.file.tensors, whole.file.tensors | encoders.file.tensors):
+            pipe.load_lora_weights(tensors, adapter_name="style")
+            try:
+                full, full_phrases = seen(pipe)
+                pipe.set_adapters("style", 0.75 * scale)
+                expected, phrases = seen(pipe)
+                prompt_embeds = pipe.encode_caption(RED.caption)[0]
+                pipe.set_adapters("style", 0.75)
+                before = snapshot(pipe)
+                scaled, scaled_phrases = seen(pipe, scale=scale)
+                np.testing.assert_allclose(scaled, expected, atol=1e-5)
+                torch.testing.assert_close(scaled_phrases, phrases, atol=1e-5, rtol=1e-4)
+                assert np.abs(scaled - full).max() > 3e-4
+                assert torch.equal(full_phrases, phrases) == (tensors is strong)  # CLIP reads them
+                assert snapshot(pipe) == before  # after 0, diffusers' own would have forgotten the 0.75
+                third = {"prompt_3": None} if family == "sd3" else {}
+                options = {"device": "cpu", "max_sequence_length": pipe.config.max_sequence_length}
+                found = pipe.encode_prompt(RED.caption, prompt_2=None, **third, **options, lora_scale=scale)[0]
+                torch.testing.assert_close(found, prompt_embeds, atol=1e-5, rtol=1e-4)
+            finally:
+                pipe.unload_lora_weights()
 
 
 def test_half_a_dora_is_half_the_way(pipes: dict[str, Any], tmp_path: Path) -> None:
@@ -477,6 +515,7 @@ def test_weights_are_put_in_place_of_others(pipes: dict[str, Any]) -> None:
         NAMES["flux"]["sd-scripts"](maker)
     pipe.load_lora_weights(makers[0].file.tensors, adapter_name="style")
     report = pipe.load_lora_weights(makers[1].file.tensors, adapter_name="style", hotswap=True)
+    assert pipe.transformer.active_adapters() == ["style"]
     try:
         found = changes(pipe, report)
     finally:

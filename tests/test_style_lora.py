@@ -199,6 +199,255 @@ def open_pipeline_again(pipe: Any) -> Any:
     return fresh
 
 
+# -- several adapters of one pipeline: switched off, chosen, fused, named
+
+TO_Q, FF = "transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.ff.net.2"
+
+
+def te_q(pipe: Any) -> str:
+    """A linear of CLIP-L, whose class names it differently in the two families."""
+    (name,) = (n for n, _ in pipe.text_encoder.named_modules() if n.endswith("encoder.layers.0.self_attn.q_proj"))
+    return f"text_encoder.{name}"
+
+
+def lora_of(pipe: Any, *modules: str, seed: int = 1) -> dict[str, Tensor]:
+    """A style on these modules, `<component>.<name>`."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name in modules:
+        component, _, module = name.partition(".")
+        linear = getattr(pipe, component).get_submodule(module)
+        linear = getattr(linear, "base_layer", linear)
+        state[f"{name}.lora_A.weight"] = torch.randn(2, linear.in_features, generator=generator)
+        state[f"{name}.lora_B.weight"] = torch.randn(linear.out_features, 2, generator=generator)
+    return state
+
+
+def test_what_is_loaded_after_disable_lora_acts_wholly_and_alone(pipe: Any, files: dict[str, Path]) -> None:
+    one, two = lora_of(pipe, TO_Q, te_q(pipe)), lora_of(pipe, TO_Q, FF, seed=2)
+
+    def fresh(*loads: Any) -> Any:
+        made = open_pipeline_again(pipe)
+        for load in loads:
+            load(made)
+        return made
+
+    def style(pipe: Any) -> None:
+        pipe.load_lora_weights(two, adapter_name="two")
+
+    def by_the_transformer(pipe: Any) -> None:
+        state = {key.removeprefix("transformer."): value for key, value in two.items()}
+        pipe.transformer.load_lora_adapter(state, prefix=None, adapter_name="two")
+
+    def layout(pipe: Any) -> None:
+        load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
+
+    def added(pipe: Any) -> None:
+        add_layout_lora(pipe.transformer, peft.LoraConfig(target_modules=["attn.to_q"]), adapter_name="added")
+        trained_adapter(pipe.transformer, "added", seed=9)
+
+    def added_by_diffusers(pipe: Any) -> None:
+        pipe.transformer.add_adapter(peft.LoraConfig(target_modules=["attn.to_q"]), "added")
+        trained_adapter(pipe.transformer, "added", seed=9)
+
+    def layout_style(pipe: Any) -> None:
+        pipe.load_lora_weights(files["layout"], adapter_name="layout")
+
+    for load in (style, by_the_transformer, layout, layout_style, added, added_by_diffusers):
+        switched = fresh(lambda made: made.load_lora_weights(one, adapter_name="one"))
+        switched.disable_lora()
+        load(switched)
+        assert np.array_equal(paint(switched, RED), paint(fresh(load), RED)), load.__name__
+        (name,) = switched.transformer.active_adapters()
+        assert name != "one"
+        # Chosen again, both act, in every component.
+        switched.set_adapters(["one", name])
+        both = fresh(lambda made: made.load_lora_weights(one, adapter_name="one"), load)
+        both.set_adapters(["one", name])
+        assert np.array_equal(paint(switched, RED), paint(both, RED)), load.__name__
+
+
+def test_a_load_that_is_refused_leaves_what_is_switched_off_as_it_is(pipe: Any, files: dict[str, Path]) -> None:
+    load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
+    pipe.disable_lora()
+    with pytest.raises(InputError, match="on the model already"):
+        load_adapter(pipe.transformer, files["layout"], adapter_name="again")
+    remove = lora_of(pipe, TO_Q)
+    pipe.load_lora_weights(remove, adapter_name="style")
+    pipe.set_adapters(["layout", "style"])
+    pipe.disable_lora()
+    before = adapter_state(pipe.transformer, "layout")
+    assert all(active and disabled for _, active, disabled, *_ in before.values())
+    with pytest.raises(InputError, match="is loaded already, as 'style'"):
+        pipe.load_lora_weights(remove, adapter_name="again")
+    remove_adapter(pipe.transformer, "style")
+    assert equal_states(adapter_state(pipe.transformer, "layout"), before)
+    pipe.enable_lora()
+    assert all(not disabled for _, _, disabled, *_ in adapter_state(pipe.transformer, "layout").values())
+
+
+def test_adapters_are_chosen_once_by_names_that_are_loaded(pipe: Any, files: dict[str, Path]) -> None:
+    load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
+    clip_q = te_q(pipe)
+    pipe.load_lora_weights(lora_of(pipe, TO_Q, clip_q), adapter_name="style")
+    pipe.set_adapters(["layout", "style"], [1.0, 0.5])
+    before = [adapter_state(pipe.transformer, name) for name in ("layout", "style")]
+    for names, weights, says in (
+        (["layout", "layout"], None, "'layout': is named twice"),
+        ([], None, "no adapter is named"),
+        (["nope"], None, "'nope': no such adapter\n  to mend it: loaded: layout, style"),
+        (5, None, "5: no such adapter"),
+        (None, None, "None: no such adapter"),
+        (["layout"], [1.0, 2.0], "2 weights for 1 adapters"),
+    ):
+        for target in (pipe, pipe.transformer):
+            with pytest.raises(InputError, match=says):
+                target.set_adapters(names, weights)
+    for weights, says in (
+        ({"zz": 1.0}, "the weights name 'zz'.*\n.*transformer, text_encoder.*loaded: layout, style"),
+        ({"transformer": {"x_x": 1}}, "'x_x' is in the name of no module"),
+        ({"text_encoder": {"x_x": 1}}, "'x_x' is in the name of no module"),
+    ):
+        with pytest.raises(InputError, match=says):
+            pipe.set_adapters("style", weights)
+    with pytest.raises(InputError, match="'x_x' is in the name of no module"):
+        pipe.transformer.set_adapters("style", {"x_x": 1})
+    for call in (
+        pipe.delete_adapters,
+        pipe.transformer.delete_adapters,
+        lambda name: pipe.set_lora_device(name, "cpu"),
+    ):
+        with pytest.raises(InputError, match="'nope': no such adapter\n  to mend it: loaded: layout, style"):
+            call("nope")
+    for state, name in zip(before, ("layout", "style"), strict=True):
+        assert equal_states(adapter_state(pipe.transformer, name), state)
+    # By component and block, of two that share one dict.
+    pipe.set_adapters(["layout", "style"], {"transformer": {"transformer_blocks.0": 0.25}, "text_encoder": 0.5})
+    scales = {n: s for name in ("layout", "style") for n, (s, *_) in adapter_state(pipe.transformer, name).items()}
+    assert {n: s for n, s in scales.items() if n == TO_Q.removeprefix("transformer.")} == {
+        "transformer_blocks.0.attn.to_q": 0.25
+    }
+    assert all(s == (0.5 if "transformer_blocks.0." in n else 2.0) for n, s in scales.items() if "layout" in n)
+    assert adapter_state(pipe.text_encoder, "style")[clip_q.removeprefix("text_encoder.")][0] == 0.5
+    pipe.delete_adapters("style")
+    assert pipe.get_list_adapters() == {"transformer": ["layout"]}
+
+
+def test_a_style_on_a_text_encoder_alone_is_chosen_fused_and_deleted(pipe: Any) -> None:
+    plain = paint(pipe, RED)
+    pipe.load_lora_weights(lora_of(pipe, te_q(pipe)), adapter_name="style")
+    styled = paint(pipe, RED)
+    assert differ(styled, plain)
+    pipe.set_adapters("style", 0.0)
+    np.testing.assert_allclose(paint(pipe, RED), plain, atol=1e-6)
+    pipe.set_adapters("style")
+    pipe.fuse_lora(adapter_names="style")
+    np.testing.assert_allclose(paint(pipe, RED), styled, atol=1e-4)
+    with pytest.raises(InputError, match="fused into the weights: style"):
+        pipe.delete_adapters("style")
+    pipe.unfuse_lora()
+    pipe.delete_adapters(["style"])
+    np.testing.assert_allclose(paint(pipe, RED), plain, atol=1e-4)
+
+
+def test_a_fused_adapter_is_neither_removed_nor_joined(pipe: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    plain = paint(pipe, RED)
+    load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
+    save_adapter(
+        pipe.transformer,
+        tmp_path / "stated",
+        metadata={"base": "tiny", "fingerprint": base_fingerprint(pipe.transformer)},
+        adapter_name="layout",
+    )
+    with_layout = paint(pipe, RED)
+    pipe.fuse_lora()
+    fused = paint(pipe, RED)
+    np.testing.assert_allclose(fused, with_layout, atol=1e-4)
+    for call in (
+        lambda: remove_adapter(pipe.transformer, "layout"),
+        lambda: pipe.delete_adapters("layout"),
+        lambda: pipe.transformer.delete_adapters(["layout"]),
+        lambda: pipe.set_adapters("layout", 0.5),  # would be unfused by half
+        lambda: pipe.transformer.set_adapters("layout", 0.5),
+        lambda: pipe.fuse_lora(lora_scale=0.5),
+        lambda: load_adapter(pipe.transformer, tmp_path / "stated", adapter_name="again"),
+        lambda: pipe.load_lora_weights(tmp_path / "stated"),
+        lambda: pipe.load_lora_weights(lora_of(pipe, TO_Q)),
+        lambda: add_layout_lora(pipe.transformer),
+        lambda: pipe.transformer.add_adapter(peft.LoraConfig(target_modules=["attn.to_q"])),
+    ):
+        with pytest.raises(
+            InputError, match=r"fused into the weights: layout\n  to mend it: call `unfuse_lora\(\)` first"
+        ):
+            call()
+    assert np.array_equal(paint(pipe, RED), fused)
+    pipe.unfuse_lora()
+    np.testing.assert_allclose(paint(pipe, RED), with_layout, atol=1e-4)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()  # diffusers' way to keep it in the weights
+    np.testing.assert_allclose(paint(pipe, RED), with_layout, atol=1e-4)
+    assert differ(with_layout, plain)
+    with pytest.raises(InputError, match="layout was fused into them, and unloaded"):
+        load_adapter(pipe.transformer, tmp_path / "stated")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 1e300, 3000, "x", None, True])
+def test_only_a_number_scales_what_is_fused(pipe: Any, files: dict[str, Path], scale: Any) -> None:
+    load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
+    for target in (pipe, pipe.transformer):
+        with pytest.raises(InputError, match="lora_scale: is "):
+            target.fuse_lora(lora_scale=scale)
+        with pytest.raises(InputError, match="'nope': no such adapter\n  to mend it: loaded: layout"):
+            target.fuse_lora(adapter_names=["layout", "nope"])
+    with pytest.raises(InputError, match="'vae' carries no LoRA"):
+        pipe.fuse_lora(["vae"])
+    assert not any(m.merged for m in pipe.transformer.modules() if isinstance(m, BaseTunerLayer))
+
+
+@pytest.mark.parametrize("name", ["a.b", "", 5, None, "keys", ["a"]])
+def test_an_adapter_has_a_name_that_a_module_can_have(pipe: Any, files: dict[str, Path], name: Any) -> None:
+    config = peft.LoraConfig(target_modules=["attn.to_q"])
+    calls = [
+        lambda: load_adapter(pipe.transformer, files["layout"], adapter_name=name),
+        lambda: add_layout_lora(pipe.transformer, adapter_name=name),
+        lambda: pipe.transformer.add_adapter(config, name),
+    ]
+    if name is not None:  # which is diffusers' own word for any name
+        calls += [
+            lambda: pipe.load_lora_weights(files["layout"], adapter_name=name),
+            lambda: pipe.load_lora_weights(files["style"], adapter_name=name),
+            lambda: pipe.transformer.load_lora_adapter({}, adapter_name=name),
+        ]
+    for call in calls:
+        with pytest.raises(InputError, match="adapter_name: is "):
+            call()
+    assert pipe.get_list_adapters() == {}
+    assert all(p.requires_grad for p in pipe.transformer.parameters())
+
+
+def test_a_pipeline_that_peft_wrapped_says_so(pipe: Any, files: dict[str, Path]) -> None:
+    pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, str(files["layout"]))
+    wrapped = paint(pipe, RED)
+    for call, model in (
+        (lambda: load_adapter(pipe.transformer, files["layout"]), "model"),
+        (lambda: remove_adapter(pipe.transformer), "model"),
+        (lambda: add_layout_lora(pipe.transformer), "model"),
+        (lambda: pipe.load_lora_weights(files["layout"]), "pipe.transformer"),
+        (lambda: pipe.load_lora_weights(files["style"]), "pipe.transformer"),
+    ):
+        with pytest.raises(InputError) as refusal:
+            call()
+        assert f"{model}: is a PeftModel around a " in str(refusal.value)
+        assert f"has adapters already: default\n  to mend it: take `{model}.get_base_model()`" in str(refusal.value)
+    pipe.transformer = pipe.transformer.get_base_model()
+    assert np.array_equal(paint(pipe, RED), wrapped)
+    with pytest.raises(InputError, match="on the model already, as 'default'"):
+        load_adapter(pipe.transformer, files["layout"], adapter_name="again")
+    pipe.load_lora_weights(files["style"], adapter_name="style")
+    pipe.delete_adapters("style")
+    assert np.array_equal(paint(pipe, RED), wrapped)
+
+
 # -- kohya's names
 
 

@@ -23,8 +23,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mmdit_lora.errors import InputError, clip, listed
-from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode
+from mmdit_lora.errors import InputError, clip
+from mmdit_lora.lora.undo import Undo
+from mmdit_lora.models.adapter_layers import (
+    adapter_layers,
+    check_adapter_name,
+    chosen_adapters,
+    end_disabling,
+    follow_mode,
+    refuse_fused,
+    refuse_wrapped,
+)
 
 TARGETS = ("layout_mlp.fc1", "layout_mlp.fc2")
 
@@ -89,14 +98,14 @@ def add_layout_lora(
         The report. Zero gates are listed, not refused: see `refuse_zero_gates`.
 
     Raises:
-        InputError: the adapter exists already; a target or pattern matches no module; the config would train or change
-            anything but LoRA weights. The model is then as it was.
+        InputError: the adapter exists already, or its name cannot be one; a target or pattern matches no module; the config
+            would train or change anything but LoRA weights; an adapter is fused into the weights. The model is then as it was.
     """
+    check_joins(model, adapter_name)
     config = copy.deepcopy(config) if config is not None else default_lora_config()
-    if adapter_name in getattr(model, "peft_config", {}):
-        raise InputError(f"the model has an adapter {adapter_name!r} already", cure="give the new one another name")
     targets = find_targets(model, config)
     zero_gates = _zero_gates(model)
+    undo = Undo([model])
     # Freeze first, inject second. The other way round freezes the LoRA too, and nothing trains.
     model.requires_grad_(False)
     inject(model, config, adapter_name)
@@ -107,7 +116,7 @@ def add_layout_lora(
     expected = {with_adapter(name, adapter_name): shape for name, shape in adapter_shapes(targets, config).items()}
     if not trained or {name: tuple(p.shape) for name, p in trained.items()} != expected:
         wrong = sorted(trained.keys() ^ expected.keys()) or sorted(trained)
-        remove_adapter(model, adapter_name)
+        undo(adapter_name)
         raise InputError(
             f"the trainable parameters are not exactly the LoRA: {', '.join(wrong[:8])}",
             cure="this LoraConfig trains something that an adapter cannot hold; use r, lora_alpha, target_modules",
@@ -206,13 +215,13 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
     """Take an adapter off. Others stay as they are: active or not, with their weights; linears that carry none are plain again.
 
     Raises:
-        InputError: the model has no adapter of that name.
+        InputError: the model has no adapter of that name, or it is fused into the weights, where it would stay. (After
+            `fuse_lora`, `unload_lora_weights` leaves it there on purpose: that is how diffusers bakes one in. Whoever removes
+            one by name wants the picture without it.)
     """
-    present = sorted(getattr(model, "peft_config", {}))
-    if adapter_name not in present:
-        raise InputError(
-            "no such adapter", where=clip(repr(adapter_name), 100), cure=f"loaded: {listed(present) or 'none'}"
-        )
+    refuse_wrapped(model)
+    chosen_adapters([adapter_name], getattr(model, "peft_config", {}))
+    refuse_fused(model, names=[adapter_name])
     if set(model.peft_config) == {adapter_name}:  # type: ignore[arg-type]
         model.unload_lora()  # type: ignore[operator]
         return
@@ -227,19 +236,33 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
+def check_joins(model: nn.Module, adapter_name: Any) -> None:
+    """Whether a model can take one more adapter of this name.
+
+    Raises:
+        InputError: it is wrapped in a `PeftModel`; the name cannot be one or is taken; or an adapter is fused into the weights.
+    """
+    refuse_wrapped(model)
+    check_adapter_name(adapter_name)
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise InputError(f"the model has an adapter {adapter_name!r} already", cure="give the new one another name")
+    refuse_fused(model)
+
+
 @contextmanager
 def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) -> Iterator[None]:
     """Adapters that are active stay active beside those that join in this context, at their weights, frozen or not as before.
 
     PEFT switches off all others when an adapter is added, and may switch one on when another is deleted, and warns of both.
+    After `disable_lora`, adapters that join act alone: what did not act before stays off, and is no longer active.
 
     Args:
         keep: which of the active adapters, by name.
     """
     active = {layer: list(layer.active_adapters) for _, layer in adapter_layers(model)}
+    disabled = {layer for layer in active if layer.disable_adapters}
     trained = {p: p.requires_grad for p in model.parameters()}
     before = set(getattr(model, "peft_config", {}))
-    everywhere = next(iter(active.values()), [])  # layers that an adapter brings have the same ones active
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
@@ -247,9 +270,14 @@ def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) 
             yield
     finally:
         now = getattr(model, "peft_config", {})
+        joined = [name for name in now if name not in before]
+        if joined:
+            active |= {layer: [] for layer in disabled}
+            end_disabling(model)
+        everywhere = next(iter(active.values()), [])  # layers that an adapter brings have the same ones active
         for _, layer in adapter_layers(model):
             kept = [name for name in active.get(layer, everywhere) if name in now and keep(name)]
-            layer.set_adapter(kept + [name for name in now if name not in before])
+            layer.set_adapter(kept + joined)
         for parameter in model.parameters():
             if parameter in trained:
                 parameter.requires_grad_(trained[parameter])

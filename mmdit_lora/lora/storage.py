@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.files import public_name
-from mmdit_lora.lora.adapt import adapter_shapes, find_targets, inject, with_adapter
+from mmdit_lora.lora.adapt import adapter_shapes, check_joins, find_targets, inject, with_adapter
 from mmdit_lora.lora.known_bases import remember_base
 from mmdit_lora.lora.reading import (
     CONFIG_FILE,
@@ -30,7 +30,7 @@ from mmdit_lora.lora.reading import (
     StoredAdapter,
     read_adapter,
 )
-from mmdit_lora.lora.style import Undo
+from mmdit_lora.lora.undo import Undo
 from mmdit_lora.models.adapter_layers import adapter_layers
 from mmdit_lora.outputs import new_folder
 from mmdit_lora.ranges import MAX_UPDATE
@@ -188,7 +188,8 @@ def load_adapter(
     allow_same: bool = False,
 ) -> StoredAdapter:
     """Add an adapter from a folder or file, as `train` or `export` (in any form but "merged") writes it. It acts beside the
-    adapters that are active, whose weights stay as they are (`model.set_adapters([...], weights)` chooses and mixes).
+    adapters that are active, whose weights stay as they are (`model.set_adapters([...], weights)` chooses and mixes). After
+    `disable_lora` it acts alone: the others stay off, until `set_adapters` names them.
 
     Args:
         trainable: its weights train, in fp32, and all else is frozen; else it is frozen too.
@@ -204,12 +205,15 @@ def load_adapter(
     Raises:
         InputError: it is no adapter, is damaged, or fits another base: names and shapes must be equal as sets, and all are
             listed; or it is on the model already; or a number in it is not finite or absurd; or the model's weights are
-            offloaded. The model is then as it was.
+            offloaded; or the name cannot be one or is taken; or the model is wrapped in a `PeftModel`, or has an adapter fused
+            into its weights. The model is then as it was.
     """
+    try:
+        check_joins(model, adapter_name)
+    except InputError as error:
+        raise error.at(str(folder)) from None
     stored = read_adapter(folder, model)
     path, config = stored.path, copy.deepcopy(stored.config)
-    if adapter_name in getattr(model, "peft_config", {}):
-        raise InputError(f"the model has an adapter {adapter_name!r} already", cure="give the new one another name")
     try:
         targets = find_targets(model, config)
     except InputError as error:
@@ -364,6 +368,12 @@ def _refuse_other_base(stored: StoredAdapter, model: nn.Module, fingerprint: str
     if any(p.dtype is torch.float16 for name, p in model.named_parameters() if "lora_" not in name):
         logger.warning("%s: whether it is of this base cannot be told in fp16", stored.path)
         return
+    if fused := getattr(model, "fused_for_good", ()):
+        raise InputError(
+            f"does not fit these weights: {listed(fused)} was fused into them, and unloaded",
+            where=str(stored.path),
+            cure="open the base anew; `unfuse_lora()` before unloading keeps it as it was",
+        )
     raise InputError(
         f"was trained on another base: {clip(repr(stored.header.get('base')), 100)}, fingerprint {str(stated)[:12]}..., "
         f"and this base has {fingerprint[:12]}...",

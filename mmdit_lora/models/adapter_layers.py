@@ -1,18 +1,218 @@
-"""PEFT's layers on a model: the mode that they are in, and the model without them."""
+"""PEFT's layers on a model: which adapters act on them and how strongly, their mode, and the model without them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from mmdit_lora.errors import InputError, clip, listed
+from mmdit_lora.ranges import ADAPTER_WEIGHT
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """The layers that PEFT put around linears, by module name, in the model's order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def check_adapter_name(name: Any) -> str:
+    """`name`, which PEFT can give to an adapter: it becomes the name of a module.
+
+    Raises:
+        InputError: it is no text, is empty, holds a dot, or is what torch's containers call something of their own.
+    """
+    if not isinstance(name, str) or not name or "." in name:
+        raise InputError(
+            f"is {clip(repr(name), 100)}", where="adapter_name", cure="give a text without dots, such as 'style'"
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise InputError(f"is {name!r}, a name that torch uses itself", where="adapter_name", cure="give another name")
+    return name
+
+
+def chosen_adapters(names: Any, loaded: Iterable[str]) -> list[str]:
+    """`names`, one or several, each of which is loaded.
+
+    Raises:
+        InputError: none is given, one is given twice, or one is not loaded; it lists those that are.
+    """
+    loaded = sorted(set(loaded))
+    cure = f"loaded: {listed(loaded) or 'none'}"
+    given = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    if not given:
+        raise InputError(
+            "no adapter is named", where="adapter_names", cure=f"{cure}; `disable_lora()` switches all off"
+        )
+    for name in given:
+        if name not in loaded:
+            raise InputError("no such adapter", where=clip(repr(name), 100), cure=cure)
+        if given.count(name) > 1:
+            raise InputError("is named twice", where=clip(repr(name), 100), cure="name it once, with its whole weight")
+    return given
+
+
+def fused_adapters(*models: nn.Module) -> list[str]:
+    """Names of the adapters that `fuse_lora` has added into the weights, and whose layers are still there."""
+    return sorted({name for model in models for _, layer in adapter_layers(model) for name in layer.merged_adapters})
+
+
+def refuse_fused(*models: nn.Module, names: Sequence[str] | None = None) -> None:
+    """Refuse to change adapters of a model that has some fused. PEFT would leave a removed one in the weights, would not run
+    a new one on the modules that carry a fused one, and would take a fused one off again by a weight that it has not got.
+
+    Args:
+        names: refuse only where one of these is fused.
+
+    Raises:
+        InputError: one is.
+    """
+    fused = [name for name in fused_adapters(*models) if names is None or name in names]
+    if fused:
+        raise InputError(
+            f"fused into the weights: {listed(fused)}",
+            cure="call `unfuse_lora()` first; to keep it in the weights for good, `unload_lora_weights()`",
+        )
+
+
+def refuse_wrapped(model: Any, where: str = "model") -> None:
+    """Refuse a `PeftModel`: its modules have other names than the model's.
+
+    Args:
+        where: how the user reaches it, e.g. "pipe.transformer".
+
+    Raises:
+        InputError: it is one.
+    """
+    if isinstance(model, PeftModel):
+        raise InputError(
+            f"is a PeftModel around a {type(model.get_base_model()).__name__}, which has adapters already: "
+            f"{listed(model.peft_config)}",
+            where=where,
+            cure=f"take `{where}.get_base_model()` in its place: it keeps them",
+        )
+
+
+def weights_by_adapter(names: Sequence[str], weights: Any) -> list[Any]:
+    """What `set_adapters` is given as weights, one for each of the names.
+
+    Raises:
+        InputError: there are more or fewer than names.
+    """
+    each = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
+    if len(each) != len(names):
+        raise InputError(
+            f"{len(each)} weights for {len(names)} adapters", where="set_adapters", cure="give one for each adapter"
+        )
+    return each
+
+
+def check_blocks(model: nn.Module, weights: Sequence[Any]) -> None:
+    """Whether the keys of weights by block are parts of names of the model's modules.
+
+    Raises:
+        InputError: one is not.
+    """
+    keys = {key for weight in weights if isinstance(weight, Mapping) for key in weight}
+    names = [name for name, _ in model.named_modules()] if keys else []
+    for key in keys:
+        if not isinstance(key, str) or not any(key in name for name in names):
+            raise InputError(
+                f"{clip(repr(key), 100)} is in the name of no module",
+                where="weights by block",
+                cure=f"give parts of names, such as those of {listed(name for name, _ in adapter_layers(model)[:2])}",
+            )
+
+
+def choose_adapters(model: nn.Module, names: Sequence[str], weights: Sequence[Any]) -> None:
+    """These adapters act, and no others; layers that `disable_lora` has switched off are on again.
+
+    Args:
+        weights: of each: a number, None for 1, or numbers by part of a module's name, of which the first that fits counts.
+    """
+    layers = adapter_layers(model)
+
+    def by_module(weight: Mapping[str, Any]) -> dict[str, float]:
+        # diffusers fails on modules that no key fits, and takes a key for every name that holds it: longest first.
+        found = {name: next((w for key, w in weight.items() if key in name), None) for name, _ in layers}
+        return {name: 1.0 if (w := found[name]) is None else w for name in sorted(found, key=len, reverse=True)}
+
+    end_disabling(model)
+    each = [by_module(w) if isinstance(w, Mapping) else 1.0 if w is None else w for w in weights]
+    set_weights_and_activate_adapters(model, list(names), each)
+
+
+def end_disabling(model: nn.Module, *, stay_off: bool = False) -> None:
+    """After `disable_lora`, let layers act again, each with its active adapters; or, if these are to stay off, with none.
+
+    PEFT disables layers, not adapters: a new adapter would act only where no older one was.
+    """
+    for _, layer in adapter_layers(model):
+        if layer.disable_adapters:
+            trained = {p: p.requires_grad for p in layer.parameters()}
+            if stay_off:
+                layer.set_adapter([])
+            layer.enable_adapters(True)
+            for parameter, trains in trained.items():
+                parameter.requires_grad_(trains)
+
+
+@contextmanager
+def scaled_adapters(scale: float | None, *models: nn.Module | None) -> Iterator[None]:
+    """The active adapters at `scale` times their weights; afterwards exactly at their own.
+
+    diffusers divides by the scale afterwards, which rounds, and after 0 sets 1 in place of what `set_adapters` had set.
+    """
+    layers: list[Any] = []
+    if scale is not None and scale != 1:
+        layers = [m for model in models if model is not None for m in model.modules() if isinstance(m, LoraLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale_layer(scale)
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def scaled_by_attention_kwargs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A transformer's `forward` during which its adapters are at `joint_attention_kwargs["scale"]` times their weights.
+
+    As diffusers' `apply_lora_scale`, but for what `scaled_adapters` says.
+    """
+
+    @functools.wraps(forward)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attention = dict(kwargs.get("joint_attention_kwargs") or {})
+        scale = attention.pop("scale", None)
+        if scale is None:
+            return forward(self, *args, **kwargs)
+        with scaled_adapters(scale, self):
+            return forward(self, *args, **{**kwargs, "joint_attention_kwargs": attention})
+
+    return called
+
+
+def check_fusing(*models: nn.Module, scale: Any, names: Any) -> list[str] | None:
+    """The adapters that `fuse_lora` is to fuse; None for those that are active.
+
+    Raises:
+        InputError: the scale is no number in `ranges.ADAPTER_WEIGHT`, a name is not loaded, or one is fused already and the
+            scale is not 1: it would be taken off at another weight than it was added with.
+    """
+    ADAPTER_WEIGHT.check(scale, "lora_scale")
+    if scale != 1:
+        refuse_fused(*models)
+    if names is None:
+        return None
+    return chosen_adapters(names, {name for model in models for name in getattr(model, "peft_config", {})})
 
 
 def follow_mode(model: nn.Module) -> None:

@@ -17,7 +17,20 @@ from torch import Tensor, nn
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import exists, nearest, output_path, public_name, write_json, written_as_path
 from mmdit_lora.hub import no_such_base
-from mmdit_lora.models.adapter_layers import adapter_layers, follow_mode, without_adapters
+from mmdit_lora.models.adapter_layers import (
+    adapter_layers,
+    check_adapter_name,
+    check_blocks,
+    check_fusing,
+    choose_adapters,
+    chosen_adapters,
+    end_disabling,
+    follow_mode,
+    fused_adapters,
+    refuse_fused,
+    weights_by_adapter,
+    without_adapters,
+)
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
 from mmdit_lora.ranges import check_adapter_weights
@@ -156,19 +169,11 @@ class LayoutModelMixin(nn.Module):
     family: ClassVar[str]  # its key in `families.FAMILIES`
     gradient_checkpointing_every: int = 1
     opened_from: Path | None = None  # its folder, `subfolder` included
+    fused_for_good: tuple[str, ...] = ()  # adapters that were fused when `unload_lora` took their layers off
 
     if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
 
         def __getattr__(self, name: str) -> Any: ...
-
-    def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
-        """As diffusers'.
-
-        Raises:
-            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`.
-        """
-        check_adapter_weights(weights)
-        super().set_adapters(adapter_names, weights)  # type: ignore[misc]
 
     def build_layout_stream(self) -> None:
         """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
@@ -377,16 +382,77 @@ class LayoutModelMixin(nn.Module):
     # -- adapters
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """As diffusers'; the new layers are in the model's mode (there, in training mode, where they drop out)."""
+        """As diffusers': it acts alone, wholly, also after `disable_lora`. The new layers are in the model's mode (there, in
+        training mode, where they drop out).
+
+        Raises:
+            InputError: the name cannot be one, or an adapter is fused into the weights.
+        """
+        check_adapter_name(adapter_name)
+        refuse_fused(self)
         super().add_adapter(adapter_config, adapter_name)  # type: ignore[misc]
+        end_disabling(self)
         follow_mode(self)
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', from safetensors only; the new layers are in the model's mode."""
+        """As diffusers', from safetensors only: it acts alone, wholly, also after `disable_lora`. The new layers are in the
+        model's mode.
+
+        Raises:
+            InputError: a name is given that cannot be one, or an adapter is fused into the weights.
+        """
         refuse_pickle(kwargs.get("use_safetensors", True) is not False, "load_lora_adapter")
         kwargs["use_safetensors"] = True
+        if kwargs.get("adapter_name") is not None:
+            check_adapter_name(kwargs["adapter_name"])
+        refuse_fused(self)
+        before = set(getattr(self, "peft_config", {}))
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
+        if getattr(self, "peft_config", {}).keys() - before:
+            end_disabling(self)
         follow_mode(self)
+
+    def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
+        """As diffusers'; after `disable_lora`, too, those that are named act.
+
+        Args:
+            weights: one for all, or one for each: a number, None for 1, or numbers by part of a module's name.
+
+        Raises:
+            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`, its block is in the name of no module; no name is
+                given, or one twice, or one that is not loaded; or an adapter is fused into the weights.
+        """
+        check_adapter_weights(weights)
+        names = chosen_adapters(adapter_names, getattr(self, "peft_config", {}))
+        each = weights_by_adapter(names, weights)
+        check_blocks(self, each)
+        refuse_fused(self)
+        choose_adapters(self, names, each)
+
+    def delete_adapters(self, adapter_names: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: a name is not loaded, or is fused into the weights, where it would stay.
+        """
+        names = chosen_adapters(adapter_names, getattr(self, "peft_config", {}))
+        refuse_fused(self, names=names)
+        super().delete_adapters(names)  # type: ignore[misc]
+
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Any = None) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: `lora_scale` is no number in `ranges.ADAPTER_WEIGHT`, a name is not loaded, or another scale than 1 is
+                given where an adapter is fused already.
+        """
+        names = check_fusing(self, scale=lora_scale, names=adapter_names)
+        super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=names)  # type: ignore[misc]
+
+    def unload_lora(self) -> None:
+        """As diffusers': adapters that are fused stay in the weights, on purpose."""
+        self.fused_for_good = (*self.fused_for_good, *fused_adapters(self))
+        super().unload_lora()  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """As diffusers'. Adapters that are on the model are left out, with one warning: what is saved is the base.

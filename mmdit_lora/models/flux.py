@@ -19,9 +19,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 # `ModelMixin` must be in this namespace: diffusers' loader looks for it in the module that model_index.json names.
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from mmdit_lora.models.adapter_layers import scaled_by_attention_kwargs
 from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
 from mmdit_lora.models.flux_blocks import LayoutFluxSingleTransformerBlock, LayoutFluxTransformerBlock
 from mmdit_lora.models.layout_attention import JointAttnProcessor
@@ -166,7 +166,7 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         finally:
             self._guidance_branch = before
 
-    @apply_lora_scale("joint_attention_kwargs")
+    @scaled_by_attention_kwargs
     def forward(
         self,
         hidden_states: Tensor,

@@ -16,9 +16,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 # `ModelMixin` must be in this namespace: diffusers' loader looks for it in the module that model_index.json names.
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from mmdit_lora.models.adapter_layers import scaled_by_attention_kwargs
 from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
 from mmdit_lora.models.layout_attention import JointAttnProcessor, LayoutCrossAttention
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor, LayoutStream
@@ -212,7 +212,7 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         assert sample.shape[-2:] == (height, width)
         return sample
 
-    @apply_lora_scale("joint_attention_kwargs")
+    @scaled_by_attention_kwargs
     def forward(
         self,
         hidden_states: Tensor,

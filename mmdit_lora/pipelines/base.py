@@ -28,8 +28,9 @@ from mmdit_lora.errors import InputError, NonFiniteError, clip, listed
 from mmdit_lora.files import exists, output_path
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import adapter_file, is_layout_adapter_file, load_adapter, merged_copy, same_adapter
-from mmdit_lora.lora.style import StyleReport, Undo
-from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, without_adapters
+from mmdit_lora.lora.style import StyleReport
+from mmdit_lora.lora.undo import Undo
+from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, scaled_adapters, without_adapters
 from mmdit_lora.models.base import (
     LayoutModelMixin,
     forget_paths,
@@ -41,7 +42,7 @@ from mmdit_lora.models.base import (
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.pipelines.finite import each_finite, require_finite
 from mmdit_lora.pipelines.styles import StyleLoader
-from mmdit_lora.ranges import Range, check_adapter_weights, check_arguments, check_window
+from mmdit_lora.ranges import Range, check_arguments, check_window
 
 # What `from_pretrained` of a pipeline and of its transformer both take.
 _SHARED_OPTIONS = (
@@ -275,6 +276,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         if layout_file is not None:
             name = self._style_name(adapter_name, components, hotswap=False)
             stored = load_adapter(self.transformer, layout_file, adapter_name=name)
+            self._end_disabling()
             size = 4 * sum(tensor.numel() for tensor in stored.tensors.values())
             return StyleReport(name, used={"transformer": stored.modules}, bytes=size)
         undo = Undo([model for model in components.values() if model is not None])
@@ -289,15 +291,6 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
                 cure=f"give it once, with a larger weight: pipe.set_adapters({twin!r}, 2.0)",
             )
         return report
-
-    def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
-        """As diffusers'.
-
-        Raises:
-            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`.
-        """
-        check_adapter_weights(adapter_weights)
-        super().set_adapters(adapter_names, adapter_weights)
 
     # -- sizes
 
@@ -386,6 +379,8 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
                 as a layout file is; a text, or a list of texts, is a prompt without a layout, as in diffusers.
             prompt: texts instead of the layouts' captions, as many as there are layouts.
             layout_scale: factor of the layout residual; 0 = off.
+            joint_attention_kwargs: as diffusers'; its "scale" multiplies the weights of all active adapters, in the transformer
+                and in every text encoder, for prompts and phrases.
             layout_window: the part of the sampling steps where the layout acts, (start, end) in [0, 1]; with a `strength`
                 below 1, the part of the steps that are run. CreatiLayout samples with (0, 0.3); an adapter is best
                 sampled as it was trained, over all steps.
@@ -444,7 +439,8 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             for name in ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"):
                 if isinstance(kwargs.get(name), str):  # one text for all; not every stock pipeline repeats it
                     kwargs[name] = [kwargs[name]] * len(layouts)
-            inputs = self.prepare_layout(layouts).repeat_interleave(num_images_per_prompt)
+            with scaled_adapters((joint_attention_kwargs or {}).get("scale"), *self._text_encoders()):
+                inputs = self.prepare_layout(layouts).repeat_interleave(num_images_per_prompt)
             inputs = self.layout_under_guidance(inputs, guidance_scale)
 
             steps = len(sigmas) if sigmas is not None else num_inference_steps

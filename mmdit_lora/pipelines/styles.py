@@ -10,14 +10,31 @@ from typing import Any, ClassVar
 
 import peft
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
+from transformers import PreTrainedModel
 
-from mmdit_lora.errors import InputError, clip
+from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.lora import is_layout_adapter, keep_active
-from mmdit_lora.lora.style import StylePart, StyleReport, Undo, read_style
+from mmdit_lora.lora.style import StylePart, StyleReport, read_style
 from mmdit_lora.lora.style_files import fetch_style
 from mmdit_lora.lora.style_names import FamilyNames
-from mmdit_lora.models.adapter_layers import follow_mode
+from mmdit_lora.lora.undo import Undo
+from mmdit_lora.models.adapter_layers import (
+    check_adapter_name,
+    check_blocks,
+    check_fusing,
+    choose_adapters,
+    chosen_adapters,
+    end_disabling,
+    follow_mode,
+    refuse_fused,
+    refuse_wrapped,
+    scaled_adapters,
+    weights_by_adapter,
+)
+from mmdit_lora.ranges import ADAPTER_WEIGHT, check_adapter_weights
 
 logger = logging.getLogger("mmdit_lora")
 
@@ -48,7 +65,8 @@ class StyleLoader:
         """Load a LoRA file of any tool that `mmdit_lora.lora.style` reads: the exact change of every weight, or a refusal.
 
         It acts on the transformer and on every text encoder that the base has, T5 too. Layout adapters that are active stay
-        active beside it (with diffusers' own, they would be switched off).
+        active beside it (with diffusers' own, they would be switched off). After `disable_lora` it acts alone: the others stay
+        off, until `set_adapters` names them.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder, a hub id, or tensors by key. Only safetensors are read.
@@ -60,7 +78,8 @@ class StyleLoader:
             What was used and what left out; both are logged, the latter as a warning.
 
         Raises:
-            InputError: see `read_style` and `fetch_style`, or the name is taken. Everything is then as it was.
+            InputError: see `read_style` and `fetch_style`; the name cannot be one, or is taken; an adapter is fused into the
+                weights of a model that the file changes; a model is wrapped in a `PeftModel`. Everything is then as it was.
         """
         kwargs.pop("use_safetensors", None)
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
@@ -73,6 +92,7 @@ class StyleLoader:
             parts, ignored, full_rank = read_style(state, components, self.style_names, metadata=metadata)
             if hotswap and set(parts) != {"transformer"}:
                 raise InputError("hotswap works on the transformer alone, and the file has other parts")
+            refuse_fused(*(components[name] for name in parts))  # type: ignore[arg-type]
         except InputError as error:
             raise (error.at(where) if where else error) from None
         offloading = self._optionally_disable_offloading(self)
@@ -82,6 +102,8 @@ class StyleLoader:
                 self._load_part(
                     components[component], part, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_memory
                 )
+            if not hotswap:
+                self._end_disabling()
         except Exception:
             if not hotswap:
                 undo(adapter_name)
@@ -101,8 +123,8 @@ class StyleLoader:
     def _load_part(
         self, model: Any, part: StylePart, adapter_name: str, *, hotswap: bool, low_cpu_mem_usage: bool
     ) -> None:
-        layout = [name for name in getattr(model, "peft_config", {}) if is_layout_adapter(model, name)]
-        with keep_active(model, layout.__contains__), warnings.catch_warnings():
+        stay = [name for name in getattr(model, "peft_config", {}) if hotswap or is_layout_adapter(model, name)]
+        with keep_active(model, stay.__contains__), warnings.catch_warnings():
             # A target such as "proj_out" would fit other modules' ends too; the tensors' names decide.
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
             if model is self.transformer:
@@ -123,11 +145,12 @@ class StyleLoader:
         follow_mode(model)
 
     def _style_name(self, name: str | None, components: Mapping[str, Any], *, hotswap: bool) -> str:
+        for component, model in components.items():
+            refuse_wrapped(model, f"pipe.{component}")
         taken = {taken for model in components.values() for taken in getattr(model, "peft_config", {})}
         if name is None:
             return next(free for free in map("default_{}".format, range(len(taken) + 1)) if free not in taken)
-        if not name or "." in name:
-            raise InputError(f"adapter_name is {clip(repr(name))}", cure="give a name without dots")
+        check_adapter_name(name)
         if (name in taken) != hotswap:
             raise InputError(
                 f"there is {'no' if hotswap else 'an'} adapter {clip(repr(name))}{'' if hotswap else ' already'}",
@@ -146,12 +169,126 @@ class StyleLoader:
                 if isinstance(component, nn.Module):
                     _maybe_remove_and_reapply_group_offloading(component)
 
-    def fuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
-        """As diffusers'; by default in all components that may carry LoRA, T5 too."""
+    # -- the adapters of all components together
+
+    def _adapted(self, components: Sequence[str] | None = None) -> dict[str, Any]:
+        """The components, of all or of these, that carry adapters."""
+        known = self._lora_loadable_modules
+        given = [components] if isinstance(components, str) else list(components or known)
+        if unknown := [name for name in given if name not in known]:
+            raise InputError(
+                f"{listed(map(repr, unknown))} carries no LoRA", where="components", cure=f"known: {listed(known)}"
+            )
+        models = {name: getattr(self, name, None) for name in given}
+        return {
+            name: model
+            for name, model in models.items()
+            if isinstance(model, ModelMixin | PreTrainedModel) and getattr(model, "peft_config", None)
+        }
+
+    def _text_encoders(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._lora_loadable_modules if name != "transformer"]
+
+    def _end_disabling(self) -> None:
+        for model in self._adapted().values():
+            end_disabling(model, stay_off=True)
+
+    def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
+        """As diffusers'; after `disable_lora`, too, those that are named act.
+
+        Args:
+            adapter_weights: one for all, or one for each: a number, None for 1, or such by component, where numbers by part
+                of a module's name may stand for one number.
+
+        Raises:
+            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`, its component or block is none of the pipeline's; no
+                name is given, or one twice, or one that is not loaded; or an adapter is fused into the weights.
+        """
+        check_adapter_weights(adapter_weights)
+        models = self._adapted()
+        loaded = {name for model in models.values() for name in model.peft_config}
+        names = chosen_adapters(adapter_names, loaded)
+        each = weights_by_adapter(names, adapter_weights)
+        for weight in each:
+            if isinstance(weight, Mapping) and (unknown := weight.keys() - set(self._lora_loadable_modules)):
+                raise InputError(
+                    f"the weights name {listed(map(repr, unknown))}, which carries no LoRA",
+                    where="adapter_weights",
+                    cure=f"give weights by component, of {listed(self._lora_loadable_modules)}; loaded: {listed(sorted(loaded))}",
+                )
+        of = {
+            component: [weight.get(component) if isinstance(weight, Mapping) else weight for weight in each]
+            for component in models
+        }
+        for component, model in models.items():
+            check_blocks(model, of[component])
+        refuse_fused(*models.values())
+        for component, model in models.items():
+            choose_adapters(model, names, of[component])
+
+    def delete_adapters(self, adapter_names: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: a name is not loaded, or is fused into the weights, where it would stay.
+        """
+        models = self._adapted()
+        names = chosen_adapters(adapter_names, {name for model in models.values() for name in model.peft_config})
+        refuse_fused(*models.values(), names=names)
+        for model in models.values():
+            there = [name for name in names if name in model.peft_config]
+            if there and isinstance(model, ModelMixin):
+                model.delete_adapters(there)
+            elif there:
+                for name in there:
+                    delete_adapter_layers(model, name)
+
+    def set_lora_device(self, adapter_names: Any, device: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: a name is not loaded.
+        """
         stock: Any = super()
-        stock.fuse_lora(components=list(components or self._lora_loadable_modules), **kwargs)
+        loaded = {name for model in self._adapted().values() for name in model.peft_config}
+        stock.set_lora_device(chosen_adapters(adapter_names, loaded), device)
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As diffusers'; by default in all components that may carry LoRA, T5 too. While it is fused, no adapter can be loaded,
+        chosen or deleted; `unload_lora_weights` then leaves it in the weights for good.
+
+        Raises:
+            InputError: `lora_scale` is no number in `ranges.ADAPTER_WEIGHT`, a name is not loaded, a component carries no LoRA,
+                or another scale than 1 is given where an adapter is fused already.
+        """
+        stock: Any = super()
+        models = self._adapted(components)
+        names = check_fusing(*models.values(), scale=lora_scale, names=adapter_names)
+        for component, model in models.items():
+            there = None if names is None else [name for name in names if name in model.peft_config]
+            if there != []:
+                stock.fuse_lora([component], lora_scale, safe_fusing, there, **kwargs)
 
     def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
         """As diffusers'; by default in all components that may carry LoRA, T5 too."""
         stock: Any = super()
         stock.unfuse_lora(components=list(components or self._lora_loadable_modules), **kwargs)
+
+    def encode_prompt(self, *args: Any, lora_scale: float | None = None, **kwargs: Any) -> Any:
+        """As diffusers'; `lora_scale` acts on all text encoders, T5 too.
+
+        Raises:
+            InputError: it is no number in `ranges.ADAPTER_WEIGHT`.
+        """
+        stock: Any = super()
+        if lora_scale is not None:
+            self._lora_scale = ADAPTER_WEIGHT.check(lora_scale, "lora_scale")
+        with scaled_adapters(lora_scale, *self._text_encoders()):
+            return stock.encode_prompt(*args, **kwargs)
