@@ -69,7 +69,9 @@ def register(app: typer.Typer) -> None:
 def init(
     data: Annotated[str, typer.Argument(help="Data set folder, with its metadata.jsonl.")],
     base: Annotated[str, typer.Option(help="Pipeline folder or hub id of the base.")] = "data/tiny_base",
-    out: Annotated[Path | None, typer.Option(help="Write the config here instead of printing it.")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Write the config here instead of printing it.")
+    ] = None,
     bbox_format: BoxFormat = "xyxy",
     bbox_units: BoxUnits = "relative",
 ) -> None:

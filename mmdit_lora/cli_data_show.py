@@ -22,7 +22,7 @@ def register(data: typer.Typer) -> None:
 
 def show(
     data: DataOrShards,
-    out: Annotated[Path, typer.Option(help="The .png to write.")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="The .png to write.")],
     count: Annotated[
         int, number(Range(1, 400, whole=True), "--count", help="Layouts to show, taken evenly from the whole set.")
     ] = 16,
@@ -40,7 +40,7 @@ def show(
     from mmdit_lora.evaluate.canvas import fit
     from mmdit_lora.evaluate.draw import contact_sheet, is_marked_png, save_png
 
-    if out.suffix.lower() != ".png":
+    if Path(out).suffix.lower() != ".png":
         raise InputError("is no .png", where=f"--out {out}", cure="give a file name that ends in .png")
     check_new_file(out, verb="data show", inputs={"DATA": data}, is_own=is_marked_png)
     rules = parse_filter(filter_ or [])

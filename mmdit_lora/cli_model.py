@@ -321,7 +321,7 @@ def export(
             "creatilayout: under CreatiLayout's names. merged: a whole base."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; for kohya a .safetensors file.")],
+    out: Annotated[str, typer.Option("--out", metavar="PATH", help="Folder to write; for kohya a .safetensors file.")],
     base: OwnBase = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="creatilayout: the whole stream, with the adapter in its weights.")
@@ -333,7 +333,7 @@ def export(
         raise InputError("is for --to creatilayout", where="--merge", cure="--to merged writes a whole base")
     if to != "kohya":
         check_new_folder(out, verb="export", inputs={"ADAPTER": adapter, "--base": base})
-    elif out.suffix != ".safetensors":
+    elif Path(out).suffix != ".safetensors":
         raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
     from mmdit_lora.export import export_adapter
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-import yaml
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmdit_lora.config_yaml import parse_yaml
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.export_creatilayout import write_creatilayout_adapter, write_creatilayout_stream
 from mmdit_lora.export_read import answers, open_transformer, outputs
-from mmdit_lora.files import atomic_file, public_name
+from mmdit_lora.files import atomic_file, public_name, read_text
 from mmdit_lora.lora import (
     CONFIG_FILE,
     DIFFUSERS_FILE,
@@ -38,6 +39,7 @@ from mmdit_lora.lora import (
     public_header,
     read_adapter_config,
     read_adapter_header,
+    read_card,
     save_adapter,
     save_tensors,
     stored_config,
@@ -50,6 +52,7 @@ from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
 Target = Literal["peft", "diffusers", "kohya", "creatilayout", "merged"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+_DIGEST_KEY = "mmdit_lora_sha256"  # in the header of a file of its own
 TOLERANCE = 1e-4  # of the velocity
 IMAGE_TOLERANCE = 2e-3  # half a grey level of [0, 1]: sampling adds up the differences of its steps
 
@@ -97,8 +100,7 @@ def export_adapter(
         InputError: `adapter` is none, does not fit the base or the format, or `out` exists and is not an export.
         RuntimeError: what was written does not give the same outputs; it is removed again.
     """
-    out = Path(out)
-    _check_out(to, out, {"ADAPTER": adapter, "--base": base})
+    out = _check_out(to, out, {"ADAPTER": adapter, "--base": base})
     if to == "creatilayout" and (Path(adapter) / "transformer").is_dir():
         return _export_stream(str(adapter), out)
     base = base or base_of(adapter)
@@ -211,9 +213,9 @@ def _is_base(folder: Path) -> bool:
 def _base_of_run(folder: Path) -> Path | None:
     """The base that the config of a run in `folder` states."""
     try:
-        stated = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["base"]
-        return Path(stated)
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        file = folder / "config.yaml"
+        return Path(parse_yaml(read_text(file, what="config", limit=2**20), where=str(file))[0]["base"])
+    except (InputError, TypeError, KeyError):
         return None
 
 
@@ -261,9 +263,7 @@ def _note(to: Target, model: Any) -> str | None:
 def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, header: dict[str, Any]) -> None:
     model = pipe.transformer
     if to == "peft":
-        card = adapter_file(adapter).parent / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else None
-        save_adapter(model, path, metadata=header, card=text)
+        save_adapter(model, path, metadata=header, card=read_card(adapter))
     elif to == "diffusers":
         _write_diffusers(model, path, header)
     elif to == "kohya":
@@ -313,7 +313,9 @@ def _write_kohya(model: Any, file: Path, header: dict[str, Any]) -> None:
         "ss_sd_model_name": str(header.get("base", "")),
         HEADER_KEY: json.dumps(header, sort_keys=True),
     }
-    save_tensors(tensors, file, metadata)
+    # Who changes the file, and how, is not known: by the digest it is told from what was written.
+    tensors = {name: value.to(torch.float32) for name, value in tensors.items()}
+    save_tensors(tensors, file, {**metadata, _DIGEST_KEY: _digest(tensors, metadata)})
 
 
 def _reference(pipe: LayoutPipeline) -> tuple[dict[str, Tensor], float]:
@@ -364,22 +366,37 @@ def _place(to: Target, out: Path) -> Iterator[Path]:
         yield temporary
 
 
-def _check_out(to: Target, out: Path, inputs: Inputs) -> None:
+def _check_out(to: Target, out: str | Path, inputs: Inputs) -> Path:
     """Before any work: `out` is free, or an earlier export."""
     if to != "kohya":
         check_new_folder(out, verb="export", inputs=inputs)
-        return
-    if out.suffix != ".safetensors":
+    elif Path(out).suffix != ".safetensors":
         raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
-    check_new_file(out, verb="export", inputs=inputs, is_own=_is_own_file)
+    else:
+        check_new_file(out, verb="export", inputs=inputs, is_own=_is_own_file)
+    return Path(out)
 
 
 def _is_own_file(file: Path) -> bool:
+    """Whether a file is what `_write_kohya` wrote, unchanged."""
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {HEADER_KEY, "ss_network_module"} <= (tensors.metadata() or {}).keys()
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        return metadata.get(_DIGEST_KEY) == _digest(state, metadata)
     except (SafetensorError, OSError):
         return False
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of what a file states and holds, in fp32, but for `_DIGEST_KEY` itself and what `save_tensors` adds."""
+    stated = {key: value for key, value in metadata.items() if key not in (_DIGEST_KEY, "format")}
+    digest = hashlib.sha256(json.dumps([stated, sorted(tensors)], sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu()
+        digest.update(repr((value.dtype, value.shape)).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _bytes(out: Path) -> int:

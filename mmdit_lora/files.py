@@ -263,6 +263,8 @@ def atomic_file(path: str | Path, *, label: str | None = None) -> Iterator[Path]
             if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors writes 0600
                 temporary.chmod(mode)
             _fsync(temporary)
+            if path.parent in before_replacing:
+                before_replacing[path.parent](temporary, path)
             temporary.replace(path)
         finally:
             _pending.remove(undo)
@@ -317,9 +319,12 @@ def output_path(path: str | Path, *, folder: bool) -> Path:
     """`path` without links, which is absent or of the kind that is to be written, below folders.
 
     Raises:
-        InputError: it is something else (a FIFO, a device, a dangling link, ...), lies below a file, or is no possible name.
+        InputError: it is something else (a FIFO, a device, a dangling link, ...), lies below a file, or is no possible name;
+            or a file is to be written, and it ends as folders do.
     """
     given, cure = Path(path), "give another name"
+    if not folder and os.path.basename(path) in ("", "."):  # noqa: PTH119 - which `Path` drops
+        raise InputError("names a folder, and one file is written", where=clip(path), cure="give a file's name")
     try:
         for place in (given, *given.absolute().parents):
             if place.exists():
@@ -432,6 +437,8 @@ _REASONS = {
     errno.ENOTDIR: ("a part of the path is a file", "give another place"),
     errno.EBUSY: ("is in use, as a mount point is", "give a folder in it"),
 }
+# Folder -> what `atomic_file` calls, with the temporary and the path, before a whole file takes its name there.
+before_replacing: dict[Path, Callable[[Path, Path], None]] = {}
 # Undone by `abandon`, the last one first.
 _pending: list[Callable[[], str | None]] = []
 

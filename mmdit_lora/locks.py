@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -102,7 +103,8 @@ class FolderLock:
         """Take it. Returns who held it and died, if anybody did.
 
         Raises:
-            InputError: another process, or another thread of this one, holds it. OSError: the file cannot be written.
+            InputError: another process, or another thread of this one, holds it; or what has the lock's name is none, and is
+                left as it is. OSError: the file cannot be written.
         """
         if self.held:
             # A forked child writes with its parent's leave.
@@ -111,8 +113,9 @@ class FolderLock:
             self._depth += 1
             return None
         while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            handle = self._open()
             try:
+                self._refuse_foreign(handle)
                 certain = self._try(handle)
                 if not self._is_current(handle):  # its holder removed it meanwhile
                     os.close(handle)
@@ -149,6 +152,26 @@ class FolderLock:
         with suppress(OSError):
             os.close(self._handle)
 
+    def _open(self) -> int:
+        flags = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV):  # a link, folder, socket, device
+                raise self._foreign() from None
+            raise
+
+    def _refuse_foreign(self, handle: int) -> None:
+        """Raises `InputError`: the file is no lock. What a kill or a power cut leaves of one is empty, or zeros."""
+        regular = stat.S_ISREG(os.fstat(handle).st_mode)
+        if not regular or (_read(handle) is None and os.pread(handle, 4096, 0).strip(b"\0")):
+            raise self._foreign()
+
+    def _foreign(self) -> InputError:
+        return InputError(
+            f"has the name of the lock of {self.what}, and is none", where=str(self.path), cure="move it away"
+        )
+
     def _try(self, handle: int) -> bool:
         """Lock an open file; whether the file system's word is to be trusted."""
         if fcntl is None:
@@ -163,7 +186,7 @@ class FolderLock:
 
     def _is_current(self, handle: int) -> bool:
         try:
-            return os.path.samestat(os.fstat(handle), self.path.stat())
+            return os.path.samestat(os.fstat(handle), self.path.lstat())
         except FileNotFoundError:
             return False
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,12 +26,14 @@ from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import (
     RESERVED,
     atomic_folder,
+    before_replacing,
     is_reserved,
     kind_of,
     make_folders,
     on_abandon,
     os_errors_as_input_errors,
     output_path,
+    read_text,
     remove_all_temporaries,
     remove_empty,
     remove_temporaries,
@@ -45,8 +48,9 @@ _LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # of file manage
 _CURE = "give another folder, or move what is in it away"
 
 Inputs = Mapping[str, str | Path | None]
-Stamp = list[int | str] | None  # size and digest; None: a folder, or a file that is being written or added to
-_DIGESTED = 4 * 2**20  # bytes at a file's beginning and end
+Stamp = list[int | str] | None  # see `_stamp`; None: a folder, or a file that is only added to
+_LARGE = 64 * 2**20  # bytes; see `_stamp`
+_LARGEST_MARKER = 2**30  # bytes; a line of a manifest has about 100
 log = logging.getLogger(__name__)
 
 
@@ -56,31 +60,47 @@ class Marker:
 
     Args:
         verb: what wrote the folder. files: relative name -> stamp; a folder's name ends in "/".
+        was: stamps of files that those in `files` were about to replace: a kill may have come before the rename.
     """
 
     verb: str
     files: dict[str, Stamp] = field(default_factory=dict)
+    was: dict[str, Stamp] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Marker | None:
-        """The marker of `folder`; None where there is none that can be read."""
-        try:
-            content: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-            return cls(str(content["written_by"]), dict(content["files"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        """The marker of `folder`; None where there is none, or one that says nothing.
+
+        Raises:
+            InputError: something of that name is no regular file, or a huge one.
+        """
+        place = folder / MARKER
+        if not os.path.lexists(place):
             return None
+        if place.is_symlink():  # it would be written through
+            raise InputError("is a link, and no marker of an output folder", where=str(place), cure=_CURE)
+        text = read_text(place, what="marker of an output folder", limit=_LARGEST_MARKER, cure=_CURE)
+        try:
+            content: dict[str, Any] = json.loads(text)
+            marker = cls(str(content["written_by"]), dict(content["files"]), dict(content.get("was", {})))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        stamps = [*marker.files.values(), *marker.was.values()]
+        return marker if all(s is None or (isinstance(s, list) and len(s) >= 2) for s in stamps) else None
 
     def write(self, folder: Path) -> None:
         """Put it into `folder`."""
-        content = {"written_by": self.verb, "files": self.files}
+        content = {"written_by": self.verb, "files": self.files} | ({"was": self.was} if self.was else {})
         write_text(folder / MARKER, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
 
     def has(self, folder: Path, name: str) -> bool:
         """Whether `folder/name` is what was written there; `name` of a folder ends in "/"."""
-        if name not in self.files:
-            return False
-        stamp = self.files[name]
-        return stamp is None or stamp == _stamp(folder / name)
+        return any(name in kept and _is_unchanged(folder / name, kept[name]) for kept in (self.files, self.was))
+
+    def settle(self, folder: Path) -> None:
+        """Nothing is being written: each name in `was` is what lies there."""
+        self.files |= {name: _stamp(folder / name) for name in self.was if self.has(folder, name)}
+        self.was.clear()
 
 
 @contextmanager
@@ -118,16 +138,13 @@ def check_new_folder(out: str | Path, *, verb: str, inputs: Inputs | None = None
     _refuse_irreplaceable(out, verb)
     names = _names(out)
     if not names:
+        Marker.read(out)  # what the name of a marker hides is not removed
         _refuse_held(out)
         return out
     marker = _own_marker(out, (verb,), names)
     foreign = [name for name in names if not marker.has(out, name)]
     if foreign:
-        raise InputError(
-            f"holds files that `{verb}` did not write, or that were changed since: {listed(foreign)}",
-            where=_where(out, verb),
-            cure=_CURE,
-        )
+        raise _foreign(out, verb, marker, foreign)
     return out
 
 
@@ -140,11 +157,13 @@ def open_folder(
     inputs: Inputs | None = None,
     others: Iterable[str] = (),
     adopt: bool = False,
-    strict: bool = True,
     logs: Iterable[str] = (),
     again: str = "the same call",
 ) -> Iterator[Path]:
     """Yield the folder `out`, to write `names` in it one after the other, over several starts.
+
+    Its files are written by `files.atomic_file`: the marker has the digest of each before it takes its name. So after a kill
+    it is known what was written, and a user's file with one of `names` is none of it.
 
     Args:
         verb: what writes it.
@@ -153,38 +172,59 @@ def open_folder(
         inputs: what is read, by option or key -> path.
         others: verbs that may have begun the folder.
         adopt: a folder without marker is taken over (one of an earlier version, which the caller knows to be his).
-        strict: refuse an `out` in a folder that is read.
         logs: those of `names` that are only added to: who changed them does not matter.
         again: what goes on where a start was stopped.
 
     Raises:
-        InputError: see `check_open_folder`; or another process is writing it, or it cannot be written.
+        InputError: see `check_open_folder`; or another process is writing it, or it cannot be written. Within it,
+            `atomic_file` raises one where somebody else has put something in the file's place.
     """
     names, logs = list(names), set(logs)
     out = output_path(out, folder=True)
     rules: dict[str, Any] = {"verb": verb, "others": tuple(others), "adopt": adopt}
-    check_open_folder(out, names=names, inputs=inputs, strict=strict, **rules)
+    check_open_folder(out, names=names, inputs=inputs, **rules)
     with _locked(out, out / _LOCK, out) as lock, os_errors_as_input_errors(out):
         _report(out, [*remove_all_temporaries(out), *_remove_old_temporaries(out, names)])
         _check_names(out, names, **rules)
         nested = lock.is_nested
         fresh = not nested and not _top(out)
         marker = (None if fresh else Marker.read(out)) or Marker(verb)
-        marker.files |= dict.fromkeys(names)
+        if not nested:
+            marker.settle(out)
+        for name in names:
+            if name.endswith("/") or name in logs:
+                marker.files[name] = None
+            elif marker.files.get(name) is None and os.path.lexists(
+                out / name
+            ):  # an earlier version's, which had no stamps
+                marker.files[name] = _stamp(out / name)
         marker.write(out)
+
+        def note(temporary: Path, path: Path) -> None:
+            now = Marker.read(out) or marker  # a verb within this one may have added names
+            if path.name == MARKER or now.files.get(path.name, ()) is None:
+                return
+            if os.path.lexists(path):
+                if not now.has(out, path.name):
+                    raise _foreign(out, verb, now, [path.name])
+                now.was[path.name] = _stamp(path)
+            now.files[path.name] = _stamp(temporary)
+            now.write(out)
 
         def settle() -> str | None:
             if nested:
                 return None  # the verb around this one goes on writing
+            before_replacing.pop(out, None)
             if fresh and not _top(out):
                 (out / MARKER).unlink(missing_ok=True)
                 return None
-            now = Marker.read(out) or marker  # a verb within this one may have added names
-            there = [name for name in now.files if (out / name).exists()]
-            now.files = {name: None if name in logs else _stamp(out / name) for name in there}
+            now = Marker.read(out) or marker
+            now.settle(out)
+            now.files = {name: stamp for name, stamp in now.files.items() if os.path.lexists(out / name)}
             now.write(out)
             return f"{again} goes on with {out}"
 
+        before_replacing.setdefault(out, note)
         forget = on_abandon(settle)
         try:
             yield out
@@ -202,7 +242,6 @@ def check_open_folder(
     inputs: Inputs | None = None,
     others: tuple[str, ...] = (),
     adopt: bool = False,
-    strict: bool = True,
 ) -> Path:
     """Before any work: whether `open_folder` may write `out`; returns it without links. Writes nothing.
 
@@ -211,23 +250,20 @@ def check_open_folder(
             or the marker of another verb; a name is there that the program did not write, or that was changed since.
     """
     out, names = output_path(out, folder=True), list(names)
-    refuse_inputs([out / name for name in names], inputs or {}, verb=verb, inside=strict)
+    refuse_inputs([out / name for name in names], inputs or {}, verb=verb)
     _check_names(out, names, verb, others, adopt)
     return out
 
 
 def _check_names(out: Path, names: list[str], verb: str, others: tuple[str, ...], adopt: bool) -> None:
     found = [name for name in _top(out) if not _is_old_temporary(out / name, names)]
-    if not found or (adopt and Marker.read(out) is None):
+    marker = Marker.read(out)
+    if not found or (adopt and marker is None):
         return
     marker = _own_marker(out, (verb, *others), found)
     changed = [name for name in names if os.path.lexists(out / name) and not marker.has(out, name)]
     if changed:
-        raise InputError(
-            f"holds files that `{marker.verb}` did not write, or that were changed since: {listed(changed)}",
-            where=_where(out, verb),
-            cure="move them away, or give another folder",
-        )
+        raise _foreign(out, verb, marker, changed)
 
 
 def check_new_file(
@@ -335,7 +371,7 @@ def _refuse_irreplaceable(out: Path, verb: str) -> None:
 
 def _refuse_held(out: Path) -> None:
     """Raises `InputError`: a process that writes file by file has just begun in `out`."""
-    if (out / _LOCK).exists():
+    if os.path.lexists(out / _LOCK):
         lock = FolderLock.at(out / _LOCK, out)
         lock.acquire()
         lock.release()
@@ -349,6 +385,14 @@ def _beside(out: Path) -> Path:
 def _report(out: Path, lines: list[str]) -> None:
     if lines:
         log.warning("%s: %s", out, "; ".join(lines))
+
+
+def _foreign(out: Path, verb: str, marker: Marker, names: list[str]) -> InputError:
+    return InputError(
+        f"holds files that `{marker.verb}` did not write, or that were changed since: {listed(names)}",
+        where=_where(out, verb),
+        cure="move them away, or give another folder",
+    )
 
 
 def _own_marker(out: Path, verbs: tuple[str, ...], found: list[str]) -> Marker:
@@ -397,7 +441,12 @@ def _names(folder: Path) -> list[str]:
 
 
 def _stamp(path: Path) -> Stamp:
-    """Size and digest of a file: of large ones, only of the beginning and the end. None of a folder."""
+    """Size and digest of a file, and of a large one what tells without reading it that it was not touched. None of a folder.
+
+    To read a large file takes longer than a tick of the file system's clock: who changes it once its digest is made changes
+    its times too. `cp -p` and rsync may keep the time of the content; they cannot keep the inode's number and its own time.
+    Of smaller files the digest is always compared.
+    """
     try:
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode):
@@ -405,20 +454,41 @@ def _stamp(path: Path) -> Stamp:
         if not stat.S_ISREG(found.st_mode):
             return [-1, kind_of(found.st_mode)]
         with path.open("rb") as file:
-            digest = hashlib.sha256(file.read(_DIGESTED))
-            if found.st_size > _DIGESTED:
-                file.seek(max(_DIGESTED, found.st_size - _DIGESTED))
-                digest.update(file.read())
-        return [found.st_size, digest.hexdigest()[:32]]
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        return [found.st_size, digest, *(_untouched(found) if found.st_size >= _LARGE else ())]
     except OSError:
         return [-1, ""]
+
+
+def _untouched(found: os.stat_result) -> list[int]:
+    return [found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _is_unchanged(path: Path, stamp: Stamp) -> bool:
+    if stamp is None:
+        return True
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    if stat.S_ISREG(found.st_mode):
+        if found.st_size != stamp[0]:
+            return False
+        if stamp[2:] == _untouched(found):
+            return True
+    now = _stamp(path)
+    return now is not None and now[:2] == stamp[:2]
 
 
 def _existing(given: str | Path | None) -> Path | None:
     """The place of an input on this machine: of a pattern, the folder that it begins with."""
     if given is None or not str(given):
         return None
-    path = Path(given)
+    text = str(given)
+    if re.match(r"[a-z][a-z0-9+.-]*:/", text):  # `Path` has made one slash of two
+        # Of a chain (`zip://a::file:///p`) the last link says where it lies.
+        text = os.path.expanduser(re.sub(r"^(file|local):(//)?", "", text.rpartition("::")[2]))  # noqa: PTH111
+    path = Path(text)
     try:
         while not path.exists():
             if not any(letter in path.name for letter in "*?[{"):

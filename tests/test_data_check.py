@@ -35,7 +35,7 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.outputs import MARKER
-from tests.data_makers import annotation, picture, voc
+from tests.data_makers import annotation, dataset, picture, voc
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = [0.2, 0.2, 0.7, 0.7]
@@ -100,7 +100,7 @@ def plant_everything(folder: Path) -> Planted:
     # pictures
     add("empty-file", save=lambda p: p.write_bytes(b""))
     add("decompression-bomb", save=lambda p: p.write_bytes(declared_png(20_000, 20_000)))
-    add("large-pictures", save=lambda p: p.write_bytes(declared_png(10_000, 10_000)))
+    add("decompression-bomb", save=lambda p: p.write_bytes(declared_png(10_000, 10_000)))
 
     def truncated(path: Path) -> None:
         scene(100).save(path)
@@ -171,7 +171,7 @@ def test_every_planted_fault_is_found_at_its_record_and_nothing_else_is(tmp_path
     planted = plant_everything(tmp_path / "set")
     report = planted.check(buckets=one_size((64, 64)))
     assert found_lines(report) == planted.expected
-    assert len(planted.expected) == 31
+    assert len(planted.expected) == 30
     errors = {f.name for f in report.findings if f.severity == "error"}
     assert errors == {
         "empty-file",
@@ -183,7 +183,7 @@ def test_every_planted_fault_is_found_at_its_record_and_nothing_else_is(tmp_path
         "missing-pictures",
         "unreadable-lines",
     }
-    assert len(report.errors) == len(errors)
+    assert len(report.errors) == len(errors) + 1  # two pictures are too large
     assert not report.ok
     shown = {f.name: f for f in report.findings}
     assert shown["cropped-boxes"].count == 1
@@ -344,6 +344,18 @@ def test_a_picture_that_declares_20000_pixels_a_side_takes_no_memory(tmp_path: P
     kind, megabytes = done.stdout.split()
     assert kind == "decompression-bomb"
     assert int(megabytes) < 400  # the pixels alone would be 1,200
+
+
+@pytest.mark.parametrize(
+    "verb", ["check SET", "show SET --out OUT.png", "split SET --by picture --out OUT", "stats SET"]
+)
+def test_one_limit_of_pixels_in_every_verb(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset(tmp_path / "SET")
+    (tmp_path / "SET" / "a.png").write_bytes(declared_png(9_460, 9_459))
+    argv = [str(tmp_path / part) if "S" in part or "OUT" in part else part for part in verb.split()]
+    assert main(["data", *argv]) == 2
+    assert "9,460 x 9,459 pixels, and more than 89,478,485 are not decoded" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["SET"]
 
 
 def test_what_is_said_of_broken_files(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mmdit_lora.analysis.resize import resize_adapter
 from mmdit_lora.cli import main
 from mmdit_lora.errors import InputError
-from mmdit_lora.export import Target, export_adapter
+from mmdit_lora.export import Target, base_of, export_adapter
 from mmdit_lora.export_read import outputs, probe, read
 from mmdit_lora.lora import KEY_PREFIX, add_layout_lora, base_fingerprint, load_adapter, read_adapter, save_adapter
 from mmdit_lora.pipelines import load_pipeline
+from tests.time_limit import at_most
 from tests.tiny import tiny_pipeline, tiny_transformer, trained_adapter
 from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
@@ -50,6 +54,19 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     trained_adapter(model)
     metadata = {"base": str(folder / "base"), "fingerprint": fingerprint}
     save_adapter(model, folder / "adapter", metadata=metadata, card="# A card\n")
+    return str(folder / "base"), folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """As `pair`, of one family."""
+    folder = tmp_path_factory.mktemp("export")
+    pipe = tiny_pipeline(folder / "vocabulary")
+    pipe.save_pretrained(folder / "base")
+    metadata = {"base": str(folder / "base"), "fingerprint": base_fingerprint(pipe.transformer)}
+    add_layout_lora(pipe.transformer, peft.LoraConfig(r=4, target_modules=["layout_mlp.fc1"]))
+    trained_adapter(pipe.transformer)
+    save_adapter(pipe.transformer, folder / "adapter", metadata=metadata)
     return str(folder / "base"), folder / "adapter"
 
 
@@ -139,6 +156,59 @@ def test_names_and_metadata_of_kohya(pair: tuple[str, Path], tmp_path: Path) -> 
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(InputError, match="lora_unet_nothing"):
         read_adapter(tmp_path / "bad.safetensors", model)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_kohya_file_that_was_changed_is_not_replaced(tiny_pair: tuple[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    export_adapter(tiny_pair[1], to="kohya", out=file)
+    export_adapter(tiny_pair[1], to="kohya", out=file)
+    whole = load_file(file)
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    name = sorted(whole)[1]
+    for state, stated in (
+        (whole | {name: whole[name] + 1}, metadata),
+        (whole, metadata | {"ss_training_comment": "mine"}),
+        (whole | {"mine": torch.zeros(2, dtype=torch.bfloat16)}, metadata),
+        (whole, {key: value for key, value in metadata.items() if key != "mmdit_lora_sha256"}),
+    ):
+        save_file(state, file, stated)
+        before = file.read_bytes()
+        with pytest.raises(InputError, match="was changed since"):
+            export_adapter(tiny_pair[1], to="kohya", out=file)
+        assert file.read_bytes() == before
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_a_card_in_any_encoding_stops_no_export(
+    encoding: str, tiny_pair: tuple[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_pair[1], adapter)
+    (adapter / "README.md").write_text("# Größe\n", encoding=encoding)
+    export_adapter(adapter, to="peft", out=tmp_path / "peft")
+    resize_adapter(adapter, tmp_path / "small", rank=2)
+    for out in ("peft", "small"):
+        card = (tmp_path / out / "README.md").read_text(encoding="utf-8")
+        assert card.startswith("# Layout LoRA" if encoding == "cp1252" else "# Größe\n")
+    assert caplog.text.count("card is not taken along") == (2 if encoding == "cp1252" else 0)
+    assert encoding != "cp1252" or "save it as UTF-8" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "nested", "folder", "latin"])
+def test_the_config_beside_an_adapter_is_only_a_hint(kind: str, tiny_pair: tuple[str, Path], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    if kind == "FIFO":
+        os.mkfifo(config)
+    elif kind == "folder":
+        config.mkdir()
+    else:
+        config.write_bytes(b"base: " + b"[" * 5000 + b"]" * 5000 if kind == "nested" else b"base: \xe4")
+    shutil.copytree(tiny_pair[1], tmp_path / "adapter")
+    with at_most(20):
+        assert base_of(tmp_path / "adapter") == tiny_pair[0]
 
 
 @pytest.mark.usefixtures("in_this_process")

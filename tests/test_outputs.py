@@ -171,7 +171,7 @@ def test_onto_its_own_input(verb: str, inputs: Inputs, tmp_path: Path, capsys: p
         if given.is_dir():
             file = next(path for path in sorted(given.rglob("*")) if path.is_file())
             refused(call(verb, inputs, file), tmp_path, capsys)
-            if verb not in ("train", "data cache"):  # which add names of their own, and replace nothing
+            if verb != "data cache":  # which adds names of its own, and replaces nothing
                 said = refused(call(verb, inputs, given / out_name(verb)), tmp_path, capsys)
                 assert "lies in what is read" in said
 
@@ -293,6 +293,81 @@ def test_only_what_the_manifest_lists_is_replaced(tmp_path: Path) -> None:
         assert state(tmp_path).keys() == before.keys()
 
 
+def test_an_edit_anywhere_in_a_large_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it keeps the size and the time; a copy of the folder is the same output."""
+    large = 12 * 2**20
+    for limit in (2 * large, large):  # always digested; digested where its times or its inode are others
+        monkeypatch.setattr(outputs, "_LARGE", limit)
+        out = tmp_path / f"{limit}"
+        with new_folder(out, verb="test") as folder:
+            (folder / "weights").write_bytes(bytes(large))
+        check_new_folder(out, verb="test")
+        files.shutil.copytree(out, tmp_path / f"copy_{limit}")
+        check_new_folder(tmp_path / f"copy_{limit}", verb="test")
+        before = (out / "weights").stat()
+        with (out / "weights").open("r+b") as file:
+            file.seek(large // 2)
+            file.write(b"thirty bytes that are the user's")
+        os.utime(out / "weights", ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(InputError, match="changed since: weights"):
+            check_new_folder(out, verb="test")
+
+
+def test_an_untouched_large_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_LARGE", 1)
+    written(tmp_path / "out")
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    check_new_folder(tmp_path / "out", verb="test")
+
+
+def test_a_marker_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text('{"written_by": "data make", "files": {}}')
+    for name in ("fifo", "zero", "link", "dangling", "folder", "nested"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+        (tmp_path / f"{name}_alone").mkdir()
+    for place in (tmp_path / "{}" / MARKER, tmp_path / "{}_alone" / MARKER):
+        os.mkfifo(str(place).format("fifo"))
+        Path(str(place).format("zero")).symlink_to("/dev/zero")
+        Path(str(place).format("link")).symlink_to(tmp_path / "mine.txt")
+        Path(str(place).format("dangling")).symlink_to("nowhere")
+        Path(str(place).format("folder")).mkdir()
+    (tmp_path / "nested" / MARKER).write_text("[" * 100_000)
+    (tmp_path / "nested_alone" / "x.txt").touch()
+    for folder in sorted(path for path in tmp_path.iterdir() if path.is_dir()):
+        said = [refused(["data", "make", "shapes", "--count", "1", "--out", str(folder)], tmp_path, capsys)]
+        before = state(tmp_path)
+        with pytest.raises(InputError) as error, open_folder(folder, verb="test", names=["a"]):
+            pass
+        said.append(str(error.value))
+        assert state(tmp_path) == before
+        assert all(
+            "carries no" in text if "nested" in folder.name else f"{folder / MARKER}: is " in text for text in said
+        )
+
+
+@pytest.mark.parametrize(
+    "out", ["{}/set", "file://{}/set", "file://{}/set/*.tar", "local://{}/set", "zip://a::file://{}/set"]
+)
+def test_a_url_may_name_a_folder_of_this_machine(out: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    given = out.format(tmp_path)
+    for name, what in (("set/x", "lies in"), ("set", "is")):
+        with pytest.raises(InputError, match=f"{what} what is read: DATA {re.escape(given)}"):
+            check_new_folder(tmp_path / name, verb="data check", inputs={"DATA": given})
+    check_new_folder(tmp_path / "set", verb="data check", inputs={"DATA": "s3:/" + str(tmp_path / "set")})
+
+
+def test_a_name_that_ends_as_folders_do_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = Inputs(tmp_path / "none")
+    for out in ("new/", "new/.", "new.png/", "new.safetensors/"):
+        for verb in ("init", "data show", "export"):
+            argv = [{"diffusers": "kohya"}.get(part, part) for part in call(verb, inputs, Path("OUT"))]
+            refused([part.replace("OUT", f"{tmp_path}/{out}") for part in argv], tmp_path, capsys)
+        with pytest.raises(InputError, match="names a folder"), atomic_file(f"{tmp_path}/{out}"):
+            pass
+
+
 def test_a_file_that_came_while_it_was_written_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     written(out)
@@ -309,12 +384,12 @@ def test_names_in_an_open_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
     rules: dict[str, Any] = {"verb": "test", "names": ["report.json", "pictures/"]}
     with open_folder(out, **rules):
-        (out / "report.json").write_text("{}")
+        files.write_text(out / "report.json", "{}")
         (out / "pictures").mkdir()
     (out / "notes.txt").write_text("mine")
     (out / ".report.json.my_notes").write_text("mine")
     with open_folder(out, **rules):
-        (out / "report.json").write_text("[]")
+        files.write_text(out / "report.json", "[]")
     assert (out / "notes.txt").read_text() == (out / ".report.json.my_notes").read_text() == "mine"
     (out / "report.json").write_text("[] // a note of mine")
     with pytest.raises(InputError, match=r"changed since: report\.json"), open_folder(out, **rules):
@@ -323,13 +398,54 @@ def test_names_in_an_open_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_after_a_kill_only_what_was_written_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    rules: dict[str, Any] = {"verb": "test", "names": ["page.md", "report.json", "pictures/"]}
+
+    def killed() -> None:
+        with open_folder(out, **rules):
+            files.write_text(out / "page.md", "of the program")
+            os.kill(os.getpid(), 9)
+
+    assert killed_at(0, killed)
+    with open_folder(out, **rules):
+        files.write_text(out / "page.md", "again")
+    assert killed_at(0, killed)
+    for name in ("report.json", "page.md"):
+        before = (out / name).read_text() if (out / name).exists() else None
+        (out / name).write_text("my own notes")
+        with (
+            pytest.raises(InputError, match=rf"did not write, or that were changed since: {name}"),
+            open_folder(out, **rules),
+        ):
+            pass
+        assert (out / name).read_text() == "my own notes"
+        (out / name).unlink()
+        if before:
+            (out / name).write_text(before)
+
+
+def test_what_comes_while_a_folder_is_written_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with open_folder(out, verb="test", names=["report.json", "page.md"]):
+        files.write_text(out / "report.json", "{}")
+        files.write_text(out / "report.json", "[]")
+        (out / "page.md").write_text("my own notes")
+        with pytest.raises(InputError, match=r"did not write, or that were changed since: page\.md"):
+            files.write_text(out / "page.md", "of the program")
+    assert (out / "page.md").read_text() == "my own notes"
+    assert Marker.read(out) == Marker("test", {"report.json": outputs._stamp(out / "report.json")})
+    assert not list(tmp_path.rglob(f"{RESERVED}*"))
+
+
 def test_a_verb_within_a_verb_leaves_the_marker_open(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with open_folder(out, verb="outer", names=["report.json", "later/"]):
-        with open_folder(out, verb="inner", names=["report.json", "a"], others=["outer"]):
-            (out / "report.json").write_text("{}")
-        assert Marker.read(out) == Marker("outer", {"report.json": None, "later/": None, "a": None})
-    assert Marker.read(out) == Marker("outer", {"report.json": outputs._stamp(out / "report.json")})
+        with open_folder(out, verb="inner", names=["report.json", "a", "log"], others=["outer"], logs=["log"]):
+            files.write_text(out / "report.json", "{}")
+        there = outputs._stamp(out / "report.json")
+        assert Marker.read(out) == Marker("outer", {"report.json": there, "later/": None, "log": None})
+    assert Marker.read(out) == Marker("outer", {"report.json": there})
 
 
 def test_a_start_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
@@ -395,11 +511,12 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
+from mmdit_lora.files import write_text
 from mmdit_lora.outputs import new_folder, open_folder
 out = Path(sys.argv[2])
 context = new_folder(out, verb="test") if sys.argv[1] == "new" else open_folder(out, verb="test", names=["a"])
 with context as folder:
-    (folder / "a").write_text("a" * 1000)
+    write_text(folder / "a", "a" * 1000)
     print("held", flush=True)
     time.sleep(600)
 """
@@ -428,11 +545,46 @@ def test_a_second_writer_is_refused_and_a_dead_one_taken_over(
         process.wait()
     assert len(list(tmp_path.rglob(f"{RESERVED}*"))) == (2 if kind == "new" else 1)
     with again() as folder:
-        (folder / "a").write_text("b")
+        files.write_text(folder / "a", "b")
     assert f"from process {process.pid}, started" in caplog.text
     assert len(caplog.records) <= 2
     assert not list(tmp_path.rglob(f"{RESERVED}*"))
     assert (out / "a").read_text() == "b"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "FIFO", "folder", "text"])
+def test_what_only_has_the_name_of_a_lock_is_left_alone(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "precious.txt"
+    own.write_text("precious")
+    (tmp_path / "run").mkdir()
+    for place in (outputs._beside(tmp_path / "lk"), tmp_path / "run" / f"{RESERVED}lock"):
+        if kind in ("link", "dangling link"):
+            place.symlink_to(own if kind == "link" else tmp_path / "nowhere")
+        elif kind == "hard link":
+            os.link(own, place)
+        elif kind == "FIFO":
+            os.mkfifo(place)
+        elif kind == "folder":
+            place.mkdir()
+        else:
+            place.write_text('{"pid": 1}')
+    said = [refused(["data", "make", "shapes", "--count", "1", "--out", str(tmp_path / "lk")], tmp_path, capsys)]
+    before = state(tmp_path)
+    for write in (open_folder(tmp_path / "run", verb="test", names=["a"]), new_folder(tmp_path / "run", verb="test")):
+        with pytest.raises(InputError) as error, write:
+            pass
+        said.append(str(error.value))
+    assert state(tmp_path) == before
+    assert all("has the name of the lock of" in text for text in said)
+
+
+@pytest.mark.parametrize("left", [b"", bytes(120)])
+def test_what_a_power_cut_leaves_of_a_lock_is_taken_over(left: bytes, tmp_path: Path) -> None:
+    outputs._beside(tmp_path / "out").write_bytes(left)
+    written(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_where_the_file_system_has_no_locks_the_record_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

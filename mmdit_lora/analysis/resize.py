@@ -22,11 +22,12 @@ from mmdit_lora.evaluate.sides import evaluate
 from mmdit_lora.files import public_name
 from mmdit_lora.html import code_markdown
 from mmdit_lora.lora import (
+    CARD,
     CONFIG_FILE,
     DIFFUSERS_FILE,
     WEIGHTS_FILE,
-    adapter_file,
     lora_state_dict,
+    read_card,
     remove_adapter,
     save_adapter,
 )
@@ -34,7 +35,6 @@ from mmdit_lora.lora.adapt import inject
 from mmdit_lora.outputs import MARKER, check_new_folder
 from mmdit_lora.pipelines import PaintSettings
 
-CARD = "README.md"
 _SECTION = re.compile(r"\n## Resized\n.*?(?=\n## |\Z)", re.DOTALL)
 
 
@@ -266,12 +266,9 @@ def _metadata(opened: OpenedAdapter, config: peft.LoraConfig, report: Resized, h
 
 def _card(adapter: Path, report: Resized, how: str) -> str:
     """The adapter's card with a section about the resizing, in the place of an earlier one."""
-    file = adapter_file(adapter).parent / CARD
-    text = (
-        file.read_text(encoding="utf-8")
-        if file.is_file()
-        else f"# Layout LoRA for {code_markdown(public_name(report.base))}\n"
-    )
+    text = read_card(adapter)
+    if text is None:
+        text = f"# Layout LoRA for {code_markdown(public_name(report.base))}\n"
     ranks = sorted({module.new_rank for module in report.modules})
     section = (
         "\n## Resized\n\n"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -19,9 +19,15 @@ from mmdit_lora.files import require_file
 Source = str | Path | bytes  # a path, or the whole content of a file
 
 MOST_BYTES = 2**30  # of a picture's file
+# Pillow's own threshold, where it warns; it refuses at twice that. To decode such a picture takes gigabytes in every worker.
+MAX_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `opened` refuses where Pillow warns
 
 # What Pillow raises for files that are damaged in one way or another; only the first is documented.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+
+
+_SMALLER = "make the picture smaller, or leave it out"
 
 
 class TooManyPixels(InputError):
@@ -32,8 +38,8 @@ def load_image(path: Source) -> Image.Image:
     """The picture as RGB, turned upright by its EXIF orientation; transparency over white, 16 bits scaled to 8.
 
     Raises:
-        InputError: no such file, no picture, a truncated one, one of 32-bit numbers, or one that declares so many pixels
-            that decoding it could exhaust the memory (Pillow's limit); with the path, where there is one.
+        InputError: no such file, no picture, a truncated one, one of 32-bit numbers, or one that declares more than
+            `MAX_PIXELS`; with the path, where there is one.
     """
     with opened(path) as image:
         if image.mode in ("I", "F"):  # a file does not say which number is white
@@ -107,15 +113,18 @@ def opened(path: Source) -> Iterator[Image.Image]:
     """
     try:
         with Image.open(BytesIO(path) if isinstance(path, bytes) else _regular(path)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise TooManyPixels(
+                    f"declares {image.width:,} x {image.height:,} pixels, and more than {MAX_PIXELS:,} are not decoded",
+                    where=_place(path),
+                    cure=_SMALLER,
+                )
             yield image
     except InputError:
         raise
-    except Image.DecompressionBombError as error:
-        pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
         raise TooManyPixels(
-            f"declares {pixels:,} pixels, and more than {limit:,} are not decoded",
-            where=_place(path),
-            cure="make the picture smaller, or leave it out",
+            f"declares more than {MAX_PIXELS:,} pixels, and is not decoded", where=_place(path), cure=_SMALLER
         ) from None
     except _DAMAGED as error:
         raise InputError(

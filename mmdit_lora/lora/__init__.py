@@ -30,10 +30,12 @@ from mmdit_lora.lora.reading import (
     read_adapter_header,
 )
 from mmdit_lora.lora.storage import (
+    CARD,
     base_fingerprint,
     load_adapter,
     lora_state_dict,
     public_header,
+    read_card,
     same_adapter,
     save_adapter,
     save_tensors,
@@ -41,6 +43,7 @@ from mmdit_lora.lora.storage import (
 )
 
 __all__ = [
+    "CARD",
     "CONFIG_FILE",
     "DIFFUSERS_FILE",
     "HEADER_KEY",
@@ -68,6 +71,7 @@ __all__ = [
     "read_adapter",
     "read_adapter_config",
     "read_adapter_header",
+    "read_card",
     "refuse_zero_gates",
     "remove_adapter",
     "same_adapter",

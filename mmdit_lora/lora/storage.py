@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, clip, listed
-from mmdit_lora.files import public_name
+from mmdit_lora.files import public_name, read_text
 from mmdit_lora.lora.adapt import adapter_shapes, check_joins, find_targets, inject, with_adapter
 from mmdit_lora.lora.known_bases import remember_base
 from mmdit_lora.lora.reading import (
@@ -28,6 +29,7 @@ from mmdit_lora.lora.reading import (
     KEY_PREFIX,
     WEIGHTS_FILE,
     StoredAdapter,
+    adapter_file,
     read_adapter,
 )
 from mmdit_lora.lora.undo import Undo
@@ -37,6 +39,7 @@ from mmdit_lora.ranges import MAX_UPDATE
 
 logger = logging.getLogger("mmdit_lora")
 
+CARD = "README.md"
 _FINGERPRINT = "_mmdit_lora_fingerprint"
 
 
@@ -141,9 +144,21 @@ def save_adapter(
     with new_folder(folder, verb=verb) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_tensors(tensors, temporary / WEIGHTS_FILE, header)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
         for name, content in (beside or {}).items():
             (temporary / name).write_bytes(content)
+
+
+def read_card(adapter: str | Path) -> str | None:
+    """Text of the README.md beside an adapter's weights; None where there is none, or none that can be read, with a warning."""
+    file = adapter_file(adapter).parent / CARD
+    if not os.path.lexists(file):
+        return None
+    try:
+        return read_text(file, what="card of an adapter", limit=4 * 2**20)
+    except InputError as error:
+        logger.warning("the adapter's card is not taken along: %s", error)
+        return None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:

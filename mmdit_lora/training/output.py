@@ -68,7 +68,7 @@ def check_output(folder: Path, config: Config, resume: bool) -> None:
         return  # the main process may have begun to write
     folder = output_path(folder, folder=True)
     found = checkpoints(folder / CHECKPOINTS)
-    check_open_folder(folder, names=WRITTEN, strict=False, **_rules(config, resume))
+    check_open_folder(folder, names=WRITTEN, **_rules(config, resume))
     for name in ("adapter", "base"):
         check_new_folder(folder / name, verb=VERB)
     if resume:
@@ -99,7 +99,6 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[None]:
     with open_folder(
         folder,
         names=WRITTEN,
-        strict=False,
         logs=["tracking.jsonl"],
         again="`--resume latest`",
         **_rules(config, resume),

@@ -14,13 +14,11 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from mmdit_lora.data.check.findings import Finding, example, finding
-from mmdit_lora.data.images import TooManyPixels, load_image, opened
+from mmdit_lora.data.images import MAX_PIXELS, TooManyPixels, load_image, opened
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import require_file
 
-# Pillow's own threshold. Twice that it refuses to open; between the two it warns, and a check decodes none of them.
-MAX_PIXELS = 89_478_485
 _THUMB = 16  # side of the picture that near duplicates are compared by
 
 
@@ -85,8 +83,6 @@ def look_at(record: Record) -> Picture:
             )
             return Picture(record, error=error.at(record.where), kind="empty-file")
         head = _head(record, source)
-        if head.size is not None and head.size[0] * head.size[1] > MAX_PIXELS:
-            return head
         image = load_image(source)
     except InputError as error:
         kind = "decompression-bomb" if isinstance(error, TooManyPixels) else "undecodable"
@@ -113,8 +109,6 @@ def _head(record: Record, source: Path | bytes) -> Picture:
     """What the header alone says. A damaged one is left to `load_image`, which says it in one way."""
     try:
         with opened(source) as image:
-            if image.width * image.height > MAX_PIXELS:  # before the EXIF data, for which Pillow decodes a PNG
-                return Picture(record, image.size, image.mode)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             size = image.size if orientation < 5 else image.size[::-1]
             frames = getattr(image, "n_frames", 1)
@@ -142,18 +136,9 @@ def picture_findings(pictures: Sequence[Picture]) -> list[Finding]:
     usable = [p for p in pictures if p.error is None]
 
     def some(name: str, chosen: Iterable[Picture], message: str, cure: str, text: str) -> None:
-        examples = [
-            example(p.record, text.format(p=p, size="{} x {}".format(*p.size) if p.size else "unknown")) for p in chosen
-        ]
+        examples = [example(p.record, text.format(p=p)) for p in chosen]
         found.extend(finding(name, message, cure, examples, total=total, unit="pictures"))
 
-    some(
-        "large-pictures",
-        [p for p in usable if not p.decoded],
-        f"{{n}} pictures have more than {MAX_PIXELS // 10**6} million pixels and were not decoded",
-        "scale them down: decoding one takes gigabytes in every worker",
-        "{size} pixels",
-    )
     some(
         "exif-rotation",
         [p for p in usable if p.orientation not in (0, 1)],
@@ -203,7 +188,7 @@ _BROKEN = (
     ("empty-file", "{n} picture files hold 0 bytes", "restore them, or leave their lines out"),
     (
         "decompression-bomb",
-        "{n} pictures declare more pixels than is safe to decode",
+        f"{{n}} pictures declare more than {MAX_PIXELS // 10**6} million pixels, which is not safe to decode",
         "scale them down, or leave their lines out: nothing was decoded",
     ),
     ("undecodable", "{n} pictures cannot be decoded", "restore the files, or leave their lines out"),

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from PIL import Image
 from mmdit_lora import files
 from mmdit_lora.boxes import EDGE_RULE, Four, corners, full_size, overshoot, within_edge
 from mmdit_lora.boxes import clip as clip_box
-from mmdit_lora.data.images import image_size, load_image
+from mmdit_lora.data.images import image_size, load_image, opened
 from mmdit_lora.data.records import Item
 from mmdit_lora.data.warnings import Warnings
 from mmdit_lora.errors import InputError
@@ -105,10 +104,10 @@ class Context:
         if not isinstance(data, bytes):
             raise InputError(f"its picture is {type(data).__name__}, not bytes", where=where)
         try:
-            with Image.open(BytesIO(data)) as image:
+            with opened(data) as image:
                 suffix = (image.format or "png").lower()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"its picture cannot be read ({error})", where=where) from None
+        except InputError as error:
+            raise InputError(f"its picture {error.what}", where=where, cure=error.cure) from None
         suffix = "jpg" if suffix == "jpeg" else suffix
         self.unpacked_count += 1
         path = Path(self.scratch.name) / f"{flat(stem)}.{suffix}"
