@@ -107,7 +107,7 @@ class Context:
             with opened(data) as image:
                 suffix = (image.format or "png").lower()
         except InputError as error:
-            raise InputError(f"its picture {error.what}", where=where, cure=error.cure) from None
+            raise InputError(f"its picture cannot be read: it {error.what}", where=where, cure=error.cure) from None
         suffix = "jpg" if suffix == "jpeg" else suffix
         self.unpacked_count += 1
         path = Path(self.scratch.name) / f"{flat(stem)}.{suffix}"
