@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -127,6 +129,20 @@ def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("LOADED []"), done.stdout
+
+
+def test_every_listed_fault_can_still_be_put_in() -> None:
+    """`scripts/mutations.py` edits lines that stand in the package once, and its last record names the same faults."""
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mutations"] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    gone = [m.name for m in module.MUTATIONS if (PACKAGE / m.file).read_text(encoding="utf-8").count(m.old) != 1]
+    assert not gone
+    record = json.loads((ROOT / "data" / "benchmarks" / "mutations.json").read_text(encoding="utf-8"))
+    assert [entry["fault"] for entry in record if entry["caught_by"]] == [m.name for m in module.MUTATIONS]
 
 
 def test_nobodys_machine_paths() -> None:
