@@ -11,6 +11,7 @@ from mmdit_lora.start import prepare
 if __name__ == "__main__":
     prepare()  # the imports below take a while
 
+import errno
 import logging
 import os
 import sys
@@ -103,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 1
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of paths alone, wherever one is looked at first
+            wrong = InputError(f"is no possible path: {error.strerror}", where=error.filename, cure="give another one")
+            return _report(error, str(wrong), 2, debug)
         if error.errno not in NO_SPACE or error.filename is not None:
             return _report_unknown(error, debug)
         _drop_stdout()

@@ -13,7 +13,8 @@ import typer
 
 from mmdit_lora import cli_cache, cli_data_formats
 from mmdit_lora.cli_numbers import number
-from mmdit_lora.errors import InputError, clip, unknown_key
+from mmdit_lora.errors import InputError, clip, shown, unknown_key
+from mmdit_lora.files import json_text
 from mmdit_lora.outputs import check_new_file, check_new_folder
 from mmdit_lora.ranges import COUNT, PART, SEED
 
@@ -187,19 +188,26 @@ def say(message: str) -> None:
 
 def emit(data: Mapping[str, Any]) -> None:
     """The one JSON object of `--json`."""
-    json.dump(data, sys.stdout, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    text = json_text(data)
+    if (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8"):
+        text = json.dumps(data)
+    sys.stdout.write(text + "\n")
 
 
 def _phrase_map(pairs: Iterable[str]) -> dict[str, str]:
-    phrases = {}
+    phrases: dict[str, str] = {}
     for pair in pairs:
         name, equals, phrase = pair.partition("=")
         if not equals or not name.strip() or not phrase.strip():
             raise InputError(
                 f"is {pair!r}", where="--map", cure='write a class and its phrase: --map RBC="a red blood cell"'
             )
-        phrases[name.strip()] = phrase.strip()
+        if phrases.setdefault(name.strip(), phrase.strip()) != phrase.strip():
+            raise InputError(
+                f"gives {shown(name.strip())} two phrases, {shown(phrases[name.strip()])} and {shown(phrase.strip())}",
+                where="--map",
+                cure="keep one of the two",
+            )
     return phrases
 
 
@@ -222,7 +230,10 @@ def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[
     """Train and validation by the hash of the file's stem: the same pictures on every machine, in no order of theirs."""
     import hashlib
 
-    stems = sorted({record.image.stem for record in records}, key=lambda stem: hashlib.blake2b(stem.encode()).digest())
+    stems = sorted(
+        {record.image.stem for record in records},
+        key=lambda stem: hashlib.blake2b(stem.encode("utf-8", "surrogateescape")).digest(),
+    )
     if len(stems) < 2:
         raise InputError(
             "holds a single picture: none is left to hold out", where=str(src), cure="leave --holdout away"

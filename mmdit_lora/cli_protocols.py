@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdit_lora.errors import InputError, clip
-from mmdit_lora.files import write_json, write_text
+from mmdit_lora.files import json_text, write_json, write_text
 from mmdit_lora.html import escape_markdown
 from mmdit_lora.outputs import open_folder
 
@@ -106,14 +106,13 @@ def write_layouts(name: str, annotations: str | Path, out: str | Path) -> int:
     Raises:
         InputError: an unknown protocol; annotations that cannot be read; `out` is no .jsonl.
     """
-    import json
 
     from mmdit_lora.evaluate.protocols import find_protocol
 
     if Path(out).suffix != ".jsonl":
         raise InputError("is no .jsonl file", where=str(out), cure="many layouts stand in a .jsonl, one a line")
     cases = find_protocol(name).read(annotations)
-    write_text(out, "".join(json.dumps(case.layout.to_dict(), ensure_ascii=False) + "\n" for case in cases))
+    write_text(out, "".join(json_text(case.layout.to_dict()) + "\n" for case in cases))
     return len(cases)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -28,7 +27,7 @@ from mmdit_lora.config_sections import (
 )
 from mmdit_lora.config_version import VERSION, migrate
 from mmdit_lora.config_yaml import dump_yaml, parse_yaml
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.files import read_text
 
 log = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ def _section_as_mapping(key: Any, value: Any) -> Any:
 def _apply_override(data: dict[str, Any], places: dict[tuple[Any, ...], str], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
-    where = f"override {reprlib.repr(override)}"
+    where = f"override {shown(override)}"
     if not equals or not all(keys):
         raise InputError("is not of the form key=value", where=where, cure="write for example train.max_steps=100")
     value, _ = parse_yaml(text, where=where, numbered=False)
@@ -236,7 +235,7 @@ def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
         message += f'. In quotes it is one: "{first["input"]}"'
     return InputError(
-        f"{name} is {reprlib.repr(first['input'])}: {message}", where=_place(keys, places, file), cure=_meaning(keys)
+        f"{name} is {shown(first['input'])}: {message}", where=_place(keys, places, file), cure=_meaning(keys)
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 
 VERSION = 1
 
@@ -29,7 +29,7 @@ def migrate(data: dict[str, Any], *, where: str) -> tuple[dict[str, Any], list[s
     """
     version = data.get("version", 1)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise InputError(f"version is {version!r}", where=where, cure=f"leave it out, or give 1 to {VERSION}")
+        raise InputError(f"version is {shown(version)}", where=where, cure=f"leave it out, or give 1 to {VERSION}")
     if version > VERSION:
         raise InputError(
             f"is of version {version}, and this mmdit-lora knows configs up to {VERSION}",

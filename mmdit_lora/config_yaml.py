@@ -6,13 +6,16 @@ a trap (`mixed_precision: no`), so the loader here resolves scalars by YAML 1.2'
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import yaml
 
 from mmdit_lora.errors import InputError
 
+_MOST_NODES = 10_000_000
 Lines = dict[tuple[Any, ...], int]
 
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
@@ -71,13 +74,33 @@ def parse_yaml(text: str, *, where: str, numbered: bool = True) -> tuple[Any, Li
         InputError: no YAML, a tag (`!!python/object` and its kin), a key twice; with the line.
     """
     lines: Lines = {}
+
+    def visit(node: yaml.Node) -> None:
+        _visit(node, (), lines, where, numbered, seen=set())
+
+    return construct(lambda: _Loader(text), where=where, numbered=numbered, visit=visit), lines
+
+
+def construct(
+    make: Callable[[], Any], *, where: str, numbered: bool = True, visit: Callable[[yaml.Node], None] | None = None
+) -> Any:
+    """The value of the document of a PyYAML loader.
+
+    Args:
+        make: makes the loader. where, numbered: as of `parse_yaml`. visit: looks at the nodes before anything is made of them.
+
+    Raises:
+        InputError: no YAML, or its aliases stand for more than `_MOST_NODES`; with the line.
+    """
     try:
-        loader = _Loader(text)
+        loader = make()
         node = loader.get_single_node()
         if node is None:
-            return None, lines
-        _visit(node, (), lines, where, numbered, seen=set())
-        return loader.construct_document(node), lines
+            return None
+        if visit is not None:
+            visit(node)
+        _refuse_bomb(node, {}, where, numbered)
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}" if numbered and mark is not None else where
@@ -85,18 +108,41 @@ def parse_yaml(text: str, *, where: str, numbered: bool = True) -> tuple[Any, Li
             raise InputError(
                 f"holds a YAML tag ({error.problem})",
                 where=place,
-                cure="write plain values: a config constructs no objects",
+                cure="write plain values: no objects are made of tags",
             ) from None
         raise InputError(f"is not YAML: {error.problem or error.context}", where=place) from None
     except yaml.YAMLError as error:
         raise InputError(f"is not YAML: {error}", where=where) from None
     except (RecursionError, ValueError, KeyError) as error:  # KeyError: `!!bool x`
-        raise InputError(f"is not a config: {error}", where=where) from None
+        raise InputError(f"is not YAML that can be read: {error}", where=where) from None
 
 
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML that this module and any other reader read alike, keys in their order."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
+
+
+def _refuse_bomb(node: yaml.Node, sizes: dict[int, float], where: str, numbered: bool) -> float:
+    """How many values a node stands for where every alias is written out; `InputError` for too many, or for a node in itself.
+
+    Args:
+        sizes: of the nodes that were counted, by id.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # until it is counted: in itself
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_refuse_bomb(part, sizes, where, numbered) for part in parts)
+    if sizes[id(node)] > _MOST_NODES:
+        raise InputError(
+            f"its aliases (*name) stand for more than {_MOST_NODES:,} values",
+            where=f"{where}:{node.start_mark.line + 1}" if numbered else where,
+            cure="write the values out",
+        )
+    return sizes[id(node)]
 
 
 def _visit(node: yaml.Node, keys: tuple[Any, ...], lines: Lines, where: str, numbered: bool, *, seen: set[int]) -> None:

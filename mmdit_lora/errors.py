@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -82,6 +83,27 @@ def clip(text: object, limit: int = 200) -> str:
     return whole[:head] + gap + whole[len(whole) - tail :]
 
 
+class _Bounded(reprlib.Repr):
+    """Looks at a few parts of a value alone: a YAML file of a few lines may stand for 9 ** 10 of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = 8
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<int of {x.bit_length()} bits>"
+
+
+_BOUNDED = _Bounded()
+
+
+def shown(value: object) -> str:
+    """`repr(value)` of what a file or a caller gave, for a message, shortened without being built as a whole."""
+    return clip(_BOUNDED.repr(value))
+
+
 def listed(names: Iterable[object]) -> str:
     """The first eight names, each clipped, and whether there are more, for messages."""
     names = list(names)
@@ -118,4 +140,4 @@ def unknown_key(key: str, known: Iterable[str], *, where: str | None = None) -> 
     names = list(known)
     near = difflib.get_close_matches(str(key)[:100], names, n=1, cutoff=0.5)
     cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-    return InputError(f"unknown key {clip(repr(key), 100)}", where=where, cure=cure)
+    return InputError(f"unknown key {shown(key)}", where=where, cure=cure)

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mmdit_lora.errors import InputError, Stopped, clip
+from mmdit_lora.errors import InputError, Stopped, clip, shown
 from mmdit_lora.locks import start_of
 
 # Begins the name of every temporary file, folder and lock: <RESERVED><of what>-<pid>-<its start>-<random>. No user's file is
@@ -28,6 +28,7 @@ from mmdit_lora.locks import start_of
 RESERVED = ".mmdit_lora-"
 _TEMPORARY = re.compile(re.escape(RESERVED) + r"[0-9a-f]+-(\d+)-(\d+)-[0-9a-f]{8}(\.\w*)?")
 _LOCK_NAME = re.compile(re.escape(RESERVED) + r"(lock|[0-9a-f]+\.lock)")
+_SURROGATES = re.compile("[\ud800-\udfff]+")
 _OLD = "was"  # in a temporary folder: what was moved aside, under its own name
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -72,7 +73,7 @@ def inside(folder: str | Path, name: Any, *, where: str, what: str = "file") -> 
     parts = PureWindowsPath(name).parts if isinstance(name, str) else ()  # both separators, and drives
     if not parts or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise InputError(
-            f"names the {what} {name!r}", where=where, cure="give a relative path below the folder, without '..'"
+            f"names the {what} {shown(name)}", where=where, cure="give a relative path below the folder, without '..'"
         )
     return Path(folder) / name
 
@@ -551,15 +552,35 @@ def _set_modes(folder: Path) -> None:
             found.chmod(mode)
 
 
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it. Python keeps the bytes of a path that are no text (in a C locale, all beyond ASCII) as
+    lone surrogates: here they are the text that they spell, or `\\xff`."""
+
+    def spelt(found: re.Match[str]) -> str:
+        try:
+            return found[0].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        except UnicodeEncodeError:  # half a character, from elsewhere
+            return found[0].encode("ascii", "backslashreplace").decode()
+
+    return _SURROGATES.sub(spelt, text)
+
+
+def json_text(data: Any, *, indent: int | None = None) -> str:
+    """`data` as JSON that UTF-8 can hold; NaN is refused: it is no JSON. Bytes of a path that are no text are escaped, so that
+    Python reads the same path back."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` atomically, UTF-8."""
+    """Write `text` to `path` atomically, UTF-8, `printable`."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(printable(text), encoding="utf-8")
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as indented JSON to `path` atomically. NaN is refused: it is no JSON."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `data` as indented JSON to `path` atomically; see `json_text`."""
+    write_text(path, json_text(data, indent=2) + "\n")
 
 
 def _fsync(path: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdit_lora.errors import InputError, clip
-from mmdit_lora.files import exists, nearest, read_text, written_as_path
+from mmdit_lora.files import decode_text, exists, nearest, read_bytes, require_file, written_as_path
+from mmdit_lora.json_files import parse_object
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -96,7 +97,10 @@ def refuse_no_base(base: str, *, whole: bool = True) -> None:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model")
+        try:
+            cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model")
+        except ValueError:  # no possible id
+            raise no_such_base(base) from None
         if constants.HF_HUB_OFFLINE and not exists(cached):
             raise no_such_base(base)
 
@@ -113,19 +117,34 @@ def check_base_folder(folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
             cure = "this is an adapter: give it as --adapter, and the base it was trained on as --base"
         raise InputError("is not a base: it has no model_index.json", where=str(folder), cure=cure)
-    try:
-        content: Any = json.loads(read_text(index, what="model_index.json"))
-        content["_class_name"]
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(
-            f"is no pipeline description ({type(error).__name__}: {clip(error)})", where=str(index)
-        ) from None
+    content = read_base_config(index)
+    if "_class_name" not in content:
+        raise InputError("is no pipeline description: it has no _class_name", where=str(index))
     # transformers makes an empty tokenizer of a folder that is not there.
-    parts = [part for part, source in content.items() if isinstance(source, list) and source[0] is not None]
+    parts = [part for part, source in content.items() if isinstance(source, list) and source and source[0] is not None]
     absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if absent:
         raise InputError(
             f"lacks {', '.join(absent)}, which model_index.json names", where=str(folder), cure="copy it whole"
         )
+    for file in (file for part in parts for file in sorted((folder / part).iterdir())):
+        if not file.is_dir():
+            require_file(file, what="file of a base")  # reading a FIFO waits for ever
+        if file.name.endswith("config.json"):
+            read_base_config(file)
+
+
+def read_base_config(file: Path) -> dict[str, Any]:
+    """A JSON object of a base, as diffusers and transformers will read it.
+
+    Raises:
+        InputError: it is none, or begins with a byte order mark, which they refuse; see `json_files.read_object`.
+    """
+    content = read_bytes(file, what="config", limit=64 * 2**20)
+    if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(
+            "begins with a byte order mark, and diffusers reads a base's files as UTF-8 without one",
+            where=str(file),
+            cure="save it as UTF-8 without BOM",
+        )
+    return parse_object(decode_text(content, where=str(file)), where=str(file))

@@ -10,10 +10,7 @@ import difflib
 import json
 import logging
 import math
-import re
-import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +31,10 @@ from mmdit_lora.boxes import (
     relative,
     within_edge,
 )
-from mmdit_lora.errors import InputError, several, unknown_key
+from mmdit_lora.errors import InputError, several, shown, unknown_key
 from mmdit_lora.errors import clip as clip_text
 from mmdit_lora.files import inside, read_lines, read_text
+from mmdit_lora.json_files import UNIQUE, TwiceError, json_errors, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +73,7 @@ class Box:
     def __post_init__(self) -> None:
         object.__setattr__(self, "xyxy", _validated_xyxy(self.xyxy))
         if not isinstance(self.phrase, str) or not self.phrase.strip():
-            raise InputError(f"the phrase is {self.phrase!r}", cure="give each box a phrase, e.g. 'a red circle'")
+            raise InputError(f"the phrase is {shown(self.phrase)}", cure="give each box a phrase, e.g. 'a red circle'")
         _check_text(self.phrase, "the phrase", MOST_PHRASE)
 
     @property
@@ -107,7 +105,7 @@ class Layout:
     def __post_init__(self) -> None:
         if not isinstance(self.caption, str):
             raise InputError(
-                f"the caption is {self.caption!r}", cure="give the layout a caption: the text of the whole picture"
+                f"the caption is {shown(self.caption)}", cure="give the layout a caption: the text of the whole picture"
             )
         _check_text(self.caption, "the caption", MOST_CAPTION)
         if isinstance(self.boxes, str) or not isinstance(self.boxes, Sequence):
@@ -212,7 +210,7 @@ def read_json_records(
     if first == "{":  # objects over several lines, or a broken first line
         try:
             whole = list(_whole_json(read_text(path, what=what, limit=limit, cure=cure), path))
-        except _TwiceError:
+        except TwiceError:
             raise
         except InputError:
             whole = []
@@ -222,7 +220,7 @@ def read_json_records(
     while number:
         where = f"{path}:{number}"
         try:
-            yield where, parse_json(first, where=where, unique=True)
+            yield where, parse_json(first, where=where)
         except InputError as error:
             yield where, error
         number, first = next(lines, (0, ""))
@@ -231,7 +229,7 @@ def read_json_records(
 def _whole_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     at = _skip(text, 0)
     if path.suffix == ".json":
-        data = parse_json(text, where=str(path), unique=True) if not _holds_lines(text, at) else None
+        data = parse_json(text, where=str(path)) if not _holds_lines(text, at) else None
         if isinstance(data, list):
             yield from ((f"{path}[{index}]", item) for index, item in enumerate(data))
             return
@@ -243,8 +241,8 @@ def _whole_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     while (at := _skip(text, at)) < len(text) and not (array and text[at] == "]"):
         line, counted = line + text.count("\n", counted, at), at
         where = f"{path}:{line}"
-        with _json_errors(where):
-            value, at = _UNIQUE.raw_decode(text, at)
+        with json_errors(where):
+            value, at = UNIQUE.raw_decode(text, at)
             at = _skip(text, at)
             if array and text[at : at + 1] == ",":
                 at += 1
@@ -272,93 +270,6 @@ def _skip(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
-
-
-def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """The lines of `text` that are not blank, with their numbers from 1.
-
-    Split at newlines only: `str.splitlines` would also split at U+2028 and its kin, which JSON strings may hold.
-    """
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-
-
-def parse_json(text: str, *, where: str, unique: bool = False) -> Any:
-    """`json.loads` that refuses NaN and Infinity and reports the place.
-
-    Args:
-        unique: refuse a key that stands twice in an object; else the last one holds.
-
-    Raises:
-        InputError: with the line and column inside `text`.
-    """
-    if not text.strip():
-        raise InputError("is empty", where=where)
-    with _json_errors(where, many_lines="\n" in text.strip()):
-        try:
-            return (_UNIQUE if unique else _DECODER).decode(text)
-        except _TwiceError as error:
-            line = _line_of_second(text, error.key) if "\n" in text.strip() else None
-            raise error.at(f"{where}:{line}") if line else error from None
-    raise AssertionError("unreachable")
-
-
-@contextmanager
-def _json_errors(where: str, *, many_lines: bool = False) -> Iterator[None]:
-    try:
-        yield
-    except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}" if many_lines else where
-        what = f"is not JSON: {error.msg} (column {error.colno})"
-        if error.msg == "Extra data" and error.doc[: error.pos].rstrip(" \t").endswith("\r"):
-            cure = "its lines end in CR alone: save it with LF line ends (tr '\\r' '\\n' < OLD > NEW)"
-            raise InputError(what, where=place, cure=cure) from None
-        raise InputError(what, where=place) from None
-    except InputError as error:
-        raise error if (error.where or "").startswith(where) else error.at(where) from None
-    except ValueError as error:  # an int of thousands of digits
-        raise InputError(f"is not JSON that can be read: {str(error).split(';')[0]}", where=where) from None
-    except RecursionError:
-        raise InputError("is nested too deeply to be a layout", where=where) from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise InputError(f"holds {name}", cure="write a finite number")
-
-
-class _TwiceError(InputError):
-    """A key stands twice in one object."""
-
-    key = ""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        key = next(name for index, name in enumerate(names) if name in names[:index])
-        error = _TwiceError(f"the key {clip_text(repr(key), 100)} stands twice", cure="keep one of the two")
-        error.key = key
-        raise error
-    return found
-
-
-def _line_of_second(text: str, key: str) -> int | None:
-    """The line where a key stands the second time in one object, for JSON whose inner and outer objects share no key."""
-    before = 0  # how often it stands in objects that end earlier
-
-    def count(pairs: list[tuple[str, Any]]) -> None:
-        nonlocal before
-        _once(pairs)
-        before += any(name == key for name, _ in pairs)
-
-    with suppress(_TwiceError):
-        json.loads(text, object_pairs_hook=count)
-    places = [found.start() for found in re.finditer(rf'(?<!\\)"{re.escape(key)}"\s*:', text)]
-    return text.count("\n", 0, places[before + 1]) + 1 if len(places) > before + 1 else None
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_UNIQUE = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once)
 
 
 def reading_of(data: Mapping[str, Any], default: Reading = _PLAIN) -> Reading:
@@ -594,10 +505,12 @@ def _validated_xyxy(value: Any) -> Four:
         if floats and 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
             return value
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4:
-        raise InputError(f"xyxy is {value!r}", cure="give four numbers: [left, top, right, bottom], each in [0, 1]")
+        raise InputError(
+            f"xyxy is {shown(value)}", cure="give four numbers: [left, top, right, bottom], each in [0, 1]"
+        )
     if any(isinstance(v, bool) or not isinstance(v, int | float) or not _is_finite(v) for v in value):
         raise InputError(
-            f"xyxy is {reprlib.repr(list(value))}: not four finite numbers",
+            f"xyxy is {shown(list(value))}: not four finite numbers",
             cure="give [left, top, right, bottom] in [0, 1]",
         )
     left, top, right, bottom = (float(v) for v in value)

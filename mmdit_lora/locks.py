@@ -206,5 +206,5 @@ def _read(handle: int) -> Owner | None:
     try:
         record: dict[str, Any] = json.loads(os.pread(handle, 4096, 0))
         return Owner(int(record["pid"]), int(record["start"]), str(record["host"]), str(record["since"]))
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return None

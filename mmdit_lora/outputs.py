@@ -40,6 +40,7 @@ from mmdit_lora.files import (
     tag_of,
     write_text,
 )
+from mmdit_lora.json_files import parse_object
 from mmdit_lora.locks import FolderLock
 
 MARKER = ".mmdit_lora.json"
@@ -81,9 +82,9 @@ class Marker:
             raise InputError("is a link, and no marker of an output folder", where=str(place), cure=_CURE)
         text = read_text(place, what="marker of an output folder", limit=_LARGEST_MARKER, cure=_CURE)
         try:
-            content: dict[str, Any] = json.loads(text)
+            content = parse_object(text, where=str(place))
             marker = cls(str(content["written_by"]), dict(content["files"]), dict(content.get("was", {})))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
         stamps = [*marker.files.values(), *marker.was.values()]
         return marker if all(s is None or (isinstance(s, list) and len(s) >= 2) for s in stamps) else None
@@ -91,7 +92,7 @@ class Marker:
     def write(self, folder: Path) -> None:
         """Put it into `folder`."""
         content = {"written_by": self.verb, "files": self.files} | ({"was": self.was} if self.was else {})
-        write_text(folder / MARKER, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
+        write_text(folder / MARKER, json.dumps(content, separators=(",", ":")) + "\n")
 
     def has(self, folder: Path, name: str) -> bool:
         """Whether `folder/name` is what was written there; `name` of a folder ends in "/"."""

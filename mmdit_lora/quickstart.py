@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from mmdit_lora.evaluate.draw import before_after, save_png
 from mmdit_lora.evaluate.picture_store import PictureStore
 from mmdit_lora.evaluate.sides import Evaluation, evaluate
 from mmdit_lora.export import Target, export_adapter
-from mmdit_lora.files import write_json, write_text
+from mmdit_lora.files import read_text, write_json, write_text
+from mmdit_lora.json_files import read_kept
 from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.outputs import open_folder
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
@@ -72,13 +72,10 @@ def _finished(out: Path, config: Config) -> dict[str, Any] | None:
     Raises:
         InputError: an earlier start had another config.
     """
-    if (out / _MARK).exists() and (out / _MARK).read_text(encoding="utf-8") != config.to_yaml():
+    if (out / _MARK).exists() and read_text(out / _MARK) != config.to_yaml():
         raise InputError("holds a quickstart of another config", where=str(out), cure="give another --out")
-    try:
-        report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report if "export_max_abs_diff" in report else None  # otherwise it is that of the training
+    report = read_kept(out / REPORT, dict)
+    return report if report and "export_max_abs_diff" in report else None  # otherwise it is that of the training
 
 
 def _run(out: Path, config: Config, data: dict[str, Path], tell: Tell) -> dict[str, Any]:

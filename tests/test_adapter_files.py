@@ -184,7 +184,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "no such file"),
     "config is not JSON": (lambda f: (f / CONFIG_FILE).write_text('{"r": 16,'), "is not JSON"),
     "config is not text": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), "is not whole UTF-16 text"),
-    "config is a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "peft_type is 'list'"),
+    "config is a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "holds list, not a JSON object"),
     "config of another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'"),
     "rank zero": (edit_config(r=0), "not a valid LoraConfig"),
     "rank is text": (edit_config(r="16"), "not a valid LoraConfig"),
@@ -227,7 +227,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN": (edit_weights(lambda s: s.update({KEY: s[KEY] * float("nan")})), "at a lower learning rate, or get it anew"),
     "integers": (edit_weights(lambda s: s.update({KEY: s[KEY].int()})), "1 not finite"),
     "header is not JSON": (edit_weights(lambda _: None, header="{base"), "is not JSON"),
-    "header is a list": (edit_weights(lambda _: None, header="[1]"), "is not a JSON object"),
+    "header is a list": (edit_weights(lambda _: None, header="[1]"), "holds list, not a JSON object"),
     "another base": (edit_weights(lambda _: None, header='{"base": "other", "fingerprint": "00ff"}'), "trained on another base: 'other'"),
 }  # fmt: skip
 

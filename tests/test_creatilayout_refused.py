@@ -159,7 +159,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "a pickle": (pickled, "is a pickle"),
     "only pickles": (only_pickles, "holds pickles only"),
     "a shard is missing": (missing_shard, "1 of 2 shards are missing: two.safetensors"),
-    "an index that is none": (broken_index, "is no index of shards"),
+    "an index that is none": (broken_index, "holds list, not a JSON object"),
     "no such file": (lambda _, weights: weights.parent / "nowhere.safetensors", "no such file"),
     "a folder without weights": (lambda base, _: base, "no safetensors file"),
     "a tensor is missing": (
@@ -179,12 +179,12 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "two files, no index": (two_sets, "holds 2 safetensors files and no index"),
     "not finite": (not_finite, "layout_processor.null_box would hold numbers that are not finite"),
     "a config of nonsense": (nonsense_config, "describes no transformer"),
-    "a pipeline that is none": (broken_pipeline, "is no config: it holds a list"),
+    "a pipeline that is none": (broken_pipeline, "holds list, not a JSON object"),
     "another width": (another_width, "misshapen: "),
     "fewer blocks": (fewer_blocks, "unexpected: transformer_blocks.1."),
     "ours, not theirs": (no_creatilayout, "holds no layout stream of CreatiLayout"),
     "a base without config": (no_config, "has no transformer/config.json"),
-    "a config that is none": (no_json, "is no config"),
+    "a config that is none": (no_json, "is not JSON"),
     "a base with a hole": (incomplete_base, "1 missing: proj_out.weight"),
     "out is taken": (in_the_way, "(it holds mine.txt)"),
 }

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From left to right; a room imports only from itself and from rooms on its left.
 ROOMS = (
-    ("layout", "boxes", "errors", "locks", "files", "outputs", "html", "hub", "ranges"),
+    ("layout", "boxes", "errors", "locks", "files", "json_files", "outputs", "html", "hub", "ranges"),
     ("config", "config_filter", "config_sections", "config_version", "config_yaml"),
     ("models",),
     ("data",),

@@ -226,7 +226,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "a list as key": (b"base: b\n? [x]\n: 1\n", "config.yaml"),
     "unknown key": (b"base: b\ndata: d\nouput_dir: x\n", "did you mean 'output_dir'?"),
     "a key that is a number": (b"base: b\ndata: d\n3: x\n", "config.yaml:3: unknown key 3"),
-    "nested without end": (b"base: " + b"[" * 2000, "is not a config"),
+    "nested without end": (b"base: " + b"[" * 2000, "is not YAML that can be read"),
     "no base": (b"data: d\n", "'base' is missing"),
 }
 

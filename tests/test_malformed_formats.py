@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "coco: a negative width": ("coco", coco_box(bbox=[9, 2, -3, 4]), "annotations[0]", "inverted as xywh"),
     "coco: xyxy taken for xywh": ("coco", coco_box(bbox=[30, 4, 38, 16]), "annotations[0]", "leaves the picture of 40 x 20"),
     "coco: no box at all": ("coco", coco_box(bbox=...), "annotations[0]", "neither bbox nor segmentation"),
-    "coco: no run lengths": ("coco", coco_box(bbox=..., segmentation={"size": [9]}), "annotations[0]", "is no RLE"),
+    "coco: no run lengths": ("coco", coco_box(bbox=..., segmentation={"size": [9]}), "annotations[0]", "the size of its mask is [9]"),
     "coco: an annotation of no image": ("coco", coco_box(image_id=8), "annotations[0]", "image_id is 8"),
     "coco: another size": ("coco", coco(images=[{"id": 7, "file_name": "a.png", "width": 4, "height": 2}]), "images[0]", "says 4 x 2"),
     "coco: no picture": ("coco", removed("val/a.png"), "images[0]", "'a.png' is not below"),

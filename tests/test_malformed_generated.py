@@ -487,3 +487,155 @@ def _needed(path: tuple[str, ...], tmp_path: Path, given: str) -> Iterator[str]:
             value = choices[0] if choices else "1" if int in _kinds(parameter) else str(tmp_path / "none")
             value = str(tmp_path / "out") if parameter.opts[0] == "--out" else value
             yield from ([parameter.opts[0], value] if parameter.opts[0].startswith("-") else [value])
+
+
+# -- found by hand: bombs, contradictions, numbers without end
+
+
+def bomb(levels: int = 9) -> str:
+    """A few lines that stand for 9 ** (levels + 1) values."""
+    rows = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
+    rows += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels + 1)]
+    return "\n".join(rows) + "\n"
+
+
+def yolo(names: str, label: str = "0 0.5 0.5 0.2 0.2") -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        MAKERS["yolo"](folder)
+        for file in folder.glob("*.yaml"):
+            file.write_text(names)
+        for file in folder.rglob("*.txt"):
+            file.write_text(f"{label}\n")
+        return ["data", "check", str(folder), "--from", "yolo"]
+
+    return make
+
+
+def coco(segmentation: Any = None, twice: bool = False) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        MAKERS["coco"](folder)
+        (file,) = folder.glob("annotations/instances_*.json")
+        data = json.loads(file.read_text())
+        if segmentation is not None:
+            for annotation in data["annotations"]:
+                annotation.pop("bbox", None)
+                annotation["segmentation"] = segmentation
+        text = json.dumps(data)
+        file.write_text(text.replace('"images":', '"images": [], "images":', 1) if twice else text)
+        return ["data", "check", str(folder), "--from", "coco"]
+
+    return make
+
+
+def url(address: str) -> Callable[[Path], list[str]]:
+    return lambda folder: ["data", "stats", address.format(folder=folder)]
+
+
+def config_bomb(folder: Path) -> list[str]:
+    folder.mkdir()
+    (folder / "run.yaml").write_text(bomb() + "base: *a9\ndata: x\n")
+    return ["train", str(folder / "run.yaml")]
+
+
+def mapped(folder: Path) -> list[str]:
+    MAKERS["voc"](folder)
+    given = ["--map", "RBC=a", "--map", "RBC=b"]
+    return ["data", "convert", "--from", "voc", str(folder), *given, "--out", f"{folder}_out"]
+
+
+BY_HAND: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "YAML: a bomb": (yolo(bomb() + "names: *a9"), "aliases"),
+    "YAML: a bomb of merges": (
+        yolo(
+            "a: &a {x: 1, y: 2}\n"
+            + "".join(f"b{n}: &b{n} {{<<: [{','.join([f'*b{n - 1}' if n else '*a'] * 30)}]}}\n" for n in range(9))
+        ),
+        "aliases",
+    ),
+    "YAML: a list that holds itself": (yolo("names: &a [*a]"), "aliases"),
+    "YAML: a small bomb": (yolo(bomb(4) + "names: *a4"), "names holds 0: [["),
+    "YAML: a bomb in a config": (config_bomb, "aliases"),
+    "YOLO: a class of 5,000 digits": (yolo("names: [cat]", "1" * 5000 + " 0.5 0.5 0.2 0.2"), "has no name"),
+    "COCO: runs beyond the mask": (
+        coco({"counts": [1, 10**12], "size": [10**6, 10**6]}),
+        "the size of its mask is [1000000, 1000000]",
+    ),
+    "COCO: a negative run": (coco({"counts": [-1, 801], "size": [20, 40]}), "the runs of its mask are [-1, 801]"),
+    "COCO: runs too few": (coco({"counts": [1, 5], "size": [20, 40]}), "whose sum is height x width, 800"),
+    "COCO: a compressed run too long": (coco({"counts": "oooooo0", "size": [20, 40]}), "RLE"),
+    "COCO: images twice": (coco(twice=True), "the key 'images' stands twice"),
+    "a map that contradicts itself": (mapped, "gives 'RBC' two phrases, 'a' and 'b'"),
+    "a store that is not there": (url("ftp://localhost:1/x"), "ftp://localhost:1/x"),
+    "a store of another kind": (url("zip://a::file:///etc/passwd"), "zip://a::file:///etc/passwd"),
+    "a store without path": (url("github://a:b@/x"), "github://a:b@/x"),
+    "a pattern of 5,000 digits": (url("{folder}/x-{{0.." + "9" * 5000 + "}}.tar"), "is no possible path"),
+    "a base of 5,000 letters": (lambda _: ["plan", "x" * 5000], "no such folder"),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_found_by_hand(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, says = BY_HAND[name]
+    assert says in refused(make(tmp_path / "src"), capsys)
+    assert not (tmp_path / "src_out").exists()
+
+
+@pytest.mark.usefixtures("one_base")
+def test_an_adapter_of_many_tensors_is_refused_by_its_header(
+    adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmdit_lora.lora.style_files import fetch_style
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    file = folder / "adapter_model.safetensors"
+    save_file({f"t{n}": torch.zeros(1) for n in range(30_000)}, file)
+    said = refused(["verify", str(folder), "--base", str(base)], capsys)
+    assert f"{file}: holds 30,000 tensors, and an adapter at most 20,000" in said
+    with pytest.raises(ValueError, match="holds 30,000 tensors"):
+        fetch_style(file)
+
+
+def edited(part: str, **changes: Any) -> Callable[[Path], object]:
+    def edit(base: Path) -> None:
+        file = base / part
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+CONFIG = "transformer/config.json"
+PLANNED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "deep": (lambda base: (base / CONFIG).write_text("[" * 100_000), "nested too deeply"),
+    "deep in an object": (lambda base: (base / CONFIG).write_text('{"a":' * 100_000), "nested too deeply"),
+    "a BOM": (
+        lambda base: (base / CONFIG).write_bytes(b"\xef\xbb\xbf" + (base / CONFIG).read_bytes()),
+        "save it as UTF-8 without BOM",
+    ),
+    "layers: -1": (edited(CONFIG, num_layers=-1), "num_layers"),
+    "layers: many": (edited(CONFIG, num_layers=10**9), "num_layers"),
+    "heads: 0": (edited(CONFIG, num_attention_heads=0), "num_attention_heads"),
+    "heads: a text": (edited(CONFIG, num_attention_heads="x"), "num_attention_heads"),
+    "VAE: deep": (lambda base: (base / "vae/config.json").write_text("[" * 100_000), "vae/config.json"),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_bases_that_are_planned_and_opened(
+    name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit, says = PLANNED[name]
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    edit(folder)
+    assert says in refused(["plan", str(folder)], capsys)
+    refused(["sample", "--base", str(folder), "--prompt", "x", "--out", str(tmp_path / "out")], capsys)
+
+
+def test_a_base_with_a_fifo_in_it_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    FAULTS["a FIFO"](file)
+    said = refused(["sample", "--base", str(folder), "--prompt", "x", "--out", str(tmp_path / "out")], capsys)
+    assert f"{file}: is a FIFO" in said

@@ -314,7 +314,7 @@ def test_options_of_a_new_stream(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["--family", "sd3-medium", "--every", "2"], "add --gradient-checkpointing"),
         (["BASE", "--attention", "cross"], "the layout stream of"),
         (["EMPTY"], "has neither transformer/config.json nor config.json"),
-        (["BROKEN"], "cannot be read as JSON"),
+        (["BROKEN"], "is not JSON"),
         (["OTHER"], "its transformer is a UNet2DConditionModel"),
         (["WRONG"], "makes no model"),
         (["SLOTS", "--resolution", "64"], "this base takes 4"),

@@ -327,6 +327,18 @@ def test_a_run_goes_on_with_what_it_was_begun_with_only(
     assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")] == [2]
 
 
+def test_steps_of_another_number_of_samples_are_seen_before_the_run(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(base, data, tmp_path / "run", train={"batch_size": 2, "gradient_accumulation": 1})
+    path = write_config(config, tmp_path / "run.yaml")
+    stop_after(config, step=3)
+    for option in ([], ["--check-only"]):
+        assert main(["train", path, "train.batch_size=1", "--resume", "latest", *option]) == 2
+        said = capsys.readouterr().err
+        assert "train.batch_size: a step has 1 samples over all processes, and had 2" in " ".join(said.split())
+
+
 # --- memory, time, disk, tracker --------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ WINDOW = 16  # blocks that are mixed with one another: what a reader of whole bl
 
 def seeded(*key: int | str) -> torch.Generator:
     """A generator of its own for every key, e.g. ("train", seed, position)."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, key)).encode("utf-8", "surrogateescape")).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

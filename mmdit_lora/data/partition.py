@@ -46,7 +46,7 @@ def partition(records: Sequence[Record], share: float, *, by: str = "name") -> t
 
 
 def _name(record: Record) -> str:
-    return hashlib.sha256(record.name.encode()).hexdigest()
+    return hashlib.sha256(record.name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _pixels(record: Record) -> str:

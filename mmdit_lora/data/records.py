@@ -8,7 +8,6 @@ them. `write_dataset` is the inverse.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -28,7 +27,7 @@ from mmdit_lora.data.metadata import METADATA, find_metadata, metadata_records
 from mmdit_lora.data.warnings import Warnings
 from mmdit_lora.data.written import hint, read_written, set_evidence
 from mmdit_lora.errors import InputError, clip, several
-from mmdit_lora.files import inside, kind_of
+from mmdit_lora.files import inside, json_text, kind_of
 from mmdit_lora.layout import Box, BoxError, Clipped, Layout
 from mmdit_lora.outputs import new_folder
 
@@ -186,7 +185,7 @@ def fill_dataset(folder: Path, items: Iterable[Item]) -> None:
         lines.append({"file_name": name, **layout_columns(layout)})
     if not lines:
         raise InputError("there is no picture to write", cure="a data set holds at least one picture")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(json_text(line) + "\n" for line in lines)
     (folder / METADATA).write_text(text, encoding="utf-8")
 
 

@@ -16,11 +16,13 @@ from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.draw import save_png
 from mmdit_lora.files import write_json
+from mmdit_lora.json_files import read_kept
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PLAN, PICTURES = "evaluate.json", "pictures"
+_DIGESTS = "digests.json"
 
 
 class PictureStore:
@@ -38,13 +40,18 @@ class PictureStore:
     def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
         self.folder = folder
         self._plan = json.loads(json.dumps(plan))
-        if (folder / PLAN).is_file():
-            _refuse_other(json.loads((folder / PLAN).read_text(encoding="utf-8")), self._plan, folder)
+        self._begun = read_kept(folder / PLAN, dict)
+        if self._begun is not None:
+            _refuse_other(self._begun, self._plan, folder)
 
     def begin(self) -> None:
         """Write the plan. Before the first picture; what is wrong is found before anything is written."""
-        if not (self.folder / PLAN).is_file():
+        if self._begun is None:
+            # Without a plan that can be read, nobody knows what the pictures here show: all are painted again.
+            for digests in self.folder.glob(f"{PICTURES}/*/{_DIGESTS}"):
+                digests.unlink()
             write_json(self.folder / PLAN, self._plan)
+            self._begun = self._plan
 
     def paint(
         self,
@@ -64,8 +71,8 @@ class PictureStore:
             InputError: a picture is not the one that was painted.
         """
         self.begin()
-        digests_file = self.folder / PICTURES / side / "digests.json"
-        digests: dict[str, str] = json.loads(digests_file.read_text("utf-8")) if digests_file.is_file() else {}
+        digests_file = self.folder / PICTURES / side / _DIGESTS
+        digests: dict[str, str] = read_kept(digests_file, dict) or {}
         out: list[Path] = []
         for start in range(0, len(layouts), settings.batch_size):
             part = layouts[start : start + settings.batch_size]

@@ -9,10 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from mmdit_lora.evaluate.detectors import Detection, Detector
 from mmdit_lora.files import write_json
+from mmdit_lora.json_files import read_kept, warn_damaged
 from mmdit_lora.layout import Layout
+
+_KEPT = TypeAdapter(list[list[Detection]])
 
 
 class SeenStore:
@@ -27,9 +31,14 @@ class SeenStore:
     ) -> list[list[Detection]]:
         """As `Detector.detect`."""
         path = self.folder / f"{_key(detector, pictures, layouts)}.json"
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            return [[Detection(**thing | {"xyxy": tuple(thing["xyxy"])}) for thing in things] for things in kept]
+        if (kept := read_kept(path, list)) is not None:
+            try:
+                found = _KEPT.validate_python(kept)
+                if len(found) == len(pictures):
+                    return found
+                warn_damaged(path, f"it is of {len(found)} pictures, not {len(pictures)}")
+            except ValidationError as error:
+                warn_damaged(path, error)
         seen = detector.detect(pictures, layouts)
         write_json(path, [[asdict(thing) for thing in things] for things in seen])
         return seen

@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mmdit_lora.errors import InputError, clip
+from mmdit_lora.errors import InputError, clip, shown
 from mmdit_lora.lora.undo import Undo
 from mmdit_lora.models.adapter_layers import (
     adapter_layers,
@@ -140,7 +140,7 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
     """
     _refuse_impure(config)
     if not config.target_modules or (isinstance(config.target_modules, str) and config.target_modules == "all-linear"):
-        raise InputError(f"target_modules is {config.target_modules!r}", cure=f"name them, e.g. {list(TARGETS)}")
+        raise InputError(f"target_modules is {shown(config.target_modules)}", cure=f"name them, e.g. {list(TARGETS)}")
     modules = {name: m for name, m in model.named_modules() if name and not _inside_tuner(name)}
 
     def matched(by: peft.LoraConfig) -> dict[str, nn.Module]:
@@ -359,7 +359,7 @@ def _refuse_impure(config: peft.LoraConfig) -> None:
     """Refuse what would train or change anything but LoRA weights: an adapter file could not hold it."""
     if getattr(config, "bias", "none") != "none":
         raise InputError(
-            f"bias is {config.bias!r}", cure='set bias="none": biases of the base are not part of an adapter'
+            f"bias is {shown(config.bias)}", cure='set bias="none": biases of the base are not part of an adapter'
         )
     for key in ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"):
         if getattr(config, key, None):
@@ -367,7 +367,7 @@ def _refuse_impure(config: peft.LoraConfig) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(
-            f"init_lora_weights is {init!r}, which changes the base", cure='use true, "gaussian" or "orthogonal"'
+            f"init_lora_weights is {shown(init)}, which changes the base", cure='use true, "gaussian" or "orthogonal"'
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from mmdit_lora.files import exists, write_json
+from mmdit_lora.json_files import read_object
 
 _MOST = 1_000  # the newest are kept
 
@@ -48,7 +48,7 @@ def _first(places: Iterable[str | None]) -> Path | None:
 
 def _known() -> dict[str, str]:
     try:
-        known = json.loads(note_file().read_text(encoding="utf-8"))
+        known = read_object(note_file())
     except (OSError, RuntimeError, ValueError):  # no home, no note, or none of ours
         return {}
-    return {key: value for key, value in known.items() if isinstance(value, str)} if isinstance(known, dict) else {}
+    return {key: value for key, value in known.items() if isinstance(value, str)}

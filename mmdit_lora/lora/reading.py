@@ -12,7 +12,6 @@ Nothing of an adapter file is trusted: numbers are checked here, and its regular
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -29,9 +28,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, clip
-from mmdit_lora.files import exists, nearest, read_text, require_file
+from mmdit_lora.files import exists, nearest, require_file
+from mmdit_lora.json_files import parse_object, read_object
 from mmdit_lora.lora.style import warn_without_alpha
 from mmdit_lora.models.creatilayout import to_creatilayout, variant_of_model
+from mmdit_lora.models.tensor_files import refuse_many
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -219,21 +220,18 @@ def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
         raise InputError(
             f"no {CONFIG_FILE}", where=str(folder), cure="give an adapter folder as `mmdit-lora train` writes it"
         )
-    text = read_text(path, what="adapter config", limit=16 * 2**20)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON: {error}", where=str(path)) from None
-    if not isinstance(data, dict):
-        data = {"peft_type": type(data).__name__}
+    data = read_object(path, what="adapter config", limit=16 * 2**20, finite=False)  # judged key by key
     return _valid_config({"peft_type": None, **data}, str(path))
 
 
 def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
+            refuse_many(len(file.keys()), path)
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 - no mapping
+    except InputError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"is not a safetensors file: {error}", where=str(path), cure="the file is damaged: get it anew"
@@ -242,13 +240,7 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
 
 
 def _json_object(text: str, key: str, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"its header {key!r} is not JSON: {error}", where=str(path)) from None
-    if not isinstance(found, dict):
-        raise InputError(f"its header {key!r} is not a JSON object", where=str(path))
-    return found
+    return parse_object(text, where=f"{path}: its header {key!r}", finite=False)
 
 
 def _pickles_in(folder: Path) -> list[Path]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
 from diffusers.utils.hub_utils import _get_model_file
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmdit_lora.errors import InputError, clip, listed
-from mmdit_lora.files import read_text, require_file
+from mmdit_lora.errors import InputError, clip, listed, shown
+from mmdit_lora.files import require_file
+from mmdit_lora.json_files import read_object
+from mmdit_lora.models.tensor_files import refuse_many
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PEFT_PREFIX = "base_model.model."
@@ -50,6 +52,8 @@ def fetch_style(
         weight_name, options = None, options | {"subfolder": None}
     elif path.exists():
         require_file(path, what="LoRA file")
+    if weight_name is None:
+        _refuse_many(Path(source))
     agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
     try:
         state, metadata = _fetch_state_dict(
@@ -66,6 +70,14 @@ def fetch_style(
     if metadata is None and all(key.startswith(_PEFT_PREFIX) for key in state):
         metadata = _config_beside(source, options | {"user_agent": agent})
     return state, metadata
+
+
+def _refuse_many(path: Path) -> None:
+    """Raises `InputError` for more tensors than any adapter has; what else is wrong with the file diffusers tells."""
+    with suppress(SafetensorError, OSError):
+        with safe_open(path, framework="pt") as file:
+            count = len(file.keys())
+        refuse_many(count, path)
 
 
 def _only_file(folder: Path, options: dict[str, Any]) -> str:
@@ -95,11 +107,7 @@ def _config_beside(source: Any, options: dict[str, Any]) -> dict[str, Any] | Non
         return None
     if not file.exists():
         return None
-    try:
-        config = json.loads(read_text(file, what="adapter_config.json"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"is not JSON: {error}", where=str(file)) from None
-    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        method = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"is of PEFT's method {clip(repr(method), 60)}, and only LORA is read", where=str(file))
+    config = read_object(file, what="adapter_config.json")
+    if (method := config.get("peft_type", "LORA")) != "LORA":
+        raise InputError(f"is of PEFT's method {shown(method)}, and only LORA is read", where=str(file))
     return {f"transformer.{key}": value for key, value in config.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import exists, nearest, output_path, public_name, write_json, written_as_path
 from mmdit_lora.hub import no_such_base
+from mmdit_lora.json_files import read_object
 from mmdit_lora.models.adapter_layers import (
     adapter_layers,
     check_adapter_name,
@@ -97,7 +97,7 @@ def forget_paths(folder: str | Path) -> None:
     for file in (*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")):
         if file.name not in ("config.json", "model_index.json"):
             continue
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(file)
         origin = config.get("_name_or_path")
         if isinstance(origin, str) and public_name(origin) != origin:
             del config["_name_or_path"]

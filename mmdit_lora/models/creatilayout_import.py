@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from torch import Tensor
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import write_json
 from mmdit_lora.hub import local_copy
+from mmdit_lora.json_files import read_object
 from mmdit_lora.models.creatilayout import VARIANTS, Recipe, recipes, variant_of
 from mmdit_lora.models.families import FAMILIES
 from mmdit_lora.models.tensor_files import TensorFiles
@@ -81,7 +81,7 @@ def import_creatilayout(
     weights = local_copy(weights, where="--weights", allow=_WEIGHTS, ignore=("*/*",))
     base = local_copy(base, where="--base", allow=_COMPONENTS, ignore=("*.fp16.*", "*.fp16-*"))
     folder, config = _base_transformer(base)
-    index = _read_object(base / "model_index.json") if (base / "model_index.json").is_file() else None
+    index = read_object(base / "model_index.json") if (base / "model_index.json").is_file() else None
     with ExitStack() as stack:
         theirs, own = TensorFiles(weights, stack), TensorFiles(folder, stack)
         key = variant_of(theirs.names())
@@ -140,22 +140,7 @@ def _base_transformer(base: Path) -> tuple[Path, dict[str, Any]]:
         raise InputError(
             "has no transformer/config.json", where=f"--base {base}", cure="give a diffusers folder of the base"
         )
-    return folder, _read_object(folder / "config.json")
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object of a file.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-    except ValueError as error:
-        raise InputError(f"is no config: {error}", where=str(file)) from None
-    return content
+    return folder, read_object(folder / "config.json")
 
 
 def _joined_width(theirs: TensorFiles, own: TensorFiles) -> int:

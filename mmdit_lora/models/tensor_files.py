@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.files import inside, read_text
+from mmdit_lora.files import inside
+from mmdit_lora.json_files import read_object
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {
@@ -22,6 +22,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+MAX_TENSORS = 20_000  # ten times those of an adapter for every linear of the largest base
 
 
 class TensorFiles:
@@ -67,6 +68,16 @@ class TensorFiles:
         return torch.empty(piece.get_shape(), dtype=_DTYPES[piece.get_dtype()], device="meta")
 
 
+def refuse_many(count: int, path: Path) -> None:
+    """Raises `InputError` where a file has more tensors than any adapter, before one of them is looked at."""
+    if count > MAX_TENSORS:
+        raise InputError(
+            f"holds {count:,} tensors, and an adapter at most {MAX_TENSORS:,}",
+            where=str(path),
+            cure="give an adapter: this is another file",
+        )
+
+
 def shard_names(index: Path) -> list[str]:
     """The files that an index of shards names, all of them below its folder.
 
@@ -74,10 +85,10 @@ def shard_names(index: Path) -> list[str]:
         InputError: it is no index, or a name leads out of the folder.
     """
     try:
-        names = sorted(set(json.loads(read_text(index, what="index of shards"))["weight_map"].values()))
+        names = sorted(set(read_object(index, what="index of shards")["weight_map"].values()))
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"is no index of shards: {error!r}", where=str(index)) from None
     for name in names:
         inside(index.parent, name, where=str(index), what="shard")

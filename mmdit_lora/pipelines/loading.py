@@ -65,7 +65,7 @@ def load_pipeline(
                 )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
         if not exists(folder):
             _check_cached(base)
         raise InputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.hub import read_base_config
 from mmdit_lora.models import FAMILIES, Family, LayoutModelMixin, family_of
 from mmdit_lora.models.families import stream_changes
 
@@ -127,18 +127,8 @@ def _with_options(
 def _read_folder(folder: Path) -> dict[str, Any]:
     for file in (folder / "transformer" / "config.json", folder / "config.json"):
         if file.is_file():
-            return _read_object(file)
+            return read_base_config(file)
     raise InputError("has neither transformer/config.json nor config.json", where=str(folder), cure=_CURE)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", where=str(file)) from None
-    if not isinstance(content, dict):
-        raise InputError("is no JSON object", where=str(file))
-    return content
 
 
 def _fetch(base: str) -> dict[str, Any]:
@@ -149,11 +139,11 @@ def _fetch(base: str) -> dict[str, Any]:
         raise InputError(
             f"is no folder, and as a hub id its transformer/config.json cannot be had ({first})", where=base, cure=_CURE
         ) from error
-    return _read_object(Path(file))
+    return read_base_config(Path(file))
 
 
 def _vae_scale_factor(folder: Path) -> int | None:
     """From a pipeline folder's VAE, as diffusers' pipelines compute it."""
     file = folder / "vae" / "config.json"
-    stages = _read_object(file).get("block_out_channels") if file.is_file() else None
+    stages = read_base_config(file).get("block_out_channels") if file.is_file() else None
     return 2 ** (len(stages) - 1) if isinstance(stages, list) and stages else None

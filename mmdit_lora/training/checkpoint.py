@@ -11,16 +11,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_folder, remove_folder, write_json
+from mmdit_lora.json_files import read_object
 from mmdit_lora.training.optimizer_state import OptimizerState, load_optimizer
 from mmdit_lora.training.sharding import put, whole
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{7})")
+
+
+@dataclass
+class State:
+    """What changes as a run goes on, beside weights and optimizer; all of it is in every checkpoint.
+
+    Args:
+        step: optimizer steps done.
+        best_step, best: of the best validation so far, and its value (higher is better); None before the first.
+        stale: validations since.
+        tracker_run_id: what the tracker goes on with.
+        seconds: spent on it, over all starts.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    step: int = 0
+    best_step: int | None = None
+    best: float | None = None
+    stale: int = 0
+    tracker_run_id: str | None = None
+    seconds: float = 0.0
+
+
+class _Saved(BaseModel):
+    """What every version writes into `state.json`; what is read of it elsewhere has these types."""
+
+    model_config = ConfigDict(strict=True)
+    step: int
+    config: dict[str, Any]
+    fingerprints: dict[str, str]
+    batches: dict[str, int]
+    schedule_step: int
+    start: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+    run: State
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -39,22 +77,45 @@ class Checkpoint:
         """What `save` was given, after a check that the files are the ones that were written.
 
         Raises:
-            InputError: a file is missing or changed.
+            InputError: a file is missing or changed; the newest older checkpoint that is whole is named.
         """
-        state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        for name, digest in state["sha256"].items():
-            if not (self.folder / name).is_file() or _sha256(self.folder / name) != digest:
-                raise InputError(
-                    f"{name} is missing or not what was saved",
-                    where=str(self.folder),
-                    cure="remove this checkpoint; `--resume latest` then takes the one before",
-                )
+        try:
+            state = self._stated()
+            for name, digest in state["sha256"].items():
+                if not (self.folder / name).is_file() or _sha256(self.folder / name) != digest:
+                    raise InputError(f"{name} is missing or not what was saved", where=str(self.folder))
+        except InputError as error:
+            raise InputError(error.what, where=error.where, cure=self._cure()) from None
         return state
 
     def others(self) -> set[str]:
-        """Names of files in it that no checkpoint has: the user's."""
-        written = json.loads((self.folder / STATE).read_text(encoding="utf-8"))["sha256"]
-        return {path.name for path in self.folder.iterdir()} - {STATE, *written}
+        """Names of files in it that no checkpoint has: the user's; where its state cannot be read, all of them."""
+        try:
+            written = {STATE, *self._stated()["sha256"]}
+        except InputError:
+            written = set()
+        return {path.name for path in self.folder.iterdir()} - written
+
+    def _stated(self) -> dict[str, Any]:
+        file = self.folder / STATE
+        state = read_object(file, what="state of a checkpoint")
+        try:
+            _Saved.model_validate_json(json.dumps(state))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise InputError(f"is not what was saved: {key}: {first['msg']}", where=str(file)) from None
+        return state
+
+    def _cure(self) -> str:
+        older = [other for other in checkpoints(self.folder.parent) if other.step < self.step]
+        if not older:
+            return "it is the oldest one: start the run anew in another output_dir"
+        try:
+            older[-1].state()
+        except InputError as error:  # its cure names those before it
+            return f"remove this checkpoint and {older[-1].folder.name}, which is damaged too; {error.cure}"
+        return f"remove this checkpoint; `--resume latest` then takes the one before, {older[-1].folder.name}"
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights that train, and the optimizer's state, back.

@@ -22,7 +22,9 @@ from typing import Any
 
 from PIL import Image
 
+from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_text
+from mmdit_lora.json_files import read_rows
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.tracking import Tracker
 
@@ -119,9 +121,12 @@ def _pairs(row: Mapping[str, Any]) -> list[tuple[int, str]]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """First line and rows; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return None, []
-    text = path.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """First line and rows. Raises `InputError` for a file that was not written so."""
+    cure = "move it away: the run goes on without its earlier rows"
+    lines = read_rows(path, what="journal of a run", cure=cure)
+    for number, line in enumerate(lines, start=1):
+        kinds = (("tracker", str), ("run_id", str | None)) if number == 1 else (("step", int),)
+        whole = all(key in line and isinstance(line[key], kind) for key, kind in kinds)
+        if not whole or (number > 1 and not isinstance(line.get("scalars", line.get("pictures")), dict | str)):
+            raise InputError("is no row of a run's journal", where=f"{path}:{number}", cure=cure)
     return (lines[0], lines[1:]) if lines else (None, [])

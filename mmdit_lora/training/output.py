@@ -12,7 +12,7 @@ from typing import Any
 
 from mmdit_lora.config import Config
 from mmdit_lora.config_filter import nested
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 from mmdit_lora.files import output_path
 from mmdit_lora.outputs import check_new_folder, check_open_folder, open_folder
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints
@@ -149,7 +149,7 @@ def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
         if old != new and name not in free and name.split(".")[0] not in free:
             override = shlex.quote(f"{name}={json.dumps(old, ensure_ascii=False)}")
             raise InputError(
-                f"{name} is {new!r}, and was {old!r} when the run was started",
+                f"{name} is {shown(new)}, and was {shown(old)} when the run was started",
                 where=str(checkpoint.folder),
                 cure=f"resume with {override}, or start a new run in another output_dir",
             )

@@ -11,12 +11,11 @@ from accelerate.utils import DistributedType, gather_object
 
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.shards import ShardedRecords, Subset, spread
-from mmdit_lora.errors import listed
+from mmdit_lora.errors import InputError, listed
 from mmdit_lora.lora.adapt import with_adapter
 from mmdit_lora.pipelines.texts import long_texts
 from mmdit_lora.training.checkpoint import Checkpoint
 from mmdit_lora.training.checks import Check, Lines, Preflight
-from mmdit_lora.training.fingerprints import first_change
 from mmdit_lora.training.needs import check_disk, check_memory, check_time, check_tracker, size_text, step_text
 from mmdit_lora.training.run import Run
 from mmdit_lora.training.setting_warnings import setting_warnings
@@ -159,9 +158,10 @@ def _check_base(run: Run, checkpoint: Checkpoint | None, lines: Lines) -> None:
     lines.ok(f"{run.config.base} ({run.pipe.transformer.family}), {digest[:_SHOWN_DIGITS]}")
     if checkpoint is None:
         return
-    changed = first_change(checkpoint.state()["fingerprints"], run.fingerprints, where=str(checkpoint.folder))
-    if changed is not None:
-        lines.fail(f"{changed.what} {checkpoint.folder}", changed.cure or "")
+    try:
+        run.check(checkpoint)
+    except InputError as error:
+        lines.fail(f"{error.what} ({error.where})", error.cure or "")
 
 
 def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:

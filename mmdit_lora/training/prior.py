@@ -7,7 +7,6 @@ arXiv 1606.09282): the loss is 0 as long as nothing changes, and no sample noise
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from mmdit_lora.data.images import image_size
 from mmdit_lora.data.records import METADATA, read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluate.draw import save_png
-from mmdit_lora.files import write_text
+from mmdit_lora.files import json_text, write_text
 from mmdit_lora.layout import Layout, read_layouts
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
 from mmdit_lora.pipelines.texts import quiet_texts
@@ -83,7 +82,7 @@ def paint_prior(
             part = layouts[start : start + settings.batch_size]
             for name, picture in zip(names, paint(pipe, part, settings, seed=seed + start), strict=True):
                 save_png(picture, folder / name)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(json_text(line) + "\n" for line in lines)
     write_text(folder / METADATA, text)
 
 

@@ -21,7 +21,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
 from mmdit_lora.training.averaging import Averaged
-from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, save_checkpoint, trainable_parameters
+from mmdit_lora.training.checkpoint import Checkpoint, State, checkpoints, save_checkpoint, trainable_parameters
 from mmdit_lora.training.encode import Encoder
 from mmdit_lora.training.encode_store import EncodingStore
 from mmdit_lora.training.examples import Examples
@@ -41,26 +41,6 @@ from mmdit_lora.training.switches import apply_switches
 from mmdit_lora.training.zero import open_whole, set_engine
 
 AVERAGE = "average.safetensors"
-
-
-@dataclass
-class State:
-    """What changes as a run goes on, beside weights and optimizer; all of it is in every checkpoint.
-
-    Args:
-        step: optimizer steps done.
-        best_step, best: of the best validation so far, and its value (higher is better); None before the first.
-        stale: validations since.
-        tracker_run_id: what the tracker goes on with.
-        seconds: spent on it, over all starts.
-    """
-
-    step: int = 0
-    best_step: int | None = None
-    best: float | None = None
-    stale: int = 0
-    tracker_run_id: str | None = None
-    seconds: float = 0.0
 
 
 @dataclass
@@ -189,23 +169,32 @@ class Run:
             write=self.accelerator.is_main_process,
         )
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Go on where a checkpoint was written.
+    def check(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What a checkpoint holds, if this run can go on from it.
 
         Raises:
-            InputError: it is damaged, or of another base, data set or set of trainable parameters.
+            InputError: it is damaged, or of another base or data set, or of steps of another number of samples.
         """
         saved = checkpoint.state()
         if changed := first_change(saved["fingerprints"], self.fingerprints, where=str(checkpoint.folder)):
             raise changed
         for key, size in self.batches.items():
-            before = saved["batches"][key]
+            before = saved["batches"].get(key, size)
             if size != before:
                 raise InputError(
                     f"{key}: a step has {size} samples over all processes, and had {before} when the run was started",
                     where=str(checkpoint.folder),
                     cure="batch_size x gradient_accumulation x processes must be the same",
                 )
+        return saved
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was written.
+
+        Raises:
+            InputError: see `check`; or it is of another set of trainable parameters.
+        """
+        saved = self.check(checkpoint)
         checkpoint.load(self.bare_model, self.optimizer)
         if self.average is not None:
             self.average.load(checkpoint.folder / AVERAGE)
@@ -216,7 +205,7 @@ class Run:
         ):
             group["lr"] = base * factor(self.schedule.last_epoch)
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        if saved["scaler"] and self.accelerator.scaler is not None:
+        if saved.get("scaler") and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.state = State(**saved["run"])
 

@@ -133,6 +133,7 @@ def _choose_weights(run: Run) -> None:
                 where="train.final",
                 cure="set it to last",
             )
+        found[0].state()  # whole, or refused
         found[0].load_weights(run.bare_model)
         if run.average is not None:
             run.average.load(found[0].folder / AVERAGE)

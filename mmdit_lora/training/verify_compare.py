@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from mmdit_lora import json_files
 from mmdit_lora.training.checkpoint import WEIGHTS, Checkpoint, checkpoints
 from mmdit_lora.training.loop import StepRecord
 from mmdit_lora.training.output import CHECKPOINTS
@@ -45,10 +46,7 @@ def row_of(record: StepRecord) -> Row:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows, one a line; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return json_files.read_rows(path, what="list of steps")
 
 
 def first_difference(one: Iterable[Row], two: Iterable[Row]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from mmdit_lora.analysis.study.setup import Arm, Scan, Setup
 from mmdit_lora.analysis.study.worker import FIGURES, run_alone, run_arm
 from mmdit_lora.errors import InputError
+from mmdit_lora.json_files import read_object
 
 Tell = Callable[[str, int, int, dict[str, Any]], None]  # setting and seed, done, of how many, figures
 Figures = dict[str, Any]
@@ -46,8 +46,7 @@ def run_all(setup: Setup, arms: Sequence[Arm], tell: Tell | None = None, *, isol
 
 def read_figures(path: Path) -> Figures:
     """What `run_arm` wrote."""
-    figures: Figures = json.loads(path.read_text(encoding="utf-8"))
-    return figures
+    return read_object(path, what="file of figures", cure="remove it: the run is done again")
 
 
 def scan_rates(

@@ -19,13 +19,14 @@ from mmdit_lora.analysis.study.intrinsic import IntrinsicDimensionStudy
 from mmdit_lora.analysis.study.methods import MethodsStudy
 from mmdit_lora.analysis.study.rank import RankStudy
 from mmdit_lora.analysis.study.report import markdown
-from mmdit_lora.analysis.study.runs import Tell, run_all, scan_rates
+from mmdit_lora.analysis.study.runs import Tell, read_figures, run_all, scan_rates
 from mmdit_lora.analysis.study.setup import Arm, Claim, Scan, Setup
 from mmdit_lora.analysis.study.statistics import plain
 from mmdit_lora.analysis.study.table import Decided, Table
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
+from mmdit_lora.json_files import read_object
 from mmdit_lora.outputs import check_open_folder, open_folder
 from mmdit_lora.training.opening import open_encoders
 from mmdit_lora.training.run_data import read_data
@@ -80,7 +81,7 @@ def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isol
         decided, extra = study.conclude(setup, table)
         study.draw(setup, table, extra, out / PLOT)
         kept = [{key: value for key, value in run.items() if key not in _BY_PICTURE} for run in runs]
-        scanned = [json.loads(path.read_text("utf-8"))["seconds"] for path in (out / "runs").glob("scan*/figures.json")]
+        scanned = [read_figures(path)["seconds"] for path in (out / "runs").glob("scan*/figures.json")]
         results = plain(
             {
                 "study": setup.name,
@@ -147,7 +148,9 @@ def _claim_folder(setup: Setup, study: Study) -> None:
     claims = [{"claim": claim.text, "rule": claim.rule} for claim in study.claims(setup)]
     wanted = json.loads(json.dumps(setup.to_dict() | {"claims": claims}))
     if path.is_file():
-        if (there := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+        if (
+            there := read_object(path, what="plan of a study", cure="give another --out, or remove this one")
+        ) != wanted:
             keys = [key for key in wanted if there.get(key) != wanted[key]]
             raise InputError(
                 f"holds a study that was asked for otherwise (other: {', '.join(keys)})",

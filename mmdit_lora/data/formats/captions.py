@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mmdit_lora.data.formats.common import need, read_json, read_text, text
+from mmdit_lora.data.formats.common import need, read_text, text
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import json_text
+from mmdit_lora.json_files import read_json
 from mmdit_lora.layout import read_json_records
 
 # Written by us beside formats that have no place for a caption, and read where it stands.
@@ -59,7 +60,5 @@ class Captions:
 
 def write_sidecar(folder: Path, items: Iterable[Item]) -> None:
     """Write the captions of items, with the names under which their pictures are written."""
-    lines = [
-        json.dumps({"file_name": name, "caption": layout.caption}, ensure_ascii=False) for name, _, layout in items
-    ]
+    lines = [json_text({"file_name": name, "caption": layout.caption}) for name, _, layout in items]
     (folder / SIDECAR).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ Source of the format: the COCO site's "Data format" page; `iscrowd` annotations 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,13 +24,14 @@ from mmdit_lora.data.formats.common import (
     number,
     points_box,
     put_picture,
-    read_json,
     size_of,
     text,
 )
 from mmdit_lora.data.formats.tables import import_or_explain
 from mmdit_lora.data.records import Item
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.errors import InputError, shown, unknown_key
+from mmdit_lora.files import json_text
+from mmdit_lora.json_files import read_json
 
 
 def read_coco(context: Context) -> Reads:
@@ -71,7 +71,7 @@ class Instances:
         """The annotation's category id. Raises `InputError` where no category has it."""
         category = need(annotation, "category_id", where)
         if not isinstance(category, int | str) or category not in self.names:
-            raise InputError(f"category_id is {category!r}, which no category has", where=where)
+            raise InputError(f"category_id is {shown(category)}, which no category has", where=where)
         return category
 
 
@@ -94,9 +94,13 @@ def read_instances(path: Path) -> Instances:
     return Instances(placed, names, _captions(path), [strays[0] for strays in by_image.values()])
 
 
-def annotation_box(annotation: Any, where: str) -> Any:
-    """xywh in pixels: the annotation's `bbox`, else around its `segmentation`. Raises `InputError` where it has neither."""
-    return annotation.get("bbox") or _around(annotation.get("segmentation"), where)
+def annotation_box(annotation: Any, size: tuple[int, int], where: str) -> Any:
+    """xywh in pixels: the annotation's `bbox`, else around its `segmentation`. Raises `InputError` where it has neither.
+
+    Args:
+        size: (width, height) of its picture in pixels.
+    """
+    return annotation.get("bbox") or _around(annotation.get("segmentation"), size, where)
 
 
 def write_coco(folder: Path, items: Iterable[Item]) -> None:
@@ -128,7 +132,7 @@ def write_coco(folder: Path, items: Iterable[Item]) -> None:
         ("instances_all", {"images": images, "annotations": annotations, "categories": kinds}),
         ("captions_all", {"images": images, "annotations": captions}),
     ):
-        (folder / "annotations" / f"{stem}.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        (folder / "annotations" / f"{stem}.json").write_text(json_text(data), encoding="utf-8")
 
 
 def _instance_files(context: Context) -> list[Path]:
@@ -185,7 +189,7 @@ def _placed(items: list[Any], path: Path, key: str) -> Iterable[tuple[Any, str]]
 
 def _stray(annotation: Any, where: str, known: int) -> Sample:
     found = need(annotation, "image_id", where)
-    raise InputError(f"image_id is {found!r}, and none of the {known} images has that id", where=where)
+    raise InputError(f"image_id is {shown(found)}, and none of the {known} images has that id", where=where)
 
 
 def _sample(
@@ -204,16 +208,16 @@ def _sample(
             context.leave_out("crowds")
             continue
         category = said.category(annotation, place)
-        xyxy = context.box(annotation_box(annotation, place), "xywh", place, unit="pixel", size=size)
+        xyxy = context.box(annotation_box(annotation, size, place), "xywh", place, unit="pixel", size=size)
         if xyxy is not None:
             things.append((said.names[category], xyxy))
     return Sample(file, where, things, said.captions.get(image["id"]))
 
 
-def _around(segmentation: Any, where: str) -> XYXY:
+def _around(segmentation: Any, size: tuple[int, int], where: str) -> XYXY:
     """xywh in pixels of polygons [[x, y, x, y, ...], ...] or of an RLE {"size", "counts"}."""
     if isinstance(segmentation, Mapping):
-        return rle_box(segmentation, where)
+        return rle_box(segmentation, size, where)
     if not isinstance(segmentation, list) or not all(isinstance(p, list) and len(p) >= 6 for p in segmentation):
         raise InputError("has neither bbox nor segmentation", where=where)
     numbers = [[number(v, where) for v in polygon] for polygon in segmentation]
@@ -224,17 +228,36 @@ def _around(segmentation: Any, where: str) -> XYXY:
     return left, top, right - left, bottom - top
 
 
-def rle_box(rle: Mapping[str, Any], where: str) -> XYXY:
+def rle_box(rle: Any, size: tuple[int, int], where: str) -> XYXY:
     """xywh in pixels around a mask in COCO's run lengths, compressed or not.
 
+    Args:
+        size: (width, height) of its picture in pixels.
+
     Raises:
-        InputError: it is no such mask, or pycocotools is not installed.
+        InputError: it is no such mask, of another size, or pycocotools is not installed.
     """
+    stated = need(rle, "size", where)
+    if stated != [size[1], size[0]] or any(isinstance(side, bool) for side in stated):
+        raise InputError(
+            f"the size of its mask is {shown(stated)}, and the picture has {size[1]} x {size[0]} (height, width)",
+            where=where,
+            cure="make the mask of the picture's size",
+        )
+    counts, pixels = need(rle, "counts", where), size[0] * size[1]
+    if isinstance(counts, list):
+        whole = all(type(run) is int and 0 <= run <= pixels for run in counts)
+        if not whole or sum(counts) != pixels:
+            raise InputError(
+                f"the runs of its mask are {shown(counts)}",
+                where=where,
+                cure=f"give whole numbers, 0 or more, whose sum is height x width, {pixels:,}",
+            )
     mask = import_or_explain("pycocotools.mask", where)
     try:
-        height, width = rle["size"]
-        packed = mask.frPyObjects(dict(rle), height, width) if isinstance(rle["counts"], list) else dict(rle)
+        packed = mask.frPyObjects(dict(rle), size[1], size[0]) if isinstance(counts, list) else dict(rle)
+        mask.decode(packed)  # refuses runs that leave the picture
         left, top, across, down = (float(v) for v in mask.toBbox(packed))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"its segmentation is no RLE ({error})", where=where) from None
     return left, top, across, down

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import reprlib
 import shutil
 import string
 import tempfile
@@ -15,22 +14,22 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import yaml
 from PIL import Image
 
 from mmdit_lora import files
 from mmdit_lora.boxes import EDGE_RULE, Four, corners, full_size, overshoot, within_edge
 from mmdit_lora.boxes import clip as clip_box
+from mmdit_lora.config_yaml import construct
 from mmdit_lora.data.images import image_size, load_image, opened
 from mmdit_lora.data.records import Item
 from mmdit_lora.data.warnings import Warnings
-from mmdit_lora.errors import InputError
-from mmdit_lora.layout import parse_json
+from mmdit_lora.errors import InputError, shown
 
 DEFAULT_CAPTION = "a photo of {phrases}"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
 # The upright box around a turned one or an ellipse may leave the picture where the shape itself does not.
 _AROUND = 0.25  # of the side
-JSON_LIMIT = 4 * 2**30  # bytes; the largest annotation files of published sets have half of that
 _TEXT_LIMIT = 256 * 2**20
 
 XYXY = Four
@@ -201,7 +200,7 @@ class Pictures:
         if not found:
             roots = ", ".join(str(root) for root in self.roots)
             raise MissingPictureError(
-                f"its picture {reprlib.repr(name)} is not below {roots}",
+                f"its picture {shown(name)} is not below {roots}",
                 where=where,
                 cure="give the pictures' folder with --images, or leave such records out with --skip-missing",
             )
@@ -230,7 +229,7 @@ def is_file(path: Path) -> bool:
 def four(value: Any, where: str) -> tuple[float, float, float, float]:
     """Four finite numbers. Raises `InputError` for anything else."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != 4:
-        raise InputError(f"the box is {reprlib.repr(value)}", where=where, cure="give four numbers")
+        raise InputError(f"the box is {shown(value)}", where=where, cure="give four numbers")
     a, b, c, d = (number(v, where) for v in value)
     return a, b, c, d
 
@@ -242,14 +241,14 @@ def number(value: Any, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{reprlib.repr(value)} is no finite number", where=where, cure="give a number")
+        raise InputError(f"{shown(value)} is no finite number", where=where, cure="give a number")
     return result
 
 
 def text(value: Any, what: str, where: str) -> str:
     """A text that is not blank, stripped. Raises `InputError` for anything else."""
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{what} is {reprlib.repr(value)}", where=where, cure="give a text")
+        raise InputError(f"{what} is {shown(value)}", where=where, cure="give a text")
     return value.strip()
 
 
@@ -314,23 +313,10 @@ def read_text(path: Path, *, limit: int = _TEXT_LIMIT) -> str:
     return files.read_text(path, what="annotation file", limit=limit)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises `InputError` with file and line."""
-    return parse_json(read_text(path, limit=JSON_LIMIT), where=str(path))
-
-
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file of at most 64 MiB. Raises `InputError` with file and line."""
-    import yaml
-
-    try:
-        return yaml.load(read_text(path, limit=64 * 2**20), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"is not YAML ({getattr(error, 'problem', error)})", where=place) from None
-    except (RecursionError, ValueError) as error:  # nested without end; a date that is none
-        raise InputError(f"is not YAML that can be read ({type(error).__name__})", where=str(path)) from None
+    text = read_text(path, limit=64 * 2**20)
+    return construct(lambda: getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text), where=str(path))
 
 
 def require_folder(src: Path, cure: str) -> None:

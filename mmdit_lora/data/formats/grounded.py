@@ -21,7 +21,6 @@ from mmdit_lora.data.formats.common import (
     items_of,
     need,
     number,
-    read_json,
     read_text,
     size_of,
     spoken,
@@ -31,9 +30,9 @@ from mmdit_lora.data.formats.common import (
 from mmdit_lora.data.formats.tables import each, rows, table_files
 from mmdit_lora.data.formats.xml import child_number, parse_xml
 from mmdit_lora.data.images import load_image
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 from mmdit_lora.files import inside
-from mmdit_lora.layout import parse_json
+from mmdit_lora.json_files import parse_json, read_json
 
 Things = list[tuple[str, XYXY]]
 
@@ -55,7 +54,7 @@ def _grit(row: Any, where: str, context: Context) -> Sample:
     for index, chunk in enumerate(items_of(row, column, where)):
         place = f"{where}: {column}[{index}]"
         if not isinstance(chunk, list) or len(chunk) not in (6, 7):
-            raise InputError(f"is {chunk!r}", where=place, cure="a chunk is [start, end, x0, y0, x1, y1, score]")
+            raise InputError(f"is {shown(chunk)}", where=place, cure="a chunk is [start, end, x0, y0, x1, y1, score]")
         phrase = _span(caption, chunk[0], chunk[1], place)
         _add(things, phrase, context.box(chunk[2:6], "xyxy", place, image=image))
     return Sample(image, where, things, text(caption, "the caption", where))
@@ -85,7 +84,7 @@ def _hico(row: Any, where: str, context: Context) -> Sample:
     for index, entry in enumerate(items_of(row, "list_bbox_info", where)):
         place = f"{where}: list_bbox_info[{index}]"
         if not isinstance(entry, list) or len(entry) not in (2, 5):
-            raise InputError(f"is {entry!r}", where=place, cure="write [text, [x0, y0, x1, y1]]")
+            raise InputError(f"is {shown(entry)}", where=place, cure="write [text, [x0, y0, x1, y1]]")
         corners = entry[1] if len(entry) == 2 else entry[1:]
         phrase = text(entry[0], "the text", place)
         _add(things, phrase, context.box(corners, "xyxy", place, unit="pixel", size=size))
@@ -113,7 +112,7 @@ def _gligen(row: Any, where: str, context: Context) -> Sample:
         spans = need(anno, "tokens_positive", place)
         spans = [spans] if isinstance(spans, list) and spans and not isinstance(spans[0], list) else spans
         if not isinstance(spans, list) or not spans or not all(isinstance(s, list) and len(s) == 2 for s in spans):
-            raise InputError(f"tokens_positive is {spans!r}", where=place, cure="write [[start, end], ...]")
+            raise InputError(f"tokens_positive is {shown(spans)}", where=place, cure="write [[start, end], ...]")
         phrase = " ".join(_span(data["caption"], start, end, place) for start, end in spans)
         _add(things, phrase, context.box(need(anno, "bbox", place), "xywh", place, unit="pixel", size=size))
     return Sample(image, where, things, caption)

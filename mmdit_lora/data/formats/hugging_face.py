@@ -5,7 +5,6 @@ Source of the format: the pages "Object detection" and "Image feature" of the `d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -16,8 +15,11 @@ from mmdit_lora.boxes import READINGS, Boxed, evidence, four_numbers
 from mmdit_lora.data.formats.common import Context, Convention, Reads, Sample, Unit, need, size_of, text
 from mmdit_lora.data.formats.tables import each, import_or_explain, rows, table_files
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import decode_text
+from mmdit_lora.json_files import parse_object
 
 _CAPTIONS = ("caption", "text", "prompt")
+_KEY = "huggingface in the schema's metadata"
 _PHRASES = ("phrase", "category", "label", "name")
 _LOOKED_AT = 200  # rows, for the evidence
 
@@ -144,5 +146,6 @@ def line_of(row: Mapping[str, Any], names: list[str], where: str) -> dict[str, A
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
     """The names of the classes, from the metadata of a parquet file's schema. Raises `ValueError` where that is no JSON."""
-    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    told = parse_object(decode_text((metadata or {}).get(b"huggingface", b"{}"), where=_KEY), where=_KEY)
+    features = (told.get("info") or {}).get("features") or {}
     return _label_names(features.get("objects"))

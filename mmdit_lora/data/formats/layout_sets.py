@@ -7,7 +7,6 @@ their pictures are those that a model painted (`evaluate/protocols`).
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,6 @@ from mmdit_lora.data.formats.common import (
     items_of,
     key_of,
     need,
-    read_json,
     read_yaml,
     size_of,
     spoken,
@@ -33,7 +31,8 @@ from mmdit_lora.data.formats.common import (
     text,
 )
 from mmdit_lora.data.formats.tables import each, rows, table_files
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
+from mmdit_lora.json_files import parse_json, read_json
 
 _TABLES = (".parquet", ".jsonl", ".json")
 OVERLAY_SIDE = 1024  # of the square that OverLayBench's boxes lie on
@@ -151,9 +150,9 @@ def _sacap(row: Any, where: str, context: Context) -> Sample:
         place = f"{where}: segments_info[{index}]"
         key = key_of(entry, "anno_id", place)
         if key not in segments:
-            raise InputError(f"anno_id {key!r} is not in {beside.name}", where=place)
+            raise InputError(f"anno_id {shown(key)} is not in {beside.name}", where=place)
         found = segments[key]
-        xywh = found.get("bbox") or rle_box(need(found, "segmentation", str(beside)), f"{beside}: {key}")
+        xywh = found.get("bbox") or rle_box(need(found, "segmentation", str(beside)), size, f"{beside}: {key}")
         box = context.box(xywh, "xywh", place, unit="pixel", size=size)
         _add(things, spoken(entry.get("short_caption"), entry.get("caption"), context.detailed, place), box)
     return Sample(image, where, things, text(need(row, "caption", where), "caption", where))
@@ -196,7 +195,7 @@ def overlay_bench_boxes(annotation: Mapping[str, Any], where: str) -> dict[str, 
         raise InputError(f"annotations is {type(entries).__name__}, not an object", where=where)
     said = {}
     for name, entry in entries.items():
-        place = f"{where}: annotations[{str(name)[:40]!r}]"
+        place = f"{where}: annotations[{shown(name)}]"
         said[str(name)] = SaidBox(place, need(entry, "bbox", place), entry.get("category"), entry.get("local_prompts"))
     return said
 
@@ -279,10 +278,7 @@ def _picture(row: Any, stem: str, where: str, context: Context) -> Path:
 def _unpacked(value: Any, where: str, kind: type = Mapping) -> Any:
     """An object, or the one that a JSON text holds."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"is not JSON ({error})", where=where) from None
+        value = parse_json(value, where=where)
     if not isinstance(value, kind):
         raise InputError(f"is {type(value).__name__}", where=where)
     return value
@@ -303,4 +299,4 @@ def _evaluated(value: Any, where: str) -> Any:
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise InputError(f"is no Python literal ({value[:40]!r})", where=where) from None
+        raise InputError(f"is no Python literal ({shown(value)})", where=where) from None

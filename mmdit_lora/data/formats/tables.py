@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.data.formats.common import JSON_LIMIT, Context, Reads, Sample, read_json
+from mmdit_lora.data.formats.common import Context, Reads, Sample
 from mmdit_lora.errors import InputError, unknown_key
 from mmdit_lora.files import require_file
+from mmdit_lora.json_files import JSON_LIMIT, read_json
 from mmdit_lora.layout import read_json_records
 
 _LONGEST_FIELD = 256 * 2**20  # characters; pictures in base64

@@ -27,7 +27,7 @@ from mmdit_lora.data.formats.common import (
 )
 from mmdit_lora.data.formats.tables import each, rows, table_files
 from mmdit_lora.data.formats.xml import attribute_number, parse_xml
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the names of uploaded files
 _REGION_LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
@@ -126,7 +126,7 @@ def _region(value: Mapping[str, Any], where: str, size: tuple[int, int]) -> XYXY
 
 def _point(point: Any, where: str) -> tuple[float, float]:
     if not isinstance(point, list) or len(point) != 2:
-        raise InputError(f"a point is {point!r}", where=where, cure="give two numbers")
+        raise InputError(f"a point is {shown(point)}", where=where, cure="give two numbers")
     return number(point[0], where), number(point[1], where)
 
 
@@ -205,5 +205,5 @@ def _cvat_points(shape: Element, where: str) -> list[tuple[float, float]]:
     try:
         points = [(float(x), float(y)) for x, y in (p.split(",") for p in (shape.get("points") or "").split(";"))]
     except ValueError:
-        raise InputError(f"points is {shape.get('points')!r}", where=where, cure="write x,y;x,y;...") from None
+        raise InputError(f"points is {shown(shape.get('points'))}", where=where, cure="write x,y;x,y;...") from None
     return points

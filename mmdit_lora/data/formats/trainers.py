@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from mmdit_lora.data.formats.common import (
     Sample,
     need,
     put_picture,
-    read_json,
     read_text,
     require_folder,
     size_of,
@@ -27,7 +25,8 @@ from mmdit_lora.data.formats.common import (
 from mmdit_lora.data.formats.yolo import class_line, class_names
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError
-from mmdit_lora.layout import numbered_lines, parse_json
+from mmdit_lora.files import json_text
+from mmdit_lora.json_files import numbered_lines, parse_json, read_json
 
 
 def read_simpletuner(context: Context) -> Reads:
@@ -56,7 +55,7 @@ def write_simpletuner(folder: Path, items: Iterable[Item]) -> None:
             raise InputError(f"two pictures have the stem {path.stem!r}", cure="use --to jsonl")
         stems.add(path.with_suffix(""))
         entities = [{"label": box.phrase, "bbox": list(box.xyxy)} for box in layout.boxes]
-        path.with_suffix(".bbox").write_text(json.dumps(entities, ensure_ascii=False, indent=2), encoding="utf-8")
+        path.with_suffix(".bbox").write_text(json_text(entities, indent=2), encoding="utf-8")
         path.with_suffix(".txt").write_text(layout.caption, encoding="utf-8")
 
 

@@ -28,9 +28,10 @@ from mmdit_lora.data.formats.common import (
     unique,
 )
 from mmdit_lora.data.records import Item
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 from mmdit_lora.files import read_lines
 
+_MOST_DIGITS = 18  # of a class: Python refuses to read a number of thousands
 _NAME_FILES = ("classes.txt", "obj.names", "names.txt")
 
 
@@ -115,8 +116,9 @@ def class_line(
         InputError: the line is wrong, or its class has no name.
     """
     first, *rest = line.split()
-    if not first.isdecimal() or int(first) not in names:
-        raise InputError(f"class {first!r} has no name", where=where, cure=f"the {len(names)} names count from 0")
+    index = int(first) if first.isdecimal() and len(first) <= _MOST_DIGITS else None
+    if index is None or index not in names:
+        raise InputError(f"class {shown(first)} has no name", where=where, cure=f"the {len(names)} names count from 0")
     values = [number(value, where) for value in rest]
     if len(values) in (4, 5):
         box = context.box(values[:4], "cxcywh", where, image=image)
@@ -125,7 +127,7 @@ def class_line(
         box = context.box(points_box(points), "xyxy", where, image=image)
     else:
         raise InputError(f"has {len(values)} numbers after the class", where=where, cure="write `class cx cy w h`")
-    return None if box is None else (names[int(first)], box)
+    return None if box is None else (names[index], box)
 
 
 def _yaml_names(path: Path) -> dict[int, str]:
@@ -136,7 +138,9 @@ def _yaml_names(path: Path) -> dict[int, str]:
         raise InputError("has no `names`", where=str(path), cure="list the classes: `names: [cat, dog]`")
     for index, name in pairs.items():
         if not isinstance(index, int) or not isinstance(name, str | int) or not str(name).strip():
-            raise InputError(f"names holds {index!r}: {name!r}", where=str(path), cure="give a number and a name each")
+            raise InputError(
+                f"names holds {shown(index)}: {shown(name)}", where=str(path), cure="give a number and a name each"
+            )
     return {index: str(name).strip() for index, name in pairs.items()}
 
 

@@ -22,7 +22,7 @@ from mmdit_lora.files import atomic_file, require_file
 VERSION = "1"
 SUFFIX = ".index.safetensors"
 _MOST_HEADER = 10**6  # bytes
-_UNUSABLE = (InputError, OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeError)
+_UNUSABLE = (InputError, OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeError, RecursionError)
 # Places are counted in tar's blocks of 512 bytes, so that 32 bits reach 2 TB. `content` and `meta` are XXH3 (64 bits) of the
 # picture's file and of what says the layout; `boxes` is how many the latter has.
 _FIELDS = [

@@ -153,9 +153,13 @@ def _file_system(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0]
     try:
         return url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever the drivers and their libraries raise: many connect, or open a file, at once
         driver = _DRIVERS.get(protocol)
-        cure = f"install its driver: `pip install {driver}`" if driver else "see fsspec's list of protocols"
+        cure = "see that the address is right and can be reached"
+        if isinstance(error, ImportError | ValueError):
+            cure = f"install its driver: `pip install {driver}`" if driver else "see fsspec's list of protocols"
         raise InputError(f"{protocol}:// cannot be opened ({_reason(error)})", where=url, cure=cure) from None
 
 
@@ -186,7 +190,7 @@ def _braces(path: str) -> list[str]:
 
 
 def _choices(inside: str, path: str) -> Sequence[str]:
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
     if numbers is None:
         return inside.split(",")
     first, last = int(numbers[1]), int(numbers[2])
@@ -198,4 +202,5 @@ def _choices(inside: str, path: str) -> Sequence[str]:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text or type(error).__name__

@@ -25,7 +25,8 @@ from mmdit_lora.data.shards.index import row_type
 from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.errors import InputError, several
 from mmdit_lora.files import decode_text, inside
-from mmdit_lora.layout import Clipped, Layout, parse_json
+from mmdit_lora.json_files import parse_json
+from mmdit_lora.layout import Clipped, Layout
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = tarfile.BLOCKSIZE
@@ -88,7 +89,7 @@ def read_layout(
     """Layout and ignored keys of a record's json and txt. Raises `InputError` without place."""
     if data is None:
         raise InputError("has no .json", cure="each picture has its layout beside it, under the same key")
-    parsed = parse_json(decode_text(data, where="its .json"), where="its .json", unique=True)
+    parsed = parse_json(decode_text(data, where="its .json"), where="its .json")
     if isinstance(parsed, dict):
         if parsed.get("caption") is None and caption is not None:
             parsed["caption"] = decode_text(caption, where="its .txt").strip()
@@ -136,7 +137,7 @@ def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str, clipped
         len(found.boxes),
         digest(picture.content),
         digest(layout.content, text.content),
-        picture.name.encode(),
+        picture.name.encode("utf-8", "surrogateescape"),
     )
 
 
@@ -195,6 +196,8 @@ def _members_of(file: BinaryIO, shard: Stored) -> Iterator[_Member]:
                     raise InputError("is cut off", where=f"{shard.name}:{info.name}", cure="restore the shard")
                 yield _Member(info.name, info.offset_data // _BLOCK, content)
             end = tar.offset
+    except OSError as error:  # the store fails while it is read
+        raise InputError(f"cannot be read ({error})", where=shard.name) from None
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
             f"is no whole tar file ({error})", where=shard.name, cure="restore the shard; compressed ones are not read"

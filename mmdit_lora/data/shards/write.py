@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from mmdit_lora.data.shards.index import SUFFIX, row_type, save_index
 from mmdit_lora.data.shards.store import find
 from mmdit_lora.data.shards.tar import PICTURES, add_member, digest
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import json_text
 from mmdit_lora.layout import Layout
 from mmdit_lora.outputs import new_folder
 
@@ -49,7 +49,7 @@ class ShardWriter:
         """
         width, height = image_size(picture)
         named = {} if file_name is None else {"file_name": file_name}
-        text = json.dumps({**named, **layout_columns(layout)}, ensure_ascii=False).encode()
+        text = json_text({**named, **layout_columns(layout)}).encode()
         if self._tar is not None and self._tar.offset + len(picture) + len(text) + 4096 > self.size:
             self._finish()
         if self._tar is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.evaluate.detectors.common import Detection, Detector, known_layouts, parse_options
 from mmdit_lora.evaluate.detectors.judge import Judge
 from mmdit_lora.evaluate.detectors.matching import BoxMatch, match
@@ -103,7 +103,8 @@ def _open(plugins: dict[str, Plugin], spec: str, what: str, device: str | None, 
         key, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"the option {part!r} is not of the form key=value", where=spec)
-        given[key] = value
+        if given.setdefault(key, value) != value:
+            raise InputError(f"gives {shown(key)} two values", where=spec, cure="keep one of the two")
     plugin = plugins[kind]
     module = import_module(f"{__name__}.{plugin.module}")
     parsed = parse_options(getattr(module, plugin.options), {**given, **options}, where=spec)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmdit_lora.errors import InputError, listed, unknown_key
+from mmdit_lora.errors import InputError, listed, shown, unknown_key
 from mmdit_lora.layout import Layout
 
 
@@ -118,7 +118,7 @@ def parse_options(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise InputError(
-            f"{key} is {values[key]!r}: {first['msg'].lower()}",
+            f"{key} is {shown(values[key])}: {first['msg'].lower()}",
             where=where,
             cure=f"{key}: {kind.model_fields[key].description}",
         ) from None

@@ -31,10 +31,12 @@ from mmdit_lora.evaluate.detectors.common import (
     model_folder,
     part_of,
 )
+from mmdit_lora.json_files import parse_json
 from mmdit_lora.layout import Layout
 
 QUESTION = "Does this picture show {phrase}? Answer with yes or no only."
 EXAMPLE = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
+_LONGEST = 2**24  # bytes of a server's answer
 
 
 class Judge(Protocol):
@@ -248,7 +250,7 @@ class EndpointJudge:
         for left in reversed(range(self.tries)):
             try:
                 with self._opener.open(request, timeout=self.options.timeout) as answer:
-                    return json.loads(answer.read())
+                    return parse_json(answer.read(_LONGEST).decode(), where="its answer")
             except urllib.error.HTTPError as error:
                 text = error.read(400).decode(errors="replace").strip()
                 if not left or (error.code != 429 and error.code < 500):

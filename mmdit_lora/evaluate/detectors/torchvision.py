@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from mmdit_lora.evaluate.detectors.common import (
     same_number,
     words,
 )
+from mmdit_lora.json_files import parse_json
 from mmdit_lora.layout import Layout
 
 EXAMPLE = "fasterrcnn_resnet50_fpn_v2"
@@ -176,7 +176,7 @@ def _from_file(file: Path, *, spec: str, cure: str) -> tuple[dict[str, torch.Ten
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        classes = json.loads(header.get("classes", "[]"))
+        classes = parse_json(header.get("classes", "[]"), where=str(file))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a whole safetensors file: {error}", where=spec, cure=cure) from None
     except ValueError:

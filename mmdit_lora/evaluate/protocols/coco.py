@@ -111,7 +111,7 @@ def _case(image: Any, where: str, own: list[tuple[Any, str]], said: Instances, p
     for annotation, place in own:
         category = said.category(annotation, place)
         persons += said.names[category].lower() == "person"
-        left, top, across, down = four(annotation_box(annotation, place), place)
+        left, top, across, down = four(annotation_box(annotation, size, place), place)
         Context(path).box(
             (left, top, across, down), "xywh", place, unit="pixel", size=size, around=True
         )  # for what it refuses

@@ -8,16 +8,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 
-from mmdit_lora.data.formats.common import SUFFIXES, items_of, need, read_json, text
+from mmdit_lora.data.formats.common import SUFFIXES, items_of, need, text
 from mmdit_lora.data.images import load_image
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.evaluate.protocols.common import XYXY, Case, Detected, PublishedProtocol, Question, Seen
 from mmdit_lora.files import inside, require_file, write_text
-from mmdit_lora.layout import Layout, numbered_lines
+from mmdit_lora.json_files import numbered_lines, parse_object, read_json
+from mmdit_lora.layout import Layout
 
 _BATCH = 8  # pictures that are open at once
 
@@ -269,7 +270,7 @@ def _read_kept(log: Path) -> dict[str, Seen]:
     known: dict[str, Seen] = {}
     for number, line in numbered_lines(whole):
         try:
-            entry: dict[str, Any] = json.loads(line)
+            entry = parse_object(line, where="it")
             found = entry["detections"]
             detections = None if found is None else [Found(tuple(f["xyxy"]), f["label"], f["score"]) for f in found]
             known[entry["key"]] = Seen(detections, entry["answers"], entry["measured"])

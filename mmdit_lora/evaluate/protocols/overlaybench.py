@@ -24,7 +24,7 @@ from typing import Any
 from mmdit_lora.data.formats.common import Context, items_of, key_of, need, text
 from mmdit_lora.data.formats.layout_sets import OVERLAY_SIDE, overlay_bench_annotation, overlay_bench_boxes
 from mmdit_lora.data.formats.tables import rows, table_files
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 from mmdit_lora.evaluate.protocols.common import (
     Case,
     PublishedProtocol,
@@ -236,7 +236,7 @@ def _case(row: Any, where: str, path: Path, split: str) -> Case:
         place = f"{where}: valid_overlap[{index}]"
         pair = need(entry, "overlap_box", place)
         if not isinstance(pair, list | tuple) or len(pair) < 2 or not all(_place(v, things) for v in pair[:2]):
-            raise InputError(f"overlap_box is {pair!r}, not two places among {len(things)} boxes", where=place)
+            raise InputError(f"overlap_box is {shown(pair)}, not two places among {len(things)} boxes", where=place)
         overlaps.append((pair[0], pair[1]))
     image_id = str(key_of(row, "image_id", where))
     extra = {

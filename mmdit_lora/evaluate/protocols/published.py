@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.data.formats.common import items_of, need, number, read_json, text
-from mmdit_lora.errors import InputError, unknown_key
+from mmdit_lora.data.formats.common import items_of, need, number, text
+from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.html import escape_markdown
+from mmdit_lora.json_files import read_json
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "data" / "benchmarks" / "published.json"
 KINDS = {
@@ -52,7 +53,7 @@ def published(protocol: str, path: str | Path = PUBLISHED) -> list[Row]:
         place = f"{path}: {protocol}[{index}]"
         kind = text(need(entry, "kind", place), "kind", place)
         if kind not in KINDS:
-            raise InputError(f"kind is {kind!r}", where=place, cure=f"one of {', '.join(KINDS)}")
+            raise InputError(f"kind is {shown(kind)}", where=place, cure=f"one of {', '.join(KINDS)}")
         metrics = need(entry, "metrics", place)
         if not isinstance(metrics, Mapping):
             raise InputError(f"metrics is {type(metrics).__name__}, not an object", where=place)

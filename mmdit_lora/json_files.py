@@ -1,0 +1,195 @@
+"""JSON that is read, and the place of what is wrong in it: texts, others' files, and what the program keeps for itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmdit_lora.errors import InputError, clip
+from mmdit_lora.files import read_text
+
+Kept = TypeVar("Kept", bound=dict[str, Any] | list[Any])
+JSON_LIMIT = 4 * 2**30  # bytes; the largest annotation files of published sets have half of that
+_OBJECT_LIMIT = 64 * 2**20  # of configs, indices, states
+_DEEPEST = 100  # objects and lists in each other; nobody's config has a tenth of that
+log = logging.getLogger(__name__)
+
+
+def read_json(path: str | Path, *, what: str = "JSON file", limit: int = JSON_LIMIT, cure: str | None = None) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        what, limit, cure: as of `files.read_text`.
+
+    Raises:
+        InputError: no regular file, too large, no text or no JSON; with the line.
+    """
+    return parse_json(read_text(path, what=what, limit=limit, cure=cure), where=str(path), cure=cure)
+
+
+def read_object(
+    path: str | Path,
+    *,
+    what: str = "JSON file",
+    limit: int = _OBJECT_LIMIT,
+    cure: str | None = None,
+    finite: bool = True,
+) -> dict[str, Any]:
+    """The one object of a JSON file: a config, an index, a state. Raises `InputError` as `read_json` does, or for another
+    value, or for one that is nested too deeply to be worked with."""
+    return parse_object(read_text(path, what=what, limit=limit, cure=cure), where=str(path), cure=cure, finite=finite)
+
+
+def parse_object(text: str, *, where: str, cure: str | None = None, finite: bool = True) -> dict[str, Any]:
+    """As `read_object`, of a text; `where` it stands."""
+    found = parse_json(text, where=where, cure=cure, finite=finite)
+    if not isinstance(found, dict):
+        raise InputError(f"holds {type(found).__name__}, not a JSON object", where=where, cure=cure)
+    _refuse_deep(found, where, cure)
+    return found
+
+
+def read_kept(path: str | Path, kind: type[Kept]) -> Kept | None:
+    """What the program keeps for itself and can make anew; None where there is none, and, with a warning, where it is damaged.
+
+    Args:
+        kind: dict or list.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        found = read_json(path, limit=_OBJECT_LIMIT)
+        if not isinstance(found, kind):
+            raise InputError(f"holds {type(found).__name__}", where=str(path))
+        _refuse_deep(found, str(path), None)
+    except InputError as error:
+        warn_damaged(path, error.what)
+        return None
+    return found
+
+
+def warn_damaged(path: str | Path, why: object) -> None:
+    """That something that the program keeps for itself cannot be used."""
+    log.warning("%s is damaged and made anew (%s)", path, clip(why))
+
+
+def read_rows(path: Path, *, what: str, cure: str | None = None) -> list[dict[str, Any]]:
+    """The objects of a file to which the program adds lines; a last line that a kill cut short is left out.
+    They may hold NaN and Infinity.
+
+    Raises:
+        InputError: a line is no object.
+    """
+    if not path.exists():
+        return []
+    text = read_text(path, what=what, limit=JSON_LIMIT)
+    whole = text[: text.rfind("\n") + 1]
+    return [
+        parse_object(line, where=f"{path}:{number}", cure=cure, finite=False) for number, line in numbered_lines(whole)
+    ]
+
+
+def numbered_lines(text: str) -> list[tuple[int, str]]:
+    """The lines of `text` that are not blank, with their numbers from 1.
+
+    Split at newlines only: `str.splitlines` would also split at U+2028 and its kin, which JSON strings may hold.
+    """
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def parse_json(text: str, *, where: str, cure: str | None = None, finite: bool = True) -> Any:
+    """`json.loads` that refuses NaN, Infinity and a key that stands twice in an object, and reports the place.
+
+    Args:
+        finite: false = NaN and Infinity are read.
+
+    Raises:
+        InputError: with the line and column inside `text`.
+    """
+    if not text.strip():
+        raise InputError("is empty", where=where, cure=cure)
+    with json_errors(where, many_lines="\n" in text.strip(), cure=cure):
+        try:
+            return (UNIQUE if finite else _WITH_NAN).decode(text)
+        except TwiceError as error:
+            line = _line_of_second(text, error.key) if "\n" in text.strip() else None
+            raise error.at(f"{where}:{line}") if line else error from None
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def json_errors(where: str, *, many_lines: bool = False, cure: str | None = None) -> Iterator[None]:
+    """Within it, what a decoder raises becomes an `InputError` with its place."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}" if many_lines else where
+        what = f"is not JSON: {error.msg} (column {error.colno})"
+        if error.msg == "Extra data" and error.doc[: error.pos].rstrip(" \t").endswith("\r"):
+            cure = "its lines end in CR alone: save it with LF line ends (tr '\\r' '\\n' < OLD > NEW)"
+        raise InputError(what, where=place, cure=cure) from None
+    except InputError as error:
+        raise error if (error.where or "").startswith(where) else error.at(where) from None
+    except ValueError as error:  # an int of thousands of digits
+        raise InputError(f"is not JSON that can be read: {str(error).split(';')[0]}", where=where, cure=cure) from None
+    except RecursionError:
+        raise InputError("is nested too deeply", where=where, cure=cure) from None
+
+
+def _refuse_deep(found: Any, where: str, cure: str | None) -> None:
+    level = [found]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for one in level
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return
+    raise InputError("is nested too deeply", where=where, cure=cure)
+
+
+def _refuse_constant(name: str) -> float:
+    raise InputError(f"holds {name}", cure="write a finite number")
+
+
+class TwiceError(InputError):
+    """A key stands twice in one object."""
+
+    key = ""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        key = next(name for index, name in enumerate(names) if name in names[:index])
+        error = TwiceError(f"the key {clip(repr(key), 100)} stands twice", cure="keep one of the two")
+        error.key = key
+        raise error
+    return found
+
+
+def _line_of_second(text: str, key: str) -> int | None:
+    """The line where a key stands the second time in one object, for JSON whose inner and outer objects share no key."""
+    before = 0  # how often it stands in objects that end earlier
+
+    def count(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal before
+        _once(pairs)
+        before += any(name == key for name, _ in pairs)
+
+    with suppress(TwiceError):
+        json.loads(text, object_pairs_hook=count)
+    places = [found.start() for found in re.finditer(rf'(?<!\\)"{re.escape(key)}"\s*:', text)]
+    return text.count("\n", 0, places[before + 1]) + 1 if len(places) > before + 1 else None
+
+
+UNIQUE = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once)
+_WITH_NAN = json.JSONDecoder(object_pairs_hook=_once)
