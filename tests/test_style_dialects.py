@@ -414,7 +414,7 @@ def test_files_and_what_stands_beside_them(adapted: dict[str, Any], tmp_path: Pa
         ("{", "is not JSON"),
         ("[]", "list"),
         ('{"peft_type": "LOHA"}', "LOHA"),
-        ('{"lora_alpha": NaN}', "lora_alpha is nan"),
+        ('{"lora_alpha": NaN}', "holds NaN"),
         ('{"lora_alpha": "4"}', "lora_alpha is '4'"),
         ('{"lora_alpha": 1e300}', "lora_alpha is 1e.300"),
         ('{"lora_alpha": 1, "alpha_pattern": {"(.*)*x": 4}}', "alpha_pattern"),

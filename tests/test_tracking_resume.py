@@ -71,7 +71,8 @@ def tensorboard_rows(folder: Path) -> Rows:
     return [(step, tag) for step, tag in pairs if "text_summary" not in tag]
 
 
-@pytest.mark.parametrize("tracker", [pytest.param("wandb", marks=pytest.mark.slow), "tensorboard"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 @pytest.mark.parametrize("killed_at", [2, 7])  # before the first checkpoint, and behind it
 def test_a_killed_and_resumed_run_is_one_curve(
     base: Path, data: Path, tmp_path: Path, tracker: str, killed_at: int

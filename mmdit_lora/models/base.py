@@ -33,7 +33,7 @@ from mmdit_lora.models.adapter_layers import (
 )
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
-from mmdit_lora.ranges import check_adapter_weights
+from mmdit_lora.ranges import Range, check_adapter_weights
 
 logger = logging.getLogger("mmdit_lora")
 
@@ -55,6 +55,24 @@ class Family:
     vae_scale_factor: int
     text_tokens: int
     presets: Mapping[str, Mapping[str, Any]]
+
+
+# What a stored config may say of a size of the model: beyond these nothing is built, or without end.
+_SIZES = {
+    "num_layers": Range(1, 1000, whole=True),
+    "num_single_layers": Range(0, 1000, whole=True),
+    "num_attention_heads": Range(1, 1000, whole=True),
+    "attention_head_dim": Range(1, 10_000, whole=True),
+    "patch_size": Range(1, 1000, whole=True),
+    "in_channels": Range(1, 100_000, whole=True),
+}
+
+
+def check_sizes(config: Mapping[str, Any], *, where: str) -> None:
+    """Raises `InputError`: a size of the model is out of range in a stored config; `where` is the base."""
+    for key, numbers in _SIZES.items():
+        if key in config:
+            numbers.check(config[key], where=f"{where}: {key} of its transformer's config")
 
 
 def refuse_pickle(safe: bool, where: str) -> None:
@@ -209,10 +227,15 @@ class LayoutModelMixin(nn.Module):
             raise no_such_base(where)
         if exists(where):
             refuse_pickled_weights(Path(where, kwargs.get("subfolder") or ""))
+        places = ("subfolder", "revision", "cache_dir", "local_files_only", "token")
         try:
+            reader: Any = cls
+            check_sizes(reader.load_config(where, **{key: kwargs[key] for key in places if key in kwargs}), where=where)
             with without_missing_weights_warning():
                 # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
                 loaded = super().from_pretrained(where, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except InputError:
+            raise
         except (ValueError, OSError, SafetensorError) as error:  # another shape; no such or a damaged file
             if isinstance(error, OSError) and not exists(where) and nearest(where) is not None:
                 raise no_such_base(where) from error

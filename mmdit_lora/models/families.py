@@ -10,23 +10,11 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.hub import no_such_base
 from mmdit_lora.models import flux, sd3
-from mmdit_lora.models.base import Family, LayoutModelMixin
-from mmdit_lora.ranges import Range
+from mmdit_lora.models.base import Family, LayoutModelMixin, check_sizes
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,
     "flux": flux.FAMILY,
-}
-
-
-# What a config may say of a size of the model: beyond these nothing is built, or without end.
-_NUMBERS = {
-    "num_layers": Range(1, 1000, whole=True),
-    "num_single_layers": Range(0, 1000, whole=True),
-    "num_attention_heads": Range(1, 1000, whole=True),
-    "attention_head_dim": Range(1, 10_000, whole=True),
-    "patch_size": Range(1, 1000, whole=True),
-    "in_channels": Range(1, 100_000, whole=True),
 }
 
 
@@ -39,9 +27,7 @@ def family_of(config: Mapping[str, Any], *, where: str) -> Family:
     name = config.get("_class_name")
     for family in FAMILIES.values():
         if name in (family.stock_class, family.transformer.__name__):
-            for key, numbers in _NUMBERS.items():
-                if key in config:
-                    numbers.check(config[key], where=f"{where}: {key} of its transformer's config")
+            check_sizes(config, where=where)
             return family
     known = ", ".join(family.stock_class for family in FAMILIES.values())
     raise InputError(f"its transformer is a {name}; known are {known}", where=where, cure="give a base of these")
