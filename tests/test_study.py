@@ -335,6 +335,7 @@ def test_a_stopped_study_goes_on_and_does_no_finished_run_again(
         run_study(make_setup(base, data, tmp_path / "study", seeds=(1,)), isolate=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["budget", "methods", "intrinsic-dimension"])
 def test_the_other_studies_run(name: str, base: Path, data: Path, tmp_path: Path) -> None:
     bases = (str(base),) if name == "intrinsic-dimension" else ()

@@ -125,12 +125,15 @@ def retried(call: Callable[[], Result], name: str, *, tries: int = _TRIES) -> Re
 
 
 def _real(error: Exception) -> Exception:
-    """fsspec says of whatever happens over HTTP that there is no such file; what it was is the cause."""
+    """fsspec says of whatever happens over HTTP that there is no such file; what it was is the cause.
+
+    Other stores' causes (a KeyError, botocore's 404) mean what is said, and are not tried again.
+    """
     cause = error.__cause__
-    hidden = (
-        isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and getattr(cause, "status", 0) != 404
-    )
-    return cause if hidden and isinstance(cause, Exception) else error
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    over_http = type(cause).__module__.startswith("aiohttp") or isinstance(cause, ConnectionError | TimeoutError)
+    return cause if over_http and getattr(cause, "status", 0) != 404 else error
 
 
 def find(name: str) -> Stored:
