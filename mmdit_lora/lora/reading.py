@@ -438,7 +438,7 @@ def _require_own_targets(config: peft.LoraConfig, names: Collection[str], where:
             continue
         for name in names:
             matched, left = _matches(pattern, name, kind, where, left, whole=True)
-            if matched != wanted:
+            if bool(matched) != wanted:
                 how = "does not match" if wanted else "leaves out"
                 raise _contradiction(f"{kind} {clip(repr(pattern), 100)} {how}", name, where)
     layers = config.layers_to_transform
@@ -448,9 +448,9 @@ def _require_own_targets(config: peft.LoraConfig, names: Collection[str], where:
     for name in set(names) - set(config.target_modules or []):  # PEFT takes a module that is named whole from any layer
         found = None
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            end, left = _matches(rf"(?:.*?\.)?{pattern}\.(\d+)\..*", name, "layers_pattern", where, left, whole=True)
-            if end:
-                found = regex.fullmatch(rf"(?:.*?\.)?{pattern}\.(?P<layer>\d+)\..*", name, timeout=_MATCHING_SECONDS)
+            whole = rf"(?:.*?\.)?{pattern}\.(?P<layer>\d+)\..*"
+            found, left = _matches(whole, name, "layers_pattern", where, left, whole=True)
+            if found:
                 break
         if found is None or int(found["layer"]) not in ([layers] if isinstance(layers, int) else layers):
             raise _contradiction(f"layers_to_transform {clip(repr(layers), 100)} leaves out", name, where)
@@ -487,8 +487,8 @@ def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, w
 
 def _matches(
     pattern: str, name: str, kind: str, where: str, seconds: float, *, whole: bool = False
-) -> tuple[bool, float]:
-    """As PEFT matches a pattern, which is of a name's end, or of the `whole` name; with the seconds that are left for others.
+) -> tuple[Any, float]:
+    """As PEFT matches a pattern, which is of a name's end, or of the `whole` name: the match or None, and the seconds left for others.
 
     Raises:
         InputError: the pattern is none, or no time is left.
@@ -498,7 +498,7 @@ def _matches(
         before = time.monotonic()
         of_end = pattern if whole else rf"(.*\.)?({pattern})$"
         match = regex.fullmatch if whole else regex.match
-        matched = match(of_end, name, timeout=max(seconds, 1e-3)) is not None
+        matched = match(of_end, name, timeout=max(seconds, 1e-3))
         return matched, seconds - (time.monotonic() - before)
     except TimeoutError:
         what = f"{kind} {clip(repr(pattern), 100)}"

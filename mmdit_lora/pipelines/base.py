@@ -413,9 +413,8 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             )
         check_arguments({**own, **(joint_attention_kwargs or {}), **kwargs})
         if (skip := kwargs.get("clip_skip")) is not None:
-            given: Any = (self.text_encoder, getattr(self, "text_encoder_2", None))
-            encoders = [encoder for encoder in given if hasattr(encoder, "text_model")]
-            layers = min((e.config.num_hidden_layers for e in encoders), default=1)
+            clips = [encoder for encoder in self._text_encoders() if hasattr(encoder, "text_model")]
+            layers = min((encoder.config.num_hidden_layers for encoder in clips), default=1)
             Range(0, layers - 1, whole=True).check(skip, "clip_skip")
         for side in (kwargs.get("height"), kwargs.get("width")):
             if side is not None and side < self.vae_scale_factor * self.transformer.latent_multiple:
