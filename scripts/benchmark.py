@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.ranges import COUNT
+from mmdit_lora.config.ranges import COUNT
 
 BATCH, ROUNDS = 8, 5
 PICTURES = 256  # of the embedded base
@@ -87,12 +87,11 @@ def embedded(work: Path) -> dict[str, Any]:
     """The embedded base at its own 64 pixels, through the classes that `train` uses."""
     import torch
 
-    from mmdit_lora.config import Config
+    from mmdit_lora.config.loading import Config
     from mmdit_lora.data.buckets import one_size
     from mmdit_lora.data.cache import DiskCache
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
-    from mmdit_lora.training.encode import Encoder
-    from mmdit_lora.training.encode_store import EncodingStore
+    from mmdit_lora.training.encoding import Encoder, EncodingStore
     from mmdit_lora.training.examples import Examples
     from mmdit_lora.training.fill_cache import fill_cache
     from mmdit_lora.training.trainer import prepare_run

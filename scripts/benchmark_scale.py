@@ -133,7 +133,7 @@ def _opening(folder: Path) -> dict[str, Any]:
     for index in random.Random(0).sample(range(len(training)), reads):
         training[index].load()
     after = _memory()
-    from mmdit_lora.data.order import epoch_order
+    from mmdit_lora.data.sampler import epoch_order
 
     order = timed("order_s", lambda: epoch_order(0, 0, len(training)))
     chosen = [int(index) for index in order[:reads]]
@@ -171,7 +171,7 @@ def _first_batch(folder: Path) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    from mmdit_lora.config import Config
+    from mmdit_lora.config.loading import Config
     from mmdit_lora.training.trainer import prepare_run
 
     imported = time.perf_counter()

@@ -104,7 +104,7 @@ MUTATIONS = (
     ),
     _m(
         "cross: layout tokens see padding",
-        "models/layout_attention.py",
+        "models/attention.py",
         "self.to_add_out(self.processor.attend(query, key, value, mask))",
         "self.to_add_out(self.processor.attend(query, key, value, None))",
         "families",
@@ -263,7 +263,7 @@ MUTATIONS = (
     ),
     _m(
         "every epoch in one order",
-        "data/order.py",
+        "data/sampler.py",
         'seeded("order", seed, epoch)',
         'seeded("order", seed)',
         "order",
@@ -271,7 +271,7 @@ MUTATIONS = (
     ),
     _m(
         "a bucket's rest is dropped",
-        "data/batches.py",
+        "data/sampler.py",
         "for row in range(epoch * size // self.batch, (epoch + 1) * size // self.batch)",
         "for row in range(-(-epoch * size // self.batch), (epoch + 1) * size // self.batch)",
         "buckets",
@@ -323,7 +323,7 @@ MUTATIONS = (
     ),
     _m(
         "resume: the moving average's count is lost",
-        "training/averaging.py",
+        "training/ema.py",
         'self._ema.optimization_step = int(tensors.pop("updates"))',
         'tensors.pop("updates")',
         "training_choices",
@@ -355,7 +355,7 @@ MUTATIONS = (
         "every_key",
     ),
     # adapters and export
-    _m("LoRA in the base's dtype", "lora/adapt.py", "cast_training_params(model, torch.float32)", "pass", "lora"),
+    _m("LoRA in the base's dtype", "lora/inject.py", "cast_training_params(model, torch.float32)", "pass", "lora"),
     _m(
         "the fingerprint depends on the dtype",
         "lora/storage.py",
@@ -367,7 +367,7 @@ MUTATIONS = (
     ),
     _m(
         "merged by the bare product",
-        "lora/adapt.py",
+        "lora/inject.py",
         "merged.fuse_lora(safe_fusing=True)",
         "merged.fuse_lora(lora_scale=0.5, safe_fusing=True)",
         "lora",
@@ -375,7 +375,7 @@ MUTATIONS = (
     ),
     _m(
         "an export that differs counts",
-        "export.py",
+        "export/export.py",
         "if not velocity <= TOLERANCE or not (image is None or image <= IMAGE_TOLERANCE):",
         "if False:",
         "export",

@@ -31,19 +31,19 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from mmdit_lora.config.ranges import COUNT, Range
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, make_scene, write_dataset
-from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
-from mmdit_lora.evaluate.reader import measure
-from mmdit_lora.evaluate.sides import evaluate
+from mmdit_lora.evaluation.detectors.shapes import measure
+from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline, paint, quiet
-from mmdit_lora.ranges import COUNT, Range
-from mmdit_lora.training.optimizer_state import OptimizerState, load_optimizer
+from mmdit_lora.training.checkpoint import OptimizerState, load_optimizer
 from mmdit_lora.training.step import Batch, losses
+from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TEXT_WIDTH, TEXT_TOKENS = 64, 32

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.ranges import COUNT, SEED, Range
+from mmdit_lora.config.ranges import COUNT, SEED, Range
 
 NEW, OLD = "page", "basic"
 PICTURES, HELD_OUT, PRIOR = 2000, 96, 200
@@ -61,9 +61,9 @@ def one_run(out: Path, data: dict[str, Path], seed: int, weight: float, steps: i
     folder = out / f"weight_{weight:g}_seed_{seed}"
     if (folder / "judged.json").is_file():
         return json.loads((folder / "judged.json").read_text())  # type: ignore[no-any-return]
-    from mmdit_lora.config import load_config
+    from mmdit_lora.config.loading import load_config
     from mmdit_lora.data.records import read_dataset
-    from mmdit_lora.evaluate.sides import evaluate
+    from mmdit_lora.evaluation.evaluate import evaluate
     from mmdit_lora.files import write_json
     from mmdit_lora.pipelines import PaintSettings
     from mmdit_lora.training.trainer import train

@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 
-from mmdit_lora.config import Config, load_config
+from mmdit_lora.config.loading import Config, load_config
+from mmdit_lora.config.ranges import COUNT
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
-from mmdit_lora.evaluate.draw import contact_sheet, draw_boxes, phrase_colors, save_png
-from mmdit_lora.evaluate.sides import evaluate
+from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.models import LayoutModelMixin
 from mmdit_lora.pipelines import PaintSettings, load_pipeline
-from mmdit_lora.ranges import COUNT
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.trainer import prepare_run, train
+from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
 ATTENTIONS = ("siamese", "cross")
 # domain, pictures, seed

@@ -40,12 +40,12 @@ def forks(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reading side of an export runs here: a fresh process costs seconds. `-m slow` and the command line's tests have it."""
-    from mmdit_lora.export_read import answers, read
+    from mmdit_lora.export.read_back import answers, read
 
     def read_back(to: str, written: Path, base: str) -> dict[str, torch.Tensor]:
         return answers(read(to, str(written), base))
 
-    monkeypatch.setattr("mmdit_lora.export._read_back", read_back)
+    monkeypatch.setattr("mmdit_lora.export.export._read_back", read_back)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter folder that the trainer wrote, on `base`."""
-    from mmdit_lora.config import Config
+    from mmdit_lora.config.loading import Config
     from mmdit_lora.training.trainer import train
 
     out = tmp_path_factory.mktemp("trained") / "run"

@@ -19,9 +19,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from mmdit_lora.analysis.plan.bases import PlannedBase, preset_base
+from mmdit_lora.analysis.plan.forecast import DTYPES, Method, Setup, forecast, set_for
 from mmdit_lora.models import FAMILIES, LayoutInputs
-from mmdit_lora.plan.bases import PlannedBase, preset_base
-from mmdit_lora.plan.forecast import DTYPES, Method, Setup, forecast, set_for
 from mmdit_lora.training.step import Batch, losses
 
 # 10 M parameters and more: a step holds 100 to 500 MB.

@@ -13,8 +13,8 @@ from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlu
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from mmdit_lora.config import load_config
-from mmdit_lora.training import run as run_module
+from mmdit_lora.config.loading import load_config
+from mmdit_lora.training import setup as run_module
 from mmdit_lora.training.trainer import train
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.export import verify_adapter
+from mmdit_lora.export.export import verify_adapter
 from mmdit_lora.lora import (
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import typer
 
-from mmdit_lora.cli import app
-from mmdit_lora.config import SECTIONS
+from mmdit_lora.cli.main import app
+from mmdit_lora.config.loading import SECTIONS
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mmdit_lora"
 FILES = [

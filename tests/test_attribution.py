@@ -12,10 +12,18 @@ import torch
 from PIL import Image
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.analysis.attribution import attribute, coverage, difference, image_attention, inside, probabilities
-from mmdit_lora.analysis.attribution_sheet import heat, sheet
-from mmdit_lora.cli import main
-from mmdit_lora.models.layout_attention import JointAttnProcessor
+from mmdit_lora.analysis.attribute import (
+    attribute,
+    coverage,
+    difference,
+    heat,
+    image_attention,
+    inside,
+    probabilities,
+    sheet,
+)
+from mmdit_lora.cli.main import main
+from mmdit_lora.models.attention import JointAttnProcessor
 from mmdit_lora.pipelines import PaintSettings, load_pipeline, paint
 from tests.pipeline_makers import FAMILIES, TWO, open_pipeline
 from tests.tiny import tiny_inputs, tiny_layout, tiny_transformer

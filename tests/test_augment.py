@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config, load_config
-from mmdit_lora.config_filter import FilterSection
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config, load_config
+from mmdit_lora.config.schema import FilterSection
 from mmdit_lora.data.buckets import one_size
 from mmdit_lora.data.filters import crop_loss, filter_records
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import augment_boxes, names_a_side, place, prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
-from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encoding import Encoder
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.step import Batch
 from tests.data_makers import dataset, line, objects

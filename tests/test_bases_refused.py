@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import nearest, public_name
 from mmdit_lora.lora import add_layout_lora, base_fingerprint, read_adapter_header, save_adapter
@@ -176,7 +176,7 @@ def test_nothing_that_is_given_away_says_where_the_base_was(tmp_path: Path) -> N
 def test_the_base_is_found_by_its_name(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmdit_lora.export import base_of
+    from mmdit_lora.export.export import base_of
 
     assert Path(base_of(adapter)) == base  # by the run's own config
     shutil.copytree(adapter, tmp_path / "copies" / "adapter")

@@ -15,18 +15,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit_lora.config import Config
-from mmdit_lora.data.batches import BatchPlan, box_count_group
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.buckets import Buckets, make_buckets, one_size, parse_ratio
 from mmdit_lora.data.cache import DiskCache
-from mmdit_lora.data.order import epoch_order, seeded
 from mmdit_lora.data.records import read_dataset
+from mmdit_lora.data.sampler import BatchPlan, box_count_group, epoch_order, seeded
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
-from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encoding import Encoder
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.fill_cache import fill_cache
-from mmdit_lora.training.run_data import run_buckets
+from mmdit_lora.training.setup import run_buckets
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.data_makers import line, objects, picture
 

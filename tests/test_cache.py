@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, VIEWS, WEIGHTS, DiskCache, Entry, content_key
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.encode import Encoder
+from mmdit_lora.training.encoding import Encoder
 from mmdit_lora.training.fill_cache import fill_cache
 from mmdit_lora.training.trainer import prepare_run, train
 

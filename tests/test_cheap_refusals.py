@@ -79,7 +79,7 @@ class Blocker:
         if name.split(".")[0] in ("torch", "diffusers", "transformers", "peft"):
             raise ImportError(f"{name} is imported")
 sys.meta_path.insert(0, Blocker())
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 answers = []
 for argv in json.loads(sys.stdin.read()):
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mmdit_lora import __version__, cli
-from mmdit_lora.cli import main
-from mmdit_lora.config import load_config
+from mmdit_lora import __version__
+from mmdit_lora.cli import main as cli
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import load_config
 from mmdit_lora.data.records import read_dataset
 from tests.data_makers import annotation, dataset, line, objects, picture, voc
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmdit_lora.cli import main
-from mmdit_lora.data.partition import partition
+from mmdit_lora.cli.main import main
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
+from mmdit_lora.data.split import partition, split_records
 from mmdit_lora.data.stats import dataset_stats
 from mmdit_lora.outputs import MARKER
-from mmdit_lora.training.split import split_records
 from tests.data_makers import dataset, line, objects, picture
 
 

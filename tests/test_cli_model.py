@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.cli import main
-from mmdit_lora.cli_model import given_layouts
+from mmdit_lora.cli.main import main
+from mmdit_lora.cli.models import given_layouts
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from tests.test_layout_stream_method import stock_flux
 
@@ -195,7 +195,7 @@ def test_exports_are_read_back_and_equal(
 def test_a_wrong_export_is_not_left_behind(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("mmdit_lora.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("mmdit_lora.export.export.TOLERANCE", -1.0)
     assert main(["export", str(adapter), "--to", "peft", "--out", str(tmp_path / "out")]) == 1
     assert "differs" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -12,9 +12,9 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 
-from mmdit_lora import config_version
-from mmdit_lora.config import SECTIONS, Config, load_config
-from mmdit_lora.config_filter import bounds, limits_text, nested
+from mmdit_lora.config import loading as config_version
+from mmdit_lora.config.loading import SECTIONS, Config, load_config
+from mmdit_lora.config.schema import bounds, limits_text, nested
 from mmdit_lora.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,9 @@ from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
-from mmdit_lora.export_creatilayout import (
+from mmdit_lora.export.creatilayout import (
     ADAPTER_FILE,
     STREAM_FILE,
     write_creatilayout_adapter,
@@ -26,7 +26,7 @@ from mmdit_lora.export_creatilayout import (
 from mmdit_lora.lora import add_layout_lora, merge_adapter
 from mmdit_lora.models import FAMILIES
 from mmdit_lora.models.creatilayout import VARIANTS, recipes, to_creatilayout, variant_of
-from mmdit_lora.models.creatilayout_import import import_creatilayout
+from mmdit_lora.models.import_creatilayout import import_creatilayout
 from mmdit_lora.pipelines import load_pipeline
 from tests.creatilayout_files import CONFIGS, filled, plain_base, stream_shapes, write_files
 from tests.tiny import tiny_transformer, trained_adapter
@@ -146,7 +146,7 @@ def test_any_dtype(variant: str, stored: torch.dtype, tmp_path: Path) -> None:
 MEASURED = """
 import sys, threading, time
 from pathlib import Path
-from mmdit_lora.models.creatilayout_import import import_creatilayout
+from mmdit_lora.models.import_creatilayout import import_creatilayout
 def anonymous():
     return 1024 * int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1])
 peak, done, before = [0], [False], anonymous()

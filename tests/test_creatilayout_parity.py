@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.cli import main
-from mmdit_lora.export_creatilayout import ADAPTER_FILE, write_creatilayout_adapter
+from mmdit_lora.cli.main import main
+from mmdit_lora.export.creatilayout import ADAPTER_FILE, write_creatilayout_adapter
 from mmdit_lora.lora import add_layout_lora, load_adapter, lora_parameters
 from mmdit_lora.models import FAMILIES, LayoutInputs
 from mmdit_lora.models.creatilayout import VARIANTS
-from mmdit_lora.models.creatilayout_import import import_creatilayout
+from mmdit_lora.models.import_creatilayout import import_creatilayout
 from mmdit_lora.pipelines import LayoutFluxPipeline, LayoutStableDiffusion3Pipeline, load_pipeline
 from tests.creatilayout_files import inputs, layout, plain_base, write_files
 from tests.creatilayout_peer import (

@@ -12,9 +12,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
-from mmdit_lora.models.creatilayout_import import import_creatilayout
+from mmdit_lora.models.import_creatilayout import import_creatilayout
 from tests.creatilayout_files import CONFIGS, filled, plain_base, stream_shapes, write_files
 
 Damage = Callable[

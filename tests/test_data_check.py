@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.data.buckets import make_buckets, one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
 from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.config_filter import FilterSection
+from mmdit_lora.config.schema import FilterSection
 from mmdit_lora.data.filters import filter_records
-from mmdit_lora.data.partition import partition
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.split import partition
 from mmdit_lora.data.transforms import Placement, augment_boxes, move_boxes, place, prepare
 from mmdit_lora.errors import InputError
 

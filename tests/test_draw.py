@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.evaluate.canvas import Entry, blank, fit, largest_text, legend, paragraph, shorten, text_width, wrap
-from mmdit_lora.evaluate.draw import (
+from mmdit_lora.visual.canvas import Entry, blank, fit, largest_text, legend, paragraph, shorten, text_width, wrap
+from mmdit_lora.visual.draw import (
     GREY,
     INK,
     MAX_ENTRIES,

@@ -20,14 +20,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.data.records import write_dataset
 from mmdit_lora.data.shapes import COLORS, shape_coverage
-from mmdit_lora.evaluate.detectors import Detection, open_detector
-from mmdit_lora.evaluate.groups import box_groups, picture_groups
-from mmdit_lora.evaluate.intervals import Bootstrap, value
-from mmdit_lora.evaluate.judged import average_precision, judged, kept_relations, sums
-from mmdit_lora.evaluate.seen_store import SeenStore
+from mmdit_lora.evaluation.detection_cache import SeenStore
+from mmdit_lora.evaluation.detectors import Detection, open_detector
+from mmdit_lora.evaluation.groups import box_groups, picture_groups
+from mmdit_lora.evaluation.intervals import Bootstrap, value
+from mmdit_lora.evaluation.metrics import average_precision, judged, kept_relations, sums
 from mmdit_lora.layout import Box, Layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -405,7 +405,7 @@ def test_killed_halfway_it_goes_on(base: Path, data: Path, tmp_path: Path) -> No
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags = ["--batch-size", "1", "--steps", "20"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "mmdit_lora.cli", *command(base, data, out, *flags)],
+        [sys.executable, "-m", "mmdit_lora", *command(base, data, out, *flags)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -455,7 +455,7 @@ def test_clip_scores_are_those_of_the_model_itself(squares: Path, tiny_clip: Pat
     import torch
     from transformers import CLIPModel, CLIPProcessor
 
-    from mmdit_lora.evaluate.clip import Clip, kid
+    from mmdit_lora.evaluation.clip import Clip, kid
 
     clip = Clip(str(tiny_clip))
     picture, layout = drawn(SQUARES), layout_of(SQUARES)

@@ -24,13 +24,13 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit_lora.config import Config
-from mmdit_lora.config_filter import nested
+from mmdit_lora.config.loading import Config
+from mmdit_lora.config.schema import nested
 from mmdit_lora.models import LayoutInputs
 from mmdit_lora.training import trainer
-from mmdit_lora.training.checks import Preflight
 from mmdit_lora.training.loop import StepRecord
-from mmdit_lora.training.run import prepare_run
+from mmdit_lora.training.preflight import Preflight
+from mmdit_lora.training.setup import prepare_run
 from mmdit_lora.training.step import Objective, losses, predict
 from mmdit_lora.training.tracking import NullTracker
 from tests.test_layout_stream_method import stock_sd3

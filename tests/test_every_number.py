@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from mmdit_lora import Box, Layout, ranges
-from mmdit_lora.cli import app, main
-from mmdit_lora.config import Config
-from mmdit_lora.config_filter import FilterSection
+from mmdit_lora import Box, Layout
+from mmdit_lora.cli.main import app, main
+from mmdit_lora.config import ranges
+from mmdit_lora.config.loading import Config
+from mmdit_lora.config.schema import FilterSection
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import load_adapter, remove_adapter
 from mmdit_lora.pipelines import load_pipeline

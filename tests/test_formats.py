@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.data.formats import FORMATS, format_table, read_format, write_format
 from mmdit_lora.data.formats.common import MissingPictureError, Pictures
 from mmdit_lora.data.records import read_dataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import json
 import re
@@ -17,28 +18,26 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mmdit_lora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From left to right; a room imports only from itself and from rooms on its left.
+# The rooms from the lowest to the highest; a file imports only from its own room and from lower ones.
 ROOMS = (
-    ("layout", "boxes", "errors", "locks", "files", "json_files", "outputs", "html", "hub", "ranges"),
-    ("config", "config_filter", "config_sections", "config_version", "config_yaml"),
+    ("", "layout", "boxes", "errors", "locks", "files", "json_files", "outputs", "flow"),
+    ("config",),
     ("models",),
+    ("visual",),
     ("data",),
     ("lora",),
-    ("flow",),
     ("pipelines",),
-    ("evaluate",),
+    ("evaluation",),
     ("training",),
-    ("export", "export_read", "export_creatilayout"),
-    ("plan",),
+    ("export",),
     ("analysis",),
-    ("quickstart",),
-    ("cli", "studio", "start"),
+    ("cli", "studio", "__main__"),
 )
 # Only the families' own files and the places that list them know their names.
 FAMILY_NAME = re.compile(r"sd3|stable_?diffusion|flux", re.IGNORECASE)
 CHECKPOINT_NAME = re.compile(r"\b(sd3(\.5)?|flux)-[a-z]+\b")  # of a published one, as help texts give examples
-KNOW_FAMILIES = {f"models/{name}.py" for name in ("__init__", "families", "sd3", "flux", "flux_blocks", "creatilayout")}
-KNOW_FAMILIES |= {f"pipelines/{name}.py" for name in ("__init__", "stable_diffusion_3", "flux")}
+KNOW_FAMILIES = {f"models/{name}.py" for name in ("__init__", "families", "sd3", "flux", "creatilayout")}
+KNOW_FAMILIES |= {f"pipelines/{name}.py" for name in ("__init__", "loading", "stable_diffusion_3", "flux")}
 HEAVY = (
     "torch",
     "torchvision",
@@ -53,10 +52,18 @@ HEAVY = (
 )
 
 
+def module_of(file: Path) -> str:
+    """The dotted name under which Python imports a file of the package."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
 def room_of(module: str) -> int:
-    """Place of `mmdit_lora.<name>...` in `ROOMS`; all cli files are one room."""
-    name = module.split(".")[1]
-    name = "cli" if name.startswith("cli_") else name
+    """Place of `mmdit_lora.<name>...` in `ROOMS`."""
+    name = f"{module}.".split(".")[1]
     for place, names in enumerate(ROOMS):
         if name in names:
             return place
@@ -64,29 +71,34 @@ def room_of(module: str) -> int:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Modules of the package that a file imports, inside functions too, those for type checking too."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    """Modules of the package that a file imports, inside functions too, but not those for type checking alone."""
+    nodes: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("mmdit_lora."))
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "mmdit_lora")
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: a relative import"
-            if node.module == "mmdit_lora":
-                yield from (
-                    f"mmdit_lora.{a.name}"
-                    for a in node.names
-                    if (PACKAGE / a.name).is_dir() or (PACKAGE / f"{a.name}.py").exists()
-                )
-            elif node.module and node.module.startswith("mmdit_lora."):
-                yield node.module
+            if node.module and node.module.split(".")[0] == "mmdit_lora":
+                names = (f"{node.module}.{alias.name}" for alias in node.names)
+                yield from (name if name in MODULES else node.module for name in names)
+        nodes.extend(ast.iter_child_nodes(node))
 
 
-@pytest.mark.parametrize(
-    "file", [f for f in FILES if f != PACKAGE / "__init__.py"], ids=lambda f: f.relative_to(ROOT).as_posix()
-)
-def test_rooms_import_leftwards_only(file: Path) -> None:
-    own = room_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_a_file_imports_from_lower_rooms_only(file: Path) -> None:
+    own = room_of(module_of(file))
     wrong = [module for module in imports(file) if room_of(module) > own]
-    assert not wrong, f"{file.name} imports from rooms on its right: {wrong}"
+    assert not wrong or file == PACKAGE / "__init__.py", f"{file.name} imports from higher rooms: {wrong}"
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    graph = {module: set(imports(file)) - {module} for module, file in MODULES.items()}
+    assert set().union(*graph.values()) <= set(MODULES)
+    assert sum(map(len, graph.values())) > len(MODULES)  # imports were found at all
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def code_alone(text: str) -> str:
@@ -123,7 +135,7 @@ def test_nothing_but_the_families_own_files_knows_their_names(file: Path) -> Non
 )
 def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
     script = (
-        "import sys; from mmdit_lora.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from mmdit_lora.cli.main import main; code = main(sys.argv[1:]);"
         f"print('LOADED', [n for n in {HEAVY} if n in sys.modules]); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, cwd=ROOT)

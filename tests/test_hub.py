@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
-from mmdit_lora.hub import local_copy
+from mmdit_lora.models.hub import local_copy
 from tests.creatilayout_files import write_files
 
 Capture = pytest.CaptureFixture[str]

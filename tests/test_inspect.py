@@ -19,7 +19,7 @@ from mmdit_lora.analysis.inspect_page import advice, page
 from mmdit_lora.analysis.inspection import Inspection, block_of, inspect_adapter, suggest
 from mmdit_lora.analysis.resize import resize_adapter
 from mmdit_lora.analysis.updates import open_adapter
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.lora import add_layout_lora, merge_adapter, save_adapter
 from mmdit_lora.outputs import MARKER
 from tests.adapter_makers import make_adapter, rank_four

@@ -16,14 +16,14 @@ from torch import nn
 
 from mmdit_lora import Layout
 from mmdit_lora.errors import InputError, shown
-from mmdit_lora.evaluate.detectors import Detection
-from mmdit_lora.evaluate.picture_store import PLAN, PictureStore
-from mmdit_lora.evaluate.seen_store import SeenStore
+from mmdit_lora.evaluation.detection_cache import SeenStore
+from mmdit_lora.evaluation.detectors import Detection
+from mmdit_lora.evaluation.image_cache import PLAN, PictureStore
 from mmdit_lora.files import json_text, printable, write_json, write_text
 from mmdit_lora.json_files import read_kept, read_object
 from mmdit_lora.outputs import MARKER, Marker
 from mmdit_lora.training.checkpoint import STATE, WEIGHTS, Checkpoint, State, checkpoints, save_checkpoint
-from mmdit_lora.training.journal import JOURNAL, with_journal
+from mmdit_lora.training.resumable_tracker import JOURNAL, with_journal
 
 DAMAGED: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
@@ -200,7 +200,7 @@ def test_damaged_digests_have_their_pictures_painted_again(
         painted.append(len(part))
         return [Image.new("RGB", (4, 4), (seed, 0, 0)) for _ in part]
 
-    monkeypatch.setattr("mmdit_lora.evaluate.picture_store.paint", paint)
+    monkeypatch.setattr("mmdit_lora.evaluation.image_cache.paint", paint)
     settings: Any = type("Settings", (), {"batch_size": 2})
     digests = tmp_path / "pictures" / "base" / "digests.json"
     for want in ([2, 1], [2, 1], [2, 1, 2, 1]):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.files import RESERVED
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.trainer import train

@@ -12,11 +12,11 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
-from mmdit_lora.training.opening import open_base
+from mmdit_lora.training.load_base import open_base
 from mmdit_lora.training.step import Objective, losses
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mmdit_lora import cli
-from mmdit_lora.cli import main
-from mmdit_lora.config import load_config
+from mmdit_lora.cli import main as cli
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import load_config
 from mmdit_lora.layout import read_layouts
 from tests.data_makers import annotation, dataset, line, objects, picture, voc
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.data.formats import read_format
 from tests.data_makers import picture
 from tests.format_makers import (

@@ -23,8 +23,8 @@ import yaml
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from mmdit_lora.cli import app, main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import app, main
+from mmdit_lora.config.loading import Config
 from tests.format_makers import MAKERS, options, source
 from tests.time_limit import at_most
 
@@ -35,7 +35,7 @@ IMAGES = {".png", ".jpg", ".jpeg"}
 @pytest.fixture(autouse=True, scope="module")
 def imported() -> None:
     """The libraries take seconds to come, whatever the input."""
-    import mmdit_lora.export
+    import mmdit_lora.export.export
     import mmdit_lora.training.trainer  # noqa: F401
 
 
@@ -374,11 +374,11 @@ def adapter_cases() -> dict[str, Fault]:
 @pytest.fixture
 def one_base(monkeypatch: pytest.MonkeyPatch, base: Path) -> Any:
     """`base`, opened once for all: a refused adapter leaves it as it was, which is looked at too."""
-    import mmdit_lora.export
+    import mmdit_lora.export.export
     import mmdit_lora.pipelines
 
     pipe = _opened(base)
-    for module in (mmdit_lora.export, mmdit_lora.pipelines):
+    for module in (mmdit_lora.export.export, mmdit_lora.pipelines):
         monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: pipe)
     return pipe
 

@@ -16,9 +16,9 @@ from peft import PeftModel
 from PIL import Image
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.cli import main
-from mmdit_lora.export import Target, export_adapter
-from mmdit_lora.export_read import answers, read
+from mmdit_lora.cli.main import main
+from mmdit_lora.export.export import Target, export_adapter
+from mmdit_lora.export.read_back import answers, read
 from mmdit_lora.lora import add_layout_lora, base_fingerprint, load_adapter, save_adapter
 from mmdit_lora.pipelines import load_pipeline
 from tests.tiny import trained_adapter
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {"trained": folder / "trained"}
     with pytest.MonkeyPatch.context() as patch:
         # A fresh process costs seconds: `-m slow` has it, in tests/test_export.py.
-        patch.setattr("mmdit_lora.export._read_back", lambda to, path, base: answers(read(to, str(path), base)))
+        patch.setattr("mmdit_lora.export.export._read_back", lambda to, path, base: answers(read(to, str(path), base)))
         for to in FORMATS:
             made[to] = folder / (f"{to}.safetensors" if to == "kohya" else to)
             export_adapter(made["trained"], to=to, out=made[to], base=str(BASE))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.training.fill_cache import fill_cache
-from mmdit_lora.training.opening import open_base, open_encoders
-from mmdit_lora.training.run_data import run_buckets
+from mmdit_lora.training.load_base import open_base, open_encoders
+from mmdit_lora.training.setup import run_buckets
 from mmdit_lora.training.trainer import train
 from tests.data_makers import line, objects, picture
 from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer

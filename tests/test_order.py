@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdit_lora.data.order import epoch_order, seeded
+from mmdit_lora.data.sampler import epoch_order, seeded
 
 blocks_of = st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(lambda sizes: sum(sizes) > 0)
 

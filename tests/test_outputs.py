@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from mmdit_lora import files, outputs
-from mmdit_lora.cli import app, main
+from mmdit_lora.cli.main import app, main
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import RESERVED, atomic_file, atomic_folder
 from mmdit_lora.locks import FolderLock, this_process
@@ -749,7 +749,7 @@ def test_empty_temporaries_of_earlier_versions_are_removed(tmp_path: Path) -> No
 
 
 def start(*argv: object, **more: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mmdit_lora.cli", *map(str, argv)]
+    command = [sys.executable, "-m", "mmdit_lora", *map(str, argv)]
     return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **more)
 
 
@@ -777,7 +777,7 @@ def test_a_signal_at_any_moment_gives_one_message(number: int, inputs: Inputs, t
 
 @pytest.mark.parametrize("redirection", [">&-", "> /dev/full", "| head -c 0", "> /dev/full 2>&1", ">&- 2>&-"])
 def test_a_standard_output_that_takes_nothing(redirection: str) -> None:
-    command = f"{sys.executable} -m mmdit_lora.cli data formats --json {redirection}"
+    command = f"{sys.executable} -m mmdit_lora data formats --json {redirection}"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-import mmdit_lora.analysis.attribution
+import mmdit_lora.analysis.attribute
 import mmdit_lora.analysis.inspect_page
 import mmdit_lora.analysis.resize
-import mmdit_lora.models.creatilayout_import
-import mmdit_lora.quickstart
+import mmdit_lora.cli.quickstart
+import mmdit_lora.models.import_creatilayout
 from mmdit_lora import files
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.files import RESERVED
 from tests.creatilayout_files import write_files
 from tests.test_outputs import VERBS, Inputs, call, copy, out_name
@@ -63,7 +63,7 @@ def one_life(argv: list[str], count_file: str, step: int | None, quick: str) -> 
         return wrapper
 
     os.chdir(ROOT)
-    quickstart: Any = mmdit_lora.quickstart
+    quickstart: Any = mmdit_lora.cli.quickstart
     quickstart.TRAIN_PICTURES, quickstart.HELD_OUT_PICTURES, quickstart.SHOWN = 8, 6, 4
     quickstart.EXPORTS = ("peft",)
     quickstart.CONFIG = quick

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import read_dataset
-from mmdit_lora.evaluate.report import markdown, page
-from mmdit_lora.evaluate.sides import evaluate
-from mmdit_lora.html import code_markdown, escape_markdown
+from mmdit_lora.evaluation.evaluate import evaluate
+from mmdit_lora.evaluation.report import markdown, page
 from mmdit_lora.pipelines import PaintSettings
-from mmdit_lora.training.card import adapter_card
+from mmdit_lora.training.model_card import adapter_card
+from mmdit_lora.visual.page import code_markdown, escape_markdown
 
 HOSTILE = 'a<script>alert(1)|`b` *c* [d](e) & "f" \n# g'  # without "/": a card names a folder by its last part
 

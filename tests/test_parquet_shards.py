@@ -12,10 +12,10 @@ import fsspec
 import pytest
 from safetensors.torch import load_file
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
-from mmdit_lora.data.order import WINDOW, epoch_order
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import Record, layout_columns, read_dataset
+from mmdit_lora.data.sampler import WINDOW, epoch_order
 from mmdit_lora.data.shards import is_sharded, open_shards, spread
 from mmdit_lora.data.shards.parquet_part import KEPT, ParquetPart
 from mmdit_lora.errors import InputError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.errors import InputError
 from tests.data_makers import dataset, line

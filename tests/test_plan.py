@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdit_lora.cli import main
-from mmdit_lora.plan.bases import preset_base
-from mmdit_lora.plan.forecast import Setup, empty_batch, forecast, mean_loss, planned_model, set_for
-from mmdit_lora.plan.trace import StepTracer
+from mmdit_lora.analysis.plan.bases import preset_base
+from mmdit_lora.analysis.plan.forecast import Setup, empty_batch, forecast, mean_loss, planned_model, set_for
+from mmdit_lora.analysis.plan.trace import StepTracer
+from mmdit_lora.cli.main import main
 from tests.plan_measured import METHODS, PRESETS, SETUPS, measured_peak, planned, preset_setup, random_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,7 +346,7 @@ def test_wrong_input_is_said_in_one_message(
 
 @pytest.mark.slow
 def test_flux_is_planned_in_two_gigabytes() -> None:
-    command = [sys.executable, "-m", "mmdit_lora.cli", "plan", "--family", "flux-dev", "--method", "lora"]
+    command = [sys.executable, "-m", "mmdit_lora", "plan", "--family", "flux-dev", "--method", "lora"]
     command += ["--resolution", "1024", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None

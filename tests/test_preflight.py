@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.outputs import MARKER
 from mmdit_lora.pipelines import load_pipeline
-from mmdit_lora.training import needs, preflight, run, trainer, trial
+from mmdit_lora.training import preflight, trainer
+from mmdit_lora.training import preflight as needs
+from mmdit_lora.training import preflight as trial
+from mmdit_lora.training import setup as run
 from mmdit_lora.training.checkpoint import checkpoints, trainable_parameters
-from mmdit_lora.training.checks import Preflight
 from mmdit_lora.training.full_disk import DiskFull, told_when_full
-from mmdit_lora.training.needs import duration_text, events, size_text
+from mmdit_lora.training.preflight import Preflight, duration_text, events, size_text
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, stop_after
 from tests.test_trainer import make_config as config_of

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.prior import prior_losses, without_adapter
-from mmdit_lora.training.run import Run
+from mmdit_lora.training.prior_preservation import prior_losses, without_adapter
+from mmdit_lora.training.setup import Run
 from mmdit_lora.training.step import Objective, predict
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config

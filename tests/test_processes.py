@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.training.checkpoint import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,16 @@ def write_config(folder: Path, name: str, base: Path, pictures: Path, **changes:
 
 
 def two_processes(config: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mmdit_lora.cli", "train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "mmdit_lora",
+        "train",
+    ]
     return subprocess.Popen(
         [*command, str(config), "train.batch_size=2", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

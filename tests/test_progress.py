@@ -10,8 +10,8 @@ import time
 import pytest
 from rich.console import Console
 
-from mmdit_lora.cli_progress import ProgressLines, TimeLeft, clock
-from mmdit_lora.training.meter import Meter
+from mmdit_lora.cli.output import ProgressLines, TimeLeft, clock
+from mmdit_lora.training.throughput import Meter
 
 FIGURES = {"loss": 0.51, "learning_rate": 1e-3, "grad_norm": 0.2, "samples_per_s": 41.3, "memory_gb": 1.25}
 FIGURES |= {"share_data": 0.03, "share_other": 0.01, "tflops": 0.044}

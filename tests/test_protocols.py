@@ -14,8 +14,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdit_lora.evaluate.protocols import PROTOCOLS, Case, Seen
-from mmdit_lora.evaluate.protocols.cocomig import opencv_hsv
+from mmdit_lora.evaluation.protocols import PROTOCOLS, Case, Seen
+from mmdit_lora.evaluation.protocols.cocomig import opencv_hsv
 from tests.format_makers import parquet, write
 
 EXACT = 1e-9

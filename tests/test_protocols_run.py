@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmdit_lora.cli import main
-from mmdit_lora.cli_protocols import score_protocol, write_layouts
+from mmdit_lora.cli.evaluate import score_protocol, write_layouts
+from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluate.protocols import PROTOCOLS
-from mmdit_lora.evaluate.protocols.look import Found
-from mmdit_lora.evaluate.protocols.published import KINDS, as_html, beside, markdown, published
+from mmdit_lora.evaluation.protocols import PROTOCOLS
+from mmdit_lora.evaluation.protocols.published import KINDS, as_html, beside, markdown, published
+from mmdit_lora.evaluation.protocols.runner import Found
 from mmdit_lora.layout import Box, Layout, read_layouts
 from tests.detector_makers import owlv2_folder
 from tests.format_makers import (

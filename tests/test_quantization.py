@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
-from mmdit_lora.export_read import outputs
+from mmdit_lora.export.read_back import outputs
 from mmdit_lora.lora import base_fingerprint, load_adapter, merge_adapter, read_adapter_header
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
-from mmdit_lora.training.opening import NEVER_QUANTISED, check_quantization, open_base
+from mmdit_lora.training.load_base import NEVER_QUANTISED, check_quantization, open_base
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_layout_stream_method import stock_sd3, weights_of
@@ -139,7 +139,7 @@ def test_nf4_without_a_gpu_is_refused_before_anything_is_opened(data: Path, tmp_
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmdit_lora.training.opening.find_spec", lambda _: None)
+    monkeypatch.setattr("mmdit_lora.training.load_base.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"torchao[\s\S]*uv sync --extra quant"):
         check_quantization("int8")
     check_quantization("none")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit_lora.cli import main
-from mmdit_lora.evaluate.sides import evaluate
+from mmdit_lora.cli.main import main
+from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.lora import add_layout_lora
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline
 

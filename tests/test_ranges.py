@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from mmdit_lora import ranges
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import main
+from mmdit_lora.config import ranges
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError, NonFiniteError
 from mmdit_lora.layout import Box, Layout

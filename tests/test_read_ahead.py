@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.shards import open_shards
 from mmdit_lora.data.shards.ahead import ReadAhead, held

@@ -13,9 +13,8 @@ from PIL import Image, ImageFilter
 
 from mmdit_lora.data.shapes import COLORS, DOMAINS, SHAPES, make_scene, phrase_attributes, shape_coverage
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluate import Detection, Fidelity, detect, detect_all, measure, per_picture, readable, summarise
-from mmdit_lora.evaluate.fit import _draw
-from mmdit_lora.evaluate.reader import _match
+from mmdit_lora.evaluation import Detection, Fidelity, detect, detect_all, measure, per_picture, readable, summarise
+from mmdit_lora.evaluation.detectors.shapes import _draw, _match
 from mmdit_lora.layout import Box, Layout
 
 SCENES = 32

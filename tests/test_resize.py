@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmdit_lora.analysis.resize import resize_adapter
 from mmdit_lora.analysis.updates import open_adapter
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.lora import read_adapter_config, read_adapter_header
 from tests.adapter_makers import make_adapter, rank_four
 from tests.tiny import tiny_transformer, velocity

@@ -13,10 +13,10 @@ from PIL import Image, ImageFilter
 
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluate import Detection, per_picture
-from mmdit_lora.evaluate.detectors import Detector, SelfTest, match, open_detector, self_test
-from mmdit_lora.evaluate.detectors.matching import iou_table
-from mmdit_lora.evaluate.detectors.self_testing import TRUSTED, USELESS, shifted
+from mmdit_lora.evaluation import Detection, per_picture
+from mmdit_lora.evaluation.detectors import Detector, SelfTest, match, open_detector, self_test
+from mmdit_lora.evaluation.detectors.matching import iou_table
+from mmdit_lora.evaluation.detectors.self_testing import TRUSTED, USELESS, shifted
 from mmdit_lora.layout import Box, Layout
 
 

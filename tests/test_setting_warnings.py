@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.pipelines.texts import long_texts
-from mmdit_lora.training.preflight import preflight
-from mmdit_lora.training.setting_warnings import idle_keys, setting_warnings
+from mmdit_lora.training.preflight import idle_keys, preflight, setting_warnings
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_preflight import short_texts
 from tests.test_trainer import make_config

@@ -18,11 +18,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import checkpoints
+from mmdit_lora.training.deepspeed import set_engine
 from mmdit_lora.training.sharding import check_sharding
-from mmdit_lora.training.zero import set_engine
 from tests.test_trainer import make_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +188,7 @@ def test_accelerates_own_launcher_starts_a_run(base: Path, data: Path, tmp_path:
         str(ROOT / "configs/accelerate/one_gpu.yaml"),
     ]
     done = subprocess.run(
-        [*launcher, "-m", "mmdit_lora.cli", "train", str(config)],
+        [*launcher, "-m", "mmdit_lora", "train", str(config)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -209,6 +209,6 @@ def test_spread_by_accelerates_config_on_gpus(kind: str, base: Path, data: Path,
     config = written(tmp_path, "run", base, data, 2, average=kind == "fsdp2")
     file = str(ROOT / "configs" / "accelerate" / f"{kind}.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
-    done = subprocess.run([*command, "-m", "mmdit_lora.cli", "train", str(config)], cwd=ROOT, check=False)
+    done = subprocess.run([*command, "-m", "mmdit_lora", "train", str(config)], cwd=ROOT, check=False)
     assert done.returncode == 0
     assert (tmp_path / "run" / "adapter").is_dir()

@@ -21,19 +21,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.buckets import make_buckets, record_bucket
-from mmdit_lora.data.order import epoch_order
 from mmdit_lora.data.records import Record, read_dataset
+from mmdit_lora.data.sampler import epoch_order
 from mmdit_lora.data.shards import ShardedRecords, Subset, is_sharded, open_shards, spread
 from mmdit_lora.data.shards.store import expand, find
 from mmdit_lora.data.shards.write import ShardWriter, write_shards
+from mmdit_lora.data.split import fingerprint_records
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 from mmdit_lora.training.examples import sizes_of
-from mmdit_lora.training.run_data import read_data
-from mmdit_lora.training.split import fingerprint_records
+from mmdit_lora.training.setup import read_data
 from mmdit_lora.training.trainer import train
 from tests.test_trainer import stop_after
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from mmdit_lora.analysis.spectrum import phi as similarity
-from mmdit_lora.analysis.study import runs as study_runs
-from mmdit_lora.analysis.study.budget import ALL, ATTENTION, BOTH, ONE, OTHER, BudgetStudy, groups, spend
-from mmdit_lora.analysis.study.intrinsic import IntrinsicDimensionStudy
-from mmdit_lora.analysis.study.methods import FULL, LORA, MethodsStudy
-from mmdit_lora.analysis.study.rank import RankStudy
-from mmdit_lora.analysis.study.setup import Arm, Scan, Setup
-from mmdit_lora.analysis.study.similarity import adapter_directions, directions
-from mmdit_lora.analysis.study.statistics import (
+from mmdit_lora.analysis.studies import runs as study_runs
+from mmdit_lora.analysis.studies.budget import ALL, ATTENTION, BOTH, ONE, OTHER, BudgetStudy, groups, spend
+from mmdit_lora.analysis.studies.intrinsic import IntrinsicDimensionStudy
+from mmdit_lora.analysis.studies.methods import FULL, LORA, MethodsStudy
+from mmdit_lora.analysis.studies.rank import RankStudy
+from mmdit_lora.analysis.studies.setup import Arm, Scan, Setup
+from mmdit_lora.analysis.studies.similarity import adapter_directions, directions
+from mmdit_lora.analysis.studies.statistics import (
     Curve,
     Interval,
     above,
@@ -31,15 +31,15 @@ from mmdit_lora.analysis.study.statistics import (
     log_ratio,
     mean_interval,
 )
-from mmdit_lora.analysis.study.study import STUDIES, run_study
-from mmdit_lora.analysis.study.table import Table
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.analysis.studies.study import STUDIES, run_study
+from mmdit_lora.analysis.studies.table import Table
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import add_layout_lora
 from mmdit_lora.lora.subspace import subspace_linears
-from mmdit_lora.training.method import lora_config
 from mmdit_lora.training.stopping import Diverged
+from mmdit_lora.training.trainable import lora_config
 from tests.tiny import tiny_transformer
 
 
@@ -278,7 +278,7 @@ def test_the_bootstrap_of_d90_is_the_same_each_time_and_holds_infinity() -> None
 def test_a_stopped_study_goes_on_and_does_no_finished_run_again(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmdit_lora.analysis.study import worker
+    from mmdit_lora.analysis.studies import worker
 
     setup = make_setup(base, data, tmp_path / "study", seeds=(0,))
     done: list[str] = []
@@ -394,7 +394,7 @@ def test_a_scan_goes_on_beyond_a_best_rate_at_its_end(
 def test_a_trial_may_diverge_and_a_run_may_not(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmdit_lora.analysis.study import worker
+    from mmdit_lora.analysis.studies import worker
 
     def diverge(config: Config, **_: Any) -> None:
         raise Diverged(f"too far at {config.train.learning_rate}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import load_adapter, save_adapter
-from mmdit_lora.lora.adapt import add_layout_lora
+from mmdit_lora.lora.inject import add_layout_lora
 from mmdit_lora.lora.style import StyleReport
 from tests.pipeline_makers import RED, attention_kwargs_seen, differ, paint
 from tests.style_makers import AB, ENCODERS, METHODS, NAMES, PLACES, Make, Maker, StyleFile, make_pipe

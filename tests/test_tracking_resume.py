@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.checkpoint import checkpoints
-from mmdit_lora.training.journal import JOURNAL, with_journal
+from mmdit_lora.training.resumable_tracker import JOURNAL, with_journal
 from mmdit_lora.training.tracking import Tracker
 from mmdit_lora.training.trainer import train
 from tests.test_kill import train_here
@@ -107,7 +107,7 @@ def test_a_killed_and_resumed_run_is_one_curve(
 def test_a_wandb_run_holds_fingerprints_and_the_adapter_with_its_card(base: Path, data: Path, tmp_path: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    from mmdit_lora.training.wandb_file import records
+    from mmdit_lora.training.tracking import records
 
     report = train(make_config(base, data, tmp_path, tracking={"tracker": "wandb"})).report
     (run,) = read_offline_runs(tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit_lora.cli import main
+from mmdit_lora.cli.main import main
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import read_adapter_header

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmdit_lora.config import Config, load_config
-from mmdit_lora.data.order import epoch_order
+from mmdit_lora.config.loading import Config, load_config
+from mmdit_lora.data.sampler import epoch_order
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
+from mmdit_lora.data.split import split_records
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import checkpoints
-from mmdit_lora.training.encode import Encoder, TensorCache
+from mmdit_lora.training.encoding import Encoder, TensorCache
 from mmdit_lora.training.held_out import compare_losses
-from mmdit_lora.training.split import split_records
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.tiny import tiny_pipeline, tiny_transformer
 from tests.wandb_reader import read_offline_run

@@ -16,18 +16,18 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.flow import time_weight
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.held_out import HeldOutLosses, layout_matters
 from mmdit_lora.training.loop import StepRecord
-from mmdit_lora.training.meter import Meter
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.stopping import Diverged, Interrupted
+from mmdit_lora.training.throughput import Meter
 from mmdit_lora.training.trainer import prepare_run, train
-from mmdit_lora.training.watch import gradient_norms
+from mmdit_lora.training.validation import gradient_norms
 from tests.test_trainer import adapter_of, make_config
 
 EVERY = {"checkpoint_every": 1, "keep_checkpoints": 20}

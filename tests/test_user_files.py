@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.boxes import READINGS, Boxed, Reading, evidence
-from mmdit_lora.cli import main
-from mmdit_lora.cli_model import given_layouts
-from mmdit_lora.config import load_config
+from mmdit_lora.cli.main import main
+from mmdit_lora.cli.models import given_layouts
+from mmdit_lora.config.loading import load_config
 from mmdit_lora.data.formats import read_format
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import read_dataset, scan_dataset
@@ -30,7 +30,7 @@ from mmdit_lora.errors import InputError, several
 from mmdit_lora.files import read_lines
 from mmdit_lora.layout import MOST_BOXES, MOST_CAPTION, MOST_PHRASE, read_layouts
 from mmdit_lora.models.tensor_files import shard_names
-from mmdit_lora.training.run_data import read_data
+from mmdit_lora.training.setup import read_data
 from tests.data_makers import annotation, dataset, line, objects, picture, voc
 from tests.format_makers import MAKERS, coco_data, options, source, write
 from tests.time_limit import at_most

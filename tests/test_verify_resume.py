@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit_lora.cli import main
-from mmdit_lora.config import Config
-from mmdit_lora.data.batches import BatchPlan
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config
+from mmdit_lora.data.sampler import BatchPlan
 from mmdit_lora.errors import InputError, Stopped
-from mmdit_lora.training import run as run_module
+from mmdit_lora.training import setup as run_module
 from mmdit_lora.training import verify_resume as verify_module
-from mmdit_lora.training.averaging import Averaged
-from mmdit_lora.training.run import Run
-from mmdit_lora.training.verify_compare import end_difference, first_difference, read_rows
-from mmdit_lora.training.verify_resume import verify_resume
+from mmdit_lora.training.ema import Averaged
+from mmdit_lora.training.setup import Run
+from mmdit_lora.training.verify_resume import end_difference, first_difference, read_rows, verify_resume
 from tests.test_trainer import make_config
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mmdit_lora.cli import app
+from mmdit_lora.cli.main import app
 from mmdit_lora.data.formats import Source, read_format
 from mmdit_lora.errors import InputError
 from tests.data_makers import annotation, picture, voc

@@ -1,4 +1,4 @@
-"""Read back what W&B wrote offline, from the bytes of the run file (`mmdit_lora/training/wandb_file.py`): for tests."""
+"""Read back what W&B wrote offline, from the bytes of the run file (`mmdit_lora/training/tracking.py`): for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.training.wandb_file import records
+from mmdit_lora.training.tracking import records
 
 
 @dataclass

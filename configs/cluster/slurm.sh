@@ -17,4 +17,4 @@ config=${1:?give the config of the run}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node 8 \
   --rdzv_backend c10d --rdzv_endpoint "$first:29500" --rdzv_id "$SLURM_JOB_ID" \
-  -m mmdit_lora.cli train "$config" --resume latest
+  -m mmdit_lora.cli.main train "$config" --resume latest

@@ -18,9 +18,8 @@ from mmdit_lora.analysis.spectrum import rank_holding
 from mmdit_lora.analysis.updates import ADAPTER, OpenedAdapter, Update, open_adapter, updates
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluate.sides import evaluate
+from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import public_name
-from mmdit_lora.html import code_markdown
 from mmdit_lora.lora import (
     CARD,
     CONFIG_FILE,
@@ -31,9 +30,10 @@ from mmdit_lora.lora import (
     remove_adapter,
     save_adapter,
 )
-from mmdit_lora.lora.adapt import inject
+from mmdit_lora.lora.inject import inject
 from mmdit_lora.outputs import MARKER, check_new_folder
 from mmdit_lora.pipelines import PaintSettings
+from mmdit_lora.visual.page import code_markdown
 
 _SECTION = re.compile(r"\n## Resized\n.*?(?=\n## |\Z)", re.DOTALL)
 
@@ -97,7 +97,7 @@ def resize_adapter(
         energy: in (0, 1]: each linear gets the smallest rank that holds this share of its sum of squared singular values.
         base: folder or hub id; None = the one that the adapter names.
         records: a data set on which fidelity is measured before and after.
-        settings, seed, on_progress: of that, see `mmdit_lora.evaluate.sides.evaluate`; the progress names "before" and "after".
+        settings, seed, on_progress: of that, see `mmdit_lora.evaluation.evaluate.evaluate`; the progress names "before" and "after".
 
     Raises:
         InputError: it is no adapter or of another base; every linear is stored at less than `rank`; `out` is the adapter

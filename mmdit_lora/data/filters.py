@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mmdit_lora.config_filter import FilterSection
-from mmdit_lora.config_yaml import parse_yaml
+from mmdit_lora.config.loading import parse_yaml
+from mmdit_lora.config.schema import FilterSection
 from mmdit_lora.data.buckets import Buckets, record_bucket
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError, unknown_key

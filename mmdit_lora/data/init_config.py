@@ -10,9 +10,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mmdit_lora.config import SECTIONS, Config
-from mmdit_lora.config_filter import BucketsSection, Section
-from mmdit_lora.config_yaml import dump_yaml
+from mmdit_lora.config.loading import SECTIONS, Config, dump_yaml
+from mmdit_lora.config.schema import BucketsSection, Section
 from mmdit_lora.data.buckets import MIN_VISIBLE, make_buckets, one_size, parse_ratio, record_bucket
 from mmdit_lora.data.filters import crop_loss
 from mmdit_lora.data.records import Record, read_dataset

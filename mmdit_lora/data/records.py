@@ -21,8 +21,8 @@ from typing import Any
 
 from PIL import Image
 
+from mmdit_lora.data.annotation import BBOX_FORMATS, BBOX_UNITS, COLUMNS, MISSING, parse_layout, text_of
 from mmdit_lora.data.images import image_size, load_image, picture_bytes
-from mmdit_lora.data.lines import BBOX_FORMATS, BBOX_UNITS, COLUMNS, MISSING, parse_layout, text_of
 from mmdit_lora.data.metadata import METADATA, find_metadata, metadata_records
 from mmdit_lora.data.warnings import Warnings
 from mmdit_lora.data.written import hint, read_written, set_evidence

@@ -1,7 +1,7 @@
 """Procedural scenes: coloured shapes on grey backgrounds, with captions, boxes and phrases.
 
 Every picture is a function of (spec, seed, index), so a data set is a few numbers, and what was asked for can be read
-back from the pixels exactly (`mmdit_lora.evaluate.reader`), without a learned judge.
+back from the pixels exactly (`mmdit_lora.evaluation.detectors.shapes`), without a learned judge.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LoRA on the layout stream, on PEFT: find targets, add, freeze, verify, report, save, load, merge."""
 
-from mmdit_lora.lora.adapt import (
+from mmdit_lora.lora.inject import (
     TARGETS,
     LayoutLoraReport,
     adapter_shapes,

@@ -11,7 +11,7 @@ from diffusers.training_utils import cast_training_params
 from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
-from mmdit_lora.lora.adapt import find_targets
+from mmdit_lora.lora.inject import find_targets
 
 _INPUTS = "fc2"  # the factors of a feed-forward part stand behind its activation, so before its second linear
 

@@ -19,9 +19,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mmdit_lora.config.ranges import MAX_UPDATE
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.files import public_name, read_text
-from mmdit_lora.lora.adapt import adapter_shapes, check_joins, find_targets, inject, with_adapter
+from mmdit_lora.lora.inject import Undo, adapter_shapes, check_joins, find_targets, inject, with_adapter
 from mmdit_lora.lora.known_bases import remember_base
 from mmdit_lora.lora.reading import (
     CONFIG_FILE,
@@ -32,10 +33,8 @@ from mmdit_lora.lora.reading import (
     adapter_file,
     read_adapter,
 )
-from mmdit_lora.lora.undo import Undo
 from mmdit_lora.models.adapter_layers import adapter_layers
 from mmdit_lora.outputs import new_folder
-from mmdit_lora.ranges import MAX_UPDATE
 
 logger = logging.getLogger("mmdit_lora")
 

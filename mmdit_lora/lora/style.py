@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdit_lora.config.ranges import FINITE, MAX_UPDATE
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.lora.style_names import EMBEDDINGS, LEAVES, REFUSED, FamilyNames, Place, Places, split_key
-from mmdit_lora.ranges import FINITE, MAX_UPDATE
 
 logger = logging.getLogger("mmdit_lora")
 

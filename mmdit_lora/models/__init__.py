@@ -3,6 +3,7 @@
 from mmdit_lora.models.base import Family, LayoutModelMixin
 from mmdit_lora.models.families import FAMILIES, family_of
 from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
+from mmdit_lora.models.init import StreamInit
 from mmdit_lora.models.layout_stream import (
     LayoutInputs,
     LayoutMLP,
@@ -11,7 +12,6 @@ from mmdit_lora.models.layout_stream import (
     SingleLayoutStream,
 )
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
-from mmdit_lora.models.stream_init import StreamInit
 
 __all__ = [
     "FAMILIES",

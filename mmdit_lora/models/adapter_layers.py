@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from mmdit_lora.config.ranges import ADAPTER_WEIGHT
 from mmdit_lora.errors import InputError, clip, listed
-from mmdit_lora.ranges import ADAPTER_WEIGHT
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mmdit_lora.config.ranges import Range, check_adapter_weights
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import exists, nearest, output_path, public_name, write_json, written_as_path
-from mmdit_lora.hub import no_such_base
 from mmdit_lora.json_files import read_object
 from mmdit_lora.models.adapter_layers import (
     adapter_layers,
@@ -31,9 +31,9 @@ from mmdit_lora.models.adapter_layers import (
     weights_by_adapter,
     without_adapters,
 )
+from mmdit_lora.models.hub import no_such_base
+from mmdit_lora.models.init import STREAM_INITS, StreamInit, copy_from_block
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
-from mmdit_lora.models.stream_init import STREAM_INITS, StreamInit, copy_from_block
-from mmdit_lora.ranges import Range, check_adapter_weights
 
 logger = logging.getLogger("mmdit_lora")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
-from mmdit_lora.hub import no_such_base
 from mmdit_lora.models import flux, sd3
 from mmdit_lora.models.base import Family, LayoutModelMixin, check_sizes
+from mmdit_lora.models.hub import no_such_base
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,

@@ -19,7 +19,7 @@ from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
-from mmdit_lora.models.layout_attention import JointAttnProcessor, LayoutCrossAttention, RotaryEmbedding
+from mmdit_lora.models.attention import JointAttnProcessor, LayoutCrossAttention, RotaryEmbedding
 
 FOURIER_FREQUENCIES = 8
 FOURIER_DIM = FOURIER_FREQUENCIES * 2 * 4  # sine and cosine of four coordinates

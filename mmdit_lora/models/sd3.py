@@ -19,8 +19,8 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from mmdit_lora.models.adapter_layers import scaled_by_attention_kwargs
+from mmdit_lora.models.attention import JointAttnProcessor, LayoutCrossAttention
 from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
-from mmdit_lora.models.layout_attention import JointAttnProcessor, LayoutCrossAttention
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor, LayoutStream
 
 __all__ = ["LayoutSD3Transformer2DModel", "LayoutSD3TransformerBlock", "ModelMixin"]

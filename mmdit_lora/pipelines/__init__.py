@@ -2,16 +2,13 @@
 
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.flux import LayoutFluxImg2ImgPipeline, LayoutFluxInpaintPipeline, LayoutFluxPipeline
-from mmdit_lora.pipelines.loading import load_pipeline, quiet
-from mmdit_lora.pipelines.painting import PaintSettings, paint
+from mmdit_lora.pipelines.loading import PIPELINES, load_pipeline, quiet
+from mmdit_lora.pipelines.sampling import PaintSettings, paint
 from mmdit_lora.pipelines.stable_diffusion_3 import (
     LayoutStableDiffusion3Img2ImgPipeline,
     LayoutStableDiffusion3InpaintPipeline,
     LayoutStableDiffusion3Pipeline,
 )
-
-# The families: what `load_pipeline` opens.
-PIPELINES: tuple[type[LayoutPipeline], ...] = (LayoutStableDiffusion3Pipeline, LayoutFluxPipeline)
 
 __all__ = [
     "PIPELINES",

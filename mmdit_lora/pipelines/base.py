@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmdit_lora.config.ranges import Range, check_arguments, check_window
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.errors import InputError, NonFiniteError, clip, listed
 from mmdit_lora.files import exists, output_path
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import adapter_file, is_layout_adapter_file, load_adapter, merged_copy, same_adapter
+from mmdit_lora.lora.inject import Undo
 from mmdit_lora.lora.style import StyleReport
-from mmdit_lora.lora.undo import Undo
 from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, scaled_adapters, without_adapters
 from mmdit_lora.models.base import (
     LayoutModelMixin,
@@ -42,7 +43,6 @@ from mmdit_lora.models.base import (
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.pipelines.finite import each_finite, require_finite
 from mmdit_lora.pipelines.styles import StyleLoader
-from mmdit_lora.ranges import Range, check_arguments, check_window
 
 # What `from_pretrained` of a pipeline and of its transformer both take.
 _SHARED_OPTIONS = (

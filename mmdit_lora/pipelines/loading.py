@@ -15,10 +15,15 @@ from huggingface_hub import snapshot_download
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
-from mmdit_lora.hub import check_base_folder, no_such_base
 from mmdit_lora.models.base import refuse_pickled_weights
+from mmdit_lora.models.hub import check_base_folder, no_such_base
 from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
+from mmdit_lora.pipelines.flux import LayoutFluxPipeline
+from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
+
+# The families: what `load_pipeline` opens.
+PIPELINES: tuple[type[LayoutPipeline], ...] = (LayoutStableDiffusion3Pipeline, LayoutFluxPipeline)
 
 
 def load_pipeline(
@@ -40,8 +45,6 @@ def load_pipeline(
         InputError: there is no such folder or repository, it is no pipeline folder, of another family, or its weights
             are not those of its config.
     """
-    from mmdit_lora.pipelines import PIPELINES
-
     folder = Path(base)
     if exists(folder):
         check_base_folder(folder)

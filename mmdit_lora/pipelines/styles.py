@@ -15,12 +15,13 @@ from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
 from transformers import PreTrainedModel
 
+from mmdit_lora.config.ranges import ADAPTER_WEIGHT, check_adapter_weights
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.lora import is_layout_adapter, keep_active
+from mmdit_lora.lora.inject import Undo
 from mmdit_lora.lora.style import StylePart, StyleReport, read_style
 from mmdit_lora.lora.style_files import fetch_style
 from mmdit_lora.lora.style_names import FamilyNames
-from mmdit_lora.lora.undo import Undo
 from mmdit_lora.models.adapter_layers import (
     check_adapter_name,
     check_blocks,
@@ -34,7 +35,6 @@ from mmdit_lora.models.adapter_layers import (
     scaled_adapters,
     weights_by_adapter,
 )
-from mmdit_lora.ranges import ADAPTER_WEIGHT, check_adapter_weights
 
 logger = logging.getLogger("mmdit_lora")
 

@@ -16,18 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_lora.config import Config
-from mmdit_lora.data.batches import BatchPlan, box_count_group
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.buckets import Buckets, Size, record_bucket, size_counts
 from mmdit_lora.data.collate import collate_layouts
-from mmdit_lora.data.order import epoch_order, seeded
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.sampler import BatchPlan, box_count_group, epoch_order, seeded
 from mmdit_lora.data.shards import ShardedRecords, Subset
 from mmdit_lora.data.shards.ahead import ReadAhead
 from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
-from mmdit_lora.training.encode import CACHE_BYTES, Encoder
+from mmdit_lora.training.encoding import CACHE_BYTES, Encoder
 from mmdit_lora.training.step import Batch
 
 _MOST_KNOWN = 100_000  # views whose place in the store is remembered: about 1 kB each

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.encode import Encoder
-from mmdit_lora.training.encode_store import EncodingStore
+from mmdit_lora.training.encoding import Encoder, EncodingStore
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.opening import DTYPES, open_encoders
-from mmdit_lora.training.run_data import read_data, run_buckets
+from mmdit_lora.training.load_base import DTYPES, open_encoders
+from mmdit_lora.training.setup import read_data, run_buckets
 
 Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mmdit_lora.errors import Stopped
 from mmdit_lora.files import space_error
 from mmdit_lora.training.checkpoint import checkpoints
-from mmdit_lora.training.output import CHECKPOINTS
+from mmdit_lora.training.run_dir import CHECKPOINTS
 
 
 class DiskFull(Stopped):

@@ -1,4 +1,4 @@
-"""The held-out pictures: their denoising loss, paired against the base, and what is painted from their layouts."""
+"""The held-out images: their denoising loss, paired against the base, and what is sampled from their layouts."""
 
 from __future__ import annotations
 

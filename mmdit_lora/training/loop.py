@@ -15,17 +15,17 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from mmdit_lora.data.order import seeded
+from mmdit_lora.data.sampler import seeded
 from mmdit_lora.training.checkpoint import checkpoints, trainable_parameters
-from mmdit_lora.training.meter import Meter
-from mmdit_lora.training.output import CHECKPOINTS
-from mmdit_lora.training.prior import prior_losses
-from mmdit_lora.training.run import Run
+from mmdit_lora.training.prior_preservation import prior_losses
+from mmdit_lora.training.run_dir import CHECKPOINTS
+from mmdit_lora.training.setup import Run
 from mmdit_lora.training.sharding import whole
 from mmdit_lora.training.step import Batch, losses
 from mmdit_lora.training.stopping import Diverged, Interrupted, check_losses, noticed_signals
+from mmdit_lora.training.throughput import Meter
 from mmdit_lora.training.tracking import NullTracker, Tracker
-from mmdit_lora.training.watch import gradient_norms, is_due, watch
+from mmdit_lora.training.validation import gradient_norms, is_due, watch
 
 _AHEAD = 2  # batches of this process that are read ahead
 

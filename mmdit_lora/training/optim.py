@@ -10,7 +10,7 @@ from diffusers.optimization import get_scheduler
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from mmdit_lora.config import Config, TrainSection
+from mmdit_lora.config.loading import Config, TrainSection
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import trainable_parameters
 

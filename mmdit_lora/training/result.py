@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from mmdit_lora import __version__
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.lora import save_adapter
 from mmdit_lora.outputs import new_folder
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
-from mmdit_lora.training.card import PICTURES, adapter_card
 from mmdit_lora.training.checkpoint import trainable_parameters
-from mmdit_lora.training.method import fold
-from mmdit_lora.training.opening import stored_dtype, stream_options
-from mmdit_lora.training.output import SAMPLES, VERB
+from mmdit_lora.training.load_base import stored_dtype, stream_options
+from mmdit_lora.training.model_card import PICTURES, adapter_card
+from mmdit_lora.training.run_dir import SAMPLES, VERB
+from mmdit_lora.training.trainable import fold
 
 
 def save_result(

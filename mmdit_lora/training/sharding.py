@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.zero import is_zero, put_master, whole_master
+from mmdit_lora.training.deepspeed import is_zero, put_master, whole_master
 
 _SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
@@ -49,7 +49,7 @@ def parted(model: nn.Module) -> None:
         model.reshard()
 
 
-def is_sharded(kind: DistributedType) -> bool:
+def shards_parameters(kind: DistributedType) -> bool:
     """Whether a forward of the model needs every process, so that none may validate alone."""
     return kind in _SHARDED
 

@@ -9,25 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.config import Config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, prune_checkpoints, trainable_parameters
-from mmdit_lora.training.checks import Preflight
 from mmdit_lora.training.full_disk import told_when_full
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
-from mmdit_lora.training.journal import with_journal
 from mmdit_lora.training.loop import Progress, Witness, train_loop
-from mmdit_lora.training.output import CHECKPOINTS, CONFIG, REPORT, run_folder
-from mmdit_lora.training.preflight import preflight
-from mmdit_lora.training.prior import without_adapter
+from mmdit_lora.training.preflight import Preflight, preflight
+from mmdit_lora.training.prior_preservation import without_adapter
 from mmdit_lora.training.result import save_result
-from mmdit_lora.training.run import AVERAGE, Run, prepare_run, settle
+from mmdit_lora.training.resumable_tracker import with_journal
+from mmdit_lora.training.run_dir import CHECKPOINTS, CONFIG, REPORT, run_folder
+from mmdit_lora.training.setup import AVERAGE, Run, prepare_run, settle
 from mmdit_lora.training.sharding import parted, whole
 from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.tracking import Tracker, make_tracker
-from mmdit_lora.training.watch import validate
+from mmdit_lora.training.validation import validate
 
 __all__ = ["TrainResult", "prepare_run", "train"]
 

@@ -10,8 +10,8 @@ from html import escape
 from mmdit_lora.data.check.charts import by_powers, columns, heat, rows, thumbnail
 from mmdit_lora.data.check.findings import Example, Finding
 from mmdit_lora.data.check.report import CheckReport
-from mmdit_lora.html import document
 from mmdit_lora.layout import Box
+from mmdit_lora.visual.page import document
 
 
 def page(report: CheckReport, *, title: str, boxes: Sequence[Box]) -> str:

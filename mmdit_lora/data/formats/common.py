@@ -20,7 +20,7 @@ from PIL import Image
 from mmdit_lora import files
 from mmdit_lora.boxes import EDGE_RULE, Four, corners, full_size, overshoot, within_edge
 from mmdit_lora.boxes import clip as clip_box
-from mmdit_lora.config_yaml import construct
+from mmdit_lora.config.loading import construct
 from mmdit_lora.data.images import image_size, load_image, opened
 from mmdit_lora.data.records import Item
 from mmdit_lora.data.warnings import Warnings

@@ -1,0 +1,139 @@
+"""What a study is asked for, and the runs that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmdit_lora.config.loading import Config
+
+QUICK_STEPS, QUICK_PICTURES = 3, 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A study as it was asked for.
+
+    Args:
+        config: an ordinary training config; every run is a variation of it.
+        seeds: one run a setting for each.
+        pictures: held-out layouts that are painted for fidelity, the first ones.
+        quick: two settings and a few steps, to see that all works.
+        old: data set of the base's old domain, where forgetting is measured; None = not measured.
+        bases: for the intrinsic dimension, from small to large; empty = that of the config.
+    """
+
+    name: str
+    config: Config
+    out: Path
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pictures: int = 64
+    quick: bool = False
+    old: str | None = None
+    bases: tuple[str, ...] = ()
+
+    @property
+    def scan_seed(self) -> int:
+        """Of the learning-rate scans: none of the study's own, so that what is reported was not chosen on its draws."""
+        return max(self.seeds) + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the results depend on."""
+        config = self.config.model_dump(mode="json")
+        del config["output_dir"]
+        return {
+            "study": self.name,
+            "config": config,
+            "seeds": list(self.seeds),
+            "pictures": self.pictures,
+            "quick": self.quick,
+            "old": self.old,
+            "bases": list(self.bases),
+        }
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a study.
+
+    Args:
+        setting: what it stands for in tables; together with the seed it is unique.
+        changes: dotted key of the config -> value. None = nothing is trained: the base itself.
+        base: instead of the config's. trial: of a scan: nothing is painted, and it may diverge.
+    """
+
+    setting: str
+    seed: int
+    changes: Mapping[str, Any] | None = field(hash=False, default_factory=dict)
+    base: str | None = None
+    trial: bool = False
+
+    @property
+    def folder(self) -> str:
+        """A name of it for files."""
+        plain = "".join(c if c.isalnum() or c in "=.-" else "_" for c in self.setting)
+        return f"{plain}_seed{self.seed}"
+
+    def config(self, setup: Setup) -> Config:
+        """Of its training: pictures and validation come at the end, and what is encoded is shared by all runs."""
+        values = setup.config.model_dump(mode="json")
+        steps = setup.config.train.max_steps
+        changes = {
+            "output_dir": str(setup.out / "runs" / self.folder),
+            "data.cache": setup.config.data.cache or str(setup.out / "cache"),
+            "train.seed": self.seed,
+            "train.sample_every": 0,
+            "train.validate_every": 0,
+            "train.checkpoint_every": max(1, -(-steps // 3)),
+            "train.keep_checkpoints": 1,
+            "train.early_stop": 0,
+            "train.final": "last",
+            "train.preflight": False,
+            "tracking.tracker": "none",
+            **({} if self.base is None else {"base": self.base}),
+            **(self.changes or {}),
+        }
+        for key, value in changes.items():
+            *above, last = key.split(".")
+            place = values
+            for part in above:
+                place = place[part]
+            place[last] = value
+        return Config.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, and the rule by which it is decided; both are written before the first run."""
+
+    text: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Learning rates to try for a kind of run before the study itself, a third of the steps each, on a seed of its own.
+
+    Args:
+        kind: name of what the rate is for. rates: rising. changes, base: see `Arm`.
+    """
+
+    kind: str
+    rates: Sequence[float]
+    changes: Mapping[str, Any]
+    base: str | None = None
+
+    def arm(self, setup: Setup, rate: float) -> Arm:
+        changes = {
+            **self.changes,
+            "train.learning_rate": rate,
+            "train.max_steps": max(1, setup.config.train.max_steps // 3),
+        }
+        return Arm(f"scan {self.kind} {rate:.2g}", setup.scan_seed, changes, self.base, trial=True)
+
+
+def scaled(rate: float, factors: Sequence[float]) -> list[float]:
+    """Rates to try around the config's."""
+    return [float(f"{rate * factor:.3g}") for factor in factors]

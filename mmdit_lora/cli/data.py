@@ -1,0 +1,693 @@
+"""The verbs that work with data sets: `init` and `data make|check|convert|cache|split|shard|stats|show|formats`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mmdit_lora.cli.options import (
+    BoxFormat,
+    BoxUnits,
+    DataOrShards,
+    DeclaredFormat,
+    DeclaredUnits,
+    FilterOption,
+    Images,
+    JsonFlag,
+    SkipMissing,
+    number,
+)
+from mmdit_lora.cli.output import emit, say
+from mmdit_lora.config.ranges import COUNT, PART, SEED, Range
+from mmdit_lora.errors import InputError, several, shown, unknown_key
+from mmdit_lora.outputs import check_new_file, check_new_folder, new_folder, refuse_inputs
+
+if TYPE_CHECKING:
+    from mmdit_lora.data.records import Item, Record
+if TYPE_CHECKING:
+    from mmdit_lora.data.stats import Stats
+if TYPE_CHECKING:
+    from mmdit_lora.data.check import CheckReport
+    from mmdit_lora.data.records import Record
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verbs to the app."""
+    data = typer.Typer(help="Make, check, convert, split, shard and show data sets.", no_args_is_help=False)
+    app.command("init")(init)
+    for verb in (make, convert, formats, check, split, stats, show, shard, cache):
+        data.command(verb.__name__)(verb)
+    app.add_typer(data, name="data")
+
+
+def init(
+    data: Annotated[str, typer.Argument(help="Data set folder, with its metadata.jsonl.")],
+    base: Annotated[str, typer.Option(help="Pipeline folder or hub id of the base.")] = "data/tiny_base",
+    out: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Write the config here instead of printing it.")
+    ] = None,
+    bbox_format: BoxFormat = "xyxy",
+    bbox_units: BoxUnits = "relative",
+) -> None:
+    """Print a commented config for your own data set."""
+    from mmdit_lora.data.init_config import commented_config
+    from mmdit_lora.files import write_text
+
+    if out is not None:
+        check_new_file(out, verb="init", inputs={"DATA": data, "--base": base})
+    text = commented_config(data, base=base, bbox_format=bbox_format, bbox_units=bbox_units)
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        say(f"wrote {out}: start with `mmdit-lora train {out}`")
+
+
+def make(
+    kind: Annotated[
+        Literal["shapes"], typer.Argument(help="shapes: coloured shapes on grey, with captions and phrases.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    count: Annotated[int, number(COUNT, "--count", help="Number of pictures.")],
+    seed: Annotated[int, number(SEED, "--seed", help="The same seed gives the same pictures.")] = 0,
+    domain: Annotated[str, typer.Option(help="basic | dense | page | mixed")] = "basic",
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a procedural data set."""
+    from mmdit_lora.data.shapes import DOMAINS, write_dataset
+
+    if domain not in DOMAINS:
+        raise unknown_key(domain, DOMAINS, where="--domain")
+    check_new_folder(out, verb="data make")
+    write_dataset(out, DOMAINS[domain], count=count, seed=seed, verb="data make")
+    say(f"wrote {count} pictures of {kind} ({domain}) to {out}")
+    if as_json:
+        emit({"out": str(out), "records": count, "kind": kind, "domain": domain, "seed": seed})
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(help="Folder or file to convert.")],
+    from_: Annotated[str, typer.Option("--from", metavar="FORMAT", help="Its format; `data formats` lists them.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="Format to write; jsonl is what `train` reads.")] = "jsonl",
+    caption: Annotated[
+        str | None,
+        typer.Option(
+            help="Template of the captions.  [default: the set's own, else a photo of {phrases}]", show_default=False
+        ),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="Captions beside the set: a folder of .txt, a .json, or a .jsonl file.")
+    ] = None,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME=PHRASE", help="Phrase of a class; may be given many times."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="A split of the source (VOC: a file in ImageSets/Main).")] = None,
+    images: Images = None,
+    detailed: Annotated[
+        bool, typer.Option("--detailed", help="Take the longer of two descriptions of a box, where a set has both.")
+    ] = False,
+    skip_missing: SkipMissing = False,
+    bbox_format: DeclaredFormat = None,
+    bbox_units: DeclaredUnits = None,
+    holdout: Annotated[
+        float | None,
+        number(PART, "--holdout", help="Write OUT/train and OUT/validation, the latter with this share."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Convert a data set of another format."""
+    from mmdit_lora.data.formats import find_format, read_format, write_format
+
+    find_format(to, option="--to")
+    inputs = {"SRC": src, "--images": images, "--captions": captions}
+    check_new_folder(out, verb="data convert", inputs=inputs)
+    source = read_format(
+        from_,
+        src,
+        split=split,
+        images=images,
+        caption=caption,
+        captions=captions,
+        phrases=_phrase_map(map_ or []),
+        detailed=detailed,
+        bbox_format=bbox_format,
+        bbox_units=bbox_units,
+        skip_missing=skip_missing,
+    )
+    parts = {"": source.records} if holdout is None else _held_out(source.records, holdout, src)
+    names = _file_names(source.records)
+    write_format(to, out, {part: _items(records, names) for part, records in parts.items()})
+    counts = {"records": len(source.records)} | {part: len(records) for part, records in parts.items() if part}
+    warnings = [*source.warnings, *(f"{n} {what} were left out" for what, n in source.left_out.items())]
+    for line in (*(f"warning: {warning}" for warning in warnings), *source.remarks):
+        say(line)
+    say(f"wrote {', '.join(f'{count} {name}' for name, count in counts.items())} to {out}")
+    if as_json:
+        boxes = sum(len(record.layout.boxes) for record in source.records)
+        told = {"left_out": source.left_out, "warnings": source.warnings}
+        emit({"out": str(out), **counts, "boxes": boxes, **told, **source.notes})
+
+
+def _phrase_map(pairs: Iterable[str]) -> dict[str, str]:
+    phrases: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, phrase = pair.partition("=")
+        if not equals or not name.strip() or not phrase.strip():
+            raise InputError(
+                f"is {pair!r}", where="--map", cure='write a class and its phrase: --map RBC="a red blood cell"'
+            )
+        if phrases.setdefault(name.strip(), phrase.strip()) != phrase.strip():
+            raise InputError(
+                f"gives {shown(name.strip())} two phrases, {shown(phrases[name.strip()])} and {shown(phrase.strip())}",
+                where="--map",
+                cure="keep one of the two",
+            )
+    return phrases
+
+
+def _file_names(records: Iterable[Record]) -> dict[Path, str]:
+    """Names for the pictures: their own, or, where two folders hold one name, their paths below what they share."""
+    import os
+
+    images = {record.image for record in records}
+    if len({image.name for image in images}) == len(images):
+        return {image: image.name for image in images}
+    shared = os.path.commonpath([image.parent for image in images])
+    return {image: image.relative_to(shared).as_posix() for image in images}
+
+
+def _items(records: Iterable[Record], names: Mapping[Path, str]) -> Iterable[Item]:
+    return [(names[record.image], record.image, record.layout) for record in records]
+
+
+def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[Record]]:
+    """Train and validation by the hash of the file's stem: the same pictures on every machine, in no order of theirs."""
+    import hashlib
+
+    stems = sorted(
+        {record.image.stem for record in records},
+        key=lambda stem: hashlib.blake2b(stem.encode("utf-8", "surrogateescape")).digest(),
+    )
+    if len(stems) < 2:
+        raise InputError(
+            "holds a single picture: none is left to hold out", where=str(src), cure="leave --holdout away"
+        )
+    held = set(stems[: min(max(1, round(share * len(stems))), len(stems) - 1)])
+    return {
+        "train": [record for record in records if record.image.stem not in held],
+        "validation": [record for record in records if record.image.stem in held],
+    }
+
+
+def formats(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the formats of data sets that are read and written."""
+    from mmdit_lora.data.formats import FORMATS, format_table
+
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    name: {"source": kind.source, "convention": kind.convention, "written": kind.write is not None}
+                    for name, kind in FORMATS.items()
+                }
+            )
+        )
+    else:
+        print(format_table())
+
+
+_LARGEST = 2**40  # bytes; places in an index reach twice as far
+
+
+def shard(
+    data: Annotated[Path, typer.Argument(help="Data set folder, with its metadata.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: shard-000000.tar, ... and an index of each.")],
+    size: Annotated[str, typer.Option(help="A shard is full at so many bytes.")] = "500MB",
+    filter_: FilterOption = None,
+    bbox_format: BoxFormat = "xyxy",
+    bbox_units: BoxUnits = "relative",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a data set as tar shards (webdataset's convention): a few large files, read from any store without a list in memory."""
+    from mmdit_lora.data.filters import filter_records, parse_filter
+    from mmdit_lora.data.records import read_dataset
+    from mmdit_lora.data.shards.write import write_shards
+
+    most = parse_bytes(size, where="--size")
+    if not 0 < most <= _LARGEST:
+        raise InputError(f"is {size}", where="--size", cure="give from 1 to 1TiB, e.g. 500MB")
+    check_new_folder(out, verb="data shard", inputs={"DATA": data})
+    rules = parse_filter(filter_ or [])
+    records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
+    filtered = filter_records(records, rules, where="--filter")
+    written = write_shards(out, filtered.records, size=most)
+    if filtered.summary:
+        say(f"warning: {filtered.summary}")
+    shards = "1 shard" if written.shards == 1 else f"{written.shards} shards"
+    say(f"wrote {written.records} records in {shards} to {out}")
+    if as_json:
+        emit({"out": str(out), "records": written.records, "shards": written.shards, "filter": filtered.to_dict()})
+
+
+def show(
+    data: DataOrShards,
+    out: Annotated[str, typer.Option(metavar="PATH", help="The .png to write.")],
+    count: Annotated[
+        int, number(Range(1, 400, whole=True), "--count", help="Layouts to show, taken evenly from the whole set.")
+    ] = 16,
+    cell: Annotated[
+        int, number(Range(64, 1024, whole=True), "--cell", help="Longer side of each picture in pixels.")
+    ] = 256,
+    filter_: FilterOption = None,
+    bbox_format: BoxFormat = "xyxy",
+    bbox_units: BoxUnits = "relative",
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw a contact sheet: pictures with their boxes, phrases and captions."""
+    from mmdit_lora.data.filters import filter_records, parse_filter
+    from mmdit_lora.data.shards import sample_dataset
+    from mmdit_lora.visual.canvas import fit
+    from mmdit_lora.visual.draw import contact_sheet, is_marked_png, save_png
+
+    if Path(out).suffix.lower() != ".png":
+        raise InputError("is no .png", where=f"--out {out}", cure="give a file name that ends in .png")
+    check_new_file(out, verb="data show", inputs={"DATA": data}, is_own=is_marked_png)
+    rules = parse_filter(filter_ or [])
+    most = SAMPLE if filter_ else count
+    records, whole = sample_dataset(data, most, bbox_format=bbox_format, bbox_units=bbox_units)
+    filtered = filter_records(records, rules, where="--filter")
+    kept = len(filtered.records)
+    shown = min(count, kept)
+    chosen = [filtered.records[index * kept // shown] for index in range(shown)]
+    total = kept if filter_ else whole
+    images = [fit(record.load(), cell) for record in chosen]  # one at its full size at a time
+    title = f"{Path(data).resolve().name}: {shown} of {total} layouts"
+    sheet = contact_sheet(
+        images,
+        [record.layout for record in chosen],
+        captions=[f"{record.name}: {record.layout.caption}" for record in chosen],
+        title=title,
+        cell=cell,
+    )
+    save_png(sheet, out, mark=True)
+    if filtered.summary:
+        say(f"warning: {filtered.summary}")
+    say(f"wrote {shown} of {total} layouts to {out}")
+    if as_json:
+        emit({"out": str(out), "shown": [str(r.image) for r in chosen], "layouts": total, "filter": filtered.to_dict()})
+
+
+def split(
+    data: Annotated[Path, typer.Argument(help="Data set folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: OUT/train and OUT/validation.")],
+    share: Annotated[float, number(PART, "--share", help="Share of the pictures that is for validation.")] = 0.1,
+    by: Annotated[
+        Literal["name", "picture"],
+        typer.Option(help="name: by the hash of the file name; picture: of the pixels, so that copies stay together."),
+    ] = "name",
+    bbox_format: BoxFormat = "xyxy",
+    bbox_units: BoxUnits = "relative",
+    as_json: JsonFlag = False,
+) -> None:
+    """Part a data set in two, the same way each time; all layouts of a picture go to one side."""
+    from mmdit_lora.data.records import read_dataset, write_splits
+    from mmdit_lora.data.split import partition
+
+    check_new_folder(out, verb="data split", inputs={"DATA": data})
+    records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
+    train, validation = partition(records, share, by=by)
+    write_splits(
+        out,
+        {"train": _as_items(train, data), "validation": _as_items(validation, data)},
+        verb="data split",
+    )
+    extra = Counter(column for record in records for column in record.extra)
+    if extra:
+        say(f"warning: columns that mean nothing here were not written: {', '.join(sorted(extra))}")
+    counts = {"records": len(records), "train": len(train), "validation": len(validation)}
+    say(f"wrote {len(train)} layouts to {out / 'train'}, {len(validation)} to {out / 'validation'}")
+    if as_json:
+        emit({"out": str(out), "by": by, **counts})
+
+
+def _as_items(records: list[Record], folder: Path) -> list[Item]:
+    return [(record.image.relative_to(folder).as_posix(), record.image, record.layout) for record in records]
+
+
+_PHRASES_SHOWN = 12
+
+SAMPLE = 10_000  # records of shards that are looked at
+
+
+def stats(
+    data: DataOrShards,
+    filter_: FilterOption = None,
+    bbox_format: BoxFormat = "xyxy",
+    bbox_units: BoxUnits = "relative",
+    as_json: JsonFlag = False,
+) -> None:
+    """Say how large pictures and boxes are, how many, and what the phrases are; with a filter, of what it leaves."""
+    from mmdit_lora.data.filters import filter_records, parse_filter
+    from mmdit_lora.data.shards import sample_dataset
+    from mmdit_lora.data.stats import dataset_stats
+
+    rules = parse_filter(filter_ or [])
+    records, total = sample_dataset(data, SAMPLE, bbox_format=bbox_format, bbox_units=bbox_units)
+    filtered = filter_records(records, rules, where="--filter")
+    found = dataset_stats(filtered.records)
+    if len(records) < total:
+        say(f"of {total} records {len(records)} were looked at, evenly spread")
+    for line in _lines(found):
+        say(line)
+    if filtered.summary:
+        say(f"warning: {filtered.summary}")
+    if as_json:
+        emit({**found.to_dict(), "records": total, "looked_at": len(records), "filter": filtered.to_dict()})
+
+
+def _lines(found: Stats) -> Iterator[str]:
+    yield (
+        f"{found.pictures} pictures, {found.layouts} layouts, {found.boxes} boxes, "
+        f"{found.distinct_phrases} distinct phrases"
+    )
+    counts = ", ".join(f"{boxes} ({count}x)" for boxes, count in found.boxes_per_layout.items())
+    yield f"boxes a layout: {counts}"
+    yield f"{'':24}" + "".join(f"{name:>9}" for name in ("min", "q05", "q25", "median", "q75", "q95", "max"))
+    rows = {
+        "width, pixels": found.width,
+        "height, pixels": found.height,
+        "width / height": found.aspect,
+        "box's share of picture": found.box_area,
+        "box's width / height": found.box_aspect,
+        "words a caption": found.caption_words,
+    }
+    for name, spread in rows.items():
+        if spread is not None:
+            yield f"{name:24}" + "".join(f"{value:>9.4g}" for value in spread.values())
+    for phrase, count in list(found.phrases.items())[:_PHRASES_SHOWN]:
+        yield f"{count:>7}x {phrase}"
+    if found.distinct_phrases > _PHRASES_SHOWN:
+        yield f"         and {found.distinct_phrases - _PHRASES_SHOWN} other phrases"
+
+
+DEFAULT_FOLDER = "outputs/cache"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def cache(
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG_OR_DATA", help="YAML file of a run, or a data set folder.", exists=False)
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.cache_variants=4")] = None,
+    base: Annotated[
+        str, typer.Option("--base", help="Pipeline folder or hub id, where a data set folder is given.")
+    ] = "data/tiny_base",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help=f"Folder of the cache.  [default: data.cache, or {DEFAULT_FOLDER}]"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First read the whole folder; what is damaged goes out and is made anew.")
+    ] = False,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            "--prune", metavar="SIZE", help="At the end keep so much, e.g. 20GB; least recently used go first."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+    ] = False,
+) -> None:
+    """Encode pictures, captions and phrases in advance. It goes on where it was stopped; several may fill one folder."""
+    from mmdit_lora.config.loading import Config, load_config
+
+    most = None if prune is None else parse_bytes(prune, where="--prune")
+    if source.is_dir():
+        if overrides:
+            raise InputError(
+                f"{overrides[0]!r} is for a config file, and {source} is a data set",
+                where="overrides",
+                cure="write a config with `mmdit-lora init DATA --out FILE`",
+            )
+        config = Config.model_validate({"base": base, "data": {"path": str(source)}})
+    else:
+        config = load_config(source, overrides or ())
+    folder = Path(out if out is not None else config.data.cache or DEFAULT_FOLDER)
+    inputs = {"base": config.base, "data.path": config.data.path, "data.validation": config.data.validation}
+    refuse_inputs([folder], inputs, verb="data cache", inside=False)
+    from mmdit_lora.cli.output import ProgressLines
+    from mmdit_lora.data.cache import DiskCache
+    from mmdit_lora.training.fill_cache import fill_cache
+
+    store = DiskCache(folder)
+    report: dict[str, Any] = {"folder": str(folder)}
+    if verify:
+        count, damaged = store.verify()
+        for path in damaged:
+            say(f"damaged, taken out: {path}")
+        say(f"{count} entries read, {len(damaged)} damaged")
+        report["verified"] = {"entries": count, "damaged": [str(path) for path in damaged]}
+    with ProgressLines() as tell:
+        report |= fill_cache(config, store, tell=tell)
+    if report["uncached_pictures"]:
+        say(
+            "pictures are not cached: their crops or flips are new each time (data.cache_variants: 4 draws one of 4 a picture)"
+        )
+    if most is not None:
+        count, freed = store.prune(most)
+        say(f"pruned {count} entries, {freed:,} bytes")
+        report["pruned"] = {"entries": count, "bytes": freed}
+    stats, size = store.stats.to_dict(), store.size()
+    hits, misses = sum(stats["hits"].values()), sum(stats["misses"].values())
+    total = sum(of_kind["bytes"] for of_kind in size.values())
+    say(f"{misses} entries made, {hits} found; {folder} holds {total:,} bytes")
+    if config.data.cache is None:
+        say(f"`train` reads it with data.cache={folder}")
+    if as_json:
+        emit(report | {"stats": stats, "size": size, "bytes": total})
+
+
+def parse_bytes(text: str, *, where: str) -> int:
+    """A size such as 500MB, 20GB or 1.5TiB. Raises `InputError` with the option `where`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    size = math.inf if match is None or unit is None else float(match[1]) * unit
+    if not size <= 2**60:
+        raise InputError(f"is {text!r}", where=where, cure="give a size such as 500MB, 20GB or 1.5TiB")
+    return int(size)
+
+
+def check(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA_OR_CONFIG",
+            help="Data set folder, shards (tar, parquet: a folder, pattern or URL), or the YAML file of a run.",
+        ),
+    ],
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="Check a set of another format (`data formats`).")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="A split of the source.")] = None,
+    images: Images = None,
+    skip_missing: SkipMissing = False,
+    out: Annotated[Path | None, typer.Option(help="Write check.json and check.html (with pictures) here.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
+    ] = None,
+    against_from: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Format of the set that --against names.  [default: --from]")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Pipeline folder or hub id: count tokens by its tokenizer, not by estimate.")
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        number(
+            Range(16, 16_384, whole=True),
+            "--resolution",
+            help="Side of the training pictures in pixels: smaller pictures are listed.",
+        ),
+    ] = None,
+    bbox_format: DeclaredFormat = None,
+    bbox_units: DeclaredUnits = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Read a data set, decode its pictures, and say what is in it and what is wrong with it.
+
+    With a run's config, it is judged as that run would use it: its buckets, its crop, its batch, its validation set.
+    """
+    from mmdit_lora.data.buckets import one_size
+    from mmdit_lora.data.check import check_dataset, clip_tokens
+
+    inputs: dict[str, str | Path | None] = {"DATA": data, "--images": images, "--against": against, "--base": base}
+    if out is not None:
+        check_new_folder(out, verb="data check", inputs=inputs)
+    if against is None and against_from is not None:
+        raise InputError("belongs to --against", where="--against-from", cure="leave it away, or give --against")
+    judged: dict[str, Any] = {"buckets": None if resolution is None else one_size((resolution, resolution))}
+    if data.endswith((".yaml", ".yml")):
+        given = {"--from": from_, "--against": against, "--base": base, "--resolution": resolution}
+        for option, value in (given | {"--bbox-format": bbox_format, "--bbox-units": bbox_units}).items():
+            if value is not None:
+                raise InputError("is said by the config", where=option, cure="leave it away")
+        data, against, base, judged, (own_format, own_units) = _of_run(data)
+    else:
+        own_format, own_units = bbox_format, bbox_units
+    tokens = clip_tokens(base)
+    found = _read(data, from_, split, images, skip_missing, own_format, own_units)
+    other_format = against_from or from_
+    # The conventions that were declared are of DATA; those of a set in another format are its own.
+    declared = (own_format, own_units) if other_format == from_ else (None, None)
+    others = _read(against, other_format, None, None, skip_missing, *declared).records if against else []
+    report = check_dataset(found.records, against=others, tokens=tokens, **judged, **found.told)
+    report.notes.extend(found.notes)
+    _print(report)
+    if out is not None:
+        refuse_inputs([out], {"DATA": data, "--against": against}, verb="data check")  # of the config
+        _write(report, found.records, data, out)
+    if as_json:
+        emit(report.to_dict())
+    _raise_errors(report, data)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Records, what `check_dataset` is told of how they were read, and lines for people."""
+
+    records: list[Record]
+    told: dict[str, Any]
+    notes: list[str]
+    source: Any = None  # holds pictures that lay inside other files, as long as this lives
+
+
+def _read(
+    data: str,
+    from_: str | None,
+    split: str | None,
+    images: Path | None,
+    skip_missing: bool,
+    bbox_format: str | None,
+    bbox_units: str | None,
+) -> _Found:
+    from mmdit_lora.data.check import read_written
+    from mmdit_lora.data.formats import read_format
+    from mmdit_lora.data.records import scan_dataset
+    from mmdit_lora.data.shards import is_sharded, sample_dataset
+    from mmdit_lora.data.warnings import Warnings
+
+    if from_ not in (None, "jsonl"):
+        source = read_format(
+            from_,
+            Path(data),
+            split=split,
+            images=images,
+            bbox_format=bbox_format,
+            bbox_units=bbox_units,
+            skip_missing=skip_missing,
+            collect_errors=True,
+        )
+        told = {"errors": source.errors, "left_out": dict(source.left_out), "warnings": source.warnings}
+        return _Found(source.records, told, list(source.remarks), source)
+    for option, value in (("--images", images), ("--split", split)):
+        if value is not None:
+            raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
+    conventions = {"bbox_format": bbox_format or "xyxy", "bbox_units": bbox_units or "relative"}
+    if is_sharded(data):  # opening them reads every layout and every header, unless an index says it was done
+        lines: list[str] = []
+        records, total = sample_dataset(data, SAMPLE, **conventions, tell=lines.append)
+        return _Found(
+            records,
+            {"warnings": lines},
+            [f"{len(records)} of {total} records, evenly spread, are what the rest is about"],
+        )
+    warnings = Warnings()
+    records, errors = scan_dataset(data, **conventions, warnings=warnings)
+    written = read_written(Path(data), **conventions)
+    return _Found(records, {"errors": errors, "written": written, "warnings": warnings.lines()}, [])
+
+
+def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str | None, str | None]]:
+    """Data, validation set, base, how the pictures are used, and the conventions, as a run's config has them."""
+    from mmdit_lora.config.loading import load_config
+    from mmdit_lora.training.load_base import open_encoders
+    from mmdit_lora.training.setup import run_buckets
+
+    config = load_config(path)
+    import torch
+
+    section = config.data
+    judged = {
+        "buckets": run_buckets(config, open_encoders(config, torch.float32, texts=False)),
+        "batch": config.train.batch_size * config.train.gradient_accumulation,
+        "min_visible": section.min_visible,
+    }
+    return section.path, section.validation, config.base, judged, (section.bbox_format, section.bbox_units)
+
+
+def _print(report: CheckReport) -> None:
+    if report.records:
+        sizes = [f"{count} of {size}" for size, count in report.image_sizes.items()]
+        more = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
+        say(
+            f"{report.pictures} pictures, {report.records} layouts, {report.boxes} boxes, {report.phrases} distinct phrases"
+        )
+        say(f"sizes: {', '.join(sizes[:5])}{more}")
+        say(f"boxes a picture: {', '.join(f'{boxes} ({n}x)' for boxes, n in report.boxes_per_picture.items())}")
+        if report.extra_columns:
+            say(f"ignored columns: {', '.join(f'{name} ({n}x)' for name, n in report.extra_columns.items())}")
+        for note in report.notes:
+            say(note)
+    if report.findings:
+        _print_table(report)
+    for message in report.warnings:
+        say(f"warning: {message}")
+
+
+def _print_table(report: CheckReport) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("", "finding", "count", "of"):
+        table.add_column(title, justify="right" if title == "count" else "left", no_wrap=True)
+    table.add_column("first", overflow="fold")
+    for found in report.findings:
+        first = found.examples[0].where.rpartition("/")[2] if found.examples else ""
+        severity = Text(found.severity, style="red" if found.severity == "error" else "yellow")
+        table.add_row(severity, found.name, str(found.count), f"{found.total} {found.unit}", Text(first))
+    Console(stderr=True).print(table)
+
+
+def _write(report: CheckReport, records: Iterable[Record], data: str, out: Path) -> None:
+    from mmdit_lora.data.check.page import page
+    from mmdit_lora.files import write_json, write_text
+
+    boxes = [box for record in records for box in record.layout.boxes]
+    with new_folder(out, verb="data check") as folder:
+        write_text(folder / "check.html", page(report, title=data, boxes=boxes))
+        write_json(folder / "check.json", {"data": data, **report.to_dict()})
+    say(f"wrote {out / 'check.html'} and {out / 'check.json'}")
+
+
+def _raise_errors(report: CheckReport, data: str) -> None:
+    if len(report.errors) == 1:
+        raise InputError("\n".join(filter(None, (report.errors[0], report.hint))))
+    if report.errors:
+        raise several([InputError(message.splitlines()[0]) for message in report.errors], where=data, hint=report.hint)

@@ -1,0 +1,150 @@
+"""`mmdit-lora VERB`: one place where exceptions become exit codes.
+
+Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 anything else; 130 interrupted. Commands import
+what is heavy inside themselves, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from mmdit_lora import __version__
+from mmdit_lora.cli import analysis as cli_analysis
+from mmdit_lora.cli import data as cli_data
+from mmdit_lora.cli import evaluate as cli_evaluate
+from mmdit_lora.cli import import_weights as cli_import
+from mmdit_lora.cli import models as cli_model
+from mmdit_lora.cli import plan as cli_plan
+from mmdit_lora.cli import study as cli_study
+from mmdit_lora.cli import verify_resume as cli_verify_resume
+from mmdit_lora.errors import InputError, Stopped, clip
+from mmdit_lora.files import NO_SPACE
+
+# ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="mmdit-lora",
+    help="Layout LoRA adapters for MM-DiT diffusion models.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmdit-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks; may stand after the verb too.")] = False,
+) -> None:
+    del version, debug  # the one acts in its callback, the other is taken out by `main`
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+cli_analysis.register(app)
+cli_data.register(app)
+cli_import.register(app)
+cli_model.register(app)
+cli_evaluate.register(app)
+cli_plan.register(app)
+cli_study.register(app)
+cli_verify_resume.register(app)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; what went wrong is one message on stderr.
+
+    Args:
+        argv: arguments without the program's name; None = those of the process.
+    """
+    _silence_torchao()
+    args, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
+    try:
+        if "--json" in args:
+            sys.stdout.write("")  # a closed one is noticed before any work
+        code = app(args, prog_name="mmdit-lora", standalone_mode=False)
+        sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        return _report(error, str(error), 2, debug)
+    except _ClickException as error:
+        return _report(error, _usage_message(error), 2, debug)
+    except Stopped as error:
+        return _report(error, str(error), error.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `mmdit-lora ... | head`: nobody listens any more
+        _drop_stdout()
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of paths alone, wherever one is looked at first
+            wrong = InputError(f"is no possible path: {error.strerror}", where=error.filename, cure="give another one")
+            return _report(error, str(wrong), 2, debug)
+        if error.errno not in NO_SPACE or error.filename is not None:
+            return _report_unknown(error, debug)
+        _drop_stdout()
+        full = InputError(f"cannot be written: {error.strerror}", where="standard output", cure="redirect it elsewhere")
+        return _report(error, str(full), 2, debug)
+    except Exception as error:
+        return _report_unknown(error, debug)
+
+
+def _drop_stdout() -> None:
+    """What is still to be written there is lost: the interpreter would complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _silence_torchao() -> None:
+    """Where torchao is installed, diffusers imports it for every command, and it complains of torch and of itself."""
+    for source in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(source).addFilter(_is_not_about_torchao)  # once: the same filter is not added twice
+
+
+def _is_not_about_torchao(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("<enum ", "Unable to import `torchao`"))
+
+
+def _without_debug(args: list[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out wherever it stands before a `--`."""
+    end = args.index("--") if "--" in args else len(args)
+    kept = [arg for arg in args[:end] if arg != "--debug"] + args[end:]
+    return kept, len(kept) < len(args)
+
+
+def _usage_message(error: Exception) -> str:
+    message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    context = getattr(error, "ctx", None)
+    return f"{message}\n  to mend it: see `{context.command_path} --help`" if context is not None else message
+
+
+def _report_unknown(error: Exception, debug: bool) -> int:
+    first = clip((str(error).strip() or "no message").splitlines()[0], 1000)
+    return _report(error, f"{type(error).__name__}: {first} (run again with --debug for the traceback)", 1, debug)
+
+
+def _report(error: Exception, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    with suppress(OSError):
+        print(f"error: {clip(message, 2000)}", file=sys.stderr)
+    return code

@@ -1,0 +1,208 @@
+"""The verb `plan`: what a training run needs, before any weight is downloaded."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mmdit_lora.cli.options import JsonFlag, number
+from mmdit_lora.cli.output import emit, say
+from mmdit_lora.config.ranges import BATCH, SIDE, Range
+from mmdit_lora.errors import InputError
+from mmdit_lora.models.hub import refuse_no_base
+
+if TYPE_CHECKING:
+    from mmdit_lora.analysis.plan.bases import PlannedBase
+    from mmdit_lora.analysis.plan.forecast import Forecast, Setup
+
+_METHODS: tuple[Literal["lora", "layout_stream", "full"], ...] = ("lora", "layout_stream", "full")
+
+
+_UP_TO = Range(1, 10_000, whole=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verb to the app."""
+    app.command("plan")(plan)
+
+
+def plan(
+    base: Annotated[
+        str | None, typer.Argument(help="Pipeline folder, transformer folder or hub id; only its config is read.")
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a base: sd3-medium | sd3.5-medium | sd3.5-large | flux-dev | flux-schnell; downloads nothing."
+        ),
+    ] = None,
+    method: Annotated[
+        Literal["lora", "layout_stream", "full", "all"], typer.Option(help="What is trained; all = side by side.")
+    ] = "all",
+    resolution: Annotated[
+        int | None, number(SIDE, "--resolution", help="Side of the pictures in pixels; default: the base's own.")
+    ] = None,
+    boxes: Annotated[int, number(_UP_TO, "--boxes", help="Boxes of a picture.")] = 10,
+    batch: Annotated[int, number(BATCH, "--batch", help="Pictures of a step.")] = 1,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"], typer.Option(help="Of frozen weights and of computing; what trains is fp32.")
+    ] = "bf16",
+    r: Annotated[int, number(_UP_TO, "--r", help="Rank of the LoRA.")] = 16,
+    attention: Annotated[
+        Literal["siamese", "cross"] | None, typer.Option(help="How a new stream is read; default: siamese.")
+    ] = None,
+    single_blocks: Annotated[
+        bool | None, typer.Option("--single-blocks", help="A new stream in the single-stream blocks too.")
+    ] = None,
+    phrase_tokens: Annotated[
+        int | None,
+        number(
+            _UP_TO, "--phrase-tokens", help="Text tokens of a phrase in a new stream; default: one pooled embedding."
+        ),
+    ] = None,
+    text_tokens: Annotated[
+        int | None, number(_UP_TO, "--text-tokens", help="Text tokens of a caption; default: the published pipeline's.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Compute blocks again instead of keeping their activations."),
+    ] = False,
+    every: Annotated[int, number(_UP_TO, "--every", help="With it: of every k-th block only.")] = 1,
+    optimizer: Annotated[Literal["adamw", "sgd-momentum"], typer.Option(help="Training uses adamw.")] = "adamw",
+    device: Annotated[
+        Literal["gpu", "cpu"], typer.Option(help="Whose autocast and optimizer are meant; none is needed here.")
+    ] = "gpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Parameters, memory and FLOPs of a training run: one step of the real model, on tensors without data."""
+    if (base is None) == (family is None):
+        raise InputError(
+            "give a base or a --family" if base is None else "a base and a --family are given",
+            cure="e.g. `mmdit-lora plan --family sd3-medium` or `mmdit-lora plan PIPELINE_FOLDER`",
+        )
+    if every != 1 and not gradient_checkpointing:
+        raise InputError(
+            f"is {every}, and nothing is checkpointed", where="--every", cure="add --gradient-checkpointing"
+        )
+    if base is not None:
+        refuse_no_base(base, whole=False)
+    stream = {"layout_attention": attention, "layout_single_blocks": single_blocks, "phrase_tokens": phrase_tokens}
+    with _light_process():
+        from mmdit_lora.analysis.plan.bases import open_base, preset_base
+        from mmdit_lora.analysis.plan.forecast import NOT_COUNTED, Setup, forecast, full_fine_tuning
+
+        planned = preset_base(family, stream) if family is not None else open_base(str(base), stream)
+        setup = Setup(
+            resolution=resolution or planned.default_side,
+            boxes=boxes,
+            batch=batch,
+            dtype=dtype,
+            text_tokens=text_tokens or planned.family.text_tokens,
+            rank=r,
+            optimizer=optimizer,
+            checkpoint_every=every if gradient_checkpointing else 0,
+            device=device,
+        )
+        forecasts = [forecast(planned, setup, each) for each in (_METHODS if method == "all" else (method,))]
+        classic = full_fine_tuning(planned, setup, forecasts)
+    for line in [
+        *_lines(planned, setup, forecasts),
+        "",
+        _classic_line(classic, r),
+        f"Not counted: {'; '.join(NOT_COUNTED)}.",
+    ]:
+        say(line)
+    if as_json:
+        emit(
+            {
+                "base": planned.name,
+                "transformer": planned.family.transformer.__name__,
+                "setup": asdict(setup),
+                "methods": {each.method: each.to_dict() for each in forecasts},
+                "full_fine_tuning": classic,
+                "not_counted": list(NOT_COUNTED),
+            }
+        )
+
+
+def _lines(planned: PlannedBase, setup: Setup, forecasts: list[Forecast]) -> Iterator[str]:
+    numbers = forecasts[0].parameters
+    cells = [
+        f"{setup.resolution} px",
+        f"{setup.boxes} boxes",
+        f"{setup.text_tokens} text tokens",
+        f"batch {setup.batch}",
+        setup.dtype,
+        setup.optimizer,
+    ]
+    if setup.checkpoint_every:
+        cells.append(f"gradient checkpointing, every {setup.checkpoint_every}")
+    yield f"{planned.name}: {numbers.base / 1e6:,.2f} M parameters, layout stream {numbers.stream / 1e6:,.2f} M"
+    yield ", ".join(cells)
+    yield ""
+    yield _row("", [each.method for each in forecasts])
+    yield _row("trainable", [f"{each.parameters.trainable / 1e6:,.2f} M" for each in forecasts])
+    if any(each.parameters.targets for each in forecasts):
+        yield _row("linears with LoRA", [str(each.parameters.targets or "-") for each in forecasts])
+        files = [each.parameters.adapter_bytes for each in forecasts]
+        yield _row("adapter file", [_bytes(size) if size else "-" for size in files])
+    for name in ("weights", "gradients", "optimizer_state", "activations", "peak"):
+        yield _row(name.replace("_", " "), [_bytes(getattr(each.trace, name)) for each in forecasts])
+    yield _row("  reached in the", [each.trace.peak_in for each in forecasts])
+    for name in ("forward", "backward", "step", "per_image"):
+        yield _row(name.replace("_", " "), [_flops(each.to_dict()["flops"][name]) for each in forecasts])
+
+
+def _classic_line(classic: dict[str, int], rank: int) -> str:
+    size = {name: _bytes(count) for name, count in classic.items()}
+    return (
+        f"Full fine-tuning with momentum holds 3 x the weights (weights, gradients, momentum; in fp32, as all that trains): "
+        f"3 x {size['weights']} = {size['with_momentum']}; with AdamW 4 x: {size['with_adamw']}. "
+        f"LoRA of rank {rank} with AdamW: {size['lora_with_adamw']}. Activations come on top."
+    )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:,.2f} TFLOP" if count >= 1e12 else f"{count / 1e9:,.2f} GFLOP"
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells)
+
+
+@contextmanager
+def _light_process() -> Iterator[None]:
+    """For a process that does nothing but this verb: no packages that diffusers, transformers and peft look into for other
+    models, and no garbage collections. That is a third of its time, which is mostly that of imports.
+
+    Once torch is loaded, as where others call `main`, this does nothing: libraries remember what they did not find.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    find_spec, hidden = importlib.util.find_spec, ("scipy", "torchao", "torchvision", "triton")
+    importlib.util.find_spec = lambda name, package=None: (
+        None if name.split(".")[0] in hidden else find_spec(name, package)
+    )
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]
+    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # it warns that it misses triton
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor one when the process ends
+        importlib.util.find_spec = find_spec
+        for name in hidden:
+            sys.modules.pop(name, None)

@@ -1,0 +1,71 @@
+"""The look before a run as a table on stderr, at 80 columns and in a pipe too; and `train --check-only`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmdit_lora.cli.output import emit
+from mmdit_lora.errors import InputError
+
+if TYPE_CHECKING:
+    from mmdit_lora.config.loading import Config
+    from mmdit_lora.training.preflight import Preflight
+
+_STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+
+
+def show_preflight(report: Preflight) -> None:
+    """Print the table: one line a check, and below what is wrong how to mend it."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("check", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    before = None
+    for check in report.checks:
+        found = Text(check.found)
+        if check.cure:
+            found.append(f"\nto mend it: {check.cure}", style="dim")
+        state = Text("FAILED" if check.state == "failed" else check.state, style=_STYLES[check.state])
+        table.add_row("" if check.name == before else check.name, state, found)
+        before = check.name
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    failed, warned = len(report.failed), sum(check.state == "warning" for check in report.checks)
+    verdict = f"{failed} failed" if failed else "ready to train"
+    warnings = f", {warned} warning{'s' if warned != 1 else ''}" if warned else ""
+    console.print(Text(f"{verdict}{warnings}; looked for {report.seconds:.1f} s"))
+
+
+def check_only(config: Config, *, resume: bool, as_json: bool) -> None:
+    """Set a run up, look at all of it, train nothing, write nothing.
+
+    Raises:
+        InputError: the run could not start. With `as_json`, the object is printed before that.
+    """
+    from mmdit_lora.training.checkpoint import checkpoints
+    from mmdit_lora.training.preflight import preflight
+    from mmdit_lora.training.run_dir import CHECKPOINTS
+    from mmdit_lora.training.setup import prepare_run
+
+    try:
+        run = prepare_run(config, resume=resume)
+    except InputError as error:
+        if as_json:
+            found = f"{error.where}: {error.what}" if error.where else error.what
+            check = {"name": "set-up", "state": "failed", "found": found, "cure": error.cure, "seconds": 0.0}
+            emit({"ok": False, "checks": [check]})
+        raise
+    kept = checkpoints(run.folder / CHECKPOINTS) if resume else []
+    report = preflight(run, checkpoint=kept[-1] if kept else None, write_cache=False)
+    if run.accelerator.is_main_process:
+        show_preflight(report)
+        if as_json:
+            held_out = len(run.held_out.records) if run.held_out else 0
+            pictures = {"pictures": len(run.examples.records), "held_out": held_out}
+            emit(report.to_dict() | {"trainable": run.trainable.details, **pictures, **run.data_losses[0]})
+    report.refuse_failed()

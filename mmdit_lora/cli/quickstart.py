@@ -1,0 +1,163 @@
+"""The whole way in a few minutes: data of a new domain, an adapter, pictures before and after, figures, an export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmdit_lora.config.loading import Config, load_config
+from mmdit_lora.data.records import read_dataset
+from mmdit_lora.data.shapes import DOMAINS, write_dataset
+from mmdit_lora.errors import InputError
+from mmdit_lora.evaluation.evaluate import Evaluation, evaluate
+from mmdit_lora.evaluation.image_cache import PictureStore
+from mmdit_lora.export.export import Target, export_adapter
+from mmdit_lora.files import read_text, write_json, write_text
+from mmdit_lora.json_files import read_kept
+from mmdit_lora.lora import base_fingerprint
+from mmdit_lora.outputs import open_folder
+from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+from mmdit_lora.training.run_dir import WRITTEN
+from mmdit_lora.training.stopping import Interrupted
+from mmdit_lora.training.trainer import train
+from mmdit_lora.visual.draw import before_after, save_png
+
+CONFIG = "configs/quickstart.yaml"
+NEW, OLD = "page", "basic"  # the new domain, and one that the base was trained on
+TRAIN_PICTURES, HELD_OUT_PICTURES = 2000, 96
+TRAIN_SEED, HELD_OUT_SEED, OLD_SEED = 11, 12, 13
+EXPORTS: tuple[Target, ...] = ("peft", "merged")
+EXPORTS_FOLDERS = tuple(f"{to}/" for to in EXPORTS)
+SHOWN = 6  # pictures in the figure: the first ones, not the best ones
+_MARK, REPORT = "quickstart.yaml", "report.json"
+_WRITTEN = (_MARK, "before_after.png", "data/", "pictures/", *EXPORTS_FOLDERS, *WRITTEN)
+
+Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
+
+
+def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: Tell | None = None) -> dict[str, Any]:
+    """Train on `NEW`, judge on held-out layouts of it and of `OLD`, and write `out`. What was stopped goes on where it was;
+    where it was finished, its report is given again.
+
+    Args:
+        out: gets `report.json`, `before_after.png`, `adapter/`, `merged/` and the data.
+        tell: called as phases go on.
+
+    Returns:
+        What `report.json` holds: fidelity of `base`, `adapter`, `ground_truth` and `shuffled`, the same under `old_domain`,
+        sizes, `export_max_abs_diff`, seconds per phase.
+
+    Raises:
+        InputError: `out` holds something else than this quickstart, or the embedded base is not found.
+    """
+    out, tell = Path(out), tell or (lambda *_: None)
+    config_path = Path(config_path) if config_path is not None else find_file(CONFIG)
+    data = {"train": out / "data" / "train", "held_out": out / "data" / "held_out", "old": out / "data" / "old_domain"}
+    overrides = [f"data.path={data['train']}", f"data.validation={data['held_out']}", f"output_dir={out}"]
+    config = load_config(config_path, overrides)
+    config = config.model_copy(update={"base": str(find_file(config.base))})
+    with open_folder(out, verb="quickstart", names=_WRITTEN, inputs={"base": config.base}):
+        if (found := _finished(out, config)) is not None:
+            return found
+        write_text(out / _MARK, config.to_yaml())
+        return _run(out, config, data, tell)
+
+
+def _finished(out: Path, config: Config) -> dict[str, Any] | None:
+    """The report of an earlier start that came to its end.
+
+    Raises:
+        InputError: an earlier start had another config.
+    """
+    if (out / _MARK).exists() and read_text(out / _MARK) != config.to_yaml():
+        raise InputError("holds a quickstart of another config", where=str(out), cure="give another --out")
+    report = read_kept(out / REPORT, dict)
+    return report if report and "export_max_abs_diff" in report else None  # otherwise it is that of the training
+
+
+def _run(out: Path, config: Config, data: dict[str, Path], tell: Tell) -> dict[str, Any]:
+    """All phases; what an earlier start finished is not done again."""
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        tell(name, 0, 0, {})
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 2)
+
+    with phase("data"):
+        for folder, domain, count, seed in (
+            (data["train"], NEW, TRAIN_PICTURES, TRAIN_SEED),
+            (data["held_out"], NEW, HELD_OUT_PICTURES, HELD_OUT_SEED),
+            (data["old"], OLD, HELD_OUT_PICTURES, OLD_SEED),
+        ):
+            if not folder.exists():  # whole or absent
+                write_dataset(folder, DOMAINS[domain], count=count, seed=seed, verb="quickstart")
+    with phase("train"):
+        steps = config.train.max_steps
+        try:
+            result = train(config, resume=True, on_progress=lambda step, scalars: tell("train", step, steps, scalars))
+        except Interrupted as error:
+            raise Interrupted(error.signal_name, error.step, again="the same call") from None
+    with phase("evaluate"):
+        new = _evaluate(result.pipe, data["held_out"], out / "pictures" / "new", "new domain", tell)
+        old = _evaluate(result.pipe, data["old"], out / "pictures" / "old", "old domain", tell)
+    with phase("figure"):
+        save_png(_figure(new), out / "before_after.png")
+    with phase("export"):
+        exports = [export_adapter(out / "adapter", to=to, out=out / to, base=config.base) for to in EXPORTS]
+    report = {
+        **{key: value for key, value in new.to_dict().items() if key != "by_boxes"},
+        "old_domain": {name: side.fidelity for name, side in old.sides.items()},
+        "held_out_loss": result.report["held_out_loss"],
+        "trainable_params": result.report["trainable_params"],
+        "total_params": result.report["total_params"],
+        "steps": result.report["steps"],
+        "export_max_abs_diff": max(export.max_abs_diff for export in exports),
+        "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
+    }
+    write_json(out / REPORT, report)
+    return report
+
+
+def find_file(name: str) -> Path:
+    """`name` under the current directory, or beside the package in a source checkout.
+
+    Raises:
+        InputError: it is in neither.
+    """
+    for root in (Path(), Path(__file__).resolve().parent.parent):
+        if (root / name).exists():
+            return root / name
+    raise InputError(
+        "is not here", where=name, cure="run the quickstart in a clone of the repository: it holds the embedded base"
+    )
+
+
+def _evaluate(pipe: LayoutPipeline, folder: Path, pictures: Path, name: str, tell: Tell) -> Evaluation:
+    pipe.transformer.eval()
+    records = read_dataset(folder)
+    return evaluate(
+        pipe,
+        records,
+        PaintSettings(),
+        seed=0,
+        store=PictureStore(pictures, {"weights": base_fingerprint(pipe.transformer)}),
+        on_progress=lambda side, done: tell(f"paint {name}, {side}", done, len(records), {}),
+    )
+
+
+def _figure(evaluation: Evaluation) -> Any:
+    base, adapter = evaluation.sides["base"], evaluation.sides["adapter"]
+    return before_after(
+        evaluation.layouts[:SHOWN],
+        base.pictures[:SHOWN],
+        adapter.pictures[:SHOWN],
+        title="Held-out layouts, same noise, before and after",
+        scores=(base.picture_ious[:SHOWN], adapter.picture_ious[:SHOWN]),
+    )

@@ -1,0 +1,1 @@
+"""A run's config: its sections, its ranges, reading it."""

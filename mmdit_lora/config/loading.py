@@ -1,0 +1,453 @@
+"""A run's config from a YAML file and `key=value` overrides, checked before anything heavy is loaded.
+
+Scalars follow YAML 1.2's core schema: in PyYAML's YAML 1.1, `1e-4` is a string, `no` is False, `010` is 8 and `1:30` is 90,
+and each of them is a trap in a config (`mixed_precision: no`). Tags and repeated keys are errors; every key keeps its line.
+
+A file may say `version: N`; without it the version is 1. A change that an old file would not survive gets a step in
+`MIGRATIONS`, and `VERSION` goes up. New keys with defaults need none.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from mmdit_lora.config.schema import (
+    DataSection,
+    FilterSection,
+    FlowSection,
+    LoraSection,
+    PriorSection,
+    SampleSection,
+    Section,
+    StreamSection,
+    SubspaceSection,
+    TrackingSection,
+    TrainSection,
+    bounds,
+    limits_text,
+    nested,
+)
+from mmdit_lora.errors import InputError, shown, unknown_key
+from mmdit_lora.files import read_text
+
+_MOST_NODES = 10_000_000
+Lines = dict[tuple[Any, ...], int]
+
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+_CORE = (
+    ("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")),
+    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
+    ("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"]),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]  # not those of SafeLoader
+
+    def construct_yaml_int(self, node: Any) -> int:
+        return int(self.construct_scalar(node))  # SafeLoader's would read 010 as octal
+
+    def construct_yaml_float(self, node: Any) -> float:
+        text = self.construct_scalar(node).lower()
+        return float(
+            text.replace(".inf", "inf").replace(".nan", "nan") if text.lstrip("+-") in (".inf", ".nan") else text
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML would misread: 'no' for readers of 1.1, '1e-4' for ours."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+# A config has no bytes, dates, sets or pairs: SafeLoader's constructors of these, asked for by a tag, are left out.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "str", "seq", "map")
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+for _tag, _pattern, _first in _CORE:
+    _Loader.add_implicit_resolver(_tag, _pattern, _first)
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, *, where: str, numbered: bool = True) -> tuple[Any, Lines]:
+    """The value of `text`, and the line (from 1) of every key of its mappings, by its path of keys.
+
+    Args:
+        where: the text's name in errors. numbered: whether a line number follows it (a file) or not (an argument).
+
+    Raises:
+        InputError: no YAML, a tag (`!!python/object` and its kin), a key twice; with the line.
+    """
+    lines: Lines = {}
+
+    def visit(node: yaml.Node) -> None:
+        _visit(node, (), lines, where, numbered, seen=set())
+
+    return construct(lambda: _Loader(text), where=where, numbered=numbered, visit=visit), lines
+
+
+def construct(
+    make: Callable[[], Any], *, where: str, numbered: bool = True, visit: Callable[[yaml.Node], None] | None = None
+) -> Any:
+    """The value of the document of a PyYAML loader.
+
+    Args:
+        make: makes the loader. where, numbered: as of `parse_yaml`. visit: looks at the nodes before anything is made of them.
+
+    Raises:
+        InputError: no YAML, or its aliases stand for more than `_MOST_NODES`; with the line.
+    """
+    try:
+        loader = make()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if visit is not None:
+            visit(node)
+        _refuse_bomb(node, {}, where, numbered)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}" if numbered and mark is not None else where
+        if isinstance(error, yaml.constructor.ConstructorError) and "tag" in str(error.problem):
+            raise InputError(
+                f"holds a YAML tag ({error.problem})",
+                where=place,
+                cure="write plain values: no objects are made of tags",
+            ) from None
+        raise InputError(f"is not YAML: {error.problem or error.context}", where=place) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"is not YAML: {error}", where=where) from None
+    except (RecursionError, ValueError, KeyError) as error:  # KeyError: `!!bool x`
+        raise InputError(f"is not YAML that can be read: {error}", where=where) from None
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that this module and any other reader read alike, keys in their order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
+
+
+def _refuse_bomb(node: yaml.Node, sizes: dict[int, float], where: str, numbered: bool) -> float:
+    """How many values a node stands for where every alias is written out; `InputError` for too many, or for a node in itself.
+
+    Args:
+        sizes: of the nodes that were counted, by id.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # until it is counted: in itself
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_refuse_bomb(part, sizes, where, numbered) for part in parts)
+    if sizes[id(node)] > _MOST_NODES:
+        raise InputError(
+            f"its aliases (*name) stand for more than {_MOST_NODES:,} values",
+            where=f"{where}:{node.start_mark.line + 1}" if numbered else where,
+            cure="write the values out",
+        )
+    return sizes[id(node)]
+
+
+def _visit(node: yaml.Node, keys: tuple[Any, ...], lines: Lines, where: str, numbered: bool, *, seen: set[int]) -> None:
+    """Note the line of each key, refuse a key twice. `seen` ends the loop of an alias inside its own anchor."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _visit(item, (*keys, None), lines, where, numbered, seen=seen)
+    elif isinstance(node, yaml.MappingNode):
+        here: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in here and name != "<<":
+                raise InputError(
+                    f"the key {name!r} stands twice (first in line {here[name]})",
+                    where=f"{where}:{line}" if numbered else where,
+                    cure="keep one of them",
+                )
+            here[name] = line
+            lines[(*keys, name)] = line
+            _visit(value, (*keys, name), lines, where, numbered, seen=seen)
+
+
+VERSION = 1
+
+# version -> what makes the next one of it: changes the mapping in place and returns a line on each thing that it moved.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], list[str]]] = {}
+
+
+def migrate(data: dict[str, Any], *, where: str) -> tuple[dict[str, Any], list[str]]:
+    """A config as this version has it, and what was changed for that, in lines for people.
+
+    Args:
+        data: as the file has it; not changed.
+        where: the file, for messages.
+
+    Raises:
+        InputError: the version is none, or a later one than this.
+    """
+    version = data.get("version", 1)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise InputError(f"version is {shown(version)}", where=where, cure=f"leave it out, or give 1 to {VERSION}")
+    if version > VERSION:
+        raise InputError(
+            f"is of version {version}, and this mmdit-lora knows configs up to {VERSION}",
+            where=where,
+            cure="install a newer mmdit-lora, or write a new config with `mmdit-lora init`",
+        )
+    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    lines = [line for step in range(version, VERSION) for line in MIGRATIONS[step](data)]
+    return {**data, "version": VERSION}, lines
+
+
+log = logging.getLogger(__name__)
+
+_MOST_BYTES = 2**20  # of a config file
+
+# Pydantic's words for these speak of Python, not of YAML.
+_MESSAGES = {
+    "tuple_type": "it should be a list",
+    "list_type": "it should be a list",
+    "bool_type": "it should be true or false",
+    "model_type": "it should be `key: value` lines",
+}
+
+
+class Config(Section):
+    """A run. Paths are relative to the current directory.
+
+    Raises:
+        ValidationError (pydantic, a ValueError): from Python; `load_config` raises `InputError` instead.
+    """
+
+    version: int = Field(
+        default=VERSION, description="of the config's form; `train` reads earlier ones too", ge=1, le=1000
+    )
+    base: str = Field(description="what is adapted: a diffusers pipeline folder or a hub id", min_length=1)
+    method: Literal["lora", "layout_stream", "full", "ia3", "subspace"] = Field(
+        default="lora",
+        description="what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything); "
+        "to compare with: ia3 (factors at lora.targets) | subspace (random directions)",
+    )
+    output_dir: str = Field(
+        default="outputs/run", description="where checkpoints, pictures and the adapter go", min_length=1
+    )
+    license: str = Field(
+        default="other", description="of the adapter, for its card: the hub's name of it", min_length=1
+    )
+    data: DataSection = Field(description="the data set")
+    lora: LoraSection = Field(default=LoraSection(), description="the adapter (method lora)")
+    stream: StreamSection = Field(
+        default=StreamSection(), description="the layout stream of a base that has none; or a check of one that has it"
+    )
+    subspace: SubspaceSection = Field(default=SubspaceSection(), description="random directions (method subspace)")
+    flow: FlowSection = Field(default=FlowSection(), description="the rectified-flow objective")
+    train: TrainSection = Field(default=TrainSection(), description="the training loop")
+    prior: PriorSection = Field(default=PriorSection(), description="prior preservation (method lora)")
+    tracking: TrackingSection = Field(default=TrackingSection(), description="where the curves go")
+    sample: SampleSection = Field(default=SampleSection(), description="how pictures are sampled while training")
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        train, data = self.train, self.data
+        if self.method != "full" and train.layout_dropout > 0:
+            raise InputError(
+                f"is {train.layout_dropout} with method {self.method}: without a layout a frozen base trains nothing",
+                where="train.layout_dropout",
+                cure="set it to 0, or train with method full",
+            )
+        if self.method == "full" and train.quantization != "none":
+            raise InputError(
+                f"is {train.quantization} with method full: a quantised base stays frozen",
+                where="train.quantization",
+                cure="set it to none, or train with method lora or layout_stream",
+            )
+        if self.lora.start is not None and self.method != "lora":
+            raise InputError(
+                f"is given with method {self.method}, which trains no LoRA",
+                where="lora.start",
+                cure="set it to null, or train with method lora",
+            )
+        if data.validation is not None and _same_path(data.path, data.validation):
+            raise InputError(
+                f"is the training folder itself ({data.validation})",
+                where="data.validation",
+                cure="give another folder, or null and a validation_share",
+            )
+        if not all(0 <= beta < 1 for beta in train.adam_betas):
+            raise InputError(
+                f"is {list(train.adam_betas)}", where="train.adam_betas", cure="give two numbers in [0, 1)"
+            )
+        start, end = self.sample.layout_window
+        if not 0 <= start < end <= 1:
+            raise InputError(
+                f"is {[start, end]}", where="sample.layout_window", cure="give [from, to] with 0 <= from < to <= 1"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved config, every default written out; `load_config` reads it back to an equal `Config`."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataSection,
+    "lora": LoraSection,
+    "stream": StreamSection,
+    "subspace": SubspaceSection,
+    "flow": FlowSection,
+    "train": TrainSection,
+    "prior": PriorSection,
+    "tracking": TrackingSection,
+    "sample": SampleSection,
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file, with overrides such as `train.max_steps=10` (the value is YAML too; the last one wins).
+
+    Raises:
+        InputError: no such file, no YAML, an unknown or missing key, a value of the wrong type or out of range; with file
+            and line, or the override.
+    """
+    path = Path(path)
+    cure = "`mmdit-lora init DATA --out FILE` writes one"
+    text = read_text(path, what="config file", limit=_MOST_BYTES, cure=cure)
+    data, lines = parse_yaml(text, where=str(path))
+    if not isinstance(data, dict):
+        raise InputError(
+            f"holds {_kind(data)}, not `key: value` lines", where=str(path), cure="base and data are required"
+        )
+    places = {keys: f"{path}:{line}" for keys, line in lines.items()}
+    data = {key: _section_as_mapping(key, value) for key, value in data.items()}
+    data, moved = migrate(data, where=str(path))
+    for line in moved:
+        log.warning("%s: %s", path, line)
+    for override in overrides:
+        _apply_override(data, places, override)
+    _refuse_unknown_keys(data, places, str(path))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise _as_input_error(error, places, str(path)) from None
+
+
+def _section_as_mapping(key: Any, value: Any) -> Any:
+    """`data: folder` is short for its path, and a section with every line commented out is one of defaults."""
+    if key == "data" and isinstance(value, str):
+        return {"path": value}
+    return {} if value is None and key in SECTIONS else value
+
+
+def _apply_override(data: dict[str, Any], places: dict[tuple[Any, ...], str], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = tuple(name.strip().split("."))
+    where = f"override {shown(override)}"
+    if not equals or not all(keys):
+        raise InputError("is not of the form key=value", where=where, cure="write for example train.max_steps=100")
+    value, _ = parse_yaml(text, where=where, numbered=False)
+    place: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        if nested(Config, keys[: depth + 1]) is None:
+            raise _unknown(keys[-1] if depth else key, keys[:depth], where)
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+        if not isinstance(place, dict):
+            name = ".".join(keys[: depth + 1])
+            raise InputError(
+                f"{name} is {_kind(place)}", where=_place(keys, places, where), cure=f"write keys below {name}"
+            )
+    place[keys[-1]] = _section_as_mapping(keys[0], value) if len(keys) == 1 else value
+    places[keys] = where
+
+
+def _refuse_unknown_keys(
+    data: Mapping[Any, Any], places: Mapping[tuple[Any, ...], str], file: str, section: tuple[str, ...] = ()
+) -> None:
+    """Before pydantic does: its message does not know the nearest key."""
+    known = nested(Config, section)
+    assert known is not None
+    for key, value in data.items():
+        if key not in known.model_fields:
+            raise _unknown(key, section, _place((*section, str(key)), places, file))
+        if isinstance(value, Mapping) and nested(Config, (*section, key)):
+            _refuse_unknown_keys(value, places, file, (*section, key))
+
+
+def _unknown(key: Any, section: tuple[str, ...], where: str) -> InputError:
+    model = nested(Config, section)
+    assert model is not None
+    elsewhere = [f"{name}.{key}" for name, model in SECTIONS.items() if key in model.model_fields]
+    elsewhere += [key] if section and key in Config.model_fields else []
+    elsewhere += [f"data.filter.{key}"] if key in FilterSection.model_fields and section != ("data", "filter") else []
+    error = unknown_key(key, model.model_fields, where=": ".join((where, *section)))
+    if elsewhere:
+        error.cure = f"did you mean {elsewhere[0]!r}?"
+    return error
+
+
+def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str], file: str) -> InputError:
+    """The first thing that pydantic found, with its place in the file or the override, and the field's meaning as cure."""
+    first = error.errors()[0]
+    own = first.get("ctx", {}).get("error")
+    if isinstance(own, InputError):
+        keys = tuple((own.where or "").split("."))
+        return own.at(_place(keys, places, file))
+    # Behind the field's own name come places in a list, and the members of a union that were tried.
+    keys = tuple(str(key) for key in first["loc"])
+    keys = keys[: next((n for n in range(len(keys)) if nested(Config, keys[: n + 1]) is None), len(keys) - 1) + 1]
+    name = ".".join(keys)
+    if first["type"] == "missing":
+        return InputError(f"{name!r} is missing", where=_place(keys[:-1], places, file), cure=_meaning(keys))
+    message = _MESSAGES.get(first["type"]) or first["msg"].replace("Input should", "it should")
+    message = message.removeprefix("Value error, ").replace("String should", "it should")
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        message += f'. In quotes it is one: "{first["input"]}"'
+    return InputError(
+        f"{name} is {shown(first['input'])}: {message}", where=_place(keys, places, file), cure=_meaning(keys)
+    )
+
+
+def _place(keys: tuple[str, ...], places: Mapping[tuple[Any, ...], str], file: str) -> str:
+    found = (places[keys[:depth]] for depth in range(len(keys), 0, -1) if keys[:depth] in places)
+    return next(found, file)
+
+
+def _meaning(keys: tuple[str, ...]) -> str | None:
+    model = nested(Config, keys[:-1]) if keys else None
+    field = model.model_fields.get(keys[-1]) if model is not None else None
+    if field is None:
+        return None
+    limits = bounds(field)
+    return f"give {'.'.join(keys)}: {field.description}" + (f"; {limits_text(limits)}" if limits else "")
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _same_path(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -1,0 +1,1 @@
+"""Adapters for other tools: writing, reading back, comparing."""

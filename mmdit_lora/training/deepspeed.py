@@ -1,0 +1,139 @@
+"""DeepSpeed's ZeRO: weights and optimizer state whole from its parts and back, so that checkpoints stay safetensors.
+
+Its engine keeps fp32 weights and optimizer state flat, a part in each process, and saves them as pickles; these functions go
+through its own calls for single parameters (`deepspeed.utils.safe_get_full_fp32_param` and its like, 0.19) instead. All of
+them are collective. Only ZeRO-2 and ZeRO-3, with the optimizer on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from mmdit_lora.config.loading import Config
+from mmdit_lora.errors import InputError
+
+STAGES = (2, 3)
+
+
+def open_whole(accelerator: Accelerator) -> None:
+    """From now on transformers opens encoders whole. Under ZeRO-3 it spreads them as it opens them, and nothing gathers those.
+
+    Accelerate's `zero3_init_context_manager(enable=False)` and `zero3_init_flag: false` do not keep it from that (1.15 with
+    transformers 5.24): both leave DeepSpeed's config with transformers, which looks at nothing else.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
+def set_engine(accelerator: Accelerator, config: Config) -> None:
+    """Before `prepare`: what the engine is to take from our config, not from Accelerate's. It steps within `backward`.
+
+    Raises:
+        InputError: Accelerate's config asks for another stage, or for the optimizer on the CPU or a disk.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    zero = plugin.deepspeed_config.get("zero_optimization", {})
+    if zero.get("stage") not in STAGES:
+        raise InputError(
+            f"is {zero.get('stage')}", where="Accelerate's config, zero_stage", cure="set it to 2 or 3, or use DDP"
+        )
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise InputError(
+            "is set: an adapter's optimizer is a few dozen MB, and stays on the GPU",
+            where="Accelerate's config, offload_optimizer_device",
+            cure="set it to none; offload_param_device may be set",
+        )
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": config.train.batch_size,
+        "gradient_accumulation_steps": 1,  # the loop divides by its own
+        "gradient_clipping": config.train.max_grad_norm,
+    }
+
+
+def is_zero(parameter: Tensor) -> bool:
+    """Whether ZeRO has a master of this parameter in parts: one that trains."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def whole_master(parameter: Tensor) -> Tensor:
+    """The fp32 master of a parameter, in its shape."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master: Tensor = safe_get_full_fp32_param(parameter)
+    return master
+
+
+@torch.no_grad()
+def put_master(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter and its fp32 master."""
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    values = values.to(parameter.device)
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+        parameter.copy_(values)
+    safe_set_full_fp32_param(parameter, values.float())
+
+
+def is_zero_optimizer(optimizer: Any) -> bool:
+    """Whether it is ZeRO's, in Accelerate's wrapper."""
+    return hasattr(getattr(optimizer, "optimizer", None), "dp_process_group")
+
+
+def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+    """`<parameter index>.<name>` -> state, as `Optimizer.state_dict` numbers the parameters; on the CPU."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    inner = optimizer.optimizer
+    state = inner.optimizer.state.get(_flat(inner)[0], {})  # names, and what is no tensor, are those of every part
+    found = {}
+    for index, parameter in enumerate(zero_parameters(optimizer)):
+        for name, value in state.items():
+            if not torch.is_tensor(value) or value.ndim == 0:
+                found[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
+            else:
+                full = safe_get_full_optimizer_state(parameter, name)
+                found[f"{index}.{name}"] = full.detach().cpu().reshape(_shape(parameter)).contiguous()
+    return found
+
+
+def put_optimizer(optimizer: Any, state: dict[int, dict[str, Tensor]]) -> None:
+    """Take back what `optimizer_tensors` gave, by parameter index."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    inner = optimizer.optimizer
+    for flat in _flat(inner):  # a fresh optimizer has none before its first step
+        inner.optimizer.state[flat] = {
+            name: value.clone() if value.ndim == 0 else torch.zeros_like(flat) for name, value in state[0].items()
+        }
+    if hasattr(inner, "_lazy_init_hp_params_optimizer_state"):
+        inner._lazy_init_hp_params_optimizer_state()
+    for index, parameter in enumerate(zero_parameters(optimizer)):
+        for name, value in state[index].items():
+            if value.ndim:
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device).float(), name)
+
+
+def zero_parameters(optimizer: Any) -> list[Tensor]:
+    """The parameters that train, in the order in which the optimizer was given them."""
+    inner = optimizer.optimizer
+    groups = inner.bit16_groups if hasattr(inner, "bit16_groups") else inner.fp16_groups
+    return [parameter for group in groups for parameter in group]
+
+
+def _flat(inner: Any) -> list[Tensor]:
+    """This process's flat fp32 parts, one a group; the keys of the optimizer's state."""
+    parts: list[Tensor] = getattr(inner, "single_partition_of_fp32_groups", None) or inner.fp32_partitioned_groups_flat
+    return parts
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -1,0 +1,124 @@
+"""Against forgetting: layouts of the old domain, painted by the base itself, on which the adapter must not change it.
+
+DreamBooth's prior preservation (Ruiz et al. 2022, arXiv 2208.12242) replays pictures that the base painted. Here their target
+is not the noise that was added but what the base itself predicts, as in learning without forgetting (Li and Hoiem 2016,
+arXiv 1606.09282): the loss is 0 as long as nothing changes, and no sample noise pulls at the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit_lora.config.loading import Config
+from mmdit_lora.data.images import image_size
+from mmdit_lora.data.records import METADATA, read_dataset
+from mmdit_lora.errors import InputError
+from mmdit_lora.files import json_text, write_text
+from mmdit_lora.layout import Layout, read_layouts
+from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.pipelines.texts import quiet_texts
+from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.step import Batch, Objective, losses, predict
+from mmdit_lora.visual.draw import save_png
+
+FOLDER = "prior"
+
+
+def prior_layouts(config: Config) -> list[Layout]:
+    """The layouts of `prior.layouts`: a data set folder, whose pictures are not looked at, or a file of layouts.
+
+    Raises:
+        InputError: it holds none, or the method trains no adapter that could be switched off.
+    """
+    path, where = config.prior.layouts, "prior.layouts"
+    if path is None:
+        return []
+    if config.method != "lora":
+        raise InputError(
+            f"is given with method {config.method}: what the base predicts is known only while it stays as it is",
+            where=where,
+            cure="set it to null, or train with method lora",
+        )
+    layouts = (
+        [r.layout for r in read_dataset(path)] if Path(path).is_dir() else read_layouts(path, picture_size=image_size)
+    )
+    boxed = [layout for layout in layouts if layout.boxes]
+    if not boxed:
+        raise InputError(f"{path} holds no layout with a box", where=where, cure="give layouts of the old domain")
+    return boxed[: config.prior.count]
+
+
+def paint_prior(
+    pipe: LayoutPipeline, layouts: list[Layout], folder: Path, settings: PaintSettings, *, seed: int
+) -> None:
+    """Paint the layouts with the base as it is, into a data set folder; what a killed run painted is kept.
+
+    Args:
+        folder: is written to; `metadata.jsonl` comes last.
+        settings: how the run samples.
+        seed: of the first picture; picture number i has `seed + i`.
+    """
+    lines: list[dict[str, Any]] = [
+        {
+            "file_name": f"{number:06d}.png",
+            "caption": layout.caption,
+            "objects": {"bbox": [list(b.xyxy) for b in layout.boxes], "phrase": [b.phrase for b in layout.boxes]},
+        }
+        for number, layout in enumerate(layouts)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with without_adapter(pipe.transformer), torch.no_grad(), quiet_texts(pipe):
+        # By batches that are always the same: the last bits of a picture depend on the others of its batch.
+        for start in range(0, len(layouts), settings.batch_size):
+            names = [line["file_name"] for line in lines[start : start + settings.batch_size]]
+            if all((folder / name).is_file() for name in names):
+                continue
+            part = layouts[start : start + settings.batch_size]
+            for name, picture in zip(names, paint(pipe, part, settings, seed=seed + start), strict=True):
+                save_png(picture, folder / name)
+    text = "".join(json_text(line) + "\n" for line in lines)
+    write_text(folder / METADATA, text)
+
+
+class Prior:
+    """The old domain beside a run's own samples.
+
+    Args:
+        examples: of what the base painted.
+        batch_size: samples a step and process.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int) -> None:
+        self.examples, self.batch_size = examples, batch_size
+
+    def batch(self, micro_batch: int, world: int, process: int) -> Batch:
+        """The samples beside micro-batch number `micro_batch` of the run."""
+        first = (micro_batch * world + process) * self.batch_size
+        return self.examples.training_batch(range(first, first + self.batch_size))
+
+
+def prior_losses(model: nn.Module, bare_model: Any, batch: Batch, objective: Objective) -> Tensor:
+    """How far the adapter moves the base's own predictions, (B,) fp32; as `losses`, with these for a target.
+
+    Args:
+        model: with its adapter, in Accelerate's wrapper or not. bare_model: the same without.
+    """
+    with torch.no_grad(), without_adapter(bare_model):
+        target = predict(bare_model, batch, guidance=objective.guidance)
+    return losses(model, batch, objective, target=target.float())
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The base alone; then its adapter again, training as before."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()

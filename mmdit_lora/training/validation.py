@@ -1,0 +1,135 @@
+"""Validation during a run: held-out loss, what the layout is worth, sample images and their fidelity."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mmdit_lora.errors import NonFiniteError
+from mmdit_lora.evaluation import measure, readable
+from mmdit_lora.pipelines import paint
+from mmdit_lora.pipelines.texts import quiet_texts
+from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
+from mmdit_lora.training.run_dir import SAMPLES
+from mmdit_lora.training.setup import Run
+from mmdit_lora.training.sharding import parted, whole
+from mmdit_lora.training.tracking import Tracker
+from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = re.compile(r"^((?:\w+_)?transformer_blocks)\.(\d+)\.")
+
+
+@contextmanager
+def shown_weights(run: Run) -> Iterator[None]:
+    """The weights that would be saved: the moving average where there is one. Modules are in evaluation mode."""
+    transformer = run.pipe.transformer
+    transformer.eval()
+    try:
+        if run.average is None:
+            yield
+        else:
+            with run.average.in_place():
+                yield
+    finally:
+        parted(transformer)
+        transformer.train()
+
+
+def validate(run: Run) -> PairedLoss | None:
+    """The held-out loss against the base's; None where no picture is held out."""
+    if run.held_out is None or run.base_losses is None:
+        return None
+    with shown_weights(run):
+        # Not through DDP's wrapper: only the main process comes here, and the wrapper would wait for the others.
+        now = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
+    return compare_losses(run.base_losses, now.per_picture)
+
+
+def watch(run: Run, tracker: Tracker) -> float | None:
+    """Validate, paint, log. On the main process.
+
+    Returns:
+        How good it is, higher is better: the pictures' mIoU where it was measured, else minus the held-out loss; None
+        where neither was.
+    """
+    settings, step = run.config.train, run.state.step
+    last = step == settings.max_steps
+    scalars: dict[str, float] = {}
+    good = None
+    with shown_weights(run):
+        if run.held_out is not None and run.base_losses is not None and _due(step, settings.validate_every, last):
+            device = run.accelerator.device
+            now = held_out_losses(run.pipe.transformer, run.held_out, device)
+            loss = compare_losses(run.base_losses, now.per_picture)
+            run.compared = step, loss
+            scalars |= {"held_out/loss": loss.trained, "held_out/loss_minus_base": loss.difference}
+            scalars |= {f"held_out/loss_t{n}": value for n, value in enumerate(now.by_time())}
+            scalars |= layout_matters(run.pipe.transformer, run.held_out, device)
+            good = -loss.trained
+        if _due(step, settings.sample_every, last=False):
+            fidelity = _show(run, tracker)
+            scalars |= fidelity
+            good = fidelity.get("fidelity/miou", good)
+    if scalars:
+        tracker.log(step, scalars)
+    return good
+
+
+def is_due(run: Run) -> bool:
+    """Whether something is shown at this step."""
+    settings, step = run.config.train, run.state.step
+    return _due(step, settings.validate_every, step == settings.max_steps) or _due(step, settings.sample_every, False)
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Norm of the gradients of each block's trainable parameters, and of those in none."""
+    squares: defaultdict[str, float] = defaultdict(float)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found = _BLOCK.match(name)
+            place = f"{found[1]}.{int(found[2]):02d}" if found else name.split(".")[0]
+            squares[place] += whole(parameter.grad).float().square().sum().item()
+    return {f"grad_norm/{place}": value**0.5 for place, value in squares.items()}
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return bool(every) and (step % every == 0 or last)
+
+
+def _show(run: Run, tracker: Tracker) -> dict[str, float]:
+    """Paint the first held-out layouts at their pictures' size, always from the same noise.
+
+    Returns:
+        Where the reader can judge them, their fidelity. Images that hold NaN or infinity are not written; a warning says so.
+    """
+    source = run.held_out or run.examples
+    layouts = [source.records[n].layout for n in range(min(run.config.train.sample_count, len(source.records)))]
+    if not layouts:
+        return {}
+    # The prepared model answers in fp32, which the VAE would not take.
+    with run.accelerator.autocast(), torch.no_grad(), quiet_texts(run.pipe):
+        sizes = [source.size_of(index) for index in range(len(layouts))]
+        try:
+            pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
+        except NonFiniteError as error:  # of what was trained so far: the run is not at fault for a look at it
+            logger.warning("no samples of step %d: %s", run.state.step, error)
+            return {}
+    colors = phrase_colors(layouts)
+    boxed = [draw_boxes(picture, layout, colors=colors) for picture, layout in zip(pictures, layouts, strict=True)]
+    if run.accelerator.is_main_process:
+        save_png(contact_sheet(boxed), run.folder / SAMPLES / f"step_{run.state.step:07d}.png")
+    tracker.pictures(run.state.step, "samples", pictures, layouts)
+    if not readable(layouts):
+        return {}
+    found = measure(pictures, layouts).to_dict()
+    fidelity = {name: float(value) for name, value in found.items() if name != "boxes"}
+    run.fidelity = {"step": run.state.step, "pictures": len(pictures), "values": fidelity}
+    return {f"fidelity/{name}": value for name, value in fidelity.items()}

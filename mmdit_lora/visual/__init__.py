@@ -1,0 +1,1 @@
+"""Drawing boxes, contact sheets, charts and pages."""

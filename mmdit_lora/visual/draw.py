@@ -1,0 +1,504 @@
+"""Pictures for people: boxes drawn on pictures, contact sheets, and the before/after figure.
+
+All sizes are in pixels of the figure. Rectangles are (left, top, right, bottom), right and bottom exclusive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from mmdit_lora.files import atomic_file
+from mmdit_lora.layout import Layout
+from mmdit_lora.visual.canvas import (
+    HALO,
+    INK,
+    WHITE,
+    Entry,
+    Rgb,
+    blank,
+    cell_width,
+    enlarge,
+    fit,
+    font,
+    framed,
+    ink_on,
+    largest_text,
+    legend,
+    line_height,
+    one_line,
+    paragraph,
+    same_length,
+    shorten,
+    side_by_side,
+    stack,
+    text_masks,
+    text_width,
+    two_digits,
+    wrap,
+)
+
+Rect = tuple[int, int, int, int]
+_MARK = "mmdit_lora"  # a text of a PNG
+
+# Okabe and Ito's palette: told apart with every common colour blindness. Its black is left out: halos are dark. Those that
+# show on both light and dark pictures come first.
+PALETTE: tuple[Rgb, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+    (240, 228, 66),
+)
+MORE_COLORS: tuple[Rgb, ...] = (
+    (255, 255, 255),
+    (150, 75, 200),
+    (130, 80, 40),
+)  # for phrases, where a colour must not come twice
+OTHERS: Rgb = (150, 150, 150)
+_DISTINCT = 64  # colours of a run's phrases; the next ones begin again
+GREY, FAINT, PALE = (104, 112, 122), (214, 219, 225), (246, 247, 249)
+SMALLEST = 13  # font size of a phrase in the figure
+MAX_LABELS = 6  # more phrases than this on one picture hide it: the boxes get numbers, the phrases a legend
+MAX_NUMBERS = (
+    100  # more boxes of different phrases get no numbers: they would hide the picture, and their legend all else
+)
+MAX_ENTRIES = len(PALETTE + MORE_COLORS)  # lines of a legend of phrases
+
+
+def draw_boxes(
+    image: Image.Image,
+    layout: Layout,
+    *,
+    scale_to: int = 384,
+    labels: bool = True,
+    colors: Mapping[str, Rgb] | None = None,
+) -> Image.Image:
+    """The picture, enlarged, with its boxes and their phrases drawn on it.
+
+    Args:
+        image: any mode and size.
+        layout: its boxes are drawn in the order given, each in the colour `box_color(index)`; their lines are thinner
+            where there are more than 6.
+        scale_to: a picture whose longer side is shorter is enlarged to it; one of at most 128 px by the largest whole
+            number that fits, so that its pixels stay squares. A larger picture keeps its size.
+        labels: draw the phrases. With more than 6 boxes, or where tags would cover one another, boxes get numbers and
+            the phrases stand in a legend below, which makes the result taller; the width never changes. If at most
+            two thirds of more than 6 phrases are distinct, boxes get no numbers but the colour of their phrase, and
+            the legend has one entry a phrase with its count, the most frequent first, at most 10 lines. More than 100 boxes
+            get neither numbers nor a legend, unless phrases repeat so.
+        colors: the colour of each phrase, from `phrase_colors` of all layouts that are shown together, so that a phrase has
+            one colour in all of them. None = by the place of the box in its layout.
+
+    Returns:
+        A new RGB picture; its top left part is the enlarged picture.
+    """
+    canvas = enlarge(image, scale_to)
+    rects = [_to_pixels(box.xyxy, canvas.size) for box in layout.boxes]
+    phrases = [one_line(box.phrase) for box in layout.boxes]
+    entries = _kinds(phrases, colors) if labels else {}
+    of_boxes = _box_colors(phrases, colors, entries)
+    crowded = len(rects) > MAX_LABELS
+    line = (3 if min(canvas.size) < 768 else 4) - crowded
+    for color, rect in zip(of_boxes, rects, strict=True):
+        _outline(canvas, rect, color, width=line, inner=not crowded)
+    if not labels or not rects or (len(rects) > MAX_NUMBERS and not entries):
+        return canvas
+    if entries:  # the text is so large that it can still be read where the result is scaled down to 256 px
+        large = max(12, round(max(canvas.width, 1.2 * canvas.height) / 22))
+        sizes = range(large, max(11, round(0.7 * large) - 1), -1)
+        return stack([canvas, legend(list(dict.fromkeys(entries.values())), canvas.width, sizes)])
+    size = max(12, min(22, round(min(canvas.size) / 28)))
+    if len(rects) <= MAX_LABELS:
+        places = _place_tags(phrases, rects, canvas.size, size)
+        if places is not None:
+            _draw_tags(canvas, phrases, places, size, of_boxes)
+            return canvas
+    numbers = [str(index + 1) for index in range(len(rects))]
+    _draw_tags(canvas, numbers, _place_tags(numbers, rects, canvas.size, size, insist=True) or [], size, of_boxes)
+    lines = [Entry(of_boxes[index], phrase, mark=numbers[index]) for index, phrase in enumerate(phrases)]
+    return stack([canvas, legend(lines, canvas.width, range(size, size - 1, -1))])
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    layouts: Sequence[Layout] | None = None,
+    *,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    title: str | None = None,
+    cell: int = 256,
+) -> Image.Image:
+    """A grid of pictures on white, row by row.
+
+    Args:
+        images: at least one; each is fitted into the width of a cell, whatever its size.
+        layouts: one a picture; its boxes are drawn on it, a phrase in one colour over the whole sheet.
+        columns: default: as many as make the grid about as wide as high, and at most 5 in one row alone.
+        captions: one a picture; wrapped below it, at most 3 lines.
+        title: above the grid.
+        cell: width of a cell; the longer side of a picture.
+
+    Raises:
+        ValueError: there is no picture, or not as many layouts or captions as pictures.
+    """
+    if not images:
+        raise ValueError("a contact sheet needs at least one picture")
+    same_length("pictures", images, layouts=layouts, captions=captions)
+    colors = phrase_colors(layouts or ())
+    columns = columns or (len(images) if len(images) <= 5 else math.ceil(math.sqrt(len(images))))
+    cells = []
+    for index, image in enumerate(images):
+        picture = fit(image, cell)
+        parts = [picture]
+        if layouts:
+            parts = [draw_boxes(picture, layouts[index], scale_to=max(picture.size), colors=colors)]
+        if captions:
+            parts += [blank(cell, 6), paragraph(captions[index], cell, 14, GREY, max_lines=3)]
+        cells.append(stack(parts, align="centre", width=cell))
+    rows = [side_by_side(cells[start : start + columns], gap=18) for start in range(0, len(cells), columns)]
+    width = max(row.width for row in rows)
+    parts = [paragraph(title, width, 22, INK), blank(width, 14)] if title else []
+    for index, row in enumerate(rows):
+        parts += [row] if index == 0 else [blank(width, 18), row]
+    return framed(stack(parts), 24)
+
+
+def before_after(
+    layouts: Sequence[Layout],
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    *,
+    truth: Sequence[Image.Image] | None = None,
+    title: str = "The same layouts, seeds and steps, before and after training",
+    before_label: str = "before: the base",
+    after_label: str = "after: base + adapter",
+    scores: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Image.Image:
+    """The figure of what the adapter does: one column a layout; rows: the layout, before, after, and the ground truth.
+
+    The requested boxes are outlined on every picture. Made for 5 to 8 columns, which give about 2000 px of width.
+
+    Args:
+        layouts: one a column, at least one.
+        before: pictures of the base, one a column.
+        after: pictures with the adapter, one a column.
+        truth: optional ground truth, one a column; a row below.
+        title: above the figure.
+        before_label: left of its row; what precedes a colon is set large, what follows it small below.
+        after_label: likewise.
+        scores: mean IoU of each picture, (before, after), printed under the pictures, their means under the row labels.
+
+    Raises:
+        ValueError: there is no layout, or not one picture and score for each.
+    """
+    if not layouts:
+        raise ValueError("the figure needs at least one layout")
+    same_length("layouts", layouts, before=before, after=after, truth=truth)
+    for values in scores or ():
+        same_length("layouts", layouts, scores=values)
+    gutter, gap, margin = 230, 22, 44
+    cell = cell_width(before, len(layouts), 2040 - gutter - 2 * margin, gap)
+    sizes = [fit(image, cell).size for image in after]
+    colors = phrase_colors(layouts)
+    asked = [_sketch(layout, size, colors) for layout, size in zip(layouts, sizes, strict=True)]
+    bands = [_band("layout: what is asked for", asked, gutter, gap, cell)]
+    best = [max(pair) for pair in zip(*scores, strict=True)] if scores else None
+    rows: list[tuple[str, Sequence[Image.Image], Sequence[float] | None]]
+    rows = [(before_label, before, scores and scores[0]), (after_label, after, scores and scores[1])]
+    if truth is not None:
+        rows.append(("truth: the picture of the data set", truth, None))
+    for label, images, row_scores in rows:
+        drawn = [
+            draw_boxes(fit(image, cell), layout, scale_to=1, labels=False, colors=colors)
+            for image, layout in zip(images, layouts, strict=True)
+        ]
+        bands.append(_band(label, drawn, gutter, gap, cell, row_scores, best))
+    width = bands[0].width
+    parts = [paragraph(title, width, 38, INK), blank(width, 32)]
+    for index, band in enumerate(bands):
+        parts += [band] if index == 0 else [blank(width, 26), band]
+    return framed(stack(parts), margin)
+
+
+def save_png(image: Image.Image, path: str | Path, *, mark: bool = False) -> None:
+    """Write `image` to `path` as PNG, atomically.
+
+    Args:
+        mark: have `is_marked_png` know it again, as long as nobody changes a pixel.
+    """
+    text = PngInfo()
+    if mark:
+        text.add_text(_MARK, _pixels(image))
+    with atomic_file(path) as temporary:
+        # Level 3 takes an eighth of the time of `optimize` for a tenth more bytes.
+        image.save(temporary, format="PNG", compress_level=3, pnginfo=text)
+
+
+def is_marked_png(path: Path) -> bool:
+    """Whether a file is what `save_png` wrote with `mark`, unchanged."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            return _MARK in image.info and image.info[_MARK] == _pixels(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _pixels(image: Image.Image) -> str:
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+def box_color(index: int) -> Rgb:
+    """The colour of box number `index` (from 0) of a layout that is shown alone."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def phrase_colors(layouts: Iterable[Layout]) -> dict[str, Rgb]:
+    """One colour for each phrase of all `layouts`, the most frequent phrases first, then in their order.
+
+    The first 64 phrases have colours of their own, as different as can be; the next ones begin again.
+    """
+    counts = Counter(one_line(box.phrase) for layout in layouts for box in layout.boxes)
+    colors = _distinct_colors()
+    return {phrase: colors[rank % len(colors)] for rank, (phrase, _) in enumerate(counts.most_common())}
+
+
+@cache
+def _distinct_colors() -> tuple[Rgb, ...]:
+    """The palettes, then always the colour of a grid that differs most from all before it, in Oklab."""
+    levels = range(0, 256, 36)
+    grid = np.array([(r, g, b) for r in levels for g in levels for b in levels])
+    light = grid @ (0.299, 0.587, 0.114)
+    grid = grid[(light > 60) & (light < 215)]  # halos are dark, pages are white
+    chosen = [*PALETTE, *(color for color in MORE_COLORS if color != WHITE)]
+    apart = np.linalg.norm(_oklab(grid)[:, None] - _oklab(np.array([*chosen, OTHERS]))[None], axis=-1).min(1)
+    while len(chosen) < _DISTINCT:
+        found = int(apart.argmax())
+        red, green, blue = (int(value) for value in grid[found])
+        chosen.append((red, green, blue))
+        apart = np.minimum(apart, np.linalg.norm(_oklab(grid) - _oklab(grid[found]), axis=-1))
+    return tuple(chosen)
+
+
+def _oklab(rgb: NDArray[np.int_]) -> NDArray[np.float64]:
+    """(..., 3) sRGB of 0 to 255 in Oklab, where distances are as people see them (Ottosson 2020)."""
+    value = rgb / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    to_cones = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    to_lab = np.array(
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    )
+    return np.asarray(np.cbrt(linear @ to_cones.T) @ to_lab.T)
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+
+def _to_pixels(xyxy: tuple[float, float, float, float], size: tuple[int, int]) -> Rect:
+    width, height = size
+    left, top = min(round(xyxy[0] * width), width - 1), min(round(xyxy[1] * height), height - 1)
+    return left, top, max(round(xyxy[2] * width), left + 1), max(round(xyxy[3] * height), top + 1)
+
+
+def _outline(canvas: Image.Image, rect: Rect, color: Rgb, *, width: int, inner: bool = True) -> None:
+    """A coloured line just inside `rect`; soft dark hairlines outside and `inner` keep it visible on any background."""
+    left, top, right, bottom = rect[0], rect[1], rect[2] - 1, rect[3] - 1
+    halo = Image.new("L", canvas.size, 0)
+    draw = ImageDraw.Draw(halo)
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=170)
+    if inner and min(right - left, bottom - top) > 2 * width:
+        draw.rectangle((left + width, top + width, right - width, bottom - width), outline=170)
+    canvas.paste(HALO, (0, 0), halo)
+    line = max(1, min(width, right - left, bottom - top))
+    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=color, width=line)
+
+
+def _kinds(phrases: Sequence[str], colors: Mapping[str, Rgb] | None = None) -> dict[str, Entry]:
+    """The entry of the legend for each distinct phrase, the most frequent first; empty where few or hardly any repeat."""
+    counts = Counter(phrases).most_common()
+    if len(phrases) <= MAX_LABELS or 3 * len(counts) > 2 * len(phrases):
+        return {}
+    shown = len(counts) if len(counts) <= MAX_ENTRIES else MAX_ENTRIES - 1
+    others = Entry(OTHERS, f"and {len(counts) - shown} more")
+    own = PALETTE + MORE_COLORS
+    # The letter x: Pillow's own font has no multiplication sign.
+    return {
+        phrase: Entry(colors[phrase] if colors else own[rank], phrase, tail=f"x{count}") if rank < shown else others
+        for rank, (phrase, count) in enumerate(counts)
+    }
+
+
+def _box_colors(
+    phrases: Sequence[str], colors: Mapping[str, Rgb] | None, entries: Mapping[str, Entry] | None = None
+) -> list[Rgb]:
+    """The colour of each box: that of its entry in a legend of phrases, of its phrase, or of its place."""
+    if entries:
+        return [entries[phrase].color for phrase in phrases]
+    return [colors[phrase] if colors else box_color(index) for index, phrase in enumerate(phrases)]
+
+
+def _sketch(layout: Layout, size: tuple[int, int], colors: Mapping[str, Rgb]) -> Image.Image:
+    """The layout alone: pale paper of `size`, each box lightly filled, its phrase inside; numbers where that is too tight."""
+    canvas = Image.new("RGB", size, PALE)
+    ImageDraw.Draw(canvas).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=FAINT)
+    rects = [_to_pixels(box.xyxy, size) for box in layout.boxes]
+    of_boxes = _box_colors([one_line(box.phrase) for box in layout.boxes], colors)
+    for color, rect in zip(of_boxes, rects, strict=True):
+        tint = Image.new("RGB", size, color)
+        mask = Image.new("L", size, 0)
+        ImageDraw.Draw(mask).rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), fill=56)
+        canvas.paste(tint, mask=mask)
+    draw = ImageDraw.Draw(canvas)
+    for color, rect in zip(of_boxes, rects, strict=True):
+        draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), outline=color, width=3)
+    taken: list[Rect] = []
+    for rect, box in zip(rects, layout.boxes, strict=True):
+        taken.append(_write_phrase(canvas, one_line(box.phrase), rect, taken))
+    return canvas
+
+
+def _write_phrase(canvas: Image.Image, phrase: str, rect: Rect, taken: Sequence[Rect]) -> Rect:
+    """Write `phrase` inside `rect` as large as it fits, turned if `rect` is tall; off every rectangle in `taken`."""
+    room = (rect[2] - rect[0] - 10, rect[3] - rect[1] - 8)
+    sizes = range(max(18, round(canvas.width / 11)), SMALLEST - 1, -1)
+    size, block = largest_text(phrase, room, sizes)
+    turned_size, turned_block = largest_text(phrase, (room[1], room[0]), sizes)
+    turned = room[1] > 1.5 * room[0] and turned_size >= size + 3
+    if turned:
+        size, block = turned_size, turned_block
+    if not size:  # too tight: it may stand over the edges of the box
+        size = SMALLEST
+        block = wrap(phrase, size, max(room[0], 72), max_lines=3)
+    ink, rim = text_masks(block, size)
+    if turned:
+        ink, rim = ink.transpose(Image.Transpose.ROTATE_90), rim.transpose(Image.Transpose.ROTATE_90)
+    middle = ((rect[0] + rect[2] - ink.width) // 2, (rect[1] + rect[3] - ink.height) // 2)
+    spots = [middle]
+    for dy in range(4, canvas.height, 4):
+        spots += [(middle[0], middle[1] - dy), (middle[0], middle[1] + dy)]
+    place = _best_place(spots, ink.size, canvas.size, taken)
+    if _common(place, rect) < ink.width * ink.height:  # the rim keeps it legible where it crosses an edge
+        canvas.paste(PALE, place, rim)
+    canvas.paste(INK, place, ink)
+    return place
+
+
+# --- tags -------------------------------------------------------------------------------------------------------------
+
+
+def _place_tags(
+    texts: Sequence[str], rects: Sequence[Rect], canvas: tuple[int, int], size: int, *, insist: bool = False
+) -> list[Rect] | None:
+    """A place for each tag, inside the canvas and at its box; None where they would hide one another (unless `insist`)."""
+    taken: list[Rect] = []
+    for text, (left, top, right, bottom) in zip(texts, rects, strict=True):
+        room = max(right - left, round(0.6 * canvas[0]))
+        width, height = min(text_width(text, size) + 10, room), line_height(size) + 4
+        spots = [(left, top - height), (left, bottom), (left, top), (right - width, top), (left, bottom - height)]
+        spots += [(right - width, top - height), (right - width, bottom), (right - width, bottom - height)]
+        spots += [(right, top), (left - width, top)]
+        spots += [(x, y) for y in range(top, bottom, 4) for x in (left, right - width)]
+        # A tag hides as little as possible: of its own box, and worse, of another, where it would also be read wrongly.
+        others = [rect for rect in rects if rect != (left, top, right, bottom)]
+        hides = [(left, top, right, bottom), *others, *others]
+        taken.append(_best_place(spots, (width, height), canvas, taken, hides=hides))
+    hidden = any(_common(a, b) for index, a in enumerate(taken) for b in taken[:index])
+    return None if hidden and not insist else taken
+
+
+def _best_place(
+    spots: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    canvas: tuple[int, int],
+    taken: Sequence[Rect],
+    *,
+    hides: Sequence[Rect] = (),
+) -> Rect:
+    """The first of `spots` (left, top), moved into the canvas, with the least cover of `taken`, then of `hides`."""
+    best, best_cost = (0, 0, 0, 0), math.inf
+    for x, y in spots:
+        left, top = max(0, min(x, canvas[0] - size[0])), max(0, min(y, canvas[1] - size[1]))
+        place = (left, top, left + size[0], top + size[1])
+        away = abs(left - x) + abs(top - y)  # a spot that had to be moved is no longer at its corner
+        cost = 1000.0 * sum(_common(place, other) for other in taken) + sum(_common(place, other) for other in hides)
+        cost += size[1] * away / 2
+        if cost < best_cost:
+            best, best_cost = place, cost
+    return best
+
+
+def _draw_tags(
+    canvas: Image.Image, texts: Sequence[str], places: Sequence[Rect], size: int, colors: Sequence[Rgb]
+) -> None:
+    draw = ImageDraw.Draw(canvas)
+    for text, color, (left, top, right, bottom) in zip(texts, colors, places, strict=True):
+        draw.rectangle((left, top, right - 1, bottom - 1), fill=color, outline=HALO)
+        shown = shorten(text, size, right - left - 10)
+        draw.text((left + 5, top + 2), shown, ink_on(color), font(size, shown))
+
+
+def _common(a: Rect, b: Rect) -> int:
+    """Pixels that both cover."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+# --- the figure ---
+
+
+def _band(
+    label: str,
+    pictures: Sequence[Image.Image],
+    gutter: int,
+    gap: int,
+    cell: int,
+    scores: Sequence[float] | None = None,
+    best: Sequence[float] | None = None,
+) -> Image.Image:
+    """One row of the figure: its label, `gutter` wide, and its pictures in cells with their scores, the best ones dark."""
+    height = max(picture.height for picture in pictures)
+    cells = []
+    for column, picture in enumerate(pictures):
+        parts = [stack([picture], align="centre", width=cell, height=height)]
+        if scores is not None:
+            color = INK if best is None or scores[column] >= best[column] else GREY
+            parts.append(paragraph(f"IoU {two_digits(scores[column])}", cell, 24, color, centre=True, top=10))
+        cells.append(stack(parts))
+    return side_by_side([_row_label(label, scores, gutter, height), *cells], gap=gap, first_gap=0)
+
+
+def _row_label(label: str, scores: Sequence[float] | None, width: int, height: int) -> Image.Image:
+    """ "before: the base" as a large word and a small line below, then the mean score; centred on a row `height` high."""
+    head, _, tail = label.partition(":")
+    room = width - 24
+    parts = [paragraph(head.strip(), room, 36, INK, max_lines=3)]
+    if tail.strip():
+        parts += [blank(room, 4), paragraph(tail.strip(), room, 22, GREY, max_lines=3)]
+    if scores is not None and len(scores):
+        mean = sum(scores) / len(scores)
+        parts += [blank(room, 12), paragraph(f"mean IoU {two_digits(mean)}", room, 22, INK)]
+    text = stack(parts, width=width)
+    canvas = blank(width, max(height, text.height))
+    canvas.paste(text, (0, (canvas.height - text.height) // 2))
+    return canvas
