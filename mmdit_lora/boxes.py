@@ -1,4 +1,4 @@
-"""Boxes as people write them: order and unit of the four numbers, what is clipped at a picture's edge, which reading fits a set."""
+"""Boxes as people write them: order and unit of the four numbers, what is clipped at an image's edge, which reading fits a set."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ BBOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 BBOX_UNITS = ("relative", "pixel", "permille")
 Four = tuple[float, float, float, float]
 
-# Tools count pixels from 0 or from 1, with or without the last one, and round. A box that leaves its picture by at most
+# Tools count pixels from 0 or from 1, with or without the last one, and round. A box that leaves its image by at most
 # this share of the side, or by so many pixels where that is more, is clipped and counted; beyond it is an error.
 EDGE_SHARE, EDGE_PIXELS = 0.02, 2
 ROUNDING = 1e-3  # of the side: clipped without a word
-EDGE_RULE = f"a box may leave its picture by {EDGE_SHARE:.0%} of the side or by {EDGE_PIXELS} pixels, and is clipped"
+EDGE_RULE = f"a box may leave its image by {EDGE_SHARE:.0%} of the side or by {EDGE_PIXELS} pixels, and is clipped"
 
 _ENOUGH_BOXES = 5  # before a reading is doubted at all; and wrong ones, before that of a larger set is
 _ENOUGH_SHARE = 0.2
-_ENOUGH_TO_REACH = 12  # boxes, some of which are at the right and at the lower side of pictures
+_ENOUGH_TO_REACH = 12  # boxes, some of which are at the right and at the lower side of images
 _NEARLY_ALL = 0.02  # of the boxes may be wrong under a reading that is proposed
 _SAME = 0.01  # of the side: nearer to the upper left corner, xyxy and xywh say the same
 
@@ -35,7 +35,7 @@ def corners(numbers: Sequence[float], order: str) -> Four:
 
 
 def full_size(unit: str, size: tuple[int, int] | None) -> tuple[float, float]:
-    """(width, height) of a picture in a unit: "relative", "permille", "percent" or "pixel", for which `size` is needed."""
+    """(width, height) of an image in a unit: "relative", "permille", "percent" or "pixel", for which `size` is needed."""
     if unit == "pixel":
         assert size is not None
         return size
@@ -44,13 +44,13 @@ def full_size(unit: str, size: tuple[int, int] | None) -> tuple[float, float]:
 
 
 def overshoot(xyxy: Four) -> tuple[float, float]:
-    """How far a relative box leaves its picture, to left or right and above or below; 0 where it does not."""
+    """How far a relative box leaves its image, to left or right and above or below; 0 where it does not."""
     left, top, right, bottom = xyxy
     return max(-left, right - 1, 0.0), max(-top, bottom - 1, 0.0)
 
 
 def within_edge(xyxy: Four, size: tuple[int, int] | None) -> bool:
-    """Whether a relative box leaves its picture by no more than is clipped; `size` in pixels, where it is known."""
+    """Whether a relative box leaves its image by no more than is clipped; `size` in pixels, where it is known."""
     return all(
         by <= max(EDGE_SHARE, EDGE_PIXELS / side if side else 0) + 1e-9
         for by, side in zip(overshoot(xyxy), size or (0, 0), strict=True)
@@ -58,14 +58,14 @@ def within_edge(xyxy: Four, size: tuple[int, int] | None) -> bool:
 
 
 def clip(xyxy: Four) -> Four:
-    """The part of a relative box inside the picture (without area, or inverted, where there is none)."""
+    """The part of a relative box inside the image (without area, or inverted, where there is none)."""
     left, top, right, bottom = xyxy
     return min(max(left, 0.0), 1.0), min(max(top, 0.0), 1.0), min(max(right, 0.0), 1.0), min(max(bottom, 0.0), 1.0)
 
 
 @dataclass
 class EdgeCount:
-    """Boxes that left their picture by little and were clipped.
+    """Boxes that left their image by little and were clipped.
 
     Args:
         boxes: how many. most: how far the farthest left it, as a share of the side. places: where the first few are.
@@ -75,13 +75,13 @@ class EdgeCount:
     most: float = 0.0
     places: list[str] = field(default_factory=list)
 
-    def add(self, by: float, where: str) -> None:
-        """Count one box that left its picture by this share of the side, unless it was rounding."""
+    def add(self, by: float, location: str) -> None:
+        """Count one box that left its image by this share of the side, unless it was rounding."""
         if by > ROUNDING:
             self.boxes += 1
             self.most = max(self.most, by)
             if len(self.places) < 3:
-                self.places.append(where)
+                self.places.append(location)
 
     def merge(self, other: EdgeCount) -> None:
         """Count another one's boxes too."""
@@ -94,7 +94,7 @@ class EdgeCount:
         """One line for people; None where nothing was clipped."""
         if not self.boxes:
             return None
-        what = "1 box leaves its picture" if self.boxes == 1 else f"{self.boxes} boxes leave their pictures"
+        what = "1 box leaves its image" if self.boxes == 1 else f"{self.boxes} boxes leave their images"
         first = ", ".join(self.places) + (", ..." if self.boxes > len(self.places) else "")
         return f"{what} by at most {self.most:.1%} of the side and {'was' if self.boxes == 1 else 'were'} clipped ({first})"
 
@@ -121,7 +121,7 @@ READINGS = tuple(Reading(order, unit) for unit in BBOX_UNITS for order in BBOX_F
 
 
 class Boxed(NamedTuple):
-    """Boxes of one picture as they stand, four finite numbers each, and its size in pixels, where that is known."""
+    """Boxes of one image as they stand, four finite numbers each, and its size in pixels, where that is known."""
 
     numbers: Sequence[Four]
     size: tuple[int, int] | None = None
@@ -139,9 +139,9 @@ class Evidence:
     """How many boxes of a set are wrong under each reading.
 
     Args:
-        declared: how they are said to be read. total: boxes. wrong: reading -> boxes that leave their picture, are
+        declared: how they are said to be read. total: boxes. wrong: reading -> boxes that leave their image, are
             inverted or empty. telling: those of the declared reading that are not merely empty. reach: reading -> how far to
-            the right and down the boxes reach, the smaller of the two; 1 is the picture's side.
+            the right and down the boxes reach, the smaller of the two; 1 is the image's side.
     """
 
     declared: Reading
@@ -163,7 +163,7 @@ class Evidence:
             f"{self.wrong[reading] / self.total:.1%} as {self.name(reading)}{' (declared)' * (reading == self.declared)}"
             for reading in shown
         ]
-        return f"boxes that leave their picture, are inverted or empty: {', '.join(parts)}"
+        return f"boxes that leave their image, are inverted or empty: {', '.join(parts)}"
 
     def name(self, reading: Reading) -> str:
         return reading.order if reading.unit == self.declared.unit else f"{reading.order} {reading.unit}"
@@ -193,7 +193,7 @@ class Evidence:
         equal = [reading for reading in right if cost(reading) == best]
         if self.total < _ENOUGH_TO_REACH:
             return equal
-        # Numbers up to 640 fit pixels and thousandths alike; but boxes of a whole set reach the far sides of pictures.
+        # Numbers up to 640 fit pixels and thousandths alike; but boxes of a whole set reach the far sides of images.
         farthest = max(min(self.reach[reading], 1.0) for reading in equal)
         return [reading for reading in equal if self.reach[reading] > 0.8 * farthest]
 
@@ -230,7 +230,7 @@ def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:
     import numpy as np
 
     numbers = np.array([four for boxed in sets for four in boxed.numbers], dtype=np.float64)
-    # A picture of no known size may be as large as any box reaches.
+    # An image of no known size may be as large as any box reaches.
     largest = max(1.0, float(np.abs(numbers).max()) * 2)
     sizes = np.array([boxed.size or (largest, largest) for boxed in sets], dtype=np.float64)
     known = np.array([boxed.size is not None for boxed in sets])

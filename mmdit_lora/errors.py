@@ -14,25 +14,27 @@ class InputError(ValueError):
 
     Args:
         what: what is wrong, with the value that is wrong in it.
-        where: the place: a file, a file and line, a key of the config. Given by the innermost reader that knows it;
+        location: the place: a file, a file and line, a key of the config. Given by the innermost reader that knows it;
             outer readers add theirs with `at`.
         cure: how to mend it, as an instruction.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
+    def __init__(self, what: str, *, location: str | None = None, hint: str | None = None) -> None:
         # Messages echo keys and values of files, which may be megabytes long.
         self.what = clip(what, 900)
-        self.where = None if where is None else clip(where, 300)
-        self.cure = None if cure is None else clip(cure, 700)
+        self.location = None if location is None else clip(location, 300)
+        self.hint = None if hint is None else clip(hint, 700)
         super().__init__(self.what)
 
-    def at(self, where: str) -> InputError:
+    def at(self, location: str) -> InputError:
         """The same error, its place prefixed with `where` (a reader adds the file and line that a parser cannot know)."""
-        return type(self)(self.what, where=f"{where}: {self.where}" if self.where else where, cure=self.cure)
+        return type(self)(
+            self.what, location=f"{location}: {self.location}" if self.location else location, hint=self.hint
+        )
 
     def __str__(self) -> str:
-        message = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{message}\n  to mend it: {self.cure}" if self.cure else message
+        message = f"{self.location}: {self.what}" if self.location else self.what
+        return f"{message}\n  hint: {self.hint}" if self.hint else message
 
 
 class Stopped(Exception):
@@ -67,7 +69,7 @@ class NonFiniteError(Stopped):
         left = f"; {self.left} more were not sampled" if self.left else ""
         return (
             f"{len(self.bad)} of {self.count} {self.what} hold NaN or infinity: {numbers} {listed(self.bad)} "
-            f"({self.dtype}{since}){left}; none of them is kept\n  to mend it: take smaller weights of the adapters, a lower "
+            f"({self.dtype}{since}){left}; none of them is kept\n  hint: take smaller weights of the adapters, a lower "
             "guidance or layout scale; check the adapter with `mmdit-lora verify`; sample in fp32"
         )
 
@@ -110,34 +112,34 @@ def listed(names: Iterable[object]) -> str:
     return ", ".join(clip(name, 100) for name in names[:8]) + (", ..." if len(names) > 8 else "")
 
 
-def several(errors: Sequence[InputError], *, where: str, hint: str | None = None) -> InputError:
+def several(errors: Sequence[InputError], *, location: str, hint: str | None = None) -> InputError:
     """One error of many: the first twenty, a line each, as far as a message goes, and how many there are.
 
     Args:
-        where: the file or folder that they are of; their places are told from there. hint: what all of them suggest.
+        location: the file or folder that they are of; their places are told from there. hint: what all of them suggest.
     """
     if len(errors) == 1:
         (error,) = errors
         what = f"{error.what}; {hint}" if hint else error.what
-        return InputError(what, where=error.where, cure=error.cure)
-    beside = f"{os.path.dirname(where)}/" if os.path.dirname(where) else where + "/"  # noqa: PTH120 - where may be a URL
+        return InputError(what, location=error.location, hint=error.hint)
+    beside = f"{os.path.dirname(location)}/" if os.path.dirname(location) else location + "/"  # noqa: PTH120 - where may be a URL
     lines: list[str] = []
     for error in errors[:20]:
-        first = str(error).splitlines()[0].replace(f"{where}/", "").replace(beside, "")
+        first = str(error).splitlines()[0].replace(f"{location}/", "").replace(beside, "")
         line = f"- {clip(first, 180)}"
         if sum(map(len, lines)) + len(line) > 900 - len(hint or ""):
             break
         lines.append(line)
     count = f"{len(errors)} errors" + (f", the first {len(lines)} of which are" if len(lines) < len(errors) else "")
-    cures = [error.cure for error in errors if error.cure]
+    hints = [error.hint for error in errors if error.hint]
     return InputError(
-        "\n".join([count, *lines, *([hint] if hint else [])]), where=where, cure=cures[0] if cures else None
+        "\n".join([count, *lines, *([hint] if hint else [])]), location=location, hint=hints[0] if hints else None
     )
 
 
-def unknown_key(key: str, known: Iterable[str], *, where: str | None = None) -> InputError:
+def unknown_key(key: str, known: Iterable[str], *, location: str | None = None) -> InputError:
     """An `InputError` for a key that does not exist, naming the nearest one that does."""
     names = list(known)
     near = difflib.get_close_matches(str(key)[:100], names, n=1, cutoff=0.5)
-    cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-    return InputError(f"unknown key {shown(key)}", where=where, cure=cure)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+    return InputError(f"unknown key {shown(key)}", location=location, hint=hint)

@@ -35,7 +35,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
-def require_file(path: str | Path, *, what: str = "file", cure: str | None = None) -> Path:
+def require_file(path: str | Path, *, what: str = "file", hint: str | None = None) -> Path:
     """`path`, which is a regular file or a link to one.
 
     Reading a FIFO waits for ever, and a device such as /dev/zero never ends: neither is ever opened.
@@ -52,20 +52,20 @@ def require_file(path: str | Path, *, what: str = "file", cure: str | None = Non
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         missing = isinstance(error, FileNotFoundError | NotADirectoryError | ValueError)
         reason = f"no such {what}" if missing else f"cannot be read: {getattr(error, 'strerror', error)}"
-        raise InputError(reason, where=str(path), cure=cure) from None
+        raise InputError(reason, location=str(path), hint=hint) from None
     if not stat.S_ISREG(mode):
         article = "an" if what[0] in "aeiou" else "a"
         raise InputError(
-            f"is {kind_of(mode)}, not {article} {what}", where=str(path), cure=cure or "give a regular file"
+            f"is {kind_of(mode)}, not {article} {what}", location=str(path), hint=hint or "give a regular file"
         )
     return path
 
 
-def inside(folder: str | Path, name: Any, *, where: str, what: str = "file") -> Path:
+def inside(folder: str | Path, name: Any, *, location: str, what: str = "file") -> Path:
     """`folder / name`, for a name that stands in a file (an index, a list, an archive): it leads nowhere else.
 
     Args:
-        where: the file that the name stands in. what: what it names, for the message.
+        location: the file that the name stands in. what: what it names, for the message.
 
     Raises:
         InputError: the name is no text, is empty, absolute, or holds `..`.
@@ -73,7 +73,9 @@ def inside(folder: str | Path, name: Any, *, where: str, what: str = "file") -> 
     parts = PureWindowsPath(name).parts if isinstance(name, str) else ()  # both separators, and drives
     if not parts or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise InputError(
-            f"names the {what} {shown(name)}", where=where, cure="give a relative path below the folder, without '..'"
+            f"names the {what} {shown(name)}",
+            location=location,
+            hint="give a relative path below the folder, without '..'",
         )
     return Path(folder) / name
 
@@ -133,7 +135,7 @@ def kind_of(mode: int) -> str:
     return next((name for test, name in kinds.items() if test(mode)), "no regular file")
 
 
-def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, cure: str | None = None) -> str:
+def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, hint: str | None = None) -> str:
     """The text of a regular file: UTF-8 with or without a byte order mark, or UTF-16 with one (as Windows editors save).
 
     Args:
@@ -142,24 +144,24 @@ def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, 
     Raises:
         InputError: no regular file, larger than `limit`, or in another encoding, which is named where it can be told.
     """
-    return decode_text(read_bytes(path, what=what, limit=limit, cure=cure), where=str(path))
+    return decode_text(read_bytes(path, what=what, limit=limit, hint=hint), location=str(path))
 
 
-def read_bytes(path: str | Path, *, what: str = "file", limit: int, cure: str | None = None) -> bytes:
+def read_bytes(path: str | Path, *, what: str = "file", limit: int, hint: str | None = None) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises `InputError` as `read_text` does."""
-    path = require_file(path, what=what, cure=cure)
+    path = require_file(path, what=what, hint=hint)
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise InputError(f"cannot be read: {error.strerror}", location=str(path)) from None
     if len(content) > limit:
-        raise InputError(f"is larger than {limit / 2**20:g} MiB, the limit of a {what}", where=str(path))
+        raise InputError(f"is larger than {limit / 2**20:g} MiB, the limit of a {what}", location=str(path))
     return content
 
 
 def read_lines(
-    path: str | Path, *, what: str = "file", longest: int = 64 * 2**20, cure: str | None = None
+    path: str | Path, *, what: str = "file", longest: int = 64 * 2**20, hint: str | None = None
 ) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of the lines of a text file that are not blank, read one at a time; encodings as of `read_text`.
 
@@ -171,7 +173,7 @@ def read_lines(
     Raises:
         InputError: no regular file, a line that is longer, or another encoding; with the line.
     """
-    path = require_file(path, what=what, cure=cure)
+    path = require_file(path, what=what, hint=hint)
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -185,20 +187,20 @@ def read_lines(
                     return
                 if len(line) > longest:
                     what_line = f"is longer than {longest / 2**20:g} MiB, the limit of a line"
-                    raise InputError(what_line, where=f"{path}:{number}", cure="write one record a line")
+                    raise InputError(what_line, location=f"{path}:{number}", hint="write one record a line")
                 if isinstance(line, bytes):
                     if number == 1:
                         line = line.removeprefix(codecs.BOM_UTF8)
-                    line = decode_text(line, where=str(path), first_line=number)
+                    line = decode_text(line, location=str(path), first_line=number)
                 if line := line.strip():
                     yield number, line
     except UnicodeDecodeError as error:
-        raise InputError(f"is not whole UTF-16 text ({error.reason})", where=str(path)) from None
+        raise InputError(f"is not whole UTF-16 text ({error.reason})", location=str(path)) from None
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise InputError(f"cannot be read: {error.strerror}", location=str(path)) from None
 
 
-def decode_text(content: bytes, *, where: str, first_line: int = 1) -> str:
+def decode_text(content: bytes, *, location: str, first_line: int = 1) -> str:
     """Bytes of a text file as text, without its byte order mark; see `read_text`.
 
     Args:
@@ -207,31 +209,35 @@ def decode_text(content: bytes, *, where: str, first_line: int = 1) -> str:
     Raises:
         InputError: the encoding is another one.
     """
-    _refuse_utf32(content, where)
+    _refuse_utf32(content, location)
     wide = content.startswith(_UTF16)
     try:
         if not wide and b"\0" in content:
             line = content[: content.index(b"\0")].count(b"\n") + first_line
             raise InputError(
                 f"holds a NUL in line {line}, as UTF-16 or UTF-32 without a byte order mark does",
-                where=where,
-                cure="save it as UTF-8",
+                location=location,
+                hint="save it as UTF-8",
             )
         return content.decode("utf-16") if wide else content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if wide:
-            raise InputError(f"is not whole UTF-16 text ({error.reason} at byte {error.start})", where=where) from None
+            raise InputError(
+                f"is not whole UTF-16 text ({error.reason} at byte {error.start})", location=location
+            ) from None
         line = content[: error.start].count(b"\n") + first_line
         raise InputError(
             f"is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}, probably Windows-1252 (Latin-1)",
-            where=where,
-            cure="save it as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)",
+            location=location,
+            hint="save it as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)",
         ) from None
 
 
-def _refuse_utf32(content: bytes, where: str) -> None:
+def _refuse_utf32(content: bytes, location: str) -> None:
     if content.startswith(_UTF32):  # before UTF-16, whose mark the one of UTF-32 begins with
-        raise InputError("is UTF-32 text", where=where, cure="save it as UTF-8 (iconv -f UTF-32 -t UTF-8 OLD > NEW)")
+        raise InputError(
+            "is UTF-32 text", location=location, hint="save it as UTF-8 (iconv -f UTF-32 -t UTF-8 OLD > NEW)"
+        )
 
 
 @contextmanager
@@ -323,9 +329,9 @@ def output_path(path: str | Path, *, folder: bool) -> Path:
         InputError: it is something else (a FIFO, a device, a dangling link, ...), lies below a file, or is no possible name;
             or a file is to be written, and it ends as folders do.
     """
-    given, cure = Path(path), "give another name"
+    given, hint = Path(path), "give another name"
     if not folder and os.path.basename(path) in ("", "."):  # noqa: PTH119 - which `Path` drops
-        raise InputError("names a folder, and one file is written", where=clip(path), cure="give a file's name")
+        raise InputError("names a folder, and one file is written", location=clip(path), hint="give a file's name")
     try:
         for place in (given, *given.absolute().parents):
             if place.exists():
@@ -333,14 +339,14 @@ def output_path(path: str | Path, *, folder: bool) -> Path:
             if place.is_symlink():
                 with suppress(FileNotFoundError):
                     place.stat()  # raises where links lead round in a circle
-                raise InputError("is a dangling link", where=str(place), cure="remove the link, or " + cure)
+                raise InputError("is a dangling link", location=str(place), hint="remove the link, or " + hint)
         mode = place.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise InputError(_reason(error), where=clip(given), cure=cure) from None
+        raise InputError(_reason(error), location=clip(given), hint=hint) from None
     is_file = place is given and not folder
     if not (stat.S_ISREG if is_file else stat.S_ISDIR)(mode):
         kind = "file" if is_file else "folder"
-        raise InputError(f"is {kind_of(mode)}, not a {kind}", where=str(place), cure=cure)
+        raise InputError(f"is {kind_of(mode)}, not a {kind}", location=str(place), hint=hint)
     return Path(os.path.realpath(given))
 
 
@@ -457,8 +463,8 @@ def os_errors_as_input_errors(path: Path) -> Iterator[None]:
             number = error.errno
         if number is None:
             raise
-        reason, cure = _REASONS[number]
-        raise InputError(f"cannot be written: {reason}", where=clip(path, 300), cure=cure) from error
+        reason, hint = _REASONS[number]
+        raise InputError(f"cannot be written: {reason}", location=clip(path, 300), hint=hint) from error
 
 
 def _concerns(error: OSError, path: Path) -> bool:

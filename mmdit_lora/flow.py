@@ -32,7 +32,7 @@ def sample_timesteps(
         density: "logit_normal" (eq. 19), "mode" (eq. 20) or "uniform".
         logit_mean, logit_std: of the normal behind the logistic function; a positive mean leans towards noise.
         mode_scale: s of eq. 20; positive favours the middle, negative the ends.
-        shift: moves the density towards noise, for larger pictures; see `shift_timesteps`.
+        shift: moves the density towards noise, for larger images; see `shift_timesteps`.
     """
     scheme = "none" if density == "uniform" else density
     t = compute_density_for_timestep_sampling(scheme, count, logit_mean, logit_std, mode_scale, generator=generator)
@@ -93,7 +93,7 @@ def inside_weight(boxes: Tensor, mask: Tensor, height: int, width: int, weight: 
     """Loss weights that count the inside of boxes `weight` times as much as the outside, (B, 1, height, width).
 
     Cells that a box covers in part count in part; overlapping boxes count once. Each sample is scaled to a mean of 1,
-    so that the loss of pictures with many boxes does not outweigh that of others.
+    so that the loss of images with many boxes does not outweigh that of others.
 
     Args:
         boxes: (B, N, 4) xyxy in [0, 1].

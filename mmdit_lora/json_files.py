@@ -20,7 +20,7 @@ _DEEPEST = 100  # objects and lists in each other; nobody's config has a tenth o
 log = logging.getLogger(__name__)
 
 
-def read_json(path: str | Path, *, what: str = "JSON file", limit: int = JSON_LIMIT, cure: str | None = None) -> Any:
+def read_json(path: str | Path, *, what: str = "JSON file", limit: int = JSON_LIMIT, hint: str | None = None) -> Any:
     """The content of a JSON file.
 
     Args:
@@ -29,7 +29,7 @@ def read_json(path: str | Path, *, what: str = "JSON file", limit: int = JSON_LI
     Raises:
         InputError: no regular file, too large, no text or no JSON; with the line.
     """
-    return parse_json(read_text(path, what=what, limit=limit, cure=cure), where=str(path), cure=cure)
+    return parse_json(read_text(path, what=what, limit=limit, hint=hint), location=str(path), hint=hint)
 
 
 def read_object(
@@ -37,20 +37,22 @@ def read_object(
     *,
     what: str = "JSON file",
     limit: int = _OBJECT_LIMIT,
-    cure: str | None = None,
+    hint: str | None = None,
     finite: bool = True,
 ) -> dict[str, Any]:
     """The one object of a JSON file: a config, an index, a state. Raises `InputError` as `read_json` does, or for another
     value, or for one that is nested too deeply to be worked with."""
-    return parse_object(read_text(path, what=what, limit=limit, cure=cure), where=str(path), cure=cure, finite=finite)
+    return parse_object(
+        read_text(path, what=what, limit=limit, hint=hint), location=str(path), hint=hint, finite=finite
+    )
 
 
-def parse_object(text: str, *, where: str, cure: str | None = None, finite: bool = True) -> dict[str, Any]:
+def parse_object(text: str, *, location: str, hint: str | None = None, finite: bool = True) -> dict[str, Any]:
     """As `read_object`, of a text; `where` it stands."""
-    found = parse_json(text, where=where, cure=cure, finite=finite)
+    found = parse_json(text, location=location, hint=hint, finite=finite)
     if not isinstance(found, dict):
-        raise InputError(f"holds {type(found).__name__}, not a JSON object", where=where, cure=cure)
-    _refuse_deep(found, where, cure)
+        raise InputError(f"holds {type(found).__name__}, not a JSON object", location=location, hint=hint)
+    _refuse_deep(found, location, hint)
     return found
 
 
@@ -65,7 +67,7 @@ def read_kept(path: str | Path, kind: type[Kept]) -> Kept | None:
     try:
         found = read_json(path, limit=_OBJECT_LIMIT)
         if not isinstance(found, kind):
-            raise InputError(f"holds {type(found).__name__}", where=str(path))
+            raise InputError(f"holds {type(found).__name__}", location=str(path))
         _refuse_deep(found, str(path), None)
     except InputError as error:
         warn_damaged(path, error.what)
@@ -78,7 +80,7 @@ def warn_damaged(path: str | Path, why: object) -> None:
     log.warning("%s is damaged and made anew (%s)", path, clip(why))
 
 
-def read_rows(path: Path, *, what: str, cure: str | None = None) -> list[dict[str, Any]]:
+def read_rows(path: Path, *, what: str, hint: str | None = None) -> list[dict[str, Any]]:
     """The objects of a file to which the program adds lines; a last line that a kill cut short is left out.
     They may hold NaN and Infinity.
 
@@ -90,7 +92,8 @@ def read_rows(path: Path, *, what: str, cure: str | None = None) -> list[dict[st
     text = read_text(path, what=what, limit=JSON_LIMIT)
     whole = text[: text.rfind("\n") + 1]
     return [
-        parse_object(line, where=f"{path}:{number}", cure=cure, finite=False) for number, line in numbered_lines(whole)
+        parse_object(line, location=f"{path}:{number}", hint=hint, finite=False)
+        for number, line in numbered_lines(whole)
     ]
 
 
@@ -102,7 +105,7 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def parse_json(text: str, *, where: str, cure: str | None = None, finite: bool = True) -> Any:
+def parse_json(text: str, *, location: str, hint: str | None = None, finite: bool = True) -> Any:
     """`json.loads` that refuses NaN, Infinity and a key that stands twice in an object, and reports the place.
 
     Args:
@@ -112,36 +115,38 @@ def parse_json(text: str, *, where: str, cure: str | None = None, finite: bool =
         InputError: with the line and column inside `text`.
     """
     if not text.strip():
-        raise InputError("is empty", where=where, cure=cure)
-    with json_errors(where, many_lines="\n" in text.strip(), cure=cure):
+        raise InputError("is empty", location=location, hint=hint)
+    with json_errors(location, many_lines="\n" in text.strip(), hint=hint):
         try:
             return (UNIQUE if finite else _WITH_NAN).decode(text)
         except TwiceError as error:
             line = _line_of_second(text, error.key) if "\n" in text.strip() else None
-            raise error.at(f"{where}:{line}") if line else error from None
+            raise error.at(f"{location}:{line}") if line else error from None
     raise AssertionError("unreachable")
 
 
 @contextmanager
-def json_errors(where: str, *, many_lines: bool = False, cure: str | None = None) -> Iterator[None]:
+def json_errors(location: str, *, many_lines: bool = False, hint: str | None = None) -> Iterator[None]:
     """Within it, what a decoder raises becomes an `InputError` with its place."""
     try:
         yield
     except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}" if many_lines else where
+        place = f"{location}:{error.lineno}" if many_lines else location
         what = f"is not JSON: {error.msg} (column {error.colno})"
         if error.msg == "Extra data" and error.doc[: error.pos].rstrip(" \t").endswith("\r"):
-            cure = "its lines end in CR alone: save it with LF line ends (tr '\\r' '\\n' < OLD > NEW)"
-        raise InputError(what, where=place, cure=cure) from None
+            hint = "its lines end in CR alone: save it with LF line ends (tr '\\r' '\\n' < OLD > NEW)"
+        raise InputError(what, location=place, hint=hint) from None
     except InputError as error:
-        raise error if (error.where or "").startswith(where) else error.at(where) from None
+        raise error if (error.location or "").startswith(location) else error.at(location) from None
     except ValueError as error:  # an int of thousands of digits
-        raise InputError(f"is not JSON that can be read: {str(error).split(';')[0]}", where=where, cure=cure) from None
+        raise InputError(
+            f"is not JSON that can be read: {str(error).split(';')[0]}", location=location, hint=hint
+        ) from None
     except RecursionError:
-        raise InputError("is nested too deeply", where=where, cure=cure) from None
+        raise InputError("is nested too deeply", location=location, hint=hint) from None
 
 
-def _refuse_deep(found: Any, where: str, cure: str | None) -> None:
+def _refuse_deep(found: Any, location: str, hint: str | None) -> None:
     level = [found]
     for _ in range(_DEEPEST):
         level = [
@@ -152,11 +157,11 @@ def _refuse_deep(found: Any, where: str, cure: str | None) -> None:
         ]
         if not level:
             return
-    raise InputError("is nested too deeply", where=where, cure=cure)
+    raise InputError("is nested too deeply", location=location, hint=hint)
 
 
 def _refuse_constant(name: str) -> float:
-    raise InputError(f"holds {name}", cure="write a finite number")
+    raise InputError(f"holds {name}", hint="write a finite number")
 
 
 class TwiceError(InputError):
@@ -170,7 +175,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         key = next(name for index, name in enumerate(names) if name in names[:index])
-        error = TwiceError(f"the key {clip(repr(key), 100)} stands twice", cure="keep one of the two")
+        error = TwiceError(f"the key {clip(repr(key), 100)} stands twice", hint="keep one of the two")
         error.key = key
         raise error
     return found

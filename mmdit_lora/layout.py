@@ -1,6 +1,6 @@
 """Box and Layout: the one domain type.
 
-A box is `xyxy` in [0, 1] of the picture's width and height, x to the right, y down. Every other convention is converted
+A box is `xyxy` in [0, 1] of the image's width and height, x to the right, y down. Every other convention is converted
 by the reader that meets it; nothing behind a reader ever sees another one.
 """
 
@@ -47,11 +47,11 @@ _LINE_KEYS = ("file_name", "caption", "objects", "bbox_format", "bbox_units", "w
 
 _PLAIN = Reading("xyxy", "relative")
 Size = tuple[int, int]
-Clipped = list[tuple[float, str]]  # (share of the side that a box left its picture by, its place in the layout)
+Clipped = list[tuple[float, str]]  # (share of the side that a box left its image by, its place in the layout)
 
 
 class BoxError(InputError):
-    """A box that leaves its picture, is inverted or empty: perhaps all boxes of the set are read in the wrong way."""
+    """A box that leaves its image, is inverted or empty: perhaps all boxes of the set are read in the wrong way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ class Box:
     """One box and its phrase.
 
     Args:
-        xyxy: (left, top, right, bottom), each in [0, 1], left < right, top < bottom; clipped where it leaves the picture by
+        xyxy: (left, top, right, bottom), each in [0, 1], left < right, top < bottom; clipped where it leaves the image by
             at most `EDGE_SHARE` of the side.
         phrase: the text of the box, e.g. "a red circle"; not empty, at most `MOST_PHRASE` characters.
 
     Raises:
-        InputError: a coordinate is missing, not a finite number, outside the picture, inverted; or the phrase is empty.
+        InputError: a coordinate is missing, not a finite number, outside the image, inverted; or the phrase is empty.
     """
 
     xyxy: Four
@@ -73,7 +73,7 @@ class Box:
     def __post_init__(self) -> None:
         object.__setattr__(self, "xyxy", _validated_xyxy(self.xyxy))
         if not isinstance(self.phrase, str) or not self.phrase.strip():
-            raise InputError(f"the phrase is {shown(self.phrase)}", cure="give each box a phrase, e.g. 'a red circle'")
+            raise InputError(f"the phrase is {shown(self.phrase)}", hint="give each box a phrase, e.g. 'a red circle'")
         _check_text(self.phrase, "the phrase", MOST_PHRASE)
 
     @property
@@ -86,7 +86,7 @@ class Box:
 
     @property
     def area(self) -> float:
-        """Share of the picture that the box covers, in (0, 1]."""
+        """Share of the image that the box covers, in (0, 1]."""
         return self.width * self.height
 
 
@@ -105,16 +105,16 @@ class Layout:
     def __post_init__(self) -> None:
         if not isinstance(self.caption, str):
             raise InputError(
-                f"the caption is {shown(self.caption)}", cure="give the layout a caption: the text of the whole picture"
+                f"the caption is {shown(self.caption)}", hint="give the layout a caption: the text of the whole image"
             )
         _check_text(self.caption, "the caption", MOST_CAPTION)
         if isinstance(self.boxes, str) or not isinstance(self.boxes, Sequence):
-            raise InputError(f"boxes is {type(self.boxes).__name__}", cure="give a list of boxes")
+            raise InputError(f"boxes is {type(self.boxes).__name__}", hint="give a list of boxes")
         check_count(len(self.boxes))
         object.__setattr__(self, "boxes", tuple(self.boxes))
         for index, box in enumerate(self.boxes):
             if not isinstance(box, Box):
-                raise InputError(f"is {type(box).__name__}, not a Box", where=f"boxes[{index}]")
+                raise InputError(f"is {type(box).__name__}, not a Box", location=f"boxes[{index}]")
 
     @classmethod
     def from_dict(cls, data: Any, *, size: Callable[[], Size] | None = None, clipped: Clipped | None = None) -> Layout:
@@ -127,13 +127,13 @@ class Layout:
 
         Args:
             size: called for (width, height) in pixels where boxes are in pixels and `width` and `height` are not there.
-            clipped: is filled with the boxes that left their picture by little and were clipped.
+            clipped: is filled with the boxes that left their image by little and were clipped.
 
         Raises:
             InputError: with the place of the first thing that is wrong (`boxes[2]: ...`). Unknown keys are errors.
         """
         if not isinstance(data, Mapping):
-            raise InputError(f"is {type(data).__name__}, not an object", cure=f"write {EXAMPLE}")
+            raise InputError(f"is {type(data).__name__}, not an object", hint=f"write {EXAMPLE}")
         line = "objects" in data
         _check_keys(data, _LINE_KEYS if line else _LAYOUT_KEYS, required=("caption",), near_only=line)
         reading = reading_of(data)
@@ -149,43 +149,43 @@ class Layout:
         return {"caption": self.caption, "boxes": [{"xyxy": list(b.xyxy), "phrase": b.phrase} for b in self.boxes]}
 
 
-def read_layouts(path: str | Path, *, picture_size: Callable[[Path], Size] | None = None) -> list[Layout]:
+def read_layouts(path: str | Path, *, image_size: Callable[[Path], Size] | None = None) -> list[Layout]:
     """Layouts of a `.json` file (one layout, or a list of them) or a `.jsonl` file (one a line), see `Layout.from_dict`.
 
     Boxes that were clipped are counted in one warning of the log.
 
     Args:
-        picture_size: (width, height) in pixels of a picture beside the file, for lines of data sets in pixels.
+        image_size: (width, height) in pixels of an image beside the file, for lines of data sets in pixels.
 
     Raises:
         InputError: the file is missing, is no JSON, holds no layout, or layouts are wrong; with file and line.
     """
     path = Path(path)
-    cure = f"give a .json file of one layout or a .jsonl of many, e.g. {EXAMPLE}"
+    hint = f"give a .json file of one layout or a .jsonl of many, e.g. {EXAMPLE}"
     layouts, errors, seen, edges = [], [], [], EdgeCount()
-    for where, item in read_json_records(path, what="layout file", cure=cure):
+    for location, item in read_json_records(path, what="layout file", hint=hint):
         clipped: Clipped = []
         try:
             if isinstance(item, InputError):
                 raise item
-            layouts.append(Layout.from_dict(item, size=_beside(item, path, where, picture_size), clipped=clipped))
+            layouts.append(Layout.from_dict(item, size=_beside(item, path, location, image_size), clipped=clipped))
         except InputError as error:
-            errors.append(error.at(where) if error.where != where else error)
+            errors.append(error.at(location) if error.location != location else error)
         for by, place in clipped:
-            edges.add(by, f"{where}: {place}")
+            edges.add(by, f"{location}: {place}")
         if isinstance(item, Mapping):
             seen.append(item)
     if errors:
-        raise several(errors, where=str(path), hint=_hint(errors, seen))
+        raise several(errors, location=str(path), hint=_hint(errors, seen))
     if not layouts:
-        raise InputError("holds no layout", where=str(path), cure=cure)
+        raise InputError("holds no layout", location=str(path), hint=hint)
     if edges.message:
         log.warning("warning: %s: %s", path, edges.message)
     return layouts
 
 
 def read_json_records(
-    path: Path, *, what: str, limit: int = 2**28, cure: str | None = None
+    path: Path, *, what: str, limit: int = 2**28, hint: str | None = None
 ) -> Iterator[tuple[str, Any]]:
     """(place, value or the `InputError` of that line) of a file of JSON lines, one at a time; or of what else stands there
     in their place: a JSON array, or objects over several lines each, which are read whole.
@@ -198,18 +198,18 @@ def read_json_records(
     Raises:
         InputError: no regular file, not a text, no JSON where it is read whole.
     """
-    lines = read_lines(path, what=what, cure=cure)
+    lines = read_lines(path, what=what, hint=hint)
     number, first = next(lines, (0, ""))
     if not number:
         if path.suffix == ".json":
-            raise InputError("is empty", where=str(path), cure=cure)
+            raise InputError("is empty", location=str(path), hint=hint)
         return
     if path.suffix == ".json" or first[0] == "[":
-        yield from _whole_json(read_text(path, what=what, limit=limit, cure=cure), path)
+        yield from _whole_json(read_text(path, what=what, limit=limit, hint=hint), path)
         return
     if first == "{":  # objects over several lines, or a broken first line
         try:
-            whole = list(_whole_json(read_text(path, what=what, limit=limit, cure=cure), path))
+            whole = list(_whole_json(read_text(path, what=what, limit=limit, hint=hint), path))
         except TwiceError:
             raise
         except InputError:
@@ -218,18 +218,18 @@ def read_json_records(
             yield from whole
             return
     while number:
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         try:
-            yield where, parse_json(first, where=where)
+            yield location, parse_json(first, location=location)
         except InputError as error:
-            yield where, error
+            yield location, error
         number, first = next(lines, (0, ""))
 
 
 def _whole_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     at = _skip(text, 0)
     if path.suffix == ".json":
-        data = parse_json(text, where=str(path)) if not _holds_lines(text, at) else None
+        data = parse_json(text, location=str(path)) if not _holds_lines(text, at) else None
         if isinstance(data, list):
             yield from ((f"{path}[{index}]", item) for index, item in enumerate(data))
             return
@@ -240,20 +240,20 @@ def _whole_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     at, line, counted = at + array, 1, 0
     while (at := _skip(text, at)) < len(text) and not (array and text[at] == "]"):
         line, counted = line + text.count("\n", counted, at), at
-        where = f"{path}:{line}"
-        with json_errors(where):
+        location = f"{path}:{line}"
+        with json_errors(location):
             value, at = UNIQUE.raw_decode(text, at)
             at = _skip(text, at)
             if array and text[at : at + 1] == ",":
                 at += 1
             elif array and text[at : at + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        yield where, value
+        yield location, value
     if array and _skip(text, at + 1) < len(text):
         raise InputError(
             "begins with a JSON array, and more stands behind it",
-            where=f"{path}:{line}",
-            cure="write one JSON object a line",
+            location=f"{path}:{line}",
+            hint="write one JSON object a line",
         )
 
 
@@ -287,19 +287,19 @@ def boxes_of_layout(
 ) -> tuple[Box, ...]:
     """Boxes of `[{"xyxy": [...], "phrase": ...}, ...]`. Raises `InputError` with `boxes[N]`."""
     if not isinstance(items, list):
-        raise InputError(f"is {type(items).__name__}, not a list", where="boxes", cure=f"write {EXAMPLE}")
+        raise InputError(f"is {type(items).__name__}, not a list", location="boxes", hint=f"write {EXAMPLE}")
     check_count(len(items))
     boxes = []
     for index, item in enumerate(items):
         try:
             key = "bbox" if isinstance(item, Mapping) and "bbox" in item else "xyxy"
             if key == "bbox" and "xyxy" in item:
-                raise InputError("holds both xyxy and bbox", cure="give one of the two")
+                raise InputError("holds both xyxy and bbox", hint="give one of the two")
             _check_keys(item, _BOX_KEYS, required=(key, "phrase"), numbers="xyxy")
             boxes.append(as_box(item[key], item["phrase"], reading, size, f"boxes[{index}]", clipped))
         except InputError as error:
             place = f"boxes[{index}]"
-            raise error if (error.where or "").startswith(place) else error.at(place) from None
+            raise error if (error.location or "").startswith(place) else error.at(place) from None
     return tuple(boxes)
 
 
@@ -307,25 +307,25 @@ def boxes_of_line(
     objects: Any, reading: Reading, size: Callable[[], Size] | None, clipped: Clipped | None = None
 ) -> tuple[Box, ...]:
     """Boxes of a data set's `{"bbox": [...], "phrase": [...]}`. Raises `InputError` with `objects.bbox[N]`."""
-    cure = 'give {"bbox": [...], "phrase": [...]}; both lists empty for a picture without boxes'
+    hint = 'give {"bbox": [...], "phrase": [...]}; both lists empty for an image without boxes'
     if not isinstance(objects, Mapping):
-        raise InputError(f"objects is {type(objects).__name__}, not an object", cure=cure)
+        raise InputError(f"objects is {type(objects).__name__}, not an object", hint=hint)
     for key in objects:
         if key not in ("bbox", "phrase"):
             raise _unknown_box_key(key, ("bbox", "phrase"), "bbox").at("objects")
     for key in ("bbox", "phrase"):
         if not isinstance(objects.get(key), list):
             what = f"is {type(objects[key]).__name__}, not a list" if key in objects else "is missing"
-            raise InputError(what, where=f"objects.{key}", cure=cure)
+            raise InputError(what, location=f"objects.{key}", hint=hint)
     bbox, phrases = objects["bbox"], objects["phrase"]
     if len(bbox) != len(phrases):
         raise InputError(
-            f"{len(bbox)} boxes and {len(phrases)} phrases", where="objects", cure="give each box its phrase"
+            f"{len(bbox)} boxes and {len(phrases)} phrases", location="objects", hint="give each box its phrase"
         )
     check_count(len(bbox))
     for index, phrase in enumerate(phrases):
         if not isinstance(phrase, str):
-            raise InputError(f"is {_json(phrase)}, not a text", where=f"objects.phrase[{index}]")
+            raise InputError(f"is {_json(phrase)}, not a text", location=f"objects.phrase[{index}]")
     return tuple(
         as_box(four, phrase, reading, size, f"objects.bbox[{index}]", clipped)
         for index, (four, phrase) in enumerate(zip(bbox, phrases, strict=True))
@@ -337,70 +337,70 @@ def as_box(
     phrase: Any,
     reading: Reading,
     size: Callable[[], Size] | None,
-    where: str,
+    location: str,
     clipped: Clipped | None = None,
 ) -> Box:
-    """A box of four numbers as they stand, clipped where it leaves the picture by no more than `EDGE_RULE` says.
+    """A box of four numbers as they stand, clipped where it leaves the image by no more than `EDGE_RULE` says.
 
     Args:
-        size: called for (width, height) in pixels, for boxes in pixels and for those that leave the picture.
+        size: called for (width, height) in pixels, for boxes in pixels and for those that leave the image.
 
     Raises:
         InputError: no four finite numbers, the size of pixels is not known, or the phrase is empty.
-        BoxError: the box is inverted, empty, or leaves the picture by more.
+        BoxError: the box is inverted, empty, or leaves the image by more.
     """
     numbers = four_numbers(value)
     if numbers is None:
         raise InputError(
-            f"is {_json(value)}: not four finite numbers", where=where, cure="give [left, top, right, bottom]"
+            f"is {_json(value)}: not four finite numbers", location=location, hint="give [left, top, right, bottom]"
         )
     pixels = None
     if reading.unit == "pixel":
         if size is None:
             raise InputError(
-                "boxes in pixels need the size of the picture",
-                where=where,
-                cure='add "width" and "height" in pixels to the layout, or write relative boxes',
+                "boxes in pixels need the size of the image",
+                location=location,
+                hint='add "width" and "height" in pixels to the layout, or write relative boxes',
             )
         pixels = size()
     xyxy = numbers if reading == _PLAIN else relative(numbers, reading, pixels)
     if min(xyxy) < -ROUNDING or max(xyxy) > 1 + ROUNDING:
         by = max(overshoot(xyxy))
-        # Of a small picture two pixels may be more than the share: the size is asked for where that could matter.
+        # Of a small image two pixels may be more than the share: the size is asked for where that could matter.
         if not within_edge(xyxy, pixels) and pixels is None and size is not None and by < 0.25:
             pixels = size()
         left, top, right, bottom = inner = clip(xyxy)
         if within_edge(xyxy, pixels) and left < right and top < bottom:
             if clipped is not None:
-                clipped.append((by, where))
+                clipped.append((by, location))
             xyxy = inner
     try:
         return Box(xyxy, phrase)
     except BoxError as error:
         if reading == _PLAIN:
-            raise BoxError(error.what, where=where, cure=error.cure) from None
+            raise BoxError(error.what, location=location, hint=error.hint) from None
         written = f" (written as {reading.order} {_few(numbers)})"
-        cure = f"correct or remove the box; declared are {reading.allows} ({EDGE_RULE})"
-        raise BoxError(error.what + written, where=where, cure=cure) from None
+        hint = f"correct or remove the box; declared are {reading.allows} ({EDGE_RULE})"
+        raise BoxError(error.what + written, location=location, hint=hint) from None
     except InputError as error:
-        raise error.at(where) from None
+        raise error.at(location) from None
 
 
 def check_count(boxes: int) -> None:
     """Raises `InputError`: more boxes than a layout may have."""
     if boxes > MOST_BOXES:
         raise InputError(
-            f"holds {boxes:,} boxes, and a layout has at most {MOST_BOXES:,}", cure="leave the smallest ones out"
+            f"holds {boxes:,} boxes, and a layout has at most {MOST_BOXES:,}", hint="leave the smallest ones out"
         )
 
 
 def _beside(
-    item: Any, path: Path, where: str, picture_size: Callable[[Path], Size] | None
+    item: Any, path: Path, location: str, image_size: Callable[[Path], Size] | None
 ) -> Callable[[], Size] | None:
-    """For the size of the picture that a line of a data set names."""
-    if picture_size is None or not isinstance(item, Mapping) or "file_name" not in item:
+    """For the size of the image that a line of a data set names."""
+    if image_size is None or not isinstance(item, Mapping) or "file_name" not in item:
         return None
-    return lambda: picture_size(inside(path.parent, item["file_name"], where=where, what="picture"))
+    return lambda: image_size(inside(path.parent, item["file_name"], location=location, what="image"))
 
 
 def _stated_size(data: Mapping[str, Any]) -> Callable[[], Size] | None:
@@ -410,7 +410,7 @@ def _stated_size(data: Mapping[str, Any]) -> Callable[[], Size] | None:
     stated = data.get("width"), data.get("height")
     if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < 2**31 for v in stated):
         raise InputError(
-            f"width and height are {_json(stated[0])} and {_json(stated[1])}", cure="give both as numbers of pixels"
+            f"width and height are {_json(stated[0])} and {_json(stated[1])}", hint="give both as numbers of pixels"
         )
     return lambda: stated  # type: ignore[return-value]
 
@@ -443,22 +443,22 @@ def _check_keys(
         numbers: of a box, the key of its numbers.
     """
     if not isinstance(data, Mapping):
-        raise InputError(f"is {type(data).__name__}, not an object with {', '.join(required)}", cure=f"write {EXAMPLE}")
+        raise InputError(f"is {type(data).__name__}, not an object with {', '.join(required)}", hint=f"write {EXAMPLE}")
     for key in data:
         if key not in known and not (near_only and not difflib.get_close_matches(str(key)[:100], known, 1, 0.8)):
             raise _unknown_box_key(key, known, numbers) if numbers else unknown_key(key, known)
     for key in required:
         if key not in data:
-            raise InputError(f"{key!r} is missing", cure=f"write {EXAMPLE}")
+            raise InputError(f"{key!r} is missing", hint=f"write {EXAMPLE}")
 
 
 def _unknown_box_key(key: Any, known: Sequence[str], numbers: str) -> InputError:
     """The nearest key of a box is never advised where that would read its numbers in another order."""
     error = unknown_key(key, known)
     if key in BBOX_FORMATS:
-        error.cure = f'write the numbers under "{numbers}" and declare "bbox_format": "{key}" beside the caption'
+        error.hint = f'write the numbers under "{numbers}" and declare "bbox_format": "{key}" beside the caption'
     elif key in ("box", "boxes", "bboxes", "bbox"):
-        error.cure = (
+        error.hint = (
             f'write the numbers under "{numbers}"; where they are not [left, top, right, bottom], '
             'declare "bbox_format": "xywh" or "cxcywh" beside the caption'
         )
@@ -467,7 +467,7 @@ def _unknown_box_key(key: Any, known: Sequence[str], numbers: str) -> InputError
 
 def _choice(value: Any, known: tuple[str, ...], key: str) -> str:
     if value not in known:
-        raise InputError(f"{key} is {_json(value)}", cure=f"give one of {', '.join(known)}")
+        raise InputError(f"{key} is {_json(value)}", hint=f"give one of {', '.join(known)}")
     return str(value)
 
 
@@ -490,12 +490,12 @@ def _check_text(text: str, what: str, most: int) -> None:
     """JSON may spell half a character (a lone surrogate), which no file or tokenizer takes."""
     if len(text) > most:
         raise InputError(
-            f"{what} has {len(text):,} characters, and at most {most:,} are read", cure="shorten it to what is shown"
+            f"{what} has {len(text):,} characters, and at most {most:,} are read", hint="shorten it to what is shown"
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(f"{what} {text!r} holds half a character", cure="write it as UTF-8 text") from None
+        raise InputError(f"{what} {text!r} holds half a character", hint="write it as UTF-8 text") from None
 
 
 def _validated_xyxy(value: Any) -> Four:
@@ -506,27 +506,27 @@ def _validated_xyxy(value: Any) -> Four:
             return value
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4:
         raise InputError(
-            f"xyxy is {shown(value)}", cure="give four numbers: [left, top, right, bottom], each in [0, 1]"
+            f"xyxy is {shown(value)}", hint="give four numbers: [left, top, right, bottom], each in [0, 1]"
         )
     if any(isinstance(v, bool) or not isinstance(v, int | float) or not _is_finite(v) for v in value):
         raise InputError(
             f"xyxy is {shown(list(value))}: not four finite numbers",
-            cure="give [left, top, right, bottom] in [0, 1]",
+            hint="give [left, top, right, bottom] in [0, 1]",
         )
     left, top, right, bottom = (float(v) for v in value)
     four = left, top, right, bottom
     if right < left or bottom < top:
         raise BoxError(
             f"the box {_few(four)} is inverted",
-            cure="left must be < right, top < bottom: check the order [left, top, right, bottom], or declare another one (bbox_format)",
+            hint="left must be < right, top < bottom: check the order [left, top, right, bottom], or declare another one (bbox_format)",
         )
     if right == left or bottom == top:
         side = "width" if right == left else "height"
-        raise BoxError(f"the box {_few(four)} is empty: its {side} is 0", cure="give it one, or remove it")
+        raise BoxError(f"the box {_few(four)} is empty: its {side} is 0", hint="give it one, or remove it")
     if not within_edge(four, None):
         raise BoxError(
-            f"the box {_few(four)} leaves the picture",
-            cure='sides run from 0 to 1, and these look like pixels or thousandths: declare "bbox_units": "pixel" or "permille"'
+            f"the box {_few(four)} leaves the image",
+            hint='sides run from 0 to 1, and these look like pixels or thousandths: declare "bbox_units": "pixel" or "permille"'
             if max(four) > 2
             else f"correct the box, whose sides run from 0 to 1 ({EDGE_RULE})",
         )
@@ -534,5 +534,5 @@ def _validated_xyxy(value: Any) -> Four:
         return four
     left, top, right, bottom = clip(four)
     if right <= left or bottom <= top:
-        raise BoxError(f"the box {_few(four)} lies outside the picture", cure="correct the box, or remove it")
+        raise BoxError(f"the box {_few(four)} lies outside the image", hint="correct the box, or remove it")
     return (left, top, right, bottom)

@@ -169,7 +169,7 @@ class FolderLock:
 
     def _foreign(self) -> InputError:
         return InputError(
-            f"has the name of the lock of {self.what}, and is none", where=str(self.path), cure="move it away"
+            f"has the name of the lock of {self.what}, and is none", location=str(self.path), hint="move it away"
         )
 
     def _try(self, handle: int) -> bool:
@@ -192,13 +192,13 @@ class FolderLock:
 
     def _refusal(self, owner: Owner | None) -> InputError:
         who = "another process"
-        cure = "wait for it, or give another folder"
+        hint = "wait for it, or give another folder"
         if owner is not None:
             here = owner.host == socket.gethostname()
             who = f"process {owner.pid}{'' if here else f' on {owner.host}'}, started {owner.since},"
             if not here:
-                cure += f"; if that process is gone, remove {self.path}"
-        return InputError(f"is being written: {who} is at work there", where=str(self.what), cure=cure)
+                hint += f"; if that process is gone, remove {self.path}"
+        return InputError(f"is being written: {who} is at work there", location=str(self.what), hint=hint)
 
 
 def _read(handle: int) -> Owner | None:

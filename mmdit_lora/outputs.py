@@ -79,10 +79,10 @@ class Marker:
         if not os.path.lexists(place):
             return None
         if place.is_symlink():  # it would be written through
-            raise InputError("is a link, and no marker of an output folder", where=str(place), cure=_CURE)
-        text = read_text(place, what="marker of an output folder", limit=_LARGEST_MARKER, cure=_CURE)
+            raise InputError("is a link, and no marker of an output folder", location=str(place), hint=_CURE)
+        text = read_text(place, what="marker of an output folder", limit=_LARGEST_MARKER, hint=_CURE)
         try:
-            content = parse_object(text, where=str(place))
+            content = parse_object(text, location=str(place))
             marker = cls(str(content["written_by"]), dict(content["files"]), dict(content.get("was", {})))
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -284,7 +284,7 @@ def check_new_file(
     if out.exists() and (is_own is None or not is_own(out)):
         why = "" if is_own is None else f" and is not what `{verb}` wrote, or was changed since"
         raise InputError(
-            f"exists already{why}", where=_where(out, verb), cure="give another --out, or remove it yourself"
+            f"exists already{why}", location=_where(out, verb), hint="give another --out, or remove it yourself"
         )
     _report(out, remove_temporaries(out))
     return out
@@ -313,8 +313,8 @@ def refuse_inputs(targets: Iterable[Path], inputs: Inputs, *, verb: str, inside:
                 continue
             raise InputError(
                 f"{what} what is read: {label} {inputs[label]}",
-                where=_where(target, verb),
-                cure="give another place to write",
+                location=_where(target, verb),
+                hint="give another place to write",
             )
 
 
@@ -323,9 +323,11 @@ def refuse_unmarked(folder: Path, *, own: str) -> None:
     once, and only files whose names say what they are."""
     found = _top(output_path(folder, folder=True))
     if found and (marker := Marker.read(folder)) is not None:
-        raise InputError(f"holds what `{marker.verb}` wrote", where=str(folder), cure=_CURE)
+        raise InputError(f"holds what `{marker.verb}` wrote", location=str(folder), hint=_CURE)
     if found and not (folder / own).is_dir():
-        raise InputError(f"is not empty, and holds no {own}: it holds {listed(found)}", where=str(folder), cure=_CURE)
+        raise InputError(
+            f"is not empty, and holds no {own}: it holds {listed(found)}", location=str(folder), hint=_CURE
+        )
 
 
 @contextmanager
@@ -365,8 +367,8 @@ def _refuse_irreplaceable(out: Path, verb: str) -> None:
     if kind:
         raise InputError(
             f"is {kind}, and `{verb}` replaces its folder as a whole",
-            where=_where(out, verb),
-            cure="give a folder in it",
+            location=_where(out, verb),
+            hint="give a folder in it",
         )
 
 
@@ -391,8 +393,8 @@ def _report(out: Path, lines: list[str]) -> None:
 def _foreign(out: Path, verb: str, marker: Marker, names: list[str]) -> InputError:
     return InputError(
         f"holds files that `{marker.verb}` did not write, or that were changed since: {listed(names)}",
-        where=_where(out, verb),
-        cure="move them away, or give another folder",
+        location=_where(out, verb),
+        hint="move them away, or give another folder",
     )
 
 
@@ -401,11 +403,11 @@ def _own_marker(out: Path, verbs: tuple[str, ...], found: list[str]) -> Marker:
     if marker is None:
         raise InputError(
             f"is not empty, and carries no {MARKER} that says the program wrote it (it holds {listed(found)})",
-            where=_where(out, verbs[0]),
-            cure=_CURE,
+            location=_where(out, verbs[0]),
+            hint=_CURE,
         )
     if marker.verb not in verbs:
-        raise InputError(f"holds what `{marker.verb}` wrote", where=_where(out, verbs[0]), cure=_CURE)
+        raise InputError(f"holds what `{marker.verb}` wrote", location=_where(out, verbs[0]), hint=_CURE)
     return marker
 
 
@@ -423,7 +425,9 @@ def _top(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(folder), cure="give another folder") from None
+        raise InputError(
+            f"cannot be read: {error.strerror}", location=str(folder), hint="give another folder"
+        ) from None
     return [name for name in names if name != MARKER and not is_reserved(name) and name not in _LITTER]
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from mmdit_lora.config.ranges import COUNT
 
 BATCH, ROUNDS = 8, 5
-PICTURES = 256  # of the embedded base
+IMAGES = 256  # of the embedded base
 LARGE = {
     "latents": (16, 128, 128),
     "embeds": (1, 333, 4096),
@@ -97,7 +97,7 @@ def embedded(work: Path) -> dict[str, Any]:
     from mmdit_lora.training.trainer import prepare_run
 
     base = Path(__file__).resolve().parent.parent / "data" / "tiny_base"
-    write_dataset(work / "data", DOMAINS["basic"], count=PICTURES, seed=0)
+    write_dataset(work / "data", DOMAINS["basic"], count=IMAGES, seed=0)
     values = {
         "base": str(base),
         "output_dir": str(work / "run"),
@@ -132,41 +132,41 @@ def embedded(work: Path) -> dict[str, Any]:
         return fetch
 
     made, cached = fetch_by(*source(False)), fetch_by(*source(True))
-    for index in range(PICTURES):
+    for index in range(IMAGES):
         sample = cached(index)
         torch.save({**sample, "phrases": torch.cat(sample["phrases"])}, work / f"{index}.pt")
     encoder, examples = source(True)
-    every = list(range(PICTURES))
+    every = list(range(IMAGES))
 
     def from_memory() -> float:
         start = time.perf_counter()
-        for first in range(0, PICTURES, BATCH):
+        for first in range(0, IMAGES, BATCH):
             indices = every[first : first + BATCH]
             _, layouts = examples._encode(indices, [torch.Generator()] * len(indices))
             encoder.prompts([layout.caption for layout in layouts])
             encoder.phrases([box.phrase for layout in layouts for box in layout.boxes])
-        return PICTURES / (time.perf_counter() - start)
+        return IMAGES / (time.perf_counter() - start)
 
     def first_read() -> float:
         encoder, examples = source(True)
         examples.view(0, 0)  # the hashes of the base's files are read once a process
         encoder.prompt("")
-        return rate(fetch_by(encoder, examples), PICTURES)
+        return rate(fetch_by(encoder, examples), IMAGES)
 
     from_memory()
     rates = in_turns(
         {
             "cache_first": first_read,
-            "cache_again": lambda: rate(cached, PICTURES),
+            "cache_again": lambda: rate(cached, IMAGES),
             "cache_memory": from_memory,
-            "torch_load": lambda: rate(lambda i: torch.load(work / f"{i}.pt", weights_only=True), PICTURES),
+            "torch_load": lambda: rate(lambda i: torch.load(work / f"{i}.pt", weights_only=True), IMAGES),
         }
     )
-    slow = rate(made, PICTURES)
+    slow = rate(made, IMAGES)
     rates["decode_and_encode"] = (slow, [round(slow, 1)])
     sample_bytes = (work / "0.pt").stat().st_size
     return {
-        "pictures": PICTURES,
+        "images": IMAGES,
         "pt_bytes": sample_bytes,
         **compared(rates),
         "fill_s_with_opening_the_base": round(fill_s, 2),
@@ -175,7 +175,7 @@ def embedded(work: Path) -> dict[str, Any]:
 
 
 def large(work: Path, *, with_vae: bool) -> dict[str, Any]:
-    """Entries of a real size with random values; decoding and encoding is one picture through a VAE of the real size."""
+    """Entries of a real size with random values; decoding and encoding is one image through a VAE of the real size."""
     import torch
     from PIL import Image
 
@@ -237,14 +237,14 @@ def large(work: Path, *, with_vae: bool) -> dict[str, Any]:
         vae = AutoencoderKL(**LARGE_VAE).eval()
         side = LARGE_VAE_SIDE
         noise = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).save(work / "picture.png")
+        Image.fromarray(noise.numpy()).save(work / "image.png")
         start = time.perf_counter()
-        pixels, _ = prepare(load_image(work / "picture.png"), Layout(caption="", boxes=[]), (side, side))
+        pixels, _ = prepare(load_image(work / "image.png"), Layout(caption="", boxes=[]), (side, side))
         with torch.no_grad():
             vae.encode(pixels[None]).latent_dist.mode()
         seconds = time.perf_counter() - start
         rates["decode_and_encode"] = (1 / seconds, [round(1 / seconds, 4)])
-        report["decode_and_encode_is"] = f"one picture of {side} x {side} pixels, no text: an upper bound of the rate"
+        report["decode_and_encode_is"] = f"one image of {side} x {side} pixels, no text: an upper bound of the rate"
     return report | compared(rates)
 
 

@@ -1,6 +1,6 @@
 """What a set of very many records costs, in tar shards: `scripts/benchmark.py data --records 1000000`.
 
-The records are simulated: 256 procedural scenes of 64 x 64 pixels as PNG, each with a number behind the picture's end, so that
+The records are simulated: 256 procedural scenes of 64 x 64 pixels as PNG, each with a number behind the image's end, so that
 no two files are alike, and its scene's layout. What is measured, is measured in processes of their own: "opening" is the
 data part alone, "first batch" is `prepare_run` on the embedded base and the first training batch, once on the whole set
 and once on one of 256 records; the difference is what the set costs. Files lie in the page cache.
@@ -65,7 +65,7 @@ def _computed(records: int, index_bytes: float) -> dict[str, Any]:
         "index_on_disk_mapped": round(records * index_bytes),
         "order_of_two_epochs": 2 * 4 * records,
         "split": 2 * 8 * MOST_HELD_OUT,
-        "at_start_only": {"hashes_of_pictures_and_their_sorted_copy": 3 * 8 * records},
+        "at_start_only": {"hashes_of_images_and_their_sorted_copy": 3 * 8 * records},
         "a_list_of_records_would_be": "about 1 kB each, 10 GB",
     }
 
@@ -82,8 +82,8 @@ def _write(folder: Path, records: int) -> tuple[int, float]:
     start = time.perf_counter()
     writer = ShardWriter(folder, size=SHARD)
     for number in range(records):
-        picture, layout = made[number % SCENES]
-        writer.add(picture + number.to_bytes(8, "big"), "png", layout)
+        image, layout = made[number % SCENES]
+        writer.add(image + number.to_bytes(8, "big"), "png", layout)
     writer.close()
     return writer.shards, time.perf_counter() - start
 

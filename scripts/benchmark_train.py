@@ -49,7 +49,7 @@ def train_benchmark(size: str, peer: Path | None) -> dict[str, Any]:
 
 
 def loop(steps: int = 60) -> dict[str, Any]:
-    """The quickstart's own training, cut short, on pictures and texts that are cached."""
+    """The quickstart's own training, cut short, on images and texts that are cached."""
     from mmdit_lora.config.loading import load_config
     from mmdit_lora.data.cache import DiskCache
     from mmdit_lora.data.shapes import DOMAINS, write_dataset

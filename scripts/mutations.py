@@ -279,8 +279,8 @@ MUTATIONS = (
     _m(
         "ratio of buckets without its sign",
         "data/buckets.py",
-        "return abs(math.log(size[1] / size[0]) - math.log(picture[1] / picture[0]))",
-        "return math.log(size[1] / size[0]) - math.log(picture[1] / picture[0])",
+        "return abs(math.log(size[1] / size[0]) - math.log(image[1] / image[0]))",
+        "return math.log(size[1] / size[0]) - math.log(image[1] / image[0])",
         "buckets",
     ),
     _m(

@@ -40,16 +40,16 @@ from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline, paint, quiet
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, SamplingConfig, generate, load_pipeline, quiet
 from mmdit_lora.training.checkpoint import OptimizerState, load_optimizer
 from mmdit_lora.training.step import Batch, losses
 from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TEXT_WIDTH, TEXT_TOKENS = 64, 32
-# So that captions of one's own pictures are not cut into bytes; whatever is not here still is, and works.
+# So that captions of one's own images are not cut into bytes; whatever is not here still is, and works.
 COMMON_WORDS = """
-a an the of and in on with at by to from is are there this that photo picture image drawing background scene view
+a an the of and in on with at by to from is are there this that photo image image drawing background scene view
 close up small large big tiny round long tall wide thin thick light dark bright black white brown gold silver left
 right top bottom middle center corner side one two three four five six seven eight nine ten no some many few person
 man woman child people dog cat bird horse cow sheep car bus truck bicycle motorcycle train boat airplane traffic sign
@@ -126,7 +126,7 @@ def texture(seed: int, size: int = 64) -> np.ndarray:
     return np.clip(out, 0, 255).astype(np.uint8)
 
 
-def vae_pictures(count: int) -> Tensor:
+def vae_images(count: int) -> Tensor:
     """(count, 3, 64, 64) uint8: scenes of every domain, and textures."""
     shares = {"mixed": 0.5, "page": 0.18, "dense": 0.12}
     parts = [
@@ -161,14 +161,14 @@ def train_vae(work: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> No
     if (work / "vae").exists():
         return
     torch.manual_seed(0)
-    pictures = vae_pictures(14_000)
-    log(f"vae: {len(pictures)} pictures")
+    images = vae_images(14_000)
+    log(f"vae: {len(images)} images")
     vae = new_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     step, curve = resume(work / "vae_training", vae, optimizer)
     while step < steps:
         generator = torch.Generator().manual_seed(step)
-        x = pictures[torch.randint(len(pictures), (batch,), generator=generator)].float() / 127.5 - 1
+        x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
         for group in optimizer.param_groups:  # constant, then a cosine to 0 over the second half
             group["lr"] = rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1))) / 2
         posterior = vae.encode(x).latent_dist
@@ -185,14 +185,14 @@ def train_vae(work: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> No
         if step % 100 == 0:
             save_progress(work / "vae_training", vae, optimizer, step, curve)
             log(f"vae: step {step}/{steps}, {curve[-1]['psnr_db']:.1f} dB")
-    normalise_latents(vae, pictures)
+    normalise_latents(vae, images)
     vae.save_pretrained(work / "vae")
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     """Put mean 0 and standard deviation 1 per latent channel into the weights, so that scaling_factor 1 is right."""
-    modes = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in pictures[::7].split(50)])
+    modes = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in images[::7].split(50)])
     mean, std = modes.mean(dim=(0, 2, 3)), modes.std(dim=(0, 2, 3))
     out, back = vae.encoder.conv_out, vae.post_quant_conv
     channels = len(mean)
@@ -326,7 +326,9 @@ def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: 
             entry = {"step": step, "loss": float(np.mean(recent))}
             recent.clear()
             if step % 1500 == 0 or step == steps:
-                entry |= measure(paint(pipe, held_out, PaintSettings(steps=20, guidance_scale=2.5)), held_out).to_dict()
+                entry |= measure(
+                    generate(pipe, held_out, SamplingConfig(steps=20, guidance_scale=2.5)), held_out
+                ).to_dict()
             curve.append(entry)
             log(f"transformer: {json.dumps(entry)}")
         if step % 250 == 0 or step == steps:
@@ -354,12 +356,12 @@ def publish(work: Path, out: Path) -> None:
         for domain in ("basic", "mixed"):
             with tempfile.TemporaryDirectory() as scratch:
                 write_dataset(f"{scratch}/data", DOMAINS[domain], count=256, seed=HELD_OUT_SEED)
-                evaluation = evaluate(saved, read_dataset(f"{scratch}/data"), PaintSettings(), seed=0)
+                evaluation = evaluate(saved, read_dataset(f"{scratch}/data"), SamplingConfig(), seed=0)
             reports[domain] = evaluation.to_dict()
             log(f"{domain}: {json.dumps(reports[domain]['base'])}")
             shown = [
                 draw_boxes(p, b, colors=phrase_colors(evaluation.layouts))
-                for p, b in zip(evaluation.sides["base"].pictures[:16], evaluation.layouts, strict=False)
+                for p, b in zip(evaluation.sides["base"].images[:16], evaluation.layouts, strict=False)
             ]
             save_png(contact_sheet(shown), temporary / f"samples_{domain}.png")
         write_json(temporary / "training_log.json", {"curves": curves, "evaluation": reports})
@@ -427,11 +429,11 @@ It paints coloured shapes and nothing else: it is no model of photographs.
 
 ## How well it obeys layouts
 
-Held-out scenes of the domain `basic` (256 pictures, 1 to 4 boxes of 14 to 32 px), 20 steps, guidance 2.5:
+Held-out scenes of the domain `basic` (256 images, 1 to 4 boxes of 14 to 32 px), 20 steps, guidance 2.5:
 
 {newline.join(head + own)}
 
-The domain `mixed`, on which it was trained (256 pictures, sides from 9 px, some overlap), by number of boxes:
+The domain `mixed`, on which it was trained (256 images, sides from 9 px, some overlap), by number of boxes:
 
 {newline.join(head + many)}
 
@@ -442,7 +444,7 @@ The domain `mixed`, on which it was trained (256 pictures, sides from 9 px, some
 
 ## Training
 
-VAE: {curves["vae"][-1]["step"]} steps of 16 pictures; scenes of all domains and smooth colour noise. Transformer: {curves["transformer"][-1]["step"]:,}
+VAE: {curves["vae"][-1]["step"]} steps of 16 images; scenes of all domains and smooth colour noise. Transformer: {curves["transformer"][-1]["step"]:,}
 steps of 32 scenes on two CPU cores, EMA weights. The log is `training_log.json`.
 
 ![curves](curves.png)

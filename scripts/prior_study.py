@@ -19,7 +19,7 @@ from typing import Any
 from mmdit_lora.config.ranges import COUNT, SEED, Range
 
 NEW, OLD = "page", "basic"
-PICTURES, HELD_OUT, PRIOR = 2000, 96, 200
+IMAGES, HELD_OUT, PRIOR = 2000, 96, 200
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def make_data(folder: Path) -> dict[str, Path]:
     """The quickstart's own data, and layouts of the old domain that no other set has."""
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
 
-    sets = {"train": (NEW, PICTURES, 11), "held_out": (NEW, HELD_OUT, 12), "old": (OLD, HELD_OUT, 13)}
+    sets = {"train": (NEW, IMAGES, 11), "held_out": (NEW, HELD_OUT, 12), "old": (OLD, HELD_OUT, 13)}
     for name, (domain, count, seed) in (sets | {"prior": (OLD, PRIOR, 14)}).items():
         if not (folder / name / "metadata.jsonl").is_file():
             write_dataset(folder / name, DOMAINS[domain], count=count, seed=seed)
@@ -65,7 +65,7 @@ def one_run(out: Path, data: dict[str, Path], seed: int, weight: float, steps: i
     from mmdit_lora.data.records import read_dataset
     from mmdit_lora.evaluation.evaluate import evaluate
     from mmdit_lora.files import write_json
-    from mmdit_lora.pipelines import PaintSettings
+    from mmdit_lora.pipelines import SamplingConfig
     from mmdit_lora.training.trainer import train
 
     overrides = [
@@ -84,7 +84,7 @@ def one_run(out: Path, data: dict[str, Path], seed: int, weight: float, steps: i
     result.pipe.transformer.eval()
     found: dict[str, Any] = {"weight": weight, "seed": seed, "train_s": round(seconds, 1)}
     for name in ("held_out", "old"):
-        judged = evaluate(result.pipe, read_dataset(data[name]), PaintSettings(), seed=0)
+        judged = evaluate(result.pipe, read_dataset(data[name]), SamplingConfig(), seed=0)
         found["new" if name == "held_out" else "old"] = {side: one.fidelity for side, one in judged.sides.items()}
     write_json(folder / "judged.json", found)
     print(json.dumps({k: found[k] for k in ("weight", "seed", "train_s")}), flush=True)

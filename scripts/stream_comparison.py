@@ -29,13 +29,13 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.models import LayoutModelMixin
-from mmdit_lora.pipelines import PaintSettings, load_pipeline
+from mmdit_lora.pipelines import SamplingConfig, load_pipeline
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.trainer import prepare_run, train
 from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
 ATTENTIONS = ("siamese", "cross")
-# domain, pictures, seed
+# domain, images, seed
 SETS = {
     "basic": ("basic", 4000, 21),
     "basic_held_out": ("basic", 96, 22),
@@ -101,12 +101,12 @@ def fidelity(base: Path, data: Path, *, adapter: Path | None = None, sheet: Path
     if adapter is not None:
         load_adapter(pipe.transformer, adapter)
         pipe.transformer.eval()
-    result = evaluate(pipe, read_dataset(data), PaintSettings(), seed=0)
+    result = evaluate(pipe, read_dataset(data), SamplingConfig(), seed=0)
     if sheet is not None:
         side = result.sides["adapter" if adapter else "base"]
         colors = phrase_colors(result.layouts)
         shown = [
-            draw_boxes(p, layout, colors=colors) for p, layout in zip(side.pictures[:16], result.layouts, strict=False)
+            draw_boxes(p, layout, colors=colors) for p, layout in zip(side.images[:16], result.layouts, strict=False)
         ]
         save_png(contact_sheet(shown), sheet)
     return {name: side.fidelity for name, side in result.sides.items()}
@@ -226,7 +226,7 @@ def main() -> None:
         "batch_size": config.train.batch_size,
         "learning_rate": config.train.learning_rate,
         "lora_steps": args.lora_steps,
-        "data": {name: {"domain": d, "pictures": n, "seed": s} for name, (d, n, s) in SETS.items()},
+        "data": {name: {"domain": d, "images": n, "seed": s} for name, (d, n, s) in SETS.items()},
         "ground_truth": {"basic": before["ground_truth"], "page": page["ground_truth"]},
         "shuffled": {"basic": before["shuffled"], "page": page["shuffled"]},
         **sides,

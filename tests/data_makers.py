@@ -1,4 +1,4 @@
-"""Small data sets for tests: pictures, metadata.jsonl folders, Pascal VOC folders."""
+"""Small data sets for tests: images, metadata.jsonl folders, Pascal VOC folders."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 
-def picture(path: Path, size: tuple[int, int] = (40, 20), **save: Any) -> Path:
-    """A picture whose pixels say where they are: red grows to the right, green downwards."""
+def make_image(path: Path, size: tuple[int, int] = (40, 20), **save: Any) -> Path:
+    """An image whose pixels say where they are: red grows to the right, green downwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", size)
     image.putdata([(6 * x % 256, 6 * y % 256, 0) for y in range(size[1]) for x in range(size[0])])
@@ -34,9 +34,9 @@ def objects(bbox: Any, phrase: Any = None) -> dict[str, Any]:
 
 
 def dataset(folder: Path, *lines: dict[str, Any] | str) -> Path:
-    """A data set folder of pictures a.png and b.png with the given lines (or text as it stands); one right line if none."""
-    picture(folder / "a.png")
-    picture(folder / "b.png", (20, 40))
+    """A data set folder of images a.png and b.png with the given lines (or text as it stands); one right line if none."""
+    make_image(folder / "a.png")
+    make_image(folder / "b.png", (20, 40))
     texts = [entry if isinstance(entry, str) else json.dumps(entry) for entry in lines or (line(),)]
     (folder / "metadata.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return folder
@@ -57,10 +57,10 @@ def annotation(
 
 
 def voc(folder: Path, *annotations: str, **splits: Sequence[str]) -> Path:
-    """A VOC folder with pictures 0.png, 1.png, ... of 40 x 20 pixels and one annotation each."""
+    """A VOC folder with images 0.png, 1.png, ... of 40 x 20 pixels and one annotation each."""
     (folder / "Annotations").mkdir(parents=True)
     for index, text in enumerate(annotations or (annotation(),)):
-        picture(folder / "JPEGImages" / f"{index}.png")
+        make_image(folder / "JPEGImages" / f"{index}.png")
         (folder / "Annotations" / f"{index}.xml").write_text(text, encoding="utf-8")
     for name, members in splits.items():
         (folder / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ SSD = "ssdlite320_mobilenet_v3_large"
 
 
 def noise(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
-    """A picture of coarse noise."""
+    """An image of coarse noise."""
     coarse = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 

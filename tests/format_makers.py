@@ -1,4 +1,4 @@
-"""A small set of every format, made from its stated fields: one picture of 40 x 20 pixels, and in it `BOX`."""
+"""A small set of every format, made from its stated fields: one image of 40 x 20 pixels, and in it `BOX`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.data_makers import annotation, dataset, line, objects, picture, voc
+from tests.data_makers import annotation, dataset, line, make_image, objects, voc
 
 BOX = (0.25, 0.2, 0.75, 0.8)  # pixels: 10, 4, 30, 16
 PHRASE = "a red ball"
@@ -43,14 +43,14 @@ def make_voc(folder: Path) -> None:
 
 
 def make_coco(folder: Path) -> None:
-    picture(folder / "val" / "a.png")
+    make_image(folder / "val" / "a.png")
     write(folder / "annotations" / "instances_val.json", coco_data())
     captions = [{"id": 1, "image_id": 7, "caption": CAPTION}, {"id": 2, "image_id": 7, "caption": "another"}]
     write(folder / "annotations" / "captions_val.json", {"annotations": captions})
 
 
 def make_yolo(folder: Path) -> None:
-    picture(folder / "images" / "train" / "a.png")
+    make_image(folder / "images" / "train" / "a.png")
     write(folder / "labels" / "train" / "a.txt", "0 0.5 0.5 0.5 0.6\n")
     write(folder / "data.yaml", f"train: images/train\nnames:\n  0: {PHRASE}\n")
 
@@ -61,7 +61,7 @@ OPEN_IMAGES_HEAD = (
 
 
 def make_openimages(folder: Path) -> None:
-    picture(folder / "images" / "a.jpg")
+    make_image(folder / "images" / "a.jpg")
     lines = "a,xclick,/m/01,1,0.25,0.75,0.2,0.8,0,0,0,0,0\n"
     write(folder / "validation-annotations-bbox.csv", OPEN_IMAGES_HEAD + lines)
     write(folder / "class-descriptions-boxable.csv", "/m/01,A red ball\n/m/02,Cat\n")
@@ -81,7 +81,7 @@ def label_studio_task(**value: Any) -> dict[str, Any]:
 
 
 def make_labelstudio(folder: Path) -> None:
-    picture(folder / "images" / "a.png")
+    make_image(folder / "images" / "a.png")
     write(folder / "export.json", [label_studio_task()])
 
 
@@ -91,19 +91,19 @@ def cvat_text(shapes: str, size: tuple[int, int] = (40, 20)) -> str:
 
 
 def make_cvat(folder: Path) -> None:
-    picture(folder / "images" / "sub" / "a.png")
+    make_image(folder / "images" / "sub" / "a.png")
     box = f'<box label="{PHRASE}" xtl="10" ytl="4" xbr="30" ybr="16" occluded="0" z_order="0"/>'
     write(folder / "annotations.xml", cvat_text(box))
 
 
 def make_simpletuner(folder: Path) -> None:
-    picture(folder / "a.png")
+    make_image(folder / "a.png")
     write(folder / "a.bbox", [{"label": PHRASE, "bbox": list(BOX)}])
     write(folder / "a.txt", CAPTION)
 
 
 def make_comfyui(folder: Path) -> None:
-    picture(folder / "a.png")
+    make_image(folder / "a.png")
     entry = {"x": 10, "y": 4, "width": 20, "height": 12, "metadata": {"name": "ball", "desc": PHRASE}}
     write(folder / "a.json", [[entry]])
     write(folder / "a.txt", CAPTION)
@@ -115,8 +115,8 @@ def parquet(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def picture_bytes(folder: Path) -> bytes:
-    path = picture(folder / "bytes.png")
+def image_bytes(folder: Path) -> bytes:
+    path = make_image(folder / "bytes.png")
     content = path.read_bytes()
     path.unlink()
     return content
@@ -124,19 +124,19 @@ def picture_bytes(folder: Path) -> bytes:
 
 def layout_sam_row(**changes: Any) -> dict[str, Any]:
     entry = {"bbox": [20.0, 8.0, 60.0, 32.0], "description": PHRASE, "detail_description": "a shiny red ball"} | changes
-    info = {"height": 40, "width": 80, "file_name": "sa_1.jpg"}  # the picture is kept at half its size
+    info = {"height": 40, "width": 80, "file_name": "sa_1.jpg"}  # the image is kept at half its size
     metadata = {"global_caption": CAPTION, "image_info": info, "bbox_info": [entry]}
     return {"image_path": "sa_000000/sa_1.jpg", "metadata": metadata}
 
 
 def make_layoutsam(folder: Path) -> None:
-    picture(folder / "sa_000000" / "sa_1.jpg")
+    make_image(folder / "sa_000000" / "sa_1.jpg")
     parquet(folder / "train" / "sa_000000_train.parquet", layout_sam_row())
 
 
 def layout_sam_eval_row(folder: Path, **changes: Any) -> dict[str, Any]:
     right = {
-        "image": {"bytes": picture_bytes(folder), "path": "a.png"},
+        "image": {"bytes": image_bytes(folder), "path": "a.png"},
         "image_id": 5,
         "global_caption": CAPTION,
         "detail_region_captions": "['a shiny red ball']",
@@ -159,7 +159,7 @@ def dense_layout_row(**changes: Any) -> dict[str, Any]:
 
 
 def make_denselayout(folder: Path) -> None:
-    picture(folder / "images" / "17.jpg")
+    make_image(folder / "images" / "17.jpg")
     write(folder / "test.jsonl", json.dumps(dense_layout_row()))
 
 
@@ -169,14 +169,14 @@ def sacap_row(**changes: Any) -> dict[str, Any]:
 
 
 def make_sacap(folder: Path) -> None:
-    picture(folder / "sa_000000" / "sa_1.jpg")
+    make_image(folder / "sa_000000" / "sa_1.jpg")
     data = {"image": {"width": 40, "height": 20}, "annotations": [{"id": 91, "bbox": [10, 4, 20, 12]}]}
     write(folder / "sa_000000" / "sa_1.json", data)
     parquet(folder / "train.parquet", sacap_row())
 
 
 def overlaybench_row(**changes: Any) -> dict[str, Any]:
-    """BOX of a picture of 40 x 40 pixels, on 1024."""
+    """BOX of an image of 40 x 40 pixels, on 1024."""
     x0, y0, x1, y1 = (1024 * v for v in BOX)
     entry = {"category": PHRASE, "bbox": [x0, y0, x1, y1], "local_prompts": "a shiny red ball"} | changes
     annotation = {"caption": CAPTION, "annotations": {"ball_1": entry}, "relations": {}, "valid_overlap": []}
@@ -184,12 +184,12 @@ def overlaybench_row(**changes: Any) -> dict[str, Any]:
 
 
 def make_overlaybench(folder: Path) -> None:
-    picture(folder / "pictures" / "00000017.png", (40, 40))
+    make_image(folder / "images" / "00000017.png", (40, 40))
     parquet(folder / "simple.parquet", overlaybench_row())
 
 
 def make_cocomig(folder: Path) -> None:
-    picture(folder / "val2017" / "000000000139.jpg")
+    make_image(folder / "val2017" / "000000000139.jpg")
     entry = json.dumps({PHRASE: [list(BOX)], "coco_id": 139})
     write(folder / "mig_bench_anno.yaml", f"{CAPTION}: {entry}\n")
 
@@ -200,7 +200,7 @@ def grit_row(**changes: Any) -> dict[str, Any]:
 
 
 def make_grit(folder: Path) -> None:
-    picture(folder / "00000" / "000000012.jpg")
+    make_image(folder / "00000" / "000000012.jpg")
     parquet(folder / "coyo_0_snappy.parquet", grit_row())
 
 
@@ -211,7 +211,7 @@ def hico_entry(*bbox_info: Any) -> list[Any]:
 
 
 def make_hico(folder: Path) -> None:
-    picture(folder / "images" / "a.jpg")
+    make_image(folder / "images" / "a.jpg")
     write(folder / "hico.json", [hico_entry()])
 
 
@@ -223,17 +223,17 @@ def instances(image: bytes | None = None, **changes: Any) -> dict[str, Any]:
 
 def gligen_line(image: bytes, **changes: Any) -> str:
     anno = {"bbox": [10, 4, 20, 12], "tokens_positive": [[0, len(PHRASE)]]} | changes
-    picture_text = base64.b64encode(image).decode()
-    data = {"data_id": 3, "image": picture_text, "file_name": "a.jpg", "caption": CAPTION, "annos": [anno]}
+    image_text = base64.b64encode(image).decode()
+    data = {"data_id": 3, "image": image_text, "file_name": "a.jpg", "caption": CAPTION, "annos": [anno]}
     return f"3\t{json.dumps(data)}\n"
 
 
 def make_gligen(folder: Path) -> None:
-    write(folder / "train-00.tsv", gligen_line(picture_bytes(folder)))
+    write(folder / "train-00.tsv", gligen_line(image_bytes(folder)))
 
 
 def make_instancediffusion(folder: Path) -> None:
-    write(folder / "one.json", instances(picture_bytes(folder)))
+    write(folder / "one.json", instances(image_bytes(folder)))
 
 
 def flickr_xml(name: str = "3", box: str = "") -> str:
@@ -243,7 +243,7 @@ def flickr_xml(name: str = "3", box: str = "") -> str:
 
 
 def make_flickr30k(folder: Path) -> None:
-    picture(folder / "flickr30k-images" / "36979.jpg")
+    make_image(folder / "flickr30k-images" / "36979.jpg")
     sentences = f"[/EN#3/other {PHRASE}] in [/EN#0/scene the grass]\nanother sentence\n"
     write(folder / "Sentences" / "36979.txt", sentences)
     write(folder / "Annotations" / "36979.xml", flickr_xml())
@@ -256,7 +256,7 @@ def eligen_row(**changes: Any) -> dict[str, Any]:
 
 
 def make_eligen(folder: Path) -> None:
-    picture(folder / "a.jpg")
+    make_image(folder / "a.jpg")
     mask = Image.new("L", (80, 40))  # masks may have a size of their own
     mask.paste(255, (20, 8, 60, 32))
     (folder / "masks").mkdir()
@@ -265,7 +265,7 @@ def make_eligen(folder: Path) -> None:
 
 
 def hf_row(folder: Path, **changes: Any) -> dict[str, Any]:
-    image = {"bytes": picture_bytes(folder), "path": "a.png"}
+    image = {"bytes": image_bytes(folder), "path": "a.png"}
     return {"image": image, "caption": CAPTION, "objects": {"bbox": [[10, 4, 20, 12]], "category": [1]}} | changes
 
 
@@ -313,7 +313,7 @@ WITHOUT_CAPTION = {"voc", "yolo", "openimages", "cvat"}
 # Where the source is a file of the folder, or needs an option.
 SOURCES: dict[str, str] = {"labelstudio": "export.json"}
 # Subfolder of the set for --images.
-IMAGES: dict[str, str] = {"cocomig": "val2017", "hico": "images", "denselayout": "images", "overlaybench": "pictures"}
+IMAGES: dict[str, str] = {"cocomig": "val2017", "hico": "images", "denselayout": "images", "overlaybench": "images"}
 
 
 def options(name: str, folder: Path) -> dict[str, Any]:

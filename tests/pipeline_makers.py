@@ -43,7 +43,7 @@ def stock_of(pipe: Any) -> Any:
     return stock
 
 
-def paint(pipe: Any, *args: Any, seeds: int | list[int] = 0, **kwargs: Any) -> np.ndarray:
+def generate(pipe: Any, *args: Any, seeds: int | list[int] = 0, **kwargs: Any) -> np.ndarray:
     """(n, 32, 32, 3) in [0, 1], in a few steps."""
     generators = [torch.Generator().manual_seed(seed) for seed in ([seeds] if isinstance(seeds, int) else seeds)]
     settings = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32, "max_sequence_length": 8}
@@ -66,7 +66,7 @@ def attention_kwargs_seen(pipe: Any, *args: Any, **kwargs: Any) -> list[dict[str
 
     pipe.transformer.forward = spy
     try:
-        paint(pipe, *args, **kwargs)
+        generate(pipe, *args, **kwargs)
     finally:
         del pipe.transformer.forward
     return seen

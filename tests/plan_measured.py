@@ -127,11 +127,11 @@ def measured_peak(base: PlannedBase, setup: Setup, method: Method) -> int:
 def random_batch(model: Any, setup: Setup) -> Batch:
     """A batch of noise, of the shapes that the setup says."""
     size, side, slots = setup.batch, setup.resolution // 8, setup.boxes
-    picture = (size, model.latent_channels, side, side)
+    image = (size, model.latent_channels, side, side)
     phrase = (model.phrase_dim,) if model.phrase_tokens is None else (model.phrase_tokens, model.phrase_dim)
     return Batch(
-        x0=torch.randn(picture),
-        noise=torch.randn(picture),
+        x0=torch.randn(image),
+        noise=torch.randn(image),
         t=torch.rand(size),
         prompt_embeds=torch.randn(size, setup.text_tokens, model.config.joint_attention_dim),
         pooled=torch.randn(size, model.config.pooled_projection_dim),

@@ -108,8 +108,8 @@ class Maker:
         """`change` is in the file's order of rows."""
         whole = torch.cat(change.chunk(2)[::-1]) if swapped else change
         rows = [self.module(name, component).weight.shape[0] for name in ours]
-        where = self.file.biases if bias else self.file.weights
-        where.update(zip(((component, name) for name in ours), whole.split(rows), strict=True))
+        location = self.file.biases if bias else self.file.weights
+        location.update(zip(((component, name) for name in ours), whole.split(rows), strict=True))
 
     def lora(
         self,

@@ -17,8 +17,7 @@ from mmdit_lora.config.loading import SECTIONS
 PACKAGE = Path(__file__).resolve().parent.parent / "mmdit_lora"
 FILES = [
     *sorted((PACKAGE / "data").rglob("*.py")),
-    *sorted(PACKAGE.glob("cli_data*.py")),
-    *(PACKAGE / name for name in ("boxes.py", "layout.py", "files.py", "cli_cache.py")),
+    *(PACKAGE / name for name in ("boxes.py", "layout.py", "files.py", "cli/data.py")),
 ]
 OTHERS = re.compile(r"(uv|pip|iconv|datasets)\b[^`]*")  # commands of other programs, as far as they go
 FILE = re.compile(r"\.(yaml|yml|json|jsonl|txt|parquet|csv|tar)$")

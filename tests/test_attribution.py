@@ -24,13 +24,13 @@ from mmdit_lora.analysis.attribute import (
 )
 from mmdit_lora.cli.main import main
 from mmdit_lora.models.attention import JointAttnProcessor
-from mmdit_lora.pipelines import PaintSettings, load_pipeline, paint
+from mmdit_lora.pipelines import SamplingConfig, generate, load_pipeline
 from tests.pipeline_makers import FAMILIES, TWO, open_pipeline
 from tests.tiny import tiny_inputs, tiny_layout, tiny_transformer
 from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = PaintSettings(steps=2, size=(32, 32))
+FAST = SamplingConfig(steps=2, size=(32, 32))
 
 
 def test_the_probabilities_are_those_of_the_attention() -> None:
@@ -63,7 +63,7 @@ def test_attention_is_read_and_nothing_is_changed(attention: str) -> None:
         assert (calls, tuple(total.shape)) == (2, (64, 3))
         assert total[:, 2].abs().max() == 0  # the last sample has two boxes; its third slot is padding
         mass = total.sum(1) / calls
-        if attention == "cross":  # the picture reads nothing but the layout there
+        if attention == "cross":  # the image reads nothing but the layout there
             assert torch.allclose(mass, torch.ones(64), atol=1e-5)
         else:
             assert 0 < mass.min() <= mass.max() < 1
@@ -91,10 +91,10 @@ def test_one_box_at_a_time_is_left_out(family: str, tmp_path: Path) -> None:
     done: list[int] = []
     found = attribute(pipe, TWO, FAST, seed=5, on_progress=done.append)
     assert done == [1, 3]
-    (whole,) = paint(pipe, [TWO], FAST, seed=5)
-    assert difference(found.picture, whole).max() == 0
+    (whole,) = generate(pipe, [TWO], FAST, seed=5)
+    assert difference(found.image, whole).max() == 0
     for index in range(2):
-        (other,) = paint(pipe, [Layout(TWO.caption, [TWO.boxes[1 - index]])], FAST, seed=5)
+        (other,) = generate(pipe, [Layout(TWO.caption, [TWO.boxes[1 - index]])], FAST, seed=5)
         assert difference(found.without[index], other).max() <= 1 / 255  # a batch rounds otherwise
         assert found.changes[index].shape == (32, 32)
         assert found.changes[index].max() > 2 / 255
@@ -110,7 +110,7 @@ def test_phrases_of_several_tokens_are_one_box_each(tmp_path: Path) -> None:
     pipe = tiny_flux_pipeline(tmp_path, model)
     pipe.set_progress_bar_config(disable=True)
     found = attribute(pipe, TWO, FAST)
-    # The picture reads nothing but layout tokens there: what one box does not get, the other gets.
+    # The image reads nothing but layout tokens there: what one box does not get, the other gets.
     assert found.attentions[0] + found.attentions[1] == pytest.approx(1.0, abs=1e-5)
     assert 0 < found.attentions[0].min() < found.attentions[0].max() < 1
 
@@ -153,7 +153,7 @@ def test_each_box_of_the_embedded_base_moves_its_own_place(tmp_path: Path, capsy
         assert drawn.width > 1000
 
     # The complement: a box's change and attention are not in the other's place.
-    found = attribute(load_pipeline(base), Layout.from_dict(layout), PaintSettings(steps=8))
+    found = attribute(load_pipeline(base), Layout.from_dict(layout), SamplingConfig(steps=8))
     for index, other in enumerate(reversed(found.layout.boxes)):
         for amounts in (found.changes[index], found.attentions[index]):
             share = inside(other, amounts)

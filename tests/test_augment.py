@@ -37,7 +37,7 @@ def layout_of(count: int) -> Layout:
 # --- boxes ------------------------------------------------------------------------------------------------------------
 
 
-def test_jitter_moves_every_side_by_at_most_its_share_and_stays_in_the_picture() -> None:
+def test_jitter_moves_every_side_by_at_most_its_share_and_stays_in_the_image() -> None:
     layout = layout_of(8)
     moves = []
     for seed in range(40):
@@ -194,7 +194,7 @@ def test_min_visible_is_the_share_that_must_be_left(base: Path, tmp_path: Path) 
 def records() -> list[Record]:
     def of(name: str, *boxes: tuple[float, str]) -> Record:
         made = [Box((0.0, 0.0, side, side), phrase) for side, phrase in boxes]
-        return Record(Path(name), Layout(name, made), where=name)
+        return Record(Path(name), Layout(name, made), location=name)
 
     return [
         of("a", (0.1, "a red cell"), (0.5, "a white cell"), (0.3, "a platelet"), (0.4, "a Red blob")),
@@ -247,7 +247,7 @@ def test_crop_loss_counts_what_the_centre_crop_drops(tmp_path: Path) -> None:
         tmp_path, line(objects=boxes), line(objects=objects([[0.0, 0.0, 0.2, 1.0]])), line(objects=objects([]))
     )
     loss = crop_loss(read_dataset(folder), one_size((16, 16)), min_visible=0.25)  # a.png is 40 x 20
-    assert loss.to_dict() == {"pictures": 3, "boxes": 3, "lost": 2, "emptied": 1}
+    assert loss.to_dict() == {"images": 3, "boxes": 3, "lost": 2, "emptied": 1}
     assert loss.summary is not None
     assert "a centre crop loses 2 of 3 boxes" in loss.summary
     assert crop_loss(read_dataset(folder), one_size((16, 32)), min_visible=0.25).summary is None

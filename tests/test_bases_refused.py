@@ -89,7 +89,7 @@ def test_a_base_that_is_not_whole_is_refused(case: str, base: Path, tmp_path: Pa
             open_it(str(tmp_path / "base"))
         assert says in str(refusal.value)
         assert f"base/{part}" in str(refusal.value)
-        assert refusal.value.cure
+        assert refusal.value.hint
 
 
 def test_a_pickle_beside_safetensors_is_not_opened(base: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_slip_of_the_pen_in_a_path_names_the_nearest_folder(
         with pytest.raises(InputError) as refusal:
             open_it(given)
         assert str(refusal.value).startswith(f"{given}: there is no such folder")
-        assert "models/my_base" in (refusal.value.cure or "")
+        assert "models/my_base" in (refusal.value.hint or "")
         assert "hub" not in str(refusal.value) or given.count("/") == 1
     for given in ("/nowhere/at/all", "/" + "x" * 10_000, "./a\0b"):
         with pytest.raises(InputError, match="there is no such folder") as refusal:
@@ -184,9 +184,7 @@ def test_the_base_is_found_by_its_name(
     remember_base(read_adapter_header(adapter)["fingerprint"], str(base))
     assert Path(base_of(tmp_path / "copies" / "adapter")) == base  # by this machine's note
     monkeypatch.setenv("MMDIT_LORA_HOME", str(tmp_path / "empty"))
-    with pytest.raises(
-        InputError, match=r"names its base 'pipeline', and no such folder is here\n  to mend it: give --base"
-    ):
+    with pytest.raises(InputError, match=r"names its base 'pipeline', and no such folder is here\n  hint: give --base"):
         base_of(tmp_path / "copies" / "adapter")
     (tmp_path / "pipeline").symlink_to(base)
     assert Path(base_of(tmp_path / "copies" / "adapter")).resolve() == base.resolve()

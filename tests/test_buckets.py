@@ -1,4 +1,4 @@
-"""Aspect buckets: which sizes there are, which a picture gets, which records make a batch; and a run that trains on them."""
+"""Aspect buckets: which sizes there are, which an image gets, which records make a batch; and a run that trains on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.fill_cache import fill_cache
 from mmdit_lora.training.setup import run_buckets
 from mmdit_lora.training.trainer import prepare_run, train
-from tests.data_makers import line, objects, picture
+from tests.data_makers import line, make_image, objects
 
 ALWAYS = settings(derandomize=True, deadline=None, max_examples=200, database=None)
 RATIOS = ["1:1", "4:3", "3:4", "16:9", "9:16"]
@@ -64,7 +64,7 @@ def test_what_is_no_ratio_is_refused(text: str) -> None:
 
 @ALWAYS
 @given(st.integers(16, 4000), st.integers(16, 4000), st.booleans())
-def test_every_picture_has_a_bucket_and_none_is_enlarged_without_leave(height: int, width: int, upscale: bool) -> None:
+def test_every_image_has_a_bucket_and_none_is_enlarged_without_leave(height: int, width: int, upscale: bool) -> None:
     buckets = sdxl_like(upscale=upscale)
     try:
         found = buckets.of((height, width))
@@ -93,19 +93,19 @@ def test_every_picture_has_a_bucket_and_none_is_enlarged_without_leave(height: i
         ((200, 300), (192, 256)),  # 4:3, reduced from 448 x 576
     ],
 )
-def test_a_picture_goes_where_its_shape_and_its_pixels_say(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+def test_a_image_goes_where_its_shape_and_its_pixels_say(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     assert sdxl_like().of(size) == bucket
 
 
-def test_a_picture_below_a_token_is_refused_and_enlarged_on_request() -> None:
+def test_a_image_below_a_token_is_refused_and_enlarged_on_request() -> None:
     with pytest.raises(InputError, match="64") as caught:
         sdxl_like().of((40, 2000))
-    assert caught.value.cure is not None
-    assert "upscale" in caught.value.cure
+    assert caught.value.hint is not None
+    assert "upscale" in caught.value.hint
     assert sdxl_like(upscale=True).of((40, 2000)) == (384, 704)
 
 
-def test_one_size_is_for_every_picture() -> None:
+def test_one_size_is_for_every_image() -> None:
     assert one_size((64, 48)).of((3, 5000)) == (64, 48)
 
 
@@ -167,12 +167,12 @@ SIZES = {"wide": (120, 60), "tall": (60, 120), "square": (90, 90), "tiny": (30, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures of each of four shapes, with one to eight boxes."""
+    """Four images of each of four shapes, with one to eight boxes."""
     out = tmp_path_factory.mktemp("shapes")
     lines = []
     for shape, size in SIZES.items():
         for number in range(4):
-            picture(out / f"{shape}{number}.png", size)
+            make_image(out / f"{shape}{number}.png", size)
             boxes = [[0.3 + 0.05 * n, 0.4, 0.35 + 0.05 * n, 0.6] for n in range(2**number)]  # no crop takes one
             lines.append(json.dumps(line(f"{shape}{number}.png", objects=objects(boxes, ["a thing"] * len(boxes)))))
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -213,7 +213,7 @@ def examples(config: Config, batch: int = 2) -> Examples:
     return Examples(read_dataset(config.data.path), Encoder(pipe), config, buckets=buckets, slots=None, batch=batch)
 
 
-def test_pictures_are_encoded_at_their_buckets_and_batches_are_of_one(base: Path, folder: Path, tmp_path: Path) -> None:
+def test_images_are_encoded_at_their_buckets_and_batches_are_of_one(base: Path, folder: Path, tmp_path: Path) -> None:
     found = examples(run_config(base, folder, tmp_path))
     assert found.bucket_counts() == {"24x44": 4, "28x28": 4, "32x32": 4, "44x24": 4}
     shapes = Counter()
@@ -226,7 +226,7 @@ def test_pictures_are_encoded_at_their_buckets_and_batches_are_of_one(base: Path
     assert {(h * cell, w * cell) for h, w in shapes} == {(28, 28), (44, 24), (24, 44), (32, 32)}
 
 
-def test_one_square_without_buckets_whatever_the_pictures_are(base: Path, folder: Path, tmp_path: Path) -> None:
+def test_one_square_without_buckets_whatever_the_images_are(base: Path, folder: Path, tmp_path: Path) -> None:
     found = examples(run_config(base, folder, tmp_path, buckets={}))
     assert found.bucket_counts() == {"32x32": 16}
 
@@ -245,8 +245,8 @@ def test_a_batch_has_layouts_of_about_as_many_boxes_on_request(base: Path, folde
 def test_a_run_on_buckets_trains_paints_and_resumes_to_the_bit(base: Path, folder: Path, tmp_path: Path) -> None:
     length = {"max_steps": 7, "checkpoint_every": 3, "validate_every": 3, "sample_every": 3, "sample_count": 3}
     report = train(run_config(base, folder, tmp_path / "whole", **length)).report
-    assert sum(report["buckets"].values()) == report["pictures"] == 12
-    assert report["held_out_loss"]["pictures"] == 4
+    assert sum(report["buckets"].values()) == report["images"] == 12
+    assert report["held_out_loss"]["images"] == 4
     stopped = run_config(base, folder, tmp_path / "stopped", **length)
     stop(stopped, at=5)
     train(stopped, resume=True)
@@ -263,7 +263,7 @@ def test_a_batch_that_is_gathered_in_parts_is_the_same_step(base: Path, folder: 
         torch.testing.assert_close(parts[key], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_the_cache_has_pictures_at_their_buckets(base: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_cache_has_images_at_their_buckets(base: Path, folder: Path, tmp_path: Path) -> None:
     config = run_config(base, folder, tmp_path / "plain")
     train(config)
     cache = DiskCache(tmp_path / "cache")
@@ -286,25 +286,25 @@ def test_what_a_run_refuses_about_buckets(base: Path, folder: Path, tmp_path: Pa
             prepare_run(run_config(base, folder, tmp_path / "no", buckets=buckets))
         return caught.value
 
-    assert refused(ratios=["1:1", "wide"]).where == "data.buckets.ratios"
-    assert refused(resolutions=[32, 4096]).where == "data.buckets.resolutions"
+    assert refused(ratios=["1:1", "wide"]).location == "data.buckets.ratios"
+    assert refused(resolutions=[32, 4096]).location == "data.buckets.resolutions"
     small = json.dumps(line("line.png"))
-    picture(tmp_path / "small" / "line.png", (40, 3))
+    make_image(tmp_path / "small" / "line.png", (40, 3))
     (tmp_path / "small" / "metadata.jsonl").write_text(small + "\n")
     small_set = run_config(base, tmp_path / "small", tmp_path / "no")
     with pytest.raises(InputError, match="40 x 3") as caught:
         prepare_run(small_set.model_copy(update={"data": small_set.data.model_copy(update={"validation_share": 0})}))
-    assert caught.value.where == f"{tmp_path / 'small' / 'metadata.jsonl'}:1"
+    assert caught.value.location == f"{tmp_path / 'small' / 'metadata.jsonl'}:1"
     assert not (tmp_path / "no").exists()
 
 
-def test_a_bucket_with_fewer_pictures_than_a_batch_is_told(base: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_bucket_with_fewer_images_than_a_batch_is_told(base: Path, folder: Path, tmp_path: Path) -> None:
     def told(batch: int) -> list[str]:
         run = prepare_run(run_config(base, folder, tmp_path, batch_size=batch))
         return [text for text in run.data_losses[1] if "repeat" in text]
 
     assert told(2) == []
-    assert "fewer pictures than a batch of 8" in told(8)[0]
+    assert "fewer images than a batch of 8" in told(8)[0]
 
 
 def stop(config: Config, *, at: int) -> None:

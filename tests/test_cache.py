@@ -177,7 +177,7 @@ def test_training_from_a_full_cache_neither_decodes_nor_encodes(
     assert not run.examples.encoder.store.cache.stats.misses
 
 
-def test_variants_are_so_many_a_picture_and_functions_of_seed_and_position(base: Path, data: Path) -> None:
+def test_variants_are_so_many_a_image_and_functions_of_seed_and_position(base: Path, data: Path) -> None:
     examples = prepare_run(make_config(base, data, **DRAWN)).examples
     again = prepare_run(make_config(base, data, **DRAWN)).examples
     seen: dict[str, set[bytes]] = {}
@@ -187,21 +187,21 @@ def test_variants_are_so_many_a_picture_and_functions_of_seed_and_position(base:
         if position % 10 == 9:
             assert torch.equal(again.training_batch([position]).x0, latents)
     assert len(seen) == 9
-    # Square pictures have one crop: their variants are the picture and its mirror image.
+    # Square images have one crop: their variants are the image and its mirror image.
     assert max(len(views) for views in seen.values()) == 2
     fresh = prepare_run(make_config(base, data, crop="random", flip=True)).examples
     assert fresh.variants is None
     assert prepare_run(make_config(base, data, cache_variants=3)).examples.variants == 1, "nothing is drawn"
 
 
-def test_random_pictures_without_variants_are_not_stored(base: Path, data: Path, tmp_path: Path) -> None:
+def test_random_images_without_variants_are_not_stored(base: Path, data: Path, tmp_path: Path) -> None:
     cache = fill(base, data, tmp_path, flip=True)
     assert cache.size().keys() == {PROMPTS, PHRASES, WEIGHTS}
 
 
 def test_the_same_content_elsewhere_is_found(own_base: Path, own_data: Path, cache: Path) -> None:
-    for number, picture in enumerate(sorted(own_data.rglob("*.png"))):  # other names, in another order
-        picture.rename(picture.with_name(f"renamed{99 - number}.png"))
+    for number, image in enumerate(sorted(own_data.rglob("*.png"))):  # other names, in another order
+        image.rename(image.with_name(f"renamed{99 - number}.png"))
     lines = [json.loads(line) for line in (own_data / "metadata.jsonl").read_text().splitlines()]
     names = {p: f"renamed{99 - n}.png" for n, p in enumerate(sorted({line["file_name"] for line in lines}))}
     lines = [
@@ -234,13 +234,13 @@ def test_an_edited_phrase_rebuilds_its_embedding_alone(base: Path, own_data: Pat
 def test_an_edited_pixel_rebuilds_its_latents_alone(base: Path, own_data: Path, cache: Path) -> None:
     path = sorted(own_data.rglob("*.png"))[4]
     with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+        image = opened.convert("RGB")
     status = path.stat()
-    picture.save(path, compress_level=0)  # the same pixels in another file
+    image.save(path, compress_level=0)  # the same pixels in another file
     assert fill(base, own_data, cache).stats.misses == {VIEWS: 1}
-    red, *rest = picture.getpixel((0, 0))  # type: ignore[misc]
-    picture.putpixel((0, 0), ((red + 128) % 256, *rest))
-    picture.save(path)
+    red, *rest = image.getpixel((0, 0))  # type: ignore[misc]
+    image.putpixel((0, 0), ((red + 128) % 256, *rest))
+    image.save(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # its time says nothing
     assert fill(base, own_data, cache).stats.misses == {VIEWS: 1, LATENTS: 1}
 
@@ -293,7 +293,7 @@ def test_what_is_pruned_while_a_run_goes_on_is_made_again(base: Path, data: Path
     assert store.size()[LATENTS]["entries"] == 9
 
 
-def test_a_changed_picture_is_refused_where_it_changed_under_the_hand(
+def test_a_changed_image_is_refused_where_it_changed_under_the_hand(
     base: Path, own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "cache"
@@ -445,7 +445,7 @@ def test_the_command_fills_verifies_mends_and_prunes(
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert files(root) == files(filled)
-    assert report["pictures"] == 12
+    assert report["images"] == 12
     assert report["stats"]["misses"]["latents"] == 12
     assert report["bytes"] == sum(len(content) for content in files(root).values())
 

@@ -1,4 +1,4 @@
-"""The adapter's card: front matter that the hub reads, figures of the run, its pictures."""
+"""The adapter's card: front matter that the hub reads, figures of the run, its images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_the_card_says_what_the_run_was(base: Path, data: Path, tmp_path: Path) 
     assert f"base {report['held_out_loss']['base']:.4f}" in body
     assert f"miou {report['fidelity']['values']['miou']:.3f}" in body
     assert "moving average 0.9" in body
-    with Image.open(folder / "samples.png") as picture:
-        assert picture.size == Image.open(tmp_path / "run" / "samples" / "step_0000004.png").size
+    with Image.open(folder / "samples.png") as image:
+        assert image.size == Image.open(tmp_path / "run" / "samples" / "step_0000004.png").size
     assert "samples.png" in body
 
 
-def test_a_card_without_pictures_or_held_out_ones_says_so(base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_card_without_images_or_held_out_ones_says_so(base: Path, data: Path, tmp_path: Path) -> None:
     config = make_config(base, data, tmp_path / "run", data={"path": str(data), "validation_share": 0.0})
     train(config)
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()

@@ -13,7 +13,7 @@ from mmdit_lora.cli import main as cli
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import load_config
 from mmdit_lora.data.records import read_dataset
-from tests.data_makers import annotation, dataset, line, objects, picture, voc
+from tests.data_makers import annotation, dataset, line, make_image, objects, voc
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> str:
@@ -32,7 +32,7 @@ def test_init_prints_a_config_that_loads_and_fits(tmp_path: Path, capsys: pytest
     assert (config.base, config.data.path) == ("some/base", str(data))
     assert config.train.batch_size == 1
     assert "# optimizer steps\n  max_steps: " in printed
-    assert "2 pictures, 2 layouts, 4 boxes" in printed
+    assert "2 images, 2 layouts, 4 boxes" in printed
 
 
 def test_init_passes_the_box_convention_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_check_reads_voc_too(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (report["boxes"], report["left_out"]) == (1, {"boxes without area": 1})
 
 
-def test_convert_writes_captions_phrases_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_writes_captions_phrases_and_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src, out = voc(tmp_path / "src", annotation([("RBC", 1, 1, 20, 10)]), annotation()), tmp_path / "out"
     options = ("--caption", "blood with {phrases}", "--map", "RBC=a red blood cell", "--json")
     printed = json.loads(run(capsys, "data", "convert", "--from", "voc", src, "--out", out, *options))
@@ -142,7 +142,7 @@ def test_init_gives_buckets_where_a_square_would_cut_boxes_off(
         folder = tmp_path / name
         lines = []
         for number, size in enumerate(sizes):
-            picture(folder / f"{number}.png", size)
+            make_image(folder / f"{number}.png", size)
             lines.append(json.dumps(line(f"{number}.png", objects=objects([box]))))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         config = tmp_path / f"{name}.yaml"

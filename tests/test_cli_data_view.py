@@ -15,7 +15,7 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.split import partition, split_records
 from mmdit_lora.data.stats import dataset_stats
 from mmdit_lora.outputs import MARKER
-from tests.data_makers import dataset, line, objects, picture
+from tests.data_makers import dataset, line, make_image, objects
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def test_split_parts_a_set_and_loses_nothing(scenes: Path, tmp_path: Path, capsy
     assert {record.image.name for record in read_dataset(out / "validation")} == held
 
 
-def test_split_keeps_sub_folders_apart_and_layouts_of_a_picture_together(tmp_path: Path) -> None:
+def test_split_keeps_sub_folders_apart_and_layouts_of_a_image_together(tmp_path: Path) -> None:
     src = tmp_path / "src"
     lines = [line(f"{folder}/{name}.png") for folder in ("x", "y") for name in "abcd"] * 2
     for entry in lines:
-        picture(src / entry["file_name"], (10 + len(files(src)), 8))
+        make_image(src / entry["file_name"], (10 + len(files(src)), 8))
     dataset(src, *lines)
     assert main(["data", "split", str(src), "--out", str(tmp_path / "out"), "--share", "0.5"]) == 0
     sides = [
@@ -73,7 +73,7 @@ def test_split_keeps_sub_folders_apart_and_layouts_of_a_picture_together(tmp_pat
             assert (tmp_path / "out" / side / name).read_bytes() == (src / name).read_bytes()
 
 
-def test_by_picture_copies_stay_on_one_side_and_by_name_they_need_not(tmp_path: Path) -> None:
+def test_by_image_copies_stay_on_one_side_and_by_name_they_need_not(tmp_path: Path) -> None:
     src = write_scenes(tmp_path / "set", 12)
     originals = read_dataset(src)
     lines = [json.loads(text) for text in (src / "metadata.jsonl").read_text().splitlines()]
@@ -89,7 +89,7 @@ def test_by_picture_copies_stay_on_one_side_and_by_name_they_need_not(tmp_path: 
         stems = [{record.image.stem.removeprefix("copy_") for record in side} for side in (train, validation)]
         return len(stems[0] & stems[1])
 
-    assert torn("picture") == 0
+    assert torn("image") == 0
     assert torn("name") > 0
 
 
@@ -119,14 +119,14 @@ def test_split_never_writes_over_its_source(out: str, tmp_path: Path, capsys: py
     assert files(tmp_path) == before
 
 
-def test_a_single_picture_and_copies_of_one_cannot_be_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_image_and_copies_of_one_cannot_be_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src, out = dataset(tmp_path / "src", line(), line()), str(tmp_path / "out")
     assert main(["data", "split", str(src), "--out", out]) == 2
-    assert "single picture" in capsys.readouterr().err
+    assert "single image" in capsys.readouterr().err
     shutil.copy(src / "a.png", src / "b.png")
     dataset_of_copies = src / "metadata.jsonl"
     dataset_of_copies.write_text(json.dumps(line("a.png")) + "\n" + json.dumps(line("b.png")) + "\n")
-    assert main(["data", "split", str(src), "--out", out, "--by", "picture"]) == 2
+    assert main(["data", "split", str(src), "--out", out, "--by", "image"]) == 2
     assert "copies of one" in capsys.readouterr().err
     assert not Path(out).exists()
     assert main(["data", "split", str(src), "--out", out]) == 0
@@ -149,7 +149,7 @@ def test_stats_are_right_on_a_set_that_can_be_counted_by_hand(
     assert main(["data", "stats", str(src), "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
-    assert (found["pictures"], found["layouts"], found["boxes"], found["distinct_phrases"]) == (2, 3, 5, 4)
+    assert (found["images"], found["layouts"], found["boxes"], found["distinct_phrases"]) == (2, 3, 5, 4)
     assert found["boxes_per_layout"] == {"0": 1, "2": 1, "3": 1}
     assert (found["width"]["min"], found["width"]["median"], found["width"]["max"]) == (20, 30, 40)
     assert found["aspect"] == pytest.approx(
@@ -159,7 +159,7 @@ def test_stats_are_right_on_a_set_that_can_be_counted_by_hand(
     assert found["box_aspect"]["max"] == pytest.approx(2.0)
     assert found["phrases"] == {"a cat": 2, "a blue square": 1, "a dog": 1, "a red circle": 1}
     assert found["filter"]["boxes_left_out"] == {}
-    assert "2 pictures, 3 layouts, 5 boxes" in captured.err
+    assert "2 images, 3 layouts, 5 boxes" in captured.err
     assert "2x a cat" in captured.err
 
     rules = ["--filter", "min_area=0.05", "--filter", "include_phrases=CAT"]
@@ -169,13 +169,13 @@ def test_stats_are_right_on_a_set_that_can_be_counted_by_hand(
     assert found["filter"]["boxes_left_out"] == {"below min_area": 1, "not in include_phrases": 3}
 
 
-def test_stats_read_headers_only_and_name_a_file_that_is_no_picture(
+def test_stats_read_headers_only_and_name_a_file_that_is_no_image(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     src = dataset(tmp_path, line("a.png"), line("half.png"))
     whole = (src / "a.png").read_bytes()
     (src / "half.png").write_bytes(whole[: len(whole) - 30])
-    assert dataset_stats(read_dataset(src)).pictures == 2
+    assert dataset_stats(read_dataset(src)).images == 2
     (src / "half.png").write_bytes(b"")
     assert main(["data", "stats", str(src)]) == 2
     assert "metadata.jsonl:2" in capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_wrong_filters(name: str, verb: str, scenes: Path, tmp_path: Path, capsy
 # --- show -------------------------------------------------------------------------------------------------------------
 
 
-def test_show_draws_pictures_taken_evenly_from_the_set(
+def test_show_draws_images_taken_evenly_from_the_set(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "sheet.png"
@@ -222,7 +222,7 @@ def test_show_draws_pictures_taken_evenly_from_the_set(
     with Image.open(out) as sheet:
         assert sheet.width > 4 * 256
         colors = {color for _, color in sheet.convert("RGB").getcolors(1 << 24)}
-    assert (230, 159, 0) in colors, "the first box of each picture is outlined in orange"
+    assert (230, 159, 0) in colors, "the first box of each image is outlined in orange"
     assert main(["data", "show", str(scenes), "--out", str(out), "--count", "4"]) == 0
     assert out.read_bytes() == first
     assert files(tmp_path) == {"deep/sheet.png"}
@@ -251,7 +251,7 @@ def test_wrong_outputs_of_show(scenes: Path, tmp_path: Path, capsys: pytest.Capt
     assert files(tmp_path) == {"file"}
 
 
-def test_show_names_a_picture_that_cannot_be_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_names_a_image_that_cannot_be_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src = dataset(tmp_path / "set", line("a.png"), line("empty.png"))
     (src / "empty.png").write_bytes(b"")
     assert main(["data", "show", str(src), "--out", str(tmp_path / "x.png")]) == 2

@@ -28,16 +28,16 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_sample_writes_pictures_boxes_sheet_and_settings(
+def test_sample_writes_images_boxes_sheet_and_settings(
     base: Path, adapter: Path, layouts: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     command = ["sample", "--base", str(base), "--layout", str(layouts), "--steps", "2", "--seed", "5", "--json"]
     assert main([*command, "--adapter", str(adapter), "--out", str(tmp_path / "one")]) == 0
     answer = json.loads(capsys.readouterr().out)
     record = json.loads((tmp_path / "one" / "sample.json").read_text())
-    assert answer["pictures"] == record["pictures"]
+    assert answer["images"] == record["images"]
     assert record["settings"]["steps"] == 2
-    assert [p["seed"] for p in record["pictures"]] == [5, 6]
+    assert [p["seed"] for p in record["images"]] == [5, 6]
     assert Image.open(tmp_path / "one" / "0001.png").size == (32, 32)
     assert Image.open(tmp_path / "one" / "0001_boxes.png").width > 32
     assert (tmp_path / "one" / "contact_sheet.png").is_file()
@@ -63,7 +63,7 @@ def test_a_prompt_and_boxes_are_a_layout_without_a_file(base: Path, tmp_path: Pa
     for name in ("0000.png", "0000_boxes.png"):
         assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
     records = [json.loads((tmp_path / name / "sample.json").read_text()) for name in ("file", "given")]
-    assert records[0]["pictures"] == records[1]["pictures"]
+    assert records[0]["images"] == records[1]["images"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_prompt_or_a_box_that_is_none_is_refused(
     assert len(error) < 2000
 
 
-def test_batch_size_does_not_change_pictures(base: Path, layouts: Path, tmp_path: Path) -> None:
+def test_batch_size_does_not_change_images(base: Path, layouts: Path, tmp_path: Path) -> None:
     for size in ("1", "2"):
         command = ["sample", "--base", str(base), "--layout", str(layouts), "--steps", "2", "--batch-size", size]
         assert main([*command, "--out", str(tmp_path / size)]) == 0
@@ -144,10 +144,10 @@ def test_evaluate_gives_every_side_and_is_repeatable(
     assert reports[0]["base"] == reports[1]["base"]
     for side in ("base", "adapter", "ground_truth", "shuffled"):
         assert set(reports[0][side]) >= {"miou", "iou50", "color_acc", "shape_acc"}
-    assert reports[0]["by_boxes"]["1-4"]["pictures"] == 12
+    assert reports[0]["by_boxes"]["1-4"]["images"] == 12
 
 
-def test_a_plain_base_of_another_family_from_stream_to_pictures(
+def test_a_plain_base_of_another_family_from_stream_to_images(
     data: Path, layouts: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     base = stock_flux(tmp_path / "base")
@@ -164,10 +164,10 @@ def test_a_plain_base_of_another_family_from_stream_to_pictures(
     assert main([*run, trained, f"output_dir={tmp_path / 'lora'}"]) == 0
     capsys.readouterr()
     sides = ["--base", str(tmp_path / "stream" / "base"), "--adapter", str(tmp_path / "lora" / "adapter")]
-    paint = [*sides, "--steps", "2", "--size", "32"]
-    assert main(["sample", *paint, "--layout", str(layouts), "--out", str(tmp_path / "pictures")]) == 0
-    assert Image.open(tmp_path / "pictures" / "0001.png").size == (32, 32)
-    assert main(["evaluate", *paint, "--data", str(data), "--out", str(tmp_path / "report")]) == 0
+    generate = [*sides, "--steps", "2", "--size", "32"]
+    assert main(["sample", *generate, "--layout", str(layouts), "--out", str(tmp_path / "images")]) == 0
+    assert Image.open(tmp_path / "images" / "0001.png").size == (32, 32)
+    assert main(["evaluate", *generate, "--data", str(data), "--out", str(tmp_path / "report")]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {"base", "adapter", "ground_truth", "shuffled"} <= report.keys()
 

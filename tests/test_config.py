@@ -265,7 +265,7 @@ def test_the_repositorys_own_configs_are_valid_and_say_how_they_are_run(file: Pa
 def test_a_version_that_is_none_or_to_come_is_refused(tmp_path: Path, version: str) -> None:
     with pytest.raises(InputError, match="version") as caught:
         load_config(write(tmp_path, f"version: {version}\n{REQUIRED}"))
-    assert caught.value.where == str(tmp_path / "config.yaml")
+    assert caught.value.location == str(tmp_path / "config.yaml")
     assert ("newer" in str(caught.value)) == (version == "999")
 
 

@@ -125,7 +125,7 @@ def test_the_denoising_loop_is_the_golden_one(imported: dict[str, Any], variant:
     pipe = our_pipeline(variant, imported[variant], tmp_path)
     ours = our_loop(variant, pipe)
     assert (ours - GOLDEN[f"loop/{variant}"]).abs().max().item() < 1e-4
-    for other in (None, PHRASES[::-1]):  # without a layout, and with the phrases swapped, it is another picture
+    for other in (None, PHRASES[::-1]):  # without a layout, and with the phrases swapped, it is another image
         assert (our_loop(variant, pipe, other) - ours).abs().max().item() > 1e-3
 
 

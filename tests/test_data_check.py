@@ -26,7 +26,7 @@ from mmdit_lora.data.buckets import make_buckets, one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
 from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from mmdit_lora.data.check.findings import Example
-from mmdit_lora.data.check.pictures import Picture, look_at
+from mmdit_lora.data.check.images import ImageFacts, look_at
 from mmdit_lora.data.check.sizes import size_findings
 from mmdit_lora.data.check.texts import CLIP_TOKENS, estimate_tokens
 from mmdit_lora.data.formats import read_format
@@ -35,14 +35,14 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.outputs import MARKER
-from tests.data_makers import annotation, dataset, picture, voc
+from tests.data_makers import annotation, dataset, make_image, voc
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = [0.2, 0.2, 0.7, 0.7]
 
 
 def scene(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
-    """A picture like no other: soft coloured noise."""
+    """An image like no other: soft coloured noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -67,7 +67,7 @@ class Planted:
         folder.mkdir()
 
     def add(self, *names: str, file: str | None = None, save: Any = None, **changes: Any) -> str:
-        """One line (right but for `changes`), its picture saved by `save(path)` where a noise picture is not meant."""
+        """One line (right but for `changes`), its image saved by `save(path)` where a noise image is not meant."""
         number = len(self.lines) + 1
         file = file or f"{number}.png"
         if callable(save):
@@ -97,7 +97,7 @@ def plant_everything(folder: Path) -> Planted:
     add = planted.add
     first = add()
     add()
-    # pictures
+    # images
     add("empty-file", save=lambda p: p.write_bytes(b""))
     add("decompression-bomb", save=lambda p: p.write_bytes(declared_png(20_000, 20_000)))
     add("decompression-bomb", save=lambda p: p.write_bytes(declared_png(10_000, 10_000)))
@@ -117,7 +117,7 @@ def plant_everything(folder: Path) -> Planted:
     add("16-bit", save=deep.save)
     frames = [scene(106), scene(107)]
     add("animated", file="moving.gif", save=lambda p: frames[0].save(p, save_all=True, append_images=frames[1:]))
-    add("small-pictures", save=lambda p: scene(108, (40, 40)).save(p))
+    add("small-images", save=lambda p: scene(108, (40, 40)).save(p))
     # boxes
     add("tiny-boxes", objects=boxes(WHOLE, [0.5, 0.5, 0.505, 0.9]))
     add("duplicate-boxes", objects=boxes(WHOLE, WHOLE))
@@ -133,7 +133,7 @@ def plant_everything(folder: Path) -> Planted:
     add("outside-boxes", objects=boxes([0.2, 0.2, 0.7, 1.3]))
     # lines
     add("empty-phrases", objects=boxes(WHOLE, phrases=[" "]))
-    add("missing-pictures", save=False)
+    add("missing-images", save=False)
     add("unreadable-lines", caption=7)
     add("declared-size", width=640, height=480)
     add(width=96, height=96)
@@ -151,20 +151,20 @@ def plant_everything(folder: Path) -> Planted:
     # the set
     copy = (folder / first).read_bytes()
     add("duplicate-records", file=first, save=False)
-    add("duplicate-pictures", save=lambda p: p.write_bytes(copy), objects=boxes([0.1, 0.1, 0.5, 0.5]))
-    planted.expected["duplicate-pictures"].add(1)  # shown beside it
-    add("near-duplicate-pictures", file="anew.jpg", save=lambda p: scene(2).resize((80, 80)).save(p, quality=85))
-    planted.expected["near-duplicate-pictures"].add(2)
+    add("duplicate-images", save=lambda p: p.write_bytes(copy), objects=boxes([0.1, 0.1, 0.5, 0.5]))
+    planted.expected["duplicate-images"].add(1)  # shown beside it
+    add("near-duplicate-images", file="anew.jpg", save=lambda p: scene(2).resize((80, 80)).save(p, quality=85))
+    planted.expected["near-duplicate-images"].add(2)
     return planted
 
 
 def found_lines(report: CheckReport) -> dict[str, set[int]]:
-    def line(where: str) -> int:
-        match = re.search(r"metadata\.jsonl:(\d+)", where)
-        assert match, where
+    def line(location: str) -> int:
+        match = re.search(r"metadata\.jsonl:(\d+)", location)
+        assert match, location
         return int(match[1])
 
-    return {f.name: {line(example.where) for example in f.examples} for f in report.findings}
+    return {f.name: {line(example.location) for example in f.examples} for f in report.findings}
 
 
 def test_every_planted_fault_is_found_at_its_record_and_nothing_else_is(tmp_path: Path) -> None:
@@ -180,17 +180,17 @@ def test_every_planted_fault_is_found_at_its_record_and_nothing_else_is(tmp_path
         "inverted-boxes",
         "outside-boxes",
         "empty-phrases",
-        "missing-pictures",
+        "missing-images",
         "unreadable-lines",
     }
-    assert len(report.errors) == len(errors) + 1  # two pictures are too large
+    assert len(report.errors) == len(errors) + 1  # two images are too large
     assert not report.ok
     shown = {f.name: f for f in report.findings}
     assert shown["cropped-boxes"].count == 1
-    assert shown["duplicate-pictures"].count == 1
+    assert shown["duplicate-images"].count == 1
     assert shown["cropped-boxes"].examples[0].at_fault == ((0.01, 0.2, 0.28, 0.8),)
     assert shown["outside-boxes"].examples[0].at_fault == ((0.2, 0.2, 0.7, 1.3),)
-    assert all(f.cure and "{" not in f.message for f in report.findings)
+    assert all(f.hint and "{" not in f.message for f in report.findings)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -216,7 +216,7 @@ def test_leakage_is_told_from_likeness(tmp_path: Path) -> None:
     validation.add(file="x.jpg", save=lambda p: scene(3).resize((70, 70)).save(p, quality=80))
     validation.add(save=lambda p: scene(50).save(p))
     report = train.check(against=read_dataset(validation.folder))
-    pairs = {f.name: [(e.where.split("/")[-2], e.where[-1]) for e in f.examples] for f in report.findings}
+    pairs = {f.name: [(e.location.split("/")[-2], e.location[-1]) for e in f.examples] for f in report.findings}
     assert pairs == {
         "leakage": [("train", "2"), ("validation", "1")],
         "near-leakage": [("train", "3"), ("validation", "2")],
@@ -226,7 +226,7 @@ def test_leakage_is_told_from_likeness(tmp_path: Path) -> None:
     assert train.check().findings == []
 
 
-def test_one_picture_in_other_colours_is_another_picture(tmp_path: Path) -> None:
+def test_one_image_in_other_colours_is_another_image(tmp_path: Path) -> None:
     planted = Planted(tmp_path / "set")
     planted.add(save=lambda p: scene(1).save(p))
     planted.add(save=lambda p: Image.merge("RGB", scene(1).split()[::-1]).save(p))
@@ -234,7 +234,7 @@ def test_one_picture_in_other_colours_is_another_picture(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("meant", ["xywh", "cxcywh", "xyxy"])
-def test_boxes_of_another_format_are_told_by_the_shares_that_leave_the_picture(meant: str, tmp_path: Path) -> None:
+def test_boxes_of_another_format_are_told_by_the_shares_that_leave_the_image(meant: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     planted = Planted(tmp_path / "set")
     for _ in range(20):
@@ -288,14 +288,14 @@ def test_boxes_lost_to_the_crop_are_those_that_the_transform_drops() -> None:
         layout, path = Layout("c", every), Path("a.png")
         _, kept = prepare(Image.new("RGB", size), layout, (64, 64))
         record = Record(path, layout, "a:1")
-        findings = size_findings([record], [Picture(record, size=size)], buckets=one_size((64, 64)))
+        findings = size_findings([record], [ImageFacts(record, size=size)], buckets=one_size((64, 64)))
         lost = [f for f in findings if f.name == "cropped-boxes"]
         assert sum(f.count for f in lost) == len(every) - len(kept.boxes)
         assert bool(lost) == (size[0] != size[1])
         _, kept = prepare(Image.new("RGB", size), layout, buckets.of((size[1], size[0])))
         lost = [
             f
-            for f in size_findings([record], [Picture(record, size=size)], buckets=buckets)
+            for f in size_findings([record], [ImageFacts(record, size=size)], buckets=buckets)
             if f.name == "cropped-boxes"
         ]
         assert sum(f.count for f in lost) == len(every) - len(kept.boxes)
@@ -309,31 +309,31 @@ def test_what_buckets_make_of_sizes_is_found_at_its_record(tmp_path: Path) -> No
 
     def found(**options: Any) -> dict[str, Any]:
         report = planted.check(**options)
-        names = {"no-bucket", "small-pictures", "below-buckets", "sparse-buckets", "cropped-boxes"}
+        names = {"no-bucket", "small-images", "below-buckets", "sparse-buckets", "cropped-boxes"}
         return {f.name: f for f in report.findings if f.name in names} | {"report": report}
 
     seen = found(buckets=buckets, batch=2)
     assert seen["no-bucket"].severity == "error"
     assert seen["no-bucket"].places == (f"{planted.folder / METADATA}:5",)
     assert seen["report"].errors == [
-        f"{planted.folder / METADATA}:5: the picture has 400 x 5 pixels, and an image token covers 8"
+        f"{planted.folder / METADATA}:5: the image has 400 x 5 pixels, and an image token covers 8"
     ]
     assert seen["below-buckets"].places == (f"{planted.folder / METADATA}:4",)
     assert seen["sparse-buckets"].count == 2  # 88x48 reduced to 88 x 48's own, and 40x40
-    assert "small-pictures" not in seen
+    assert "small-images" not in seen
     assert seen["report"].buckets == {"64x64": 3, "40x40": 1, "88x48": 1}
     enlarged = found(buckets=make_buckets([64], [1.0, 2.0], multiple=8, upscale=True))
-    assert enlarged["small-pictures"].places == tuple(f"{planted.folder / METADATA}:{n}" for n in (5, 4))
+    assert enlarged["small-images"].places == tuple(f"{planted.folder / METADATA}:{n}" for n in (5, 4))
     assert not {"no-bucket", "below-buckets", "sparse-buckets"} & enlarged.keys()
     assert found()["report"].buckets == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
-def test_a_picture_that_declares_20000_pixels_a_side_takes_no_memory(tmp_path: Path) -> None:
+def test_a_image_that_declares_20000_pixels_a_side_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(declared_png(20_000, 20_000))
     script = (
         "import re, sys; from pathlib import Path; from mmdit_lora import Layout;"
-        "from mmdit_lora.data.check.pictures import look_at; from mmdit_lora.data.records import Record;"
+        "from mmdit_lora.data.check.images import look_at; from mmdit_lora.data.records import Record;"
         "seen = look_at(Record(Path(sys.argv[1]), Layout('c'), 'm:1'));"
         "peak = re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1];"  # kB; ru_maxrss survives exec
         "print(seen.kind, int(peak) // 1024)"
@@ -346,9 +346,7 @@ def test_a_picture_that_declares_20000_pixels_a_side_takes_no_memory(tmp_path: P
     assert int(megabytes) < 400  # the pixels alone would be 1,200
 
 
-@pytest.mark.parametrize(
-    "verb", ["check SET", "show SET --out OUT.png", "split SET --by picture --out OUT", "stats SET"]
-)
+@pytest.mark.parametrize("verb", ["check SET", "show SET --out OUT.png", "split SET --by image --out OUT", "stats SET"])
 def test_one_limit_of_pixels_in_every_verb(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset(tmp_path / "SET")
     (tmp_path / "SET" / "a.png").write_bytes(declared_png(9_460, 9_459))
@@ -390,7 +388,7 @@ def test_wrong_sizes_in_voc_have_their_name(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_blood_cells() -> None:
-    """The real set (BCCD): what is really there. Pictures 37 and 38 are one field of view at two depths of focus."""
+    """The real set (BCCD): what is really there. Images 37 and 38 are one field of view at two depths of focus."""
     root = os.environ.get("MMDIT_LORA_DATA")
     if not root or not (Path(root) / "bccd").is_dir():
         pytest.skip("set MMDIT_LORA_DATA to a folder that holds bccd (Pascal VOC)")
@@ -398,7 +396,7 @@ def test_blood_cells() -> None:
     assert {f.name: f.count for f in report.findings} == {
         "cropped-boxes": 480,
         "label-imbalance": 361,
-        "near-duplicate-pictures": 1,
+        "near-duplicate-images": 1,
     }
     assert [e.image.stem for f in report.findings[-1:] for e in f.examples if e.image] == [
         "BloodImage_00037",
@@ -490,13 +488,13 @@ def test_charts_hold_every_count() -> None:
 
 
 def test_an_out_that_is_a_file_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     assert main(["data", "check", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 2
     assert "is a file, not a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("broken", "says"), [(b"", "0 bytes"), (b"no picture", "is no readable picture"), (None, "")])
-def test_a_run_stops_at_a_broken_picture_before_it_loads_the_base(
+@pytest.mark.parametrize(("broken", "says"), [(b"", "0 bytes"), (b"no image", "is no readable image"), (None, "")])
+def test_a_run_stops_at_a_broken_image_before_it_loads_the_base(
     broken: bytes | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted = Planted(tmp_path / "set")

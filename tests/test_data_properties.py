@@ -1,4 +1,4 @@
-"""What holds for every picture, box, filter and split, not only for those that somebody thought of."""
+"""What holds for every image, box, filter and split, not only for those that somebody thought of."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def test_flipped_twice_is_where_it_was(scene: tuple[Image.Image, Layout], seed: 
     image, layout = scene
     size = (image.height, image.width)
 
-    def flipped(picture: Image.Image, of: Layout) -> tuple[Image.Image, Layout]:
+    def flipped(given: Image.Image, of: Layout) -> tuple[Image.Image, Layout]:
         for attempt in range(100):
             generator = torch.Generator().manual_seed(100 * seed + attempt)
-            pixels, moved = prepare(picture, of, size, flip=True, generator=generator)
+            pixels, moved = prepare(given, of, size, flip=True, generator=generator)
             again = torch.Generator().manual_seed(100 * seed + attempt)
             if torch.rand(1, generator=again) < 0.5:
                 whole = ((pixels + 1) * 127.5).round().to(torch.uint8)
@@ -109,7 +109,7 @@ def test_boxes_mirrored_twice_are_the_same(layout: Layout, height: int, width: i
 
 @ALWAYS
 @given(SIDE, SIDE, TARGETS, st.sampled_from(["center", "random"]), st.integers(0, 99))
-def test_the_window_lies_in_the_resized_picture_and_touches_two_of_its_sides(
+def test_the_window_lies_in_the_resized_image_and_touches_two_of_its_sides(
     height: int, width: int, size: tuple[int, int], crop: str, seed: int
 ) -> None:
     to = place((height, width), size, crop=crop, generator=torch.Generator().manual_seed(seed))
@@ -158,12 +158,14 @@ def test_a_filter_keeps_or_counts_every_box_and_every_record(layouts: list[Layou
     except InputError:
         assert all(layout.boxes for layout in layouts), "a layout without boxes always stays"
         return
-    assert sorted([r.where for r in done.records] + [r.where for r in done.emptied]) == [r.where for r in records]
+    assert sorted([r.location for r in done.records] + [r.location for r in done.emptied]) == [
+        r.location for r in records
+    ]
     assert done.boxes == sum(len(record.layout.boxes) for record in done.records)
     assert done.boxes + sum(done.left_out.values()) == sum(len(layout.boxes) for layout in layouts)
-    before = {record.where: record.layout.boxes for record in records}
+    before = {record.location: record.layout.boxes for record in records}
     for record in done.records:
-        left = iter(before[record.where])
+        left = iter(before[record.location])
         assert all(any(box is other for other in left) for box in record.layout.boxes), "in their order, unchanged"
         assert all(box.area >= rules.min_area for box in record.layout.boxes)
         assert rules.max_boxes is None or len(record.layout.boxes) <= rules.max_boxes

@@ -70,11 +70,11 @@ def test_labels_agree_with_phrases_by_whole_words(label: str, phrase: str, expec
 
 @pytest.mark.parametrize("kind", sorted(HUB))
 def test_open_vocabulary_detectors_answer_as_their_library_does(kind: str, folders: dict[str, Path]) -> None:
-    """Boxes and best scores are transformers' own, for a picture that is no square; labels are those of the best score."""
+    """Boxes and best scores are transformers' own, for an image that is no square; labels are those of the best score."""
     detector = everything(kind, folders)
-    picture = noise(96, 64)
-    (found,) = detector.detect([picture], [asked(*PHRASES, PHRASES[0])])
-    inputs = detector.processor(images=[picture], text=[list(PHRASES)], return_tensors="pt")
+    image = noise(96, 64)
+    (found,) = detector.detect([image], [asked(*PHRASES, PHRASES[0])])
+    inputs = detector.processor(images=[image], text=[list(PHRASES)], return_tensors="pt")
     with torch.no_grad():
         output = detector.model(**inputs)
     (theirs,) = detector.processor.post_process_grounded_object_detection(
@@ -102,15 +102,15 @@ def test_open_vocabulary_detectors_answer_as_their_library_does(kind: str, folde
 
 @pytest.mark.parametrize("kind", sorted(HUB))
 def test_an_answer_depends_neither_on_the_batch_nor_on_the_others_in_it(kind: str, folders: dict[str, Path]) -> None:
-    pictures = [noise(96, 64, 0), noise(64, 96, 1), noise(96, 64, 2), noise(96, 64, 3)]
+    images = [noise(96, 64, 0), noise(64, 96, 1), noise(96, 64, 2), noise(96, 64, 3)]
     layouts = [asked(*PHRASES), asked("a dog"), asked("a dog"), asked()]
-    together = everything(kind, folders, batch_size=4).detect(pictures, layouts)
+    together = everything(kind, folders, batch_size=4).detect(images, layouts)
     alone = everything(kind, folders, batch_size=1)
-    for picture, layout, found in zip(pictures, layouts, together, strict=True):
-        assert close(found, alone.detect([picture], [layout])[0])
+    for image, layout, found in zip(images, layouts, together, strict=True):
+        assert close(found, alone.detect([image], [layout])[0])
     assert together[3] == []
     assert {d.label for d in together[2]} == {"a dog"}
-    assert not close(together[2], alone.detect(pictures[:1], layouts[2:3])[0])  # the picture matters
+    assert not close(together[2], alone.detect(images[:1], layouts[2:3])[0])  # the image matters
 
 
 @pytest.mark.parametrize("kind", sorted(HUB))
@@ -196,7 +196,7 @@ def test_without_weights_the_message_says_how_to_get_them(kind: str, tmp_path: P
         with pytest.raises(InputError) as caught:
             open_detector(spec)
         assert f"`hf download {HUB[kind]} --local-dir {local}`, then {kind}:{local}" in str(caught.value)
-        assert caught.value.where == spec
+        assert caught.value.location == spec
     with pytest.raises(InputError, match="hf download some/other --local-dir models/other"):
         open_detector(f"{kind}:some/other")
 
@@ -282,7 +282,7 @@ def test_the_exact_reader_is_the_default_and_knows_its_own_phrases_only() -> Non
     with pytest.raises(InputError, match=r"does not know 'a dog'"):
         detector.detect([noise()], layouts)
     assert known_layouts(detector, layouts) == [asked("a red circle")]
-    with pytest.raises(ValueError, match="1 pictures, but 2 layouts"):
+    with pytest.raises(ValueError, match="1 images, but 2 layouts"):
         detector.detect([noise()], layouts * 2)
 
 
@@ -293,10 +293,10 @@ def torchvision_detector(ssd: Path, **options: Any) -> Detector:
 def test_torchvision_answers_as_the_bare_model_does(ssd: Path) -> None:
     model = torchvision.models.get_model(SSD, weights=None, weights_backbone=None, num_classes=len(CLASSES)).eval()
     model.load_state_dict(load_file(ssd))
-    picture = noise(96, 64)
+    image = noise(96, 64)
     with torch.no_grad():
-        (theirs,) = model([pil_to_tensor(picture) / 255])
-    (found,) = torchvision_detector(ssd).detect([picture], [asked("a dog")])
+        (theirs,) = model([pil_to_tensor(image) / 255])
+    (found,) = torchvision_detector(ssd).detect([image], [asked("a dog")])
     boxes = theirs["boxes"] / torch.tensor([96, 64, 96, 64])
     expected = {
         (CLASSES[label], round(score, 6), *(round(v, 4) for v in box))
@@ -306,18 +306,18 @@ def test_torchvision_answers_as_the_bare_model_does(ssd: Path) -> None:
     assert len(expected) > 20
     assert {(d.label, round(d.score, 6), *(round(v, 4) for v in d.xyxy)) for d in found} == expected
     assert [d.score for d in found] == sorted((d.score for d in found), reverse=True)
-    (sure,) = torchvision_detector(ssd, threshold=found[50].score).detect([picture], [asked("a dog")])
+    (sure,) = torchvision_detector(ssd, threshold=found[50].score).detect([image], [asked("a dog")])
     assert 0 < len(sure) <= 50
 
 
 def test_torchvision_sizes_and_batches_do_not_matter(ssd: Path) -> None:
-    pictures = [noise(96, 64, 0), noise(64, 96, 1), noise(96, 64, 2)]
+    images = [noise(96, 64, 0), noise(64, 96, 1), noise(96, 64, 2)]
     layouts = [asked("a dog")] * 3
-    together = torchvision_detector(ssd, threshold=0.3).detect(pictures, layouts)
+    together = torchvision_detector(ssd, threshold=0.3).detect(images, layouts)
     alone = torchvision_detector(ssd, threshold=0.3, batch_size=1)
-    for picture, layout, found in zip(pictures, layouts, together, strict=True):
+    for image, layout, found in zip(images, layouts, together, strict=True):
         assert found
-        assert close(found, alone.detect([picture], [layout])[0])
+        assert close(found, alone.detect([image], [layout])[0])
 
 
 def test_torchvision_phrases_name_classes_or_are_refused(ssd: Path) -> None:
@@ -387,7 +387,7 @@ def test_torchvision_weights_by_name_without_a_connection(tmp_path: Path, monkey
         open_detector(f"torchvision:{SSD}=COCO_V1")
 
 
-def test_pictures_of_other_modes_are_read(folders: dict[str, Path], ssd: Path) -> None:
+def test_images_of_other_modes_are_read(folders: dict[str, Path], ssd: Path) -> None:
     grey = noise().convert("L")
     for detector in (*(everything(kind, folders) for kind in HUB), torchvision_detector(ssd)):
         layout = asked("a dog")

@@ -1,4 +1,4 @@
-"""Figures: boxes at the right pixels, labels inside the picture, nothing missing."""
+"""Figures: boxes at the right pixels, labels inside the image, nothing missing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert draw_boxes(Image.new("RGB", size), LAYOUT).size == expected
 
 
-def test_tiny_pictures_keep_square_pixels() -> None:
+def test_tiny_images_keep_square_pixels() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
     drawn = draw_boxes(Image.fromarray(noise), Layout("nothing", []))
     np.testing.assert_array_equal(pixels(drawn), noise.repeat(6, 0).repeat(6, 1))
@@ -83,7 +83,7 @@ def test_boxes_are_at_their_pixels(background: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (640, 200), (200, 640), (33, 17), (1, 1)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_any_picture(size: tuple[int, int], mode: str) -> None:
+def test_any_image(size: tuple[int, int], mode: str) -> None:
     edge = Layout(
         "edges", [Box((0, 0, 1, 1), "all"), Box((0.999, 0.999, 1, 1), "a corner"), Box((0, 0, 0.002, 1), "x")]
     )
@@ -91,12 +91,12 @@ def test_any_picture(size: tuple[int, int], mode: str) -> None:
     drawn = draw_boxes(image, edge)
     assert drawn.mode == "RGB"
     assert drawn.width == fit(image, 384).width or drawn.width == size[0]
-    assert image.size == size  # the caller's picture is not touched
+    assert image.size == size  # the caller's image is not touched
 
 
 def test_tags_stay_inside_and_apart() -> None:
     for seed in range(40):
-        layout = random_layout(MAX_LABELS, seed, "a long phrase that goes on and on for more than the picture holds")
+        layout = random_layout(MAX_LABELS, seed, "a long phrase that goes on and on for more than the image holds")
         rects = [_to_pixels(box.xyxy, (384, 256)) for box in layout.boxes]
         places = _place_tags([box.phrase for box in layout.boxes], rects, (384, 256), 13)
         if places is None:  # too tight for phrases: numbers and a legend
@@ -140,12 +140,12 @@ def test_repeated_phrases_share_a_color_and_a_line_of_the_legend() -> None:
     drawn = draw_boxes(Image.new("RGB", (64, 64)), layout)
     assert drawn.width == 384
     assert 384 < drawn.height < 384 + 110  # three lines, not twenty
-    picture, below = pixels(drawn)[:384], pixels(drawn)[384:]
+    image, below = pixels(drawn)[:384], pixels(drawn)[384:]
     ranks = {"a red blood cell": 0, "a platelet": 1, "a white blood cell": 2}  # by count
     for box in layout.boxes:
         left, top, right, bottom = _to_pixels(box.xyxy, (384, 384))
         color = PALETTE[ranks[box.phrase]]
-        inside = picture[top:bottom, left:right]
+        inside = image[top:bottom, left:right]
         assert (inside[0] == color).all()
         assert (inside[:, -1] == color).all()
         assert (inside[2:-2, 2:-2] == 0).all()  # thin lines, no number, no tag
@@ -204,9 +204,9 @@ def test_a_legend_cuts_phrases_but_not_counts() -> None:
 @pytest.mark.parametrize("phrases", [CELLS, [f"a phrase {number}" for number in range(20)]])
 def test_many_boxes_have_thinner_lines(phrases: list[str]) -> None:
     def covered(layout: Layout) -> int:
-        picture = pixels(draw_boxes(Image.new("RGB", (384, 384), (255, 255, 255)), layout, labels=False))
+        image = pixels(draw_boxes(Image.new("RGB", (384, 384), (255, 255, 255)), layout, labels=False))
         left, top, right, bottom = _to_pixels(layout.boxes[0].xyxy, (384, 384))
-        return int((picture[(top + bottom) // 2, left : (left + right) // 2] != 255).any(-1).sum())
+        return int((image[(top + bottom) // 2, left : (left + right) // 2] != 255).any(-1).sum())
 
     assert covered(repeated(phrases)) == 2
     assert covered(Layout("few", repeated(phrases).boxes[:MAX_LABELS])) == 4  # with the inner hairline
@@ -241,7 +241,7 @@ def test_contact_sheet() -> None:
 def test_contact_sheet_refuses() -> None:
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([])
-    with pytest.raises(ValueError, match="2 pictures but 1 of layouts"):
+    with pytest.raises(ValueError, match="2 images but 1 of layouts"):
         contact_sheet([Image.new("RGB", (8, 8))] * 2, [LAYOUT])
 
 
@@ -265,37 +265,37 @@ def test_before_after_has_all_rows(columns: int, size: tuple[int, int]) -> None:
     for image in (two, three):
         assert (pixels(image)[:, :20] == 255).all()
         assert (pixels(image)[-20:] == 255).all()
-    # the sketch of the layout lies above the first pictures, its boxes over theirs
+    # the sketch of the layout lies above the first images, its boxes over theirs
     sketch = three.crop((0, 0, three.width, bands[0][1] - 4))
-    in_pictures = color_extent(three.crop((0, bands[0][1], three.width, bands[0][3])), box_color(0))
-    assert color_extent(sketch, box_color(0))[0::2] == in_pictures[0::2]
+    in_images = color_extent(three.crop((0, bands[0][1], three.width, bands[0][3])), box_color(0))
+    assert color_extent(sketch, box_color(0))[0::2] == in_images[0::2]
 
 
 def test_scores_are_written_and_the_better_one_is_dark() -> None:
-    picture = [Image.new("RGB", (64, 64), (0, 0, 200))]
-    bare = _band("", picture, 200, 0, 64)
+    image = [Image.new("RGB", (64, 64), (0, 0, 200))]
+    bare = _band("", image, 200, 0, 64)
     for score, color, other in ((0.4, GREY, INK), (0.9, INK, GREY)):
-        band = _band("", picture, 200, 0, 64, [score], [0.9])
+        band = _band("", image, 200, 0, 64, [score], [0.9])
         under = pixels(band.crop((200, bare.height, 264, band.height)))
         assert (under == color).all(-1).any()
         assert not (under == other).all(-1).any()
-    before_after([LAYOUT], picture, picture, scores=([float("nan")], [0.5]))
+    before_after([LAYOUT], image, image, scores=([float("nan")], [0.5]))
 
 
 def test_before_after_refuses() -> None:
-    picture = Image.new("RGB", (8, 8))
+    image = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="at least one layout"):
         before_after([], [], [])
     with pytest.raises(ValueError, match="1 layouts but 2 of after"):
-        before_after([LAYOUT], [picture], [picture] * 2)
+        before_after([LAYOUT], [image], [image] * 2)
     with pytest.raises(ValueError, match="1 layouts but 0 of scores"):
-        before_after([LAYOUT], [picture], [picture], scores=([0.1], []))
+        before_after([LAYOUT], [image], [image], scores=([0.1], []))
 
 
 def test_before_after_does_not_depend_on_the_day() -> None:
-    picture = [Image.new("RGB", (64, 64))] * 6
+    image = [Image.new("RGB", (64, 64))] * 6
     layouts = [random_layout(9, seed) for seed in range(6)]
-    one, two = (before_after(layouts, picture, picture) for _ in range(2))
+    one, two = (before_after(layouts, image, image) for _ in range(2))
     assert one.tobytes() == two.tobytes()
 
 
@@ -316,11 +316,11 @@ def test_text() -> None:
 def test_save_png(tmp_path) -> None:
     image = Image.new("RGB", (20, 10))
     ImageDraw.Draw(image).ellipse((2, 2, 8, 8), fill=(255, 0, 0))
-    save_png(image, tmp_path / "deep" / "picture.png")
-    with Image.open(tmp_path / "deep" / "picture.png") as read:
+    save_png(image, tmp_path / "deep" / "image.png")
+    with Image.open(tmp_path / "deep" / "image.png") as read:
         assert read.format == "PNG"
         assert pixels(read).tobytes() == pixels(image).tobytes()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["picture.png"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["image.png"]
 
 
 def test_a_phrase_has_one_colour_over_all_layouts_of_a_sheet() -> None:
@@ -330,11 +330,11 @@ def test_a_phrase_has_one_colour_over_all_layouts_of_a_sheet() -> None:
     assert colors == {"a red circle": PALETTE[0], "a blue square": PALETTE[1]}
     images = [Image.new("RGB", (64, 64))] * 3
     drawn = [draw_boxes(image, layout, colors=colors) for image, layout in zip(images, layouts, strict=True)]
-    for layout, picture in zip(layouts, drawn, strict=True):
+    for layout, sheet_image in zip(layouts, drawn, strict=True):
         for box in layout.boxes:
-            left, _, right, bottom = _to_pixels(box.xyxy, picture.size)
-            assert picture.getpixel((right - 1, bottom - 1)) == colors[" ".join(box.phrase.split())]
-            assert picture.getpixel((left, bottom - 1)) == colors[" ".join(box.phrase.split())]
+            left, _, right, bottom = _to_pixels(box.xyxy, sheet_image.size)
+            assert sheet_image.getpixel((right - 1, bottom - 1)) == colors[" ".join(box.phrase.split())]
+            assert sheet_image.getpixel((left, bottom - 1)) == colors[" ".join(box.phrase.split())]
     sheet = contact_sheet(images, layouts, columns=3)
     for column, first in enumerate((red, blue, red)):
         x = 24 + column * (256 + 18)

@@ -1,4 +1,4 @@
-"""Figures of pictures against layouts: computed by hand, against other implementations, repeated, killed and gone on with."""
+"""Figures of images against layouts: computed by hand, against other implementations, repeated, killed and gone on with."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from safetensors.torch import load_file, save_file
 from mmdit_lora.cli.main import main
 from mmdit_lora.data.records import write_dataset
 from mmdit_lora.data.shapes import COLORS, shape_coverage
-from mmdit_lora.evaluation.detection_cache import SeenStore
+from mmdit_lora.evaluation.detection_cache import DetectionCache
 from mmdit_lora.evaluation.detectors import Detection, open_detector
-from mmdit_lora.evaluation.groups import box_groups, picture_groups
+from mmdit_lora.evaluation.groups import box_groups, image_groups
 from mmdit_lora.evaluation.intervals import Bootstrap, value
 from mmdit_lora.evaluation.metrics import average_precision, judged, kept_relations, sums
 from mmdit_lora.layout import Box, Layout
 
 ROOT = Path(__file__).resolve().parent.parent
-SIDE = 128  # pixels of a planted picture
+SIDE = 128  # pixels of a planted image
 # Four squares of 32 px, a corner each: centres 64 px apart along both axes or one.
 CORNERS = ((16, 16), (80, 16), (16, 80), (80, 80))
 SQUARES = tuple(zip(CORNERS, ("red", "blue", "green", "yellow"), strict=True))
@@ -55,22 +55,22 @@ def layout_of(squares: Sequence[tuple[tuple[float, float], str]], side: float = 
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures of the four squares."""
+    """Ten images of the four squares."""
     folder = tmp_path_factory.mktemp("squares") / "data"
     write_dataset(folder, [(f"{n}.png", drawn(SQUARES), layout_of(SQUARES)) for n in range(10)])
     return folder
 
 
-def of_images(data: Path, pictures: Sequence[Image.Image], folder: Path) -> dict[str, Any]:
+def of_images(data: Path, images: Sequence[Image.Image], folder: Path) -> dict[str, Any]:
     """What `evaluate --images` says of them."""
-    shown = folder / "pictures"
+    shown = folder / "images"
     shown.mkdir(parents=True)
-    for number, picture in enumerate(pictures):
-        picture.save(shown / f"{number}.png")
+    for number, image in enumerate(images):
+        image.save(shown / f"{number}.png")
     assert main(["evaluate", "--images", str(shown), "--data", str(data), "--out", str(folder / "out")]) == 0
     report: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
     assert "base" not in report  # nothing was painted
-    assert not (folder / "out" / "pictures").exists()
+    assert not (folder / "out" / "images").exists()
     return report
 
 
@@ -93,7 +93,7 @@ def test_planted_faults_move_the_figures_as_computed_by_hand(squares: Path, tmp_
     assert moved["ap"] == pytest.approx(0.7, abs=1e-6)
 
     colors = of_images(squares, [swapped] * 5 + [good] * 5, tmp_path / "swapped")["images"]
-    assert colors["color_acc"] == pytest.approx(1 - 10 / 40)  # two of four boxes in half the pictures
+    assert colors["color_acc"] == pytest.approx(1 - 10 / 40)  # two of four boxes in half the images
     assert colors["miou"] == pytest.approx(right["miou"], abs=0.003)
     assert {colors[name] for name in ("iou50", "shape_acc", "count_acc", "relations")} == {1}
 
@@ -104,13 +104,11 @@ def test_planted_faults_move_the_figures_as_computed_by_hand(squares: Path, tmp_
     assert less["precision"] == 1
     assert less["count_acc"] == pytest.approx(0.6)
     assert less["count_error"] == pytest.approx(0.4)
-    # Each picture has 2 + 2 pairs along each axis, 8 in all; the missing square is in 4 of them.
+    # Each image has 2 + 2 pairs along each axis, 8 in all; the missing square is in 4 of them.
     assert less["relations"] == pytest.approx(1 - 4 * 4 / 80)
 
 
-def test_the_data_sets_own_pictures_are_the_ceiling_and_those_of_others_the_floor(
-    squares: Path, tmp_path: Path
-) -> None:
+def test_the_data_sets_own_images_are_the_ceiling_and_those_of_others_the_floor(squares: Path, tmp_path: Path) -> None:
     report = of_images(squares, [drawn(SQUARES)] * 10, tmp_path)
     assert report["ground_truth"] == report["images"]
     assert report["shuffled"]["miou"] == report["ground_truth"]["miou"]  # ten times one layout: nothing to shuffle
@@ -124,15 +122,15 @@ def test_relations_are_counted_by_hand() -> None:
     layout = Layout("", (Box((0.0, 0.0, 0.2, 0.2), "a red square"), Box((0.5, 0.02, 0.7, 0.22), "a blue square")))
     detector = open_detector()
     seen = [Detection(box.xyxy, "", color=box.phrase.split()[1], shape="square") for box in layout.boxes]
-    (picture,) = judged(detector, [seen], [layout])
-    assert kept_relations(picture) == (1, 1)  # side by side; 0.02 apart in height is no order
+    (image,) = judged(detector, [seen], [layout])
+    assert kept_relations(image) == (1, 1)  # side by side; 0.02 apart in height is no order
     there = [replace(seen[0], xyxy=(0.15, 0.0, 0.35, 0.2)), replace(seen[1], xyxy=(0.5, 0.02, 0.7, 0.22))]
     assert kept_relations(judged(detector, [there], [layout])[0]) == (1, 1)
     assert kept_relations(judged(detector, [seen[:1]], [layout])[0]) == (0, 1)
     assert kept_relations(judged(detector, [[]], [layout])[0]) == (0, 1)
 
 
-def random_pictures(detector: Any) -> Any:
+def random_images(detector: Any) -> Any:
     rng = np.random.default_rng(5)
     phrases = ["a red square", "a blue circle", "a green star"]
     layouts, seen = [], []
@@ -156,8 +154,8 @@ def test_average_precision_is_that_of_torchmetrics() -> None:
     from torchmetrics.detection import MeanAveragePrecision
 
     detector = open_detector()
-    pictures = random_pictures(detector)
-    ours = average_precision(pictures, detector)
+    images = random_images(detector)
+    ours = average_precision(images, detector)
     numbers: dict[str, int] = {}
     # Its own thresholds are float32 numbers: a recall of 12/20 then misses that of 0.6.
     thresholds = {
@@ -165,15 +163,15 @@ def test_average_precision_is_that_of_torchmetrics() -> None:
         "rec_thresholds": np.linspace(0, 1, 101).tolist(),
     }
     theirs = MeanAveragePrecision(box_format="xyxy", backend="pycocotools", **thresholds)
-    for picture in pictures:
+    for image in images:
         sides = []
         for boxes, labels in (
-            ([d.xyxy for d in picture.seen], [d.label for d in picture.seen]),
-            ([b.xyxy for b in picture.layout.boxes], [b.phrase for b in picture.layout.boxes]),
+            ([d.xyxy for d in image.seen], [d.label for d in image.seen]),
+            ([b.xyxy for b in image.layout.boxes], [b.phrase for b in image.layout.boxes]),
         ):
             numbered = [numbers.setdefault(label, len(numbers) + 1) for label in labels]
             sides.append({"boxes": torch.tensor(boxes) * 1000, "labels": torch.tensor(numbered)})
-        sides[0]["scores"] = torch.tensor([d.score for d in picture.seen])
+        sides[0]["scores"] = torch.tensor([d.score for d in image.seen])
         theirs.update([sides[0]], [sides[1]])
     expected = theirs.compute()
     assert 0.2 < ours["ap"] < 0.8
@@ -209,7 +207,7 @@ def test_intervals_are_those_of_scipy() -> None:
     shifted = table + np.array([0.3, 0.0])
     assert Bootstrap(80).difference(shifted, table) == pytest.approx((0.1, 0.1))  # paired: nothing varies
     assert Bootstrap(1).interval(table[:1]) is None
-    # Pictures without a box that counts say nothing, and make nothing of nothing.
+    # Images without a box that counts say nothing, and make nothing of nothing.
     empty = np.zeros((80, 2))
     assert Bootstrap(80).interval(empty) is None
     empty[3:5] = 1
@@ -220,7 +218,7 @@ def test_groups() -> None:
     small, large = Box((0, 0, 0.1, 0.1), "a"), Box((0.2, 0.2, 0.9, 0.9), "b")
     covering = Box((0.2, 0.2, 0.9, 0.8), "c")
     layouts = [Layout("", (small,) * 12), Layout("", (small, large)), Layout("", (large, covering))]
-    assert picture_groups(layouts) == {"1-4": [1, 2], "11+": [0]}
+    assert image_groups(layouts) == {"1-4": [1, 2], "11+": [0]}
     groups = box_groups(layouts)
     assert groups["by_size"]["under 2 %"] == [*((0, n) for n in range(12)), (1, 0)]
     assert groups["by_size"]["over 10 %"] == [(1, 1), (2, 0), (2, 1)]
@@ -243,18 +241,18 @@ def test_a_figure_that_a_detector_cannot_tell_is_absent() -> None:
 
 
 def test_what_was_seen_is_kept_by_content(tmp_path: Path) -> None:
-    detector, kept = open_detector(), SeenStore(tmp_path)
-    picture, layout = drawn(SQUARES), layout_of(SQUARES)
-    first = kept.detect(detector, [picture], [layout])
-    assert first == detector.detect([picture], [layout])
+    detector, kept = open_detector(), DetectionCache(tmp_path)
+    image, layout = drawn(SQUARES), layout_of(SQUARES)
+    first = kept.detect(detector, [image], [layout])
+    assert first == detector.detect([image], [layout])
     (file,) = tmp_path.iterdir()
     content = json.loads(file.read_text())
     content[0] = content[0][:1]
     file.write_text(json.dumps(content))
-    assert kept.detect(detector, [picture], [layout]) == [first[0][:1]]  # read, not seen again
-    changed = picture.copy()
+    assert kept.detect(detector, [image], [layout]) == [first[0][:1]]  # read, not seen again
+    changed = image.copy()
     changed.putpixel((0, 0), (0, 0, 0))
-    for pixels, asked in ((changed, layout), (picture, replace(layout, caption="other"))):
+    for pixels, asked in ((changed, layout), (image, replace(layout, caption="other"))):
         assert len(kept.detect(detector, [pixels], [asked])[0]) == 4
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -281,17 +279,16 @@ def test_sides_report_and_page(base: Path, data: Path, adapter: Path, tmp_path: 
     assert set(report["differences"]) == {"adapter_minus_base", "text_only_minus_adapter", "layout_only_minus_adapter"}
     assert report["base"]["spread"] > 0
     assert report["detector"]["true"]["precision"] == 1
-    assert sum(group["pictures"] for group in report["by_boxes"].values()) == report["pictures"] == 12
+    assert sum(group["images"] for group in report["by_boxes"].values()) == report["images"] == 12
     assert sum(group["boxes"] for group in report["by_size"].values()) == report["base"]["boxes"]
-    assert {path.name for path in (out / "pictures").iterdir()} == {
+    assert {path.name for path in (out / "images").iterdir()} == {
         *(side for side in sides[:4]),
         *(f"{side}_noise_2" for side in sides[:4]),
     }
-    pictures = {
-        side: [np.asarray(Image.open(out / "pictures" / side / f"{n:05d}.png")) for n in range(12)]
-        for side in sides[:4]
+    images = {
+        side: [np.asarray(Image.open(out / "images" / side / f"{n:05d}.png")) for n in range(12)] for side in sides[:4]
     }
-    assert not np.array_equal(pictures["base"], pictures["adapter"])
+    assert not np.array_equal(images["base"], images["adapter"])
     text = (out / "report.html").read_text()
     assert 'src="http' not in text
     assert "<script" not in text
@@ -302,10 +299,10 @@ def test_sides_report_and_page(base: Path, data: Path, adapter: Path, tmp_path: 
     table = (out / "report.md").read_text()
     assert f"{report['adapter']['miou']:.3f}" in table
     # Again: nothing is painted, and every figure is the same to the last digit.
-    before = {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")}
+    before = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
     assert main(command(base, data, out, *flags)) == 0
     assert json.loads((out / "report.json").read_text()) == report
-    assert {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")} == before
+    assert {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")} == before
 
 
 def test_adapters_side_by_side(base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
@@ -323,7 +320,7 @@ def test_adapters_side_by_side(base: Path, data: Path, adapter: Path, tmp_path: 
         alone = run(side, "--adapter", given)
         assert both["base"] == alone["base"]
         assert both[side] == alone["adapter"]
-        shown = [tmp_path / "both" / "pictures" / side, tmp_path / side / "pictures" / "adapter"]
+        shown = [tmp_path / "both" / "images" / side, tmp_path / side / "images" / "adapter"]
         mine, theirs = ([Image.open(path).tobytes() for path in sorted(f.glob("*.png"))] for f in shown)
         assert mine == theirs
     # Together: two adapters; one alone given twice would act twice, and is refused.
@@ -354,18 +351,18 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_pictures_of_other_settings_are_not_mixed_in(base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_images_of_other_settings_are_not_mixed_in(base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     assert main(command(base, data, out)) == 0
     report = (out / "report.json").read_bytes()
     assert main(command(base, data, out, "--seed", "1")) == 2
     assert "seed was 0 and is 1" in capsys.readouterr().err
     assert (out / "report.json").read_bytes() == report
-    painted = out / "pictures" / "base" / "00003.png"
+    painted = out / "images" / "base" / "00003.png"
     was = painted.read_bytes()
     Image.new("RGB", (32, 32)).save(painted)
     assert main(command(base, data, out)) == 2
-    assert "00003.png: is not the picture that was painted" in capsys.readouterr().err
+    assert "00003.png: is not the image that was painted" in capsys.readouterr().err
     painted.unlink()
     assert main(command(base, data, out)) == 0
     assert painted.read_bytes() == was
@@ -382,7 +379,7 @@ def test_pictures_of_other_settings_are_not_mixed_in(base: Path, data: Path, tmp
     [
         ([], "nothing to judge"),
         (["--images", "absent"], "no such folder"),
-        (["--images", "{empty}"], "no picture for"),
+        (["--images", "{empty}"], "no image for"),
         (["--base", "{base}", "--detector", "guess"], "no such detector"),
         (["--images", "{empty}", "--ablations"], "give --base too"),
         (["--base", "{base}", "--clip", "{empty}"], "hf download"),
@@ -410,14 +407,14 @@ def test_killed_halfway_it_goes_on(base: Path, data: Path, tmp_path: Path) -> No
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    pictures = out / "pictures" / "base"
+    images = out / "images" / "base"
     end = time.monotonic() + 120
-    while not (pictures.is_dir() and len(list(pictures.glob("0*.png"))) >= 3) and time.monotonic() < end:
+    while not (images.is_dir() and len(list(images.glob("0*.png"))) >= 3) and time.monotonic() < end:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    whole_ones = json.loads((pictures / "digests.json").read_text())  # the last may be without its digest
-    kept = {path: path.stat().st_mtime_ns for path in pictures.glob("0*.png") if path.name in whole_ones}
+    whole_ones = json.loads((images / "digests.json").read_text())  # the last may be without its digest
+    kept = {path: path.stat().st_mtime_ns for path in images.glob("0*.png") if path.name in whole_ones}
     assert 2 <= len(kept) < 12
     assert not (out / "report.json").exists()
     assert main(command(base, data, out, *flags)) == 0
@@ -458,18 +455,18 @@ def test_clip_scores_are_those_of_the_model_itself(squares: Path, tiny_clip: Pat
     from mmdit_lora.evaluation.clip import Clip, kid
 
     clip = Clip(str(tiny_clip))
-    picture, layout = drawn(SQUARES), layout_of(SQUARES)
-    tables, features = clip.look([picture, picture], [layout, replace(layout, caption="")])
+    image, layout = drawn(SQUARES), layout_of(SQUARES)
+    tables, features = clip.look([image, image], [layout, replace(layout, caption="")])
     model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
 
-    def theirs(image: Image.Image, text: str) -> float:
+    def theirs(shown: Image.Image, text: str) -> float:
         with torch.no_grad():
-            out = model(**processor(images=[image], text=[text], return_tensors="pt", padding=True, truncation=True))
+            out = model(**processor(images=[shown], text=[text], return_tensors="pt", padding=True, truncation=True))
         return max(100 * float((out.image_embeds * out.text_embeds).sum()), 0)
 
-    assert tables["clip_score"][0] == pytest.approx([theirs(picture, layout.caption), 1], abs=1e-3)
+    assert tables["clip_score"][0] == pytest.approx([theirs(image, layout.caption), 1], abs=1e-3)
     assert tables["clip_score"][1] == pytest.approx([0, 0])  # no caption: no score
-    crops = [picture.crop((x, y, x + 32, y + 32)) for x, y in CORNERS]
+    crops = [image.crop((x, y, x + 32, y + 32)) for x, y in CORNERS]
     boxes = [theirs(crop, box.phrase) for crop, box in zip(crops, layout.boxes, strict=True)]
     assert tables["clip_box"][0] == pytest.approx([sum(boxes), 4], abs=1e-2)
     assert features.shape == (2, 8)
@@ -486,4 +483,4 @@ def test_clip_scores_are_those_of_the_model_itself(squares: Path, tiny_clip: Pat
     report = json.loads((out / "report.json").read_text())
     assert report["images"]["clip_box"] == pytest.approx(sum(boxes) / 4, abs=1e-2)
     assert "clip_score" in report["ground_truth"]
-    assert "kid_clip" not in report["images"]  # ten pictures are too few
+    assert "kid_clip" not in report["images"]  # ten images are too few

@@ -59,7 +59,7 @@ class Row:
 
 PLAIN = {"base": "{plain}", "method": "layout_stream"}
 FLUX = {"base": "{flux_plain}", "method": "layout_stream", "data.resolution": 32}
-PICTURES = {"train.sample_every": 1, "train.max_steps": 1, "sample.steps": 2, "train.sample_count": 2}
+IMAGES = {"train.sample_every": 1, "train.max_steps": 1, "sample.steps": 2, "train.sample_count": 2}
 HELD_OUT = {"data.validation_share": 0.34, "train.validate_every": 1}
 PRIOR = {"prior.layouts": "{layouts}", "prior.batch_size": 1, "sample.steps": 1, "lora.dropout": 0.0}
 SAVING = {"train.checkpoint_every": 1, "train.max_steps": 3}
@@ -71,7 +71,7 @@ ROWS: dict[str, Row] = {
     "license": Row("mit", "card", "weights"),
     "data.path": Row("{data_2}", "losses weights", "times"),
     "data.validation": Row("{data_2}", "held_out", "weights", {"data.validation_share": 0.0}),
-    "data.validation_share": Row(0.34, "held_out pictures samples"),
+    "data.validation_share": Row(0.34, "held_out images samples"),
     "data.bbox_format": Row("xywh", "losses weights", "times samples"),
     "data.bbox_units": Row("pixel", "losses weights", "times samples", {"data.path": "{ones}"}),
     "data.resolution": Row(16, "buckets losses weights", "samples"),
@@ -142,7 +142,7 @@ ROWS: dict[str, Row] = {
     "train.keep_checkpoints": Row(1, "files", "weights losses", SAVING),
     "train.validate_every": Row(1, "best_step", "weights losses", {"data.validation_share": 0.34}),
     "train.sample_every": Row(1, "files images card", "weights losses", {"sample.steps": 1}),
-    "train.sample_count": Row(1, "images", "weights losses files", PICTURES),
+    "train.sample_count": Row(1, "images", "weights losses files", IMAGES),
     "train.preflight": Row(True, "checks", "weights losses"),
     "train.log_every": Row(2, "logged", "weights losses"),
     "prior.layouts": Row("{layouts}", "files weights", "times", PRIOR | {"prior.layouts": None}),
@@ -153,11 +153,11 @@ ROWS: dict[str, Row] = {
     "tracking.project": Row("other", "tracker", "weights", {"tracking.tracker": "wandb"}),
     "tracking.run_name": Row("a-name", "tracker", "weights", {"tracking.tracker": "wandb"}),
     "tracking.wandb_mode": Row("disabled", "tracker", "weights", {"tracking.tracker": "wandb"}),
-    "sample.steps": Row(1, "images", "weights files", PICTURES),
-    "sample.guidance_scale": Row(1.0, "images", "weights files", PICTURES),
-    "sample.layout_scale": Row(0.0, "images", "weights files", PICTURES),
-    "sample.layout_window": Row([0.0, 0.5], "images", "weights files", PICTURES),
-    "sample.seed": Row(1, "images", "weights files", PICTURES),
+    "sample.steps": Row(1, "images", "weights files", IMAGES),
+    "sample.guidance_scale": Row(1.0, "images", "weights files", IMAGES),
+    "sample.layout_scale": Row(0.0, "images", "weights files", IMAGES),
+    "sample.layout_window": Row([0.0, 0.5], "images", "weights files", IMAGES),
+    "sample.seed": Row(1, "images", "weights files", IMAGES),
 }
 
 # Keys for which nothing of a run can differ, and why.
@@ -188,8 +188,8 @@ def test_every_key_has_a_row_or_a_reason() -> None:
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
 
-def write_pictures(folder: Path, seed: int, boxes: Callable[[int], list[list[float]]]) -> None:
-    """Six oblong pictures of noise."""
+def write_images(folder: Path, seed: int, boxes: Callable[[int], list[list[float]]]) -> None:
+    """Six oblong images of noise."""
     folder.mkdir()
     generator = np.random.default_rng(seed)
     lines = []
@@ -213,9 +213,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("places")
     # Valid under every reading; the centre crop cuts the first, the last is small.
     boxes = [[0.05, 0.1, 0.4, 0.5], [0.35, 0.3, 0.6, 0.65], [0.4, 0.4, 0.55, 0.5]]
-    write_pictures(root / "data", 0, lambda number: boxes[: 1 + 2 * (number % 2)])
-    write_pictures(root / "data_2", 1, lambda _: boxes)
-    write_pictures(root / "ones", 0, lambda _: [[0, 0, 1, 1]])
+    write_images(root / "data", 0, lambda number: boxes[: 1 + 2 * (number % 2)])
+    write_images(root / "data_2", 1, lambda _: boxes)
+    write_images(root / "ones", 0, lambda _: [[0, 0, 1, 1]])
     for name, seed in (("base", 0), ("base_2", 1)):
         tiny_pipeline(root / "words", tiny_transformer(seed=seed, num_layers=2)).save_pretrained(root / name)
     flux = tiny_flux_pipeline(root / "words")
@@ -266,7 +266,7 @@ def outcome(config: Config) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "make_tracker", told)
         result = trainer.train(
-            config, witness=seen.append, on_progress=lambda step, _: logged.append(step), on_preflight=looked.append
+            config, on_step=seen.append, on_progress=lambda step, _: logged.append(step), on_preflight=looked.append
         )
     folder, report = result.folder, result.report
     adapter = folder / "adapter"
@@ -294,7 +294,7 @@ def outcome(config: Config) -> dict[str, Any]:
         "checks": [check.name for check in looked[0].checks],
         "logged": logged,
         "tracker": tracker,
-        **{key: report[key] for key in ("steps", "pictures", "buckets", "filter", "center_crop", "best_step")},
+        **{key: report[key] for key in ("steps", "images", "buckets", "filter", "center_crop", "best_step")},
         "cache": report["cache"] is not None and bool(list(Path(config.data.cache or "").rglob("*.safetensors"))),
     }
 
@@ -371,7 +371,7 @@ def test_the_inside_of_boxes_weighs_what_is_set(places: dict[str, str], tmp_path
 def first_losses(places: dict[str, str], out: Path, **changes: Any) -> tuple[Tensor, Tensor]:
     seen: list[StepRecord] = []
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    trainer.train(make(places, out, changes | {"train.max_steps": 1}), witness=seen.append)
+    trainer.train(make(places, out, changes | {"train.max_steps": 1}), on_step=seen.append)
     return seen[0].losses, seen[0].times
 
 
@@ -421,7 +421,7 @@ def test_gradients_are_scaled_down_to_the_norm_that_is_set(
     seen: list[StepRecord] = []
     for most in (1e-3, 1e6):
         config = make(places, tmp_path / str(most), {"train.max_grad_norm": most, "train.max_steps": 1})
-        trainer.train(config, witness=seen.append)
+        trainer.train(config, on_step=seen.append)
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
     assert norms[1] == pytest.approx(seen[1].grad_norm, rel=1e-5)  # below the norm they are left alone
     assert norms[1] > 2e-3
@@ -451,7 +451,7 @@ def test_dropouts_of_one_leave_nothing(places: dict[str, str], tmp_path: Path) -
     assert torch.equal(silent.prompt_embeds, nothing.expand_as(silent.prompt_embeds))
     empty = examples.encoder.phrases([""])[""]
     assert all(torch.equal(embeds, empty) for embeds in silent.layout.phrase_embeds[silent.layout.mask])
-    for other in (one, silent):  # the picture's own draws are what they were
+    for other in (one, silent):  # the image's own draws are what they were
         assert torch.equal(other.noise, usual.noise)
         assert torch.equal(other.t, usual.t)
         assert torch.equal(other.x0, usual.x0)

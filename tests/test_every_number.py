@@ -102,7 +102,7 @@ def test_the_walk_finds_the_options_of_the_verbs() -> None:
 def test_an_option_is_refused_by_name_or_in_its_range(option: Option, capsys: Capture) -> None:
     """Without the verb's other options: what an option refuses is said before what is missing."""
     within = option.within
-    assert within is not None, "states no range: declare it with `cli_numbers.number`"
+    assert within is not None, "states no range: declare it with `cli.options.number`"
     assert -(10**12) <= within.low <= within.high <= 10**12
     upper = (
         [repr(within.high)] if "tuple" in str(option.annotation) else []
@@ -243,7 +243,7 @@ near = number | st.floats(-0.2, 1.2)
 
 @settings(quick, max_examples=300)
 @given(st.lists(near, min_size=4, max_size=4))
-def test_a_box_is_refused_or_lies_in_its_picture(values: list[Any]) -> None:
+def test_a_box_is_refused_or_lies_in_its_image(values: list[Any]) -> None:
     _box(values)
 
 

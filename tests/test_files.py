@@ -66,7 +66,7 @@ def test_only_regular_files_up_to_a_limit_are_read(tmp_path: Path) -> None:
 
 
 def test_a_message_does_not_echo_megabytes() -> None:
-    error = InputError("x" * 10**7, where="y" * 10**6, cure="z" * 10**6)
+    error = InputError("x" * 10**7, location="y" * 10**6, hint="z" * 10**6)
     assert len(str(error)) < 2000
     assert clip("abc", 3) == "abc"
     assert clip("a" * 500 + "b", 60).endswith("b")

@@ -70,7 +70,7 @@ def test_interpolation_is_the_schedulers_noise_and_the_velocity_is_its_slope() -
     torch.testing.assert_close(slope, velocity(x0, noise), atol=1e-4, rtol=1e-3)
 
 
-def test_the_exact_velocity_brings_the_sampler_back_to_the_picture() -> None:
+def test_the_exact_velocity_brings_the_sampler_back_to_the_image() -> None:
     x0, noise = (torch.randn(1, 4, 8, 8, generator=generator(seed)) for seed in (1, 2))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     scheduler.set_timesteps(7)

@@ -16,10 +16,10 @@ from PIL import Image
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli.main import main
 from mmdit_lora.data.formats import FORMATS, format_table, read_format, write_format
-from mmdit_lora.data.formats.common import MissingPictureError, Pictures
+from mmdit_lora.data.formats.common import ImageFinder, MissingImageError
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
-from tests.data_makers import picture
+from tests.data_makers import make_image
 from tests.format_makers import (
     BOX,
     CAPTION,
@@ -76,7 +76,7 @@ def test_the_same_box_phrase_and_caption_arrive(name: str, tmp_path: Path) -> No
     assert box.xyxy == pytest.approx(BOX, abs=1e-6)
     assert box.phrase == PHRASE
     assert record.layout.caption == ("a photo of a red ball" if name in WITHOUT_CAPTION else CAPTION)
-    assert str(tmp_path) in record.where
+    assert str(tmp_path) in record.location
     assert record.load().size == ((40, 40) if name == "overlaybench" else (40, 20))
     assert not found.errors
 
@@ -101,20 +101,20 @@ def test_every_format_converts_and_checks_by_command(
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_a_format_writes_reads_back(name: str, tmp_path: Path) -> None:
     layout = Layout("two <things> & 'more', \u2028 grün", (Box(BOX, "ein ball"), Box((0, 0, 1 / 3, 1), "a: 'b' #c")))
-    source_picture = picture(tmp_path / "s.png")
-    write_format(name, tmp_path / "out", {"": [("a.png", source_picture, layout), ("b.png", source_picture, layout)]})
+    source_image = make_image(tmp_path / "s.png")
+    write_format(name, tmp_path / "out", {"": [("a.png", source_image, layout), ("b.png", source_image, layout)]})
     found = read_format(name, tmp_path / "out")
     assert [record.image.name for record in found.records] == ["a.png", "b.png"]
     for record in found.records:
         assert record.layout.caption == layout.caption
-        assert record.image.read_bytes() == source_picture.read_bytes()
+        assert record.image.read_bytes() == source_image.read_bytes()
         for box, wanted in zip(record.layout.boxes, layout.boxes, strict=True):
             assert (box.phrase, box.xyxy) == (wanted.phrase, pytest.approx(wanted.xyxy, abs=1e-6))
 
 
 @st.composite
 def boxes(draw: st.DrawFn) -> Box:
-    """At least 2 pixels of a picture of 64 x 48, which every format holds."""
+    """At least 2 pixels of an image of 64 x 48, which every format holds."""
     left, top = draw(st.floats(0, 0.9)), draw(st.floats(0, 0.9))
     right, bottom = draw(st.floats(left + 0.05, 1)), draw(st.floats(top + 0.05, 1))
     return Box((left, top, right, bottom), draw(st.sampled_from(["a cat", "a dog", "ein grüner ball", "x"])))
@@ -140,7 +140,7 @@ def test_any_chain_of_formats_keeps_boxes(
 
 def test_convert_to_another_format_with_a_holdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index in range(4):
-        picture(tmp_path / "src" / "images" / f"{index}.png")
+        make_image(tmp_path / "src" / "images" / f"{index}.png")
         write(tmp_path / "src" / "labels" / f"{index}.txt", "0 0.5 0.5 0.5 0.6\n")
     write(tmp_path / "src" / "classes.txt", "ball\n")
     out = tmp_path / "out"
@@ -169,33 +169,33 @@ def test_a_map_a_template_and_captions_from_beside(tmp_path: Path) -> None:
         read_format("yolo", tmp_path, phrases={"a red bal": "x"})
 
 
-def test_missing_pictures_are_left_out_when_asked(tmp_path: Path) -> None:
+def test_missing_images_are_left_out_when_asked(tmp_path: Path) -> None:
     make_coco(tmp_path)
     data = coco_data()
     data["images"].append({"id": 8, "file_name": "gone.png", "width": 4, "height": 4})
     write(tmp_path / "annotations" / "instances_val.json", data)
-    with pytest.raises(InputError, match=r"images\[1\]: its picture 'gone.png' is not below"):
+    with pytest.raises(InputError, match=r"images\[1\]: its image 'gone.png' is not below"):
         read_format("coco", tmp_path)
     found = read_format("coco", tmp_path, skip_missing=True)
-    assert (len(found.records), found.left_out) == (1, {"records whose picture is not there": 1})
+    assert (len(found.records), found.left_out) == (1, {"records whose image is not there": 1})
 
 
-def test_check_takes_splits_and_leaves_missing_pictures_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_takes_splits_and_leaves_missing_images_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_coco(tmp_path)
-    write(tmp_path / "annotations" / "instances_train.json", coco_data())  # its picture is in no folder of its own
+    write(tmp_path / "annotations" / "instances_train.json", coco_data())  # its image is in no folder of its own
     write(tmp_path / "annotations" / "instances_gone.json", coco_data(images=[{"id": 7, "file_name": "gone.png"}]))
     argv = ["data", "check", tmp_path, "--from", "coco"]
     assert main([*map(str, argv)]) == 2
     assert "'gone.png' is not below" in capsys.readouterr().err
     report = run(capsys, *argv, "--skip-missing")
-    assert (report["records"], report["left_out"]) == (2, {"records whose picture is not there": 1})
+    assert (report["records"], report["left_out"]) == (2, {"records whose image is not there": 1})
     assert run(capsys, *argv, "--split", "val")["records"] == 1
     assert main(["data", "check", str(tmp_path), "--split", "val"]) == 2
     assert "--split: belongs to --from" in capsys.readouterr().err
 
 
 def test_coco_crowds_polygons_and_run_lengths(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     common = {"image_id": 7, "category_id": 3}
     mask = {"size": [20, 40], "counts": [10 * 20 + 4, *([12, 8] * 19), 12, 4 + 10 * 20]}
     shapes = [
@@ -212,7 +212,7 @@ def test_coco_crowds_polygons_and_run_lengths(tmp_path: Path) -> None:
 
 def test_coco_splits(tmp_path: Path) -> None:
     make_coco(tmp_path)
-    picture(tmp_path / "train" / "a.png")
+    make_image(tmp_path / "train" / "a.png")
     write(tmp_path / "annotations" / "instances_train.json", coco_data())
     assert len(read_format("coco", tmp_path).records) == 2
     (record,) = read_format("coco", tmp_path, split="train").records
@@ -221,19 +221,19 @@ def test_coco_splits(tmp_path: Path) -> None:
 
 def test_yolo_polygons_confidences_and_splits(tmp_path: Path) -> None:
     make_yolo(tmp_path)
-    picture(tmp_path / "images" / "val" / "b.png")
-    picture(tmp_path / "images" / "val" / "c.png")
+    make_image(tmp_path / "images" / "val" / "b.png")
+    make_image(tmp_path / "images" / "val" / "c.png")
     write(tmp_path / "labels" / "val" / "b.txt", "0 0.25 0.2 0.75 0.3 0.5 0.8\n\n0 0.5 0.5 0.5 0.6 0.9\n")
     found = read_format("yolo", tmp_path, split="val")
     assert [box.xyxy for box in found.records[0].layout.boxes] == [pytest.approx(BOX), pytest.approx(BOX)]
-    assert found.left_out == {"pictures without a box": 1}
+    assert found.left_out == {"images without a box": 1}
     assert len(read_format("yolo", tmp_path).records) == 2
 
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
     [
-        # In a picture of 40 x 20, 12 pixels to the right become 12 down (60 %), 10 pixels down become 10 to the left.
+        # In an image of 40 x 20, 12 pixels to the right become 12 down (60 %), 10 pixels down become 10 to the left.
         ({"x": 75, "y": 20, "width": 30, "height": 50, "rotation": 90}, (0.5, 0.2, 0.75, 0.8)),
         ({"width": ..., "x": ..., "points": [[25, 80], [75, 50], [50, 20]]}, BOX),
         ({"x": 50, "y": 50, "radiusX": 25, "radiusY": 30}, BOX),
@@ -241,22 +241,22 @@ def test_yolo_polygons_confidences_and_splits(tmp_path: Path) -> None:
     ids=["turned", "polygon", "ellipse"],
 )
 def test_label_studio_shapes(value: dict[str, Any], wanted: tuple[float, ...], tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     path = write(tmp_path / "export.json", [label_studio_task(**value)])
     assert only_box("labelstudio", path) == pytest.approx(wanted)
 
 
 def test_label_studio_minimal_export_and_local_files(tmp_path: Path) -> None:
-    picture(tmp_path / "pictures" / "my a.png")
+    make_image(tmp_path / "images" / "my a.png")
     value = {"x": 25, "y": 20, "width": 50, "height": 60, "rectanglelabels": ["Ball"]}
-    row = {"id": 1, "image": "/data/local-files/?d=pictures/my%20a.png", "label": [value], "caption": "c"}
+    row = {"id": 1, "image": "/data/local-files/?d=images/my%20a.png", "label": [value], "caption": "c"}
     path = write(tmp_path / "export.json", [row])
     (record,) = read_format("labelstudio", path).records
     assert (record.layout.caption, record.layout.boxes[0]) == ("c", Box(BOX, "ball"))
 
 
 def test_cvat_shapes(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     shapes = (
         '<polygon label="b" points="10,4;30,10;20,16"/><points label="p" points="1,1"/><tag label="t"/>'
         '<box label="b" xtl="14" ytl="0" xbr="26" ybr="20" rotation="90"/>'
@@ -272,7 +272,7 @@ def test_simpletuner_lines_of_json_and_of_yolo(tmp_path: Path) -> None:
         ("yolo", "0 0.5 0.5 0.5 0.6\n"),
         ("none", ""),
     ):
-        picture(tmp_path / f"{stem}.png")
+        make_image(tmp_path / f"{stem}.png")
         write(tmp_path / f"{stem}.bbox", content)
     write(tmp_path / "classes.txt", PHRASE)
     found = read_format("simpletuner", tmp_path)
@@ -280,7 +280,7 @@ def test_simpletuner_lines_of_json_and_of_yolo(tmp_path: Path) -> None:
         [pytest.approx(BOX)] * 2,
         [pytest.approx(BOX)],
     ]
-    assert found.left_out == {"pictures without a box": 1}
+    assert found.left_out == {"images without a box": 1}
 
 
 def test_open_images_groups_and_splits(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_open_images_groups_and_splits(tmp_path: Path) -> None:
     write(tmp_path / "train-annotations-bbox.csv", OPEN_IMAGES_HEAD + lines)
     found = read_format("openimages", tmp_path, split="train")
     assert found.records[0].layout.boxes == (Box((0.1, 0.3, 0.2, 0.4), "dog"),)
-    assert found.records[0].where.endswith("train-annotations-bbox.csv:2")
+    assert found.records[0].location.endswith("train-annotations-bbox.csv:2")
     assert found.left_out == {"groups of objects": 1}
 
 
@@ -317,7 +317,7 @@ def test_layout_sam_without_a_long_description_takes_the_short_one(tmp_path: Pat
     assert record.layout.boxes[0].phrase == PHRASE
 
 
-def test_pictures_in_a_file_keep_apart_and_go_with_the_set(tmp_path: Path) -> None:
+def test_images_in_a_file_keep_apart_and_go_with_the_set(tmp_path: Path) -> None:
     colours = ["red", "blue", "green"]
     rows = []
     for colour in colours:
@@ -333,9 +333,9 @@ def test_pictures_in_a_file_keep_apart_and_go_with_the_set(tmp_path: Path) -> No
     assert not image.exists()
 
 
-def test_coco_mig_wants_cocos_pictures(tmp_path: Path) -> None:
+def test_coco_mig_wants_cocos_images(tmp_path: Path) -> None:
     MAKERS["cocomig"](tmp_path)
-    with pytest.raises(InputError, match="layouts and no pictures") as caught:
+    with pytest.raises(InputError, match="layouts and no images") as caught:
         read_format("cocomig", tmp_path)
     assert "--images" in str(caught.value)
     (tmp_path / "val2017").rename(tmp_path / "val2014")
@@ -350,15 +350,15 @@ def test_hico_objects_and_flat_boxes(tmp_path: Path) -> None:
     assert only_box("hico", tmp_path / "hico.json") == pytest.approx(BOX)
 
 
-def test_instance_diffusion_lists_and_pictures_beside(tmp_path: Path) -> None:
-    picture(tmp_path / "pictures" / "two.png")
+def test_instance_diffusion_lists_and_images_beside(tmp_path: Path) -> None:
+    make_image(tmp_path / "images" / "two.png")
     write(tmp_path / "two.json", instances())
     write(tmp_path / "three.json", "{")
     listing = write(tmp_path / "train.txt", "elsewhere/two.json\n\n")
-    assert only_box("instancediffusion", listing, images=tmp_path / "pictures") == pytest.approx(BOX)
+    assert only_box("instancediffusion", listing, images=tmp_path / "images") == pytest.approx(BOX)
     write(tmp_path / "train.txt", "two.json\nfour.json\n")
     with pytest.raises(InputError, match=r"names 'four.json'"):
-        read_format("instancediffusion", listing, images=tmp_path / "pictures")
+        read_format("instancediffusion", listing, images=tmp_path / "images")
 
 
 def test_sacap_takes_the_mask_where_there_is_no_box(tmp_path: Path) -> None:
@@ -381,17 +381,17 @@ def test_flickr30k_splits_and_phrases_of_several_boxes(tmp_path: Path) -> None:
         read_format("flickr30k", tmp_path, split="val")
 
 
-def test_stale_paths_and_two_pictures_of_one_name(tmp_path: Path) -> None:
+def test_stale_paths_and_two_images_of_one_name(tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        picture(tmp_path / folder / "x.png")
+        make_image(tmp_path / folder / "x.png")
     for said in ("/old/disk/b/x.png", "C:\\old\\b\\x.png", "b/x.png"):
-        assert Pictures(tmp_path).find(said, "here") == tmp_path / "b" / "x.png"
-    with pytest.raises(InputError, match=r"here: its picture 'x.png' exists 2 times"):
-        Pictures(tmp_path).find("c/x.png", "here")
-    picture(tmp_path / "outside.png")
+        assert ImageFinder(tmp_path).find(said, "here") == tmp_path / "b" / "x.png"
+    with pytest.raises(InputError, match=r"here: its image 'x.png' exists 2 times"):
+        ImageFinder(tmp_path).find("c/x.png", "here")
+    make_image(tmp_path / "outside.png")
     for said in ("../outside.png", "\0", "x" * 5000, ""):
-        with pytest.raises(MissingPictureError):
-            Pictures(tmp_path / "a").find(said, "here")
+        with pytest.raises(MissingImageError):
+            ImageFinder(tmp_path / "a").find(said, "here")
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,10 +412,10 @@ def test_only_formats_with_a_writer_are_written(tmp_path: Path, capsys: pytest.C
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
-    image = picture(tmp_path / "s.png")
+    image = make_image(tmp_path / "s.png")
     twice = [("a.png", image, Layout("one", (Box(BOX, "x"),))), ("a.png", image, Layout("two", (Box(BOX, "x"),)))]
     for name in ("voc", "yolo", "simpletuner"):
-        with pytest.raises(InputError, match="one layout a picture"):
+        with pytest.raises(InputError, match="one layout an image"):
             write_format(name, tmp_path / "out", {"": twice})
     thin = [("a.png", image, Layout("thin", (Box((0.5, 0, 0.51, 1), "x"),)))]
     with pytest.raises(InputError, match="too small for VOC"):

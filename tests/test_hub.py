@@ -9,7 +9,7 @@ import pytest
 
 from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
-from mmdit_lora.models.hub import local_copy
+from mmdit_lora.hub import local_copy
 from tests.creatilayout_files import write_files
 
 Capture = pytest.CaptureFixture[str]
@@ -83,8 +83,8 @@ def test_what_is_not_there_is_one_message(
 
 def test_a_path_that_is_there_is_taken_as_it_is(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert local_copy(tmp_path / "owner" / "name", where="x", allow=["*"]) == tmp_path / "owner" / "name"
+    assert local_copy(tmp_path / "owner" / "name", location="x", allow=["*"]) == tmp_path / "owner" / "name"
     put(cache, "owner/name", {"config.json": Path(__file__)})
-    assert local_copy("owner/name", where="x", allow=["*.json"]).name == REVISION
+    assert local_copy("owner/name", location="x", allow=["*.json"]).name == REVISION
     with pytest.raises(InputError, match="no such file or folder"):
-        local_copy("a\0b", where="x", allow=["*"])
+        local_copy("a\0b", location="x", allow=["*"])

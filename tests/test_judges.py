@@ -88,16 +88,16 @@ def judge_of(server: Server, **options: Any) -> EndpointJudge:
 
 
 def scenes(count: int = 6) -> tuple[list[Image.Image], list[Layout]]:
-    pictures, layouts = zip(*(make_scene(DOMAINS["basic"], 7, index) for index in range(count)), strict=True)
-    return list(pictures), list(layouts)
+    images, layouts = zip(*(make_scene(DOMAINS["basic"], 7, index) for index in range(count)), strict=True)
+    return list(images), list(layouts)
 
 
-def by_eye(picture: Image.Image, question: str) -> str:
+def by_eye(image: Image.Image, question: str) -> str:
     """An honest judge of procedural scenes: the exact reader."""
     asked = re.search(r"show an? (\w+) (\w+)\?", question)
     assert asked is not None
     room = Image.new("RGB", (64, 64), (128, 128, 128))
-    room.paste(picture, (8, 8))
+    room.paste(image, (8, 8))
     found = max(detect(room), key=lambda thing: thing.xyxy[2] - thing.xyxy[0], default=None)
     return "Yes." if found is not None and asked[1] == found.color else "No."
 
@@ -122,19 +122,19 @@ def test_what_an_answer_means(answer: str, expected: bool | None) -> None:
 
 
 def test_crops_are_what_stands_in_the_boxes() -> None:
-    picture = noise(100, 50)
+    image = noise(100, 50)
     layout = Layout("", [Box((0.1, 0.2, 0.5, 0.6), "x"), Box((0.999, 0.0, 1.0, 0.001), "x")])
-    first, second = crops(picture, layout, least=1)
-    assert np.array_equal(np.asarray(first), np.asarray(picture)[10:30, 10:50])
+    first, second = crops(image, layout, least=1)
+    assert np.array_equal(np.asarray(first), np.asarray(image)[10:30, 10:50])
     assert second.size == (1, 1)
-    wide, _ = crops(picture, layout, margin=0.5, least=1)
-    assert np.array_equal(np.asarray(wide), np.asarray(picture)[0:40, 0:70])
-    assert [crop.size for crop in crops(picture, layout)] == [(64, 32), (32, 32)]
+    wide, _ = crops(image, layout, margin=0.5, least=1)
+    assert np.array_equal(np.asarray(wide), np.asarray(image)[0:40, 0:70])
+    assert [crop.size for crop in crops(image, layout)] == [(64, 32), (32, 32)]
 
 
 def test_the_server_gets_the_crops_and_questions_and_answers_come_back_in_order() -> None:
-    def answer(picture: Image.Image, question: str) -> str:
-        return "Yes" if picture.getpixel((0, 0)) == (255, 0, 0) and "red" in question else "No"
+    def answer(image: Image.Image, question: str) -> str:
+        return "Yes" if image.getpixel((0, 0)) == (255, 0, 0) and "red" in question else "No"
 
     red, blue = Image.new("RGB", (3, 2), (255, 0, 0)), Image.new("RGB", (3, 2), (0, 0, 255))
     with serving(answer) as server:
@@ -228,24 +228,24 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_of_transformers_answers_as_it_does_alone(llava: Path) -> None:
     """In batches, whose questions have other lengths, as one by one through its own processor."""
     judge: Any = open_judge(f"transformers:{llava}?batch_size=4", device="cpu", max_new_tokens=1)
-    pictures = [noise(40, 30, seed) for seed in range(6)]
+    images = [noise(40, 30, seed) for seed in range(6)]
     questions = [["is this a red circle", "is this a dog"] if n % 2 else ["blue"] for n in range(6)]
     expected = []
-    for picture, asked in zip(pictures, questions, strict=True):
+    for image, asked in zip(images, questions, strict=True):
         row = []
         for question in asked:
-            inputs = judge.processor(images=picture, text=f"<image> {question} answer", return_tensors="pt")
+            inputs = judge.processor(images=image, text=f"<image> {question} answer", return_tensors="pt")
             with torch.no_grad():
                 logits = judge.model(**inputs).logits[0, -1]
             said = judge.processor.tokenizer.decode([5 + int(logits[5:8].argmax())])
             row.append({"yes": True, "no": False, "maybe": None}[said])
         expected.append(row)
-    assert judge.ask(pictures, questions) == expected
+    assert judge.ask(images, questions) == expected
     assert len({answer for row in expected for answer in row}) > 1
     assert re.fullmatch(r"[0-9a-f]{64}", judge.fingerprint())
     assert judge.fingerprint() != open_judge(f"transformers:{llava}", device="cpu").fingerprint()
-    with pytest.raises(ValueError, match="6 pictures, but questions for 1"):
-        judge.ask(pictures, questions[:1])
+    with pytest.raises(ValueError, match="6 images, but questions for 1"):
+        judge.ask(images, questions[:1])
 
 
 def test_a_folder_with_code_of_its_own_is_not_run(llava: Path, tmp_path: Path) -> None:
@@ -272,8 +272,8 @@ class Says:
     def __init__(self, answer: bool | None) -> None:
         self.answer = answer
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
-        assert len(pictures) == len(questions)
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+        assert len(images) == len(questions)
         return [[self.answer] * len(asked) for asked in questions]
 
     def fingerprint(self) -> str:
@@ -281,19 +281,19 @@ class Says:
 
 
 def test_an_honest_judge_is_trusted_and_a_yes_sayer_is_not() -> None:
-    pictures, layouts = scenes()
+    images, layouts = scenes()
     with serving(by_eye) as server:
-        honest = self_test_judge(judge_of(server), pictures, layouts)
+        honest = self_test_judge(judge_of(server), images, layouts)
     assert (honest.verdict, honest.reasons) == ("trusted", ())
     assert honest.questions == 2 * sum(len(layout.boxes) for layout in layouts)
     assert (honest.said_yes_to_true, honest.said_no_to_false, honest.answered) == (1, 1, 1)
     assert json.loads(json.dumps(honest.to_dict(), allow_nan=False))["verdict"] == "trusted"
-    yes = self_test_judge(Says(True), pictures, layouts)
+    yes = self_test_judge(Says(True), images, layouts)
     assert (yes.verdict, yes.balanced, yes.said_yes_to_true) == ("useless", 0.5, 1)
     assert str(yes).startswith("says: useless (yes to 1.000 of what is true, no to 0.000")
-    silent = self_test_judge(Says(None), pictures, layouts)
+    silent = self_test_judge(Says(None), images, layouts)
     assert (silent.verdict, silent.answered, silent.balanced) == ("useless", 0, 0)
-    few = self_test_judge(Says(False), pictures, layouts, limit=3)
+    few = self_test_judge(Says(False), images, layouts, limit=3)
     assert (few.questions, few.verdict) == (6, "useless")
 
 
@@ -301,9 +301,9 @@ def test_false_questions_are_as_unlike_as_there_are() -> None:
     asked: list[list[str]] = []
 
     class Notes(Says):
-        def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+        def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
             asked.extend(map(list, questions))
-            return super().ask(pictures, questions)
+            return super().ask(images, questions)
 
     boxes = [Box((0, 0, 0.5, 0.5), phrase) for phrase in ("a dog", "the dog", "a white dog", "a cat", "a red car")]
     self_test_judge(Notes(True), [noise()], [Layout("", boxes)], question="{phrase}?")

@@ -16,14 +16,14 @@ from torch import nn
 
 from mmdit_lora import Layout
 from mmdit_lora.errors import InputError, shown
-from mmdit_lora.evaluation.detection_cache import SeenStore
+from mmdit_lora.evaluation.detection_cache import DetectionCache
 from mmdit_lora.evaluation.detectors import Detection
-from mmdit_lora.evaluation.image_cache import PLAN, PictureStore
+from mmdit_lora.evaluation.image_cache import PLAN, ImageCache
 from mmdit_lora.files import json_text, printable, write_json, write_text
 from mmdit_lora.json_files import read_kept, read_object
 from mmdit_lora.outputs import MARKER, Marker
 from mmdit_lora.training.checkpoint import STATE, WEIGHTS, Checkpoint, State, checkpoints, save_checkpoint
-from mmdit_lora.training.resumable_tracker import JOURNAL, with_journal
+from mmdit_lora.training.resumable_tracker import JOURNAL, resumable
 
 DAMAGED: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
@@ -48,8 +48,8 @@ def test_one_reader_of_objects(kind: str, tmp_path: Path, caplog: pytest.LogCapt
     assert read_object(path) == read_kept(path, dict) == {"a": [1, {"b": "ü"}]}
     damage(path, kind)
     with pytest.raises(InputError) as refusal:
-        read_object(path, cure="mend it")
-    assert str(path) in (refusal.value.where or "")
+        read_object(path, hint="mend it")
+    assert str(path) in (refusal.value.location or "")
     assert len(str(refusal.value)) < 400
     assert read_kept(path, dict) is None
     assert f"{path} is damaged and made anew" in caplog.text
@@ -96,20 +96,20 @@ def test_a_damaged_state_names_the_checkpoint_before(kind: str, tmp_path: Path) 
             write_json(file, json.loads(file.read_text()) | STATES[kind])
         else:
             damage(file, kind)
-    cure = "remove this checkpoint; `--resume latest` then takes the one before, step_0000001"
+    hint = "remove this checkpoint; `--resume latest` then takes the one before, step_0000001"
     with pytest.raises(InputError, match=STATE) as refusal:
         second.state()
-    assert refusal.value.cure == cure
+    assert refusal.value.hint == hint
     with pytest.raises(InputError) as refusal:
         third.state()
-    assert refusal.value.cure == f"remove this checkpoint and step_0000002, which is damaged too; {cure}"
+    assert refusal.value.hint == f"remove this checkpoint and step_0000002, which is damaged too; {hint}"
     shutil.rmtree(second.folder)
     shutil.rmtree(third.folder)
     assert checkpoints(tmp_path) == [first]
     (first.folder / WEIGHTS).write_bytes(b"x")
     with pytest.raises(InputError, match=WEIGHTS) as refusal:
         first.state()
-    assert refusal.value.cure == "it is the oldest one: start the run anew in another output_dir"
+    assert refusal.value.hint == "it is the oldest one: start the run anew in another output_dir"
 
 
 def test_a_checkpoint_whose_state_cannot_be_read_is_not_pruned(tmp_path: Path) -> None:
@@ -133,15 +133,15 @@ def test_a_damaged_journal_is_refused_with_its_line(line: str, tmp_path: Path) -
         raise AssertionError("the tracker is not made")
 
     with pytest.raises(InputError, match=rf"{JOURNAL}:3: ") as refusal:
-        with_journal(tmp_path, "tensorboard", make, run_id=None, step=0, resume=True)
-    assert "move it away" in (refusal.value.cure or "")
+        resumable(tmp_path, "tensorboard", make, run_id=None, step=0, resume=True)
+    assert "move it away" in (refusal.value.hint or "")
 
 
 # -- evaluate
 
 
 class Counting:
-    """A detector that counts the pictures that it looks at."""
+    """A detector that counts the images that it looks at."""
 
     name = "counting"
     seen = 0
@@ -149,14 +149,14 @@ class Counting:
     def fingerprint(self) -> str:
         return "counting"
 
-    def detect(self, pictures: Any, layouts: Any) -> list[list[Detection]]:  # noqa: ARG002
-        self.seen += len(pictures)
-        return [[Detection((0.1, 0.2, 0.5, 0.6), "a cat", 0.5)] for _ in pictures]
+    def detect(self, images: Any, layouts: Any) -> list[list[Detection]]:  # noqa: ARG002
+        self.seen += len(images)
+        return [[Detection((0.1, 0.2, 0.5, 0.6), "a cat", 0.5)] for _ in images]
 
 
 @pytest.mark.parametrize("content", [*DAMAGED, '[[{"xyxy": 3}]]', "[[]]", '[[{"xyxy": [0, 0, 1, 1], "other": 3}], []]'])
 def test_damaged_detections_are_looked_at_again(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store, detector = SeenStore(tmp_path), Counting()
+    store, detector = DetectionCache(tmp_path), Counting()
     given: Any = [Image.new("RGB", (4, 4))] * 2, [Layout("x", ())] * 2
     want = store.detect(detector, *given)  # type: ignore[arg-type]
     assert store.detect(detector, *given) == want  # type: ignore[arg-type]
@@ -174,16 +174,16 @@ def test_damaged_detections_are_looked_at_again(content: str, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_plan_has_all_pictures_painted_again(kind: str, tmp_path: Path) -> None:
-    PictureStore(tmp_path, {"seed": 1}).begin()
-    digests = tmp_path / "pictures" / "base" / "digests.json"
+def test_a_damaged_plan_has_all_images_painted_again(kind: str, tmp_path: Path) -> None:
+    ImageCache(tmp_path, {"seed": 1}).begin()
+    digests = tmp_path / "images" / "base" / "digests.json"
     write_json(digests, {"00000.png": "x"})
     with pytest.raises(InputError, match="seed was 1 and is 2"):
-        PictureStore(tmp_path, {"seed": 2})
-    PictureStore(tmp_path, {"seed": 1}).begin()
+        ImageCache(tmp_path, {"seed": 2})
+    ImageCache(tmp_path, {"seed": 1}).begin()
     assert digests.exists()
     damage(tmp_path / PLAN, kind)
-    store = PictureStore(tmp_path, {"seed": 2})
+    store = ImageCache(tmp_path, {"seed": 2})
     assert digests.exists(), "what is wrong is found before anything is written"
     store.begin()
     assert not digests.exists()
@@ -191,23 +191,23 @@ def test_a_damaged_plan_has_all_pictures_painted_again(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_digests_have_their_pictures_painted_again(
+def test_damaged_digests_have_their_images_painted_again(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     painted: list[int] = []
 
-    def paint(_: Any, part: Any, settings: Any, *, seed: int) -> list[Image.Image]:  # noqa: ARG001
+    def generate(_: Any, part: Any, settings: Any, *, seed: int) -> list[Image.Image]:  # noqa: ARG001
         painted.append(len(part))
         return [Image.new("RGB", (4, 4), (seed, 0, 0)) for _ in part]
 
-    monkeypatch.setattr("mmdit_lora.evaluation.image_cache.paint", paint)
+    monkeypatch.setattr("mmdit_lora.evaluation.image_cache.paint", generate)
     settings: Any = type("Settings", (), {"batch_size": 2})
-    digests = tmp_path / "pictures" / "base" / "digests.json"
+    digests = tmp_path / "images" / "base" / "digests.json"
     for want in ([2, 1], [2, 1], [2, 1, 2, 1]):
         if len(want) == 4:
             damage(digests, kind)
-        store = PictureStore(tmp_path, {"seed": 1})
-        pictures = store.paint(
+        store = ImageCache(tmp_path, {"seed": 1})
+        images = store.generate(
             None,  # type: ignore[arg-type]
             [Layout("x", ())] * 3,
             settings,
@@ -215,7 +215,7 @@ def test_damaged_digests_have_their_pictures_painted_again(
             seed=7,
             on_progress=lambda _: None,
         )
-        assert [picture.getpixel((0, 0)) for picture in pictures] == [(7, 0, 0), (7, 0, 0), (9, 0, 0)]
+        assert [image.getpixel((0, 0)) for image in images] == [(7, 0, 0), (7, 0, 0), (9, 0, 0)]
         assert painted == want
     assert f"{digests} is damaged and made anew" in caplog.text
     assert set(json.loads(digests.read_text())) == {"00000.png", "00001.png", "00002.png"}

@@ -16,7 +16,7 @@ from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
-from mmdit_lora.training.load_base import open_base
+from mmdit_lora.training.load_base import load_base
 from mmdit_lora.training.step import Objective, losses
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config
@@ -150,7 +150,7 @@ def test_half_precision_rounds_nothing_that_does_not_train(
 def test_the_stream_starts_as_the_config_says(plain: dict[str, Path], data: Path, tmp_path: Path) -> None:
     def started(**stream: Any) -> dict[str, Tensor]:
         config = stream_config(plain["two streams"], data, tmp_path, stream=stream, train={"seed": 5})
-        model = open_base(config, torch.float32)[0].transformer
+        model = load_base(config, torch.float32)[0].transformer
         return {key: value for key, value in model.state_dict().items() if "layout" in key}
 
     base = weights_of(plain["two streams"])

@@ -14,7 +14,7 @@ from mmdit_lora.cli import main as cli
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import load_config
 from mmdit_lora.layout import read_layouts
-from tests.data_makers import annotation, dataset, line, objects, picture, voc
+from tests.data_makers import annotation, dataset, line, make_image, objects, voc
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *says: str) -> None:
@@ -52,7 +52,7 @@ def with_box(**changes: Any) -> str:
 
 LAYOUT_FILES = {
     "no json": ("{", "is not JSON"),
-    "empty": ("", 'is empty\n  to mend it: give a .json file of one layout or a .jsonl of many, e.g. {"caption"'),
+    "empty": ("", 'is empty\n  hint: give a .json file of one layout or a .jsonl of many, e.g. {"caption"'),
     "blank": (" \n\n", "is empty"),
     "a key twice": ('{"caption": "a", "caption": "b"}', "layout.json: the key 'caption' stands twice"),
     "a key twice, in lines": ('{"caption": "a",\n "boxes": [],\n "caption": "b"}', "layout.json:3: the key 'caption'"),
@@ -133,11 +133,11 @@ LINES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "a link to nothing": (line(file_name="dangling.png"), "is a link to a file that does not exist"),
     "a FIFO": (line(file_name="fifo.png"), "is a FIFO"),
     "a device": (line(file_name="zero.png"), "is a device"),
-    "missing picture": (line(file_name="c.png"), "does not exist"),
+    "missing image": (line(file_name="c.png"), "does not exist"),
     "a folder": (line(file_name="folder"), "is a folder"),
     "too long a name": (line(file_name="a" * 5000), "cannot be opened"),
-    "no picture": (line(file_name="text.png"), "is no readable picture"),
-    "truncated picture": (line(file_name="half.png"), "is no readable picture"),
+    "no image": (line(file_name="text.png"), "is no readable image"),
+    "truncated image": (line(file_name="half.png"), "is no readable image"),
     "half a character": (line(caption="\ud800"), "half a character"),
     "objects is a list": (line(objects=[]), "objects is list"),
     "no phrases": (line(objects={"bbox": []}), "objects.phrase: is missing"),
@@ -174,12 +174,12 @@ LINES: dict[str, tuple[dict[str, Any] | str, str]] = {
 def test_data_set_lines(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong, says = LINES[name]
     folder = dataset(tmp_path / "data", line(), wrong)
-    whole = picture(tmp_path / "elsewhere.png").read_bytes()
+    whole = make_image(tmp_path / "elsewhere.png").read_bytes()
     (folder / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     (folder / "zero.png").symlink_to("/dev/zero")
     os.mkfifo(folder / "fifo.png")
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "folder").mkdir()
     refused(capsys, ["data", "check", str(folder)], "metadata.jsonl:2", says)
 
@@ -190,7 +190,7 @@ DATA_SETS: dict[str, tuple[Callable[[Path], object] | None, str]] = {
     "no metadata": (lambda d: d.mkdir(), "has no metadata.jsonl"),
     "a VOC folder": (lambda d: voc(d), "data convert --from voc"),
     "metadata is a folder": (lambda d: (d / "metadata.jsonl").mkdir(parents=True), "is a folder, not a metadata file"),
-    "empty metadata": (lambda d: (dataset(d) / "metadata.jsonl").write_text(" \n\n"), "holds no picture"),
+    "empty metadata": (lambda d: (dataset(d) / "metadata.jsonl").write_text(" \n\n"), "holds no image"),
     "metadata in UTF-16": (
         lambda d: (dataset(d) / "metadata.jsonl").write_text("{}", "utf-16"),
         "'file_name' is missing",
@@ -258,7 +258,7 @@ ANNOTATIONS = {
     "a word for a number": (annotation([("a", "one", 1, 9, 9)]), "<xmin> is 'one'"),  # type: ignore[list-item]
     "NaN": (annotation([("a", float("nan"), 1, 9, 9)]), "<xmin> is 'nan'"),
     "inverted": (annotation([("a", 9, 1, 3, 9)]), "is inverted"),
-    "far outside": (annotation([("a", 1, 1, 400, 200)]), "leaves the picture of 40 x 20 pixels"),
+    "far outside": (annotation([("a", 1, 1, 400, 200)]), "leaves the image of 40 x 20 pixels"),
     "another size": (annotation(size=(80, 40)), "says 80 x 40 pixels"),
 }
 
@@ -280,14 +280,14 @@ def without(name: str) -> Callable[[Path], object]:
 VOC_FOLDERS: dict[str, tuple[Callable[[Path], object] | None, list[str], str]] = {
     "no folder": (lambda src: src.rename(src.parent / "moved"), [], "no such folder"),
     "no annotations": (without("Annotations"), [], "has no folder Annotations"),
-    "no pictures": (without("JPEGImages"), [], "has no folder JPEGImages"),
+    "no images": (without("JPEGImages"), [], "has no folder JPEGImages"),
     "no xml": (without("Annotations/0.xml"), [], "holds no .xml file"),
-    "missing picture": (without("JPEGImages/0.png"), [], "is not in JPEGImages"),
-    "damaged picture": (lambda src: (src / "JPEGImages/0.png").write_bytes(b"\x89PNG"), [], "is no readable picture"),
+    "missing image": (without("JPEGImages/0.png"), [], "is not in JPEGImages"),
+    "damaged image": (lambda src: (src / "JPEGImages/0.png").write_bytes(b"\x89PNG"), [], "is no readable image"),
     "no box anywhere": (
         lambda src: (src / "Annotations/0.xml").write_text(annotation([])),
         [],
-        "holds no picture with a box",
+        "holds no image with a box",
     ),
     "unknown split": (None, ["--split", "tset"], "did you mean 'test'?"),
     "a split of nothing": (
@@ -301,7 +301,7 @@ VOC_FOLDERS: dict[str, tuple[Callable[[Path], object] | None, list[str], str]] =
     "a map without =": (None, ["--map", "RBC"], "--map"),
     "a map of an unknown class": (None, ["--map", "RBS=x"], "did you mean 'RBC'?"),
     "a holdout of all": (None, ["--holdout", "1"], "--holdout: is 1.0"),
-    "a holdout of the only picture": (None, ["--holdout", "0.5"], "single picture"),
+    "a holdout of the only image": (None, ["--holdout", "0.5"], "single image"),
     "an unknown option": (None, ["--captoin", "x"], "--captoin"),
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmdit_lora.cli.main import main
 from mmdit_lora.data.formats import read_format
-from tests.data_makers import picture
+from tests.data_makers import make_image
 from tests.format_makers import (
     MAKERS,
     OPEN_IMAGES_HEAD,
@@ -26,6 +26,7 @@ from tests.format_makers import (
     hf_parquet,
     hf_row,
     hico_entry,
+    image_bytes,
     instances,
     label_studio_task,
     layout_sam_eval_row,
@@ -33,7 +34,6 @@ from tests.format_makers import (
     options,
     overlaybench_row,
     parquet,
-    picture_bytes,
     sacap_row,
     source,
     write,
@@ -72,15 +72,15 @@ def hf(**changes: Any) -> Spoil:
 
 
 def gligen(**changes: Any) -> Spoil:
-    return lambda d: write(d / "train-00.tsv", gligen_line(picture_bytes(d), **changes))
+    return lambda d: write(d / "train-00.tsv", gligen_line(image_bytes(d), **changes))
 
 
 def one_instance(**changes: Any) -> Spoil:
-    return lambda d: write(d / "one.json", instances(picture_bytes(d), **changes))
+    return lambda d: write(d / "one.json", instances(image_bytes(d), **changes))
 
 
 def apart(folder: Path) -> None:
-    picture(folder / "images" / "b.jpg")
+    make_image(folder / "images" / "b.jpg")
     lines = "".join(f"{name},ball,0,1,0,1\n" for name in "aba")
     write(folder / "validation-annotations-bbox.csv", f"ImageID,LabelName,XMin,XMax,YMin,YMax\n{lines}")
 
@@ -98,18 +98,18 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "coco: a word in a box": ("coco", coco_box(bbox=[1, 2, 3, "x"]), "annotations[0]", "'x' is no finite number"),
     "coco: infinity": ("coco", coco_box(bbox=[1, 2, 3, 1e999]), "instances_val.json", "Infinity"),
     "coco: a negative width": ("coco", coco_box(bbox=[9, 2, -3, 4]), "annotations[0]", "inverted as xywh"),
-    "coco: xyxy taken for xywh": ("coco", coco_box(bbox=[30, 4, 38, 16]), "annotations[0]", "leaves the picture of 40 x 20"),
+    "coco: xyxy taken for xywh": ("coco", coco_box(bbox=[30, 4, 38, 16]), "annotations[0]", "leaves the image of 40 x 20"),
     "coco: no box at all": ("coco", coco_box(bbox=...), "annotations[0]", "neither bbox nor segmentation"),
     "coco: no run lengths": ("coco", coco_box(bbox=..., segmentation={"size": [9]}), "annotations[0]", "the size of its mask is [9]"),
     "coco: an annotation of no image": ("coco", coco_box(image_id=8), "annotations[0]", "image_id is 8"),
     "coco: another size": ("coco", coco(images=[{"id": 7, "file_name": "a.png", "width": 4, "height": 2}]), "images[0]", "says 4 x 2"),
-    "coco: no picture": ("coco", removed("val/a.png"), "images[0]", "'a.png' is not below"),
-    "coco: a damaged picture": ("coco", text("val/a.png", "x"), "images[0]", "is no readable picture"),
+    "coco: no image": ("coco", removed("val/a.png"), "images[0]", "'a.png' is not below"),
+    "coco: a damaged image": ("coco", text("val/a.png", "x"), "images[0]", "is no readable image"),
     "coco: captions without image_id": ("coco", text("annotations/captions_val.json", {"annotations": [{}]}), "captions_val.json: annotations[0]", "'image_id'"),
     "coco: no annotations": ("coco", removed("annotations/instances_val.json"), "src", "holds no annotations/instances"),
     "yolo: a class without a name": ("yolo", text("labels/train/a.txt", "3 .5 .5 .5 .5"), "a.txt:1", "class '3' has no name"),
     "yolo: four numbers": ("yolo", text("labels/train/a.txt", "0 .5 .5 .5 .5\n0 .5 .5 .5"), "a.txt:2", "has 3 numbers"),
-    "yolo: pixels": ("yolo", text("labels/train/a.txt", "0 20 10 20 12"), "a.txt:1", "leaves the picture"),
+    "yolo: pixels": ("yolo", text("labels/train/a.txt", "0 20 10 20 12"), "a.txt:1", "leaves the image"),
     "yolo: a negative class": ("yolo", text("labels/train/a.txt", "-1 .5 .5 .5 .5"), "a.txt:1", "class '-1'"),
     "yolo: no names": ("yolo", text("data.yaml", "train: x\n"), "data.yaml", "has no `names`"),
     "yolo: no yaml": ("yolo", text("data.yaml", "names:\n  - [a\n"), "data.yaml", "is not YAML"),
@@ -123,7 +123,7 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "label studio: no image": ("labelstudio", text("export.json", [{"data": {}, "annotations": []}]), "export.json[0]", "'image' is missing"),
     "label studio: a label missing": ("labelstudio", text("export.json", [label_studio_task(rectanglelabels=...)]), "result[0]", "has no label"),
     "label studio: no width": ("labelstudio", text("export.json", [label_studio_task(width=...)]), "result[0]", "'width' is missing"),
-    "label studio: pixels": ("labelstudio", text("export.json", [label_studio_task(width=400)]), "result[0]", "leaves the picture"),
+    "label studio: pixels": ("labelstudio", text("export.json", [label_studio_task(width=400)]), "result[0]", "leaves the image"),
     "label studio: a number": ("labelstudio", text("export.json", [3]), "export.json[0]", "is int"),
     "cvat: no xml": ("cvat", text("annotations.xml", "<annotations>"), "annotations.xml:1", "is not XML"),
     "cvat: a DTD": ("cvat", text("annotations.xml", "<!DOCTYPE x>" + cvat_text(CVAT_BOX)), "annotations.xml:1", "has a DTD"),
@@ -135,27 +135,27 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "cvat: a bad rotation": ("cvat", text("annotations.xml", cvat_text(CVAT_BOX.replace("/>", ' rotation="x"/>'))), "box 0", "rotation of <box> is 'x'"),
     "simpletuner: no label": ("simpletuner", text("a.bbox", [{"bbox": [0, 0, 1, 1]}]), "a.bbox[0]", "'label' is missing"),
     "simpletuner: a broken line": ("simpletuner", text("a.bbox", '{"label": "x", "bbox": [0, 0, 1, 1]}\n{"label"'), "a.bbox:2", "is not JSON"),
-    "simpletuner: pixels": ("simpletuner", text("a.bbox", [{"label": "x", "bbox": [10, 4, 30, 16]}]), "a.bbox[0]", "leaves the picture"),
+    "simpletuner: pixels": ("simpletuner", text("a.bbox", [{"label": "x", "bbox": [10, 4, 30, 16]}]), "a.bbox[0]", "leaves the image"),
     "simpletuner: no names for yolo": ("simpletuner", text("a.bbox", "0 .5 .5 .5 .5"), "src", "names no classes"),
-    "simpletuner: no picture": ("simpletuner", removed("a.png"), "a.bbox", "has no picture a.jpg"),
+    "simpletuner: no image": ("simpletuner", removed("a.png"), "a.bbox", "has no image a.jpg"),
     "comfyui: an object": ("comfyui", text("a.json", {"x": 1}), "a.json", "not a list of boxes"),
     "comfyui: no phrase": ("comfyui", text("a.json", [{"x": 1, "y": 1, "width": 9, "height": 9}]), "a.json[0]", "the label is None"),
     "comfyui: two frames": ("comfyui", text("a.json", [[{"x": 1}], [{"x": 1}]]), "a.json", "boxes of 2 frames"),
     "layoutsam: no parquet": ("layoutsam", text("train/sa_000000_train.parquet", "x"), "sa_000000_train.parquet", "no readable parquet"),
     "layoutsam: no box": ("layoutsam", rows("train/sa_000000_train.parquet", layout_sam_row(bbox=None)), "row 0: bbox_info[0]", "'bbox' is missing"),
     "layoutsam: no description": ("layoutsam", rows("train/sa_000000_train.parquet", layout_sam_row(description=None, detail_description=None)), "row 0: bbox_info[0]", "the description is None"),
-    "layoutsam: another shape": ("layoutsam", lambda d: picture(d / "sa_000000" / "sa_1.jpg", (20, 40)), "row 0", "another shape"),
+    "layoutsam: another shape": ("layoutsam", lambda d: make_image(d / "sa_000000" / "sa_1.jpg", (20, 40)), "row 0", "another shape"),
     "layoutsam: no metadata": ("layoutsam", rows("train/sa_000000_train.parquet", {"image_path": "sa_000000/sa_1.jpg"}), "row 0", "'metadata' is missing"),
     "layoutsam-eval: a call": ("layoutsam-eval", eval_row(bbox_list="__import__('os').getcwd()"), "row 0", "is no Python literal"),
     "layoutsam-eval: one box too many": ("layoutsam-eval", eval_row(bbox_list="[[0, 0, 1, 1], [0, 0, 2, 2]]"), "row 0", "2 boxes, 1 captions"),
-    "layoutsam-eval: no picture": ("layoutsam-eval", eval_row(image={"bytes": b"x", "path": None}), "row 0", "cannot be read"),
+    "layoutsam-eval: no image": ("layoutsam-eval", eval_row(image={"bytes": b"x", "path": None}), "row 0", "cannot be read"),
     "layoutsam-eval: a width of 0": ("layoutsam-eval", eval_row(width=0), "row 0", "says 0 x 20"),
     "denselayout: no annos": ("denselayout", text("test.jsonl", '{"id": "17", "prompt": "p", "width": 40, "height": 20}'), "test.jsonl:1", "'annos' is missing"),
     "denselayout: xywh": ("denselayout", text("test.jsonl", json.dumps(dense_layout_row(bbox=[30, 4, 9, 9]))), "test.jsonl:1: annos[0]", "inverted"),
     "sacap: an unknown segment": ("sacap", rows("train.parquet", sacap_row(anno_id=92)), "row 0: segments_info[0]", "anno_id 92"),
     "sacap: no json": ("sacap", removed("sa_000000/sa_1.json"), "row 0", "has no sa_1.json"),
     "cocomig: no id": ("cocomig", text("mig_bench_anno.yaml", "p: {x: [[0, 0, 1, 1]]}"), "prompt 0", "'coco_id' is missing"),
-    "cocomig: pixels": ("cocomig", text("mig_bench_anno.yaml", "p: {x: [[0, 0, 9, 9]], coco_id: 139}"), "prompt 0: x[0]", "leaves the picture"),
+    "cocomig: pixels": ("cocomig", text("mig_bench_anno.yaml", "p: {x: [[0, 0, 9, 9]], coco_id: 139}"), "prompt 0: x[0]", "leaves the image"),
     "grit: a short chunk": ("grit", rows("coyo_0_snappy.parquet", grit_row(noun_chunks=[[0.0, 2.0, 0.1]])), "row 0: noun_chunks[0]", "a chunk is"),
     "grit: a span outside": ("grit", rows("coyo_0_snappy.parquet", grit_row(noun_chunks=[[0.0, 99.0, 0, 0, 1, 1, 1]])), "row 0: noun_chunks[0]", "span 0.0:99.0"),
     "hico: no sizes": ("hico", text("hico.json", [[{}, "c", 1, {}, "x/a.jpg", []]]), "hico.json[0]", "'W' is missing"),
@@ -164,7 +164,7 @@ CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "gligen: no json": ("gligen", text("train-00.tsv", "3\t{\n"), "train-00.tsv:1", "is not JSON"),
     "gligen: no spans": ("gligen", gligen(tokens_positive=[]), "train-00.tsv:1: annos[0]", "tokens_positive is []"),
     "gligen: no base64": ("gligen", lambda d: write(d / "train-00.tsv", '3\t{"caption": "c", "image": "?"}\n'), "train-00.tsv:1", "no base64"),
-    "instancediffusion: xyxy": ("instancediffusion", one_instance(bbox=[10, 4, 60, 16]), "one.json: annos[0]", "leaves the picture"),
+    "instancediffusion: xyxy": ("instancediffusion", one_instance(bbox=[10, 4, 60, 16]), "one.json: annos[0]", "leaves the image"),
     "instancediffusion: no phrase": ("instancediffusion", one_instance(caption=" ", category_name=""), "annos[0]", "the description is"),
     "flickr30k: no number": ("flickr30k", text("Annotations/36979.xml", flickr_xml(box="<bndbox/>")), "36979.xml: object 2", "<xmin> is missing"),
     "flickr30k: no xml": ("flickr30k", removed("Annotations/36979.xml"), "36979.xml", "no such annotation file"),
@@ -210,9 +210,9 @@ def test_there_are_many() -> None:
 
 def test_a_wrong_record_does_not_hide_the_others(tmp_path: Path) -> None:
     right, wrong = dense_layout_row(), dense_layout_row(bbox="x")
-    picture(tmp_path / "17.jpg")
+    make_image(tmp_path / "17.jpg")
     write(tmp_path / "test.jsonl", "\n".join(["{", json.dumps(wrong), json.dumps(right)]))
     found = read_format("denselayout", tmp_path, collect_errors=True)
     assert [str(error).split(": ")[0] for error in found.errors] == [f"{tmp_path}/test.jsonl:{n}" for n in (1, 2)]
-    assert [record.where for record in found.records] == [f"{tmp_path}/test.jsonl:3"]
+    assert [record.location for record in found.records] == [f"{tmp_path}/test.jsonl:3"]
     assert found.records[0].layout.boxes[0].phrase == PHRASE

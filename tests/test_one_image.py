@@ -63,7 +63,7 @@ def opened(*, training: bool = False) -> Any:
     return pipe
 
 
-def paint(pipe: Any) -> np.ndarray:
+def generate(pipe: Any) -> np.ndarray:
     return pipe(LAYOUT, num_inference_steps=STEPS, output_type="np", generator=torch.Generator().manual_seed(0)).images
 
 
@@ -75,8 +75,8 @@ def image(files: dict[str, Path]) -> np.ndarray:
     for name, module in pipe.transformer.named_modules():
         if ".lora_dropout" in name and isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    painted = paint(pipe)
-    assert np.abs(painted - paint(opened())).max() > 0.05
+    painted = generate(pipe)
+    assert np.abs(painted - generate(opened())).max() > 0.05
     return painted
 
 
@@ -127,18 +127,18 @@ def test_the_image_is_the_same_however_the_adapter_came(
 ) -> None:
     pipe = opened(training=training)
     way(pipe, files[form])
-    assert np.array_equal(paint(pipe), image)
-    assert np.array_equal(paint(pipe), image)
+    assert np.array_equal(generate(pipe), image)
+    assert np.array_equal(generate(pipe), image)
     pipe.transformer.train(not training)
-    assert np.array_equal(paint(pipe), image)
+    assert np.array_equal(generate(pipe), image)
 
 
 def test_the_merged_base_paints_it_to_rounding(files: dict[str, Path], image: np.ndarray) -> None:
     for training in (False, True):
         pipe = load_pipeline(str(files["merged"]))
         pipe.transformer.train(training)
-        np.testing.assert_allclose(paint(pipe), image, atol=1e-4)
-        assert np.array_equal(paint(pipe), paint(pipe))
+        np.testing.assert_allclose(generate(pipe), image, atol=1e-4)
+        assert np.array_equal(generate(pipe), generate(pipe))
 
 
 def test_the_command_line_paints_it_of_every_export(files: dict[str, Path], image: np.ndarray, tmp_path: Path) -> None:

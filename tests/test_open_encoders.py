@@ -15,10 +15,10 @@ from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.training.fill_cache import fill_cache
-from mmdit_lora.training.load_base import open_base, open_encoders
+from mmdit_lora.training.load_base import load_base, open_encoders
 from mmdit_lora.training.setup import run_buckets
 from mmdit_lora.training.trainer import train
-from tests.data_makers import line, objects, picture
+from tests.data_makers import line, make_image, objects
 from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
 
 
@@ -60,7 +60,7 @@ def test_sizes_are_known_without_texts_and_weights(base: Path, data: Path, tmp_p
     light = open_encoders(config, torch.float32, texts=False)
     assert light.text_encoder is None
     assert light.transformer.device.type == "meta"
-    assert run_buckets(config, light) == run_buckets(config, open_base(config, torch.float32)[0])
+    assert run_buckets(config, light) == run_buckets(config, load_base(config, torch.float32)[0])
 
 
 def test_a_run_tells_what_it_read_and_made(
@@ -80,11 +80,11 @@ def test_a_run_tells_what_it_read_and_made(
 
 @pytest.fixture
 def oblong(base: Path, tmp_path: Path) -> Path:
-    """A config, and pictures of three shapes whose boxes lie at the ends of the long side."""
+    """A config, and images of three shapes whose boxes lie at the ends of the long side."""
     folder = tmp_path / "set"
     lines = []
     for number, size in enumerate([(120, 60), (120, 60), (60, 120), (64, 64)]):
-        picture(folder / f"{number}.png", size)
+        make_image(folder / f"{number}.png", size)
         ends = objects([[0.0, 0.0, 0.12, 0.12], [0.88, 0.88, 1.0, 1.0]], ["a", "b"])
         lines.append(json.dumps(line(f"{number}.png", caption="a, b", objects=ends)))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -111,7 +111,7 @@ def test_a_set_is_judged_as_the_run_would_use_it(oblong: Path, capsys: pytest.Ca
     shaped = findings(capsys)
     assert "cropped-boxes" not in shaped
     assert sum(shaped["buckets"].values()) == 4
-    assert shaped["sparse-buckets"]["count"] == 2  # one picture each, and a batch of two
+    assert shaped["sparse-buckets"]["count"] == 2  # one image each, and a batch of two
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_what_the_config_says_is_not_said_twice(
     assert f"{option[0]}: is said by the config" in capsys.readouterr().err
 
 
-def test_pictures_are_sampled_in_the_shape_that_was_asked_for(base: Path, tmp_path: Path) -> None:
+def test_images_are_sampled_in_the_shape_that_was_asked_for(base: Path, tmp_path: Path) -> None:
     layout = tmp_path / "layout.json"
     layout.write_text(json.dumps({"caption": "c", "boxes": [{"xyxy": [0.1, 0.1, 0.5, 0.6], "phrase": "a red circle"}]}))
     command = ["sample", "--base", str(base), "--layout", str(layout), "--steps", "1", "--out", str(tmp_path / "out")]
     assert main([*command, "--size", "32x24"]) == 0
-    with Image.open(tmp_path / "out" / "0000.png") as picture:
-        assert picture.size == (32, 24)
+    with Image.open(tmp_path / "out" / "0000.png") as image:
+        assert image.size == (32, 24)
     assert json.loads((tmp_path / "out" / "sample.json").read_text())["settings"]["size"] == [24, 32]

@@ -382,10 +382,10 @@ def test_a_file_that_came_while_it_was_written_is_kept(tmp_path: Path) -> None:
 
 def test_names_in_an_open_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    rules: dict[str, Any] = {"verb": "test", "names": ["report.json", "pictures/"]}
+    rules: dict[str, Any] = {"verb": "test", "names": ["report.json", "images/"]}
     with open_folder(out, **rules):
         files.write_text(out / "report.json", "{}")
-        (out / "pictures").mkdir()
+        (out / "images").mkdir()
     (out / "notes.txt").write_text("mine")
     (out / ".report.json.my_notes").write_text("mine")
     with open_folder(out, **rules):
@@ -400,7 +400,7 @@ def test_names_in_an_open_folder(tmp_path: Path) -> None:
 
 def test_after_a_kill_only_what_was_written_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    rules: dict[str, Any] = {"verb": "test", "names": ["page.md", "report.json", "pictures/"]}
+    rules: dict[str, Any] = {"verb": "test", "names": ["page.md", "report.json", "images/"]}
 
     def killed() -> None:
         with open_folder(out, **rules):

@@ -64,7 +64,7 @@ def one_life(argv: list[str], count_file: str, step: int | None, quick: str) -> 
 
     os.chdir(ROOT)
     quickstart: Any = mmdit_lora.cli.quickstart
-    quickstart.TRAIN_PICTURES, quickstart.HELD_OUT_PICTURES, quickstart.SHOWN = 8, 6, 4
+    quickstart.TRAIN_IMAGES, quickstart.HELD_OUT_IMAGES, quickstart.SHOWN = 8, 6, 4
     quickstart.EXPORTS = ("peft",)
     quickstart.CONFIG = quick
     for name in _CHANGES:

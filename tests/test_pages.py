@@ -15,7 +15,7 @@ from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.evaluation.report import markdown, page
-from mmdit_lora.pipelines import PaintSettings
+from mmdit_lora.pipelines import SamplingConfig
 from mmdit_lora.training.model_card import adapter_card
 from mmdit_lora.visual.page import code_markdown, escape_markdown
 
@@ -35,7 +35,7 @@ def test_the_card_of_an_adapter_keeps_the_base_s_name_a_text() -> None:
         "trainable_params": 1,
         "total_params": 2,
         "steps": 3,
-        "pictures": 4,
+        "images": 4,
         "adapter_step": 3,
         "held_out_loss": None,
         "samples_a_step": 1,
@@ -84,7 +84,7 @@ class _Order(HTMLParser):
 
 
 def test_the_page_of_an_evaluation(folder: Path) -> None:
-    evaluation = evaluate(None, read_dataset(folder), PaintSettings())
+    evaluation = evaluate(None, read_dataset(folder), SamplingConfig())
     report = evaluation.to_dict()
     assert report["phrases"] == 2
     assert list(report["by_phrase"]) == ["a red square", "a blue square"]
@@ -100,7 +100,7 @@ def test_the_page_of_an_evaluation(folder: Path) -> None:
     assert order.tags.index("img") < order.tags.index("table")  # images first
     assert "By phrase" in text
     assert "All phrases: " in text
-    for repeats in ("By boxes a picture", "By size of the box", "By overlap of boxes"):
+    for repeats in ("By boxes an image", "By size of the box", "By overlap of boxes"):
         assert repeats not in text
         assert repeats not in markdown(report, title="x")
     table = markdown(report, title="<script>x")

@@ -70,13 +70,13 @@ def test_rows_are_the_records_of_the_folder_wherever_they_lie(shards: Path, data
     assert records.boxes is None
     training, held_out = records.split(0.25)
     assert (len(training), len(held_out)) == (9, 3)
-    assert {r.where for r in training}.isdisjoint(r.where for r in held_out)
+    assert {r.location for r in training}.isdisjoint(r.location for r in held_out)
 
 
 def test_over_http_only_what_is_asked_for_is_read(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     (first,) = read_dataset(data)[:1]
-    noise = os.urandom(3_000_000)  # behind the picture's end, where no decoder looks
+    noise = os.urandom(3_000_000)  # behind the image's end, where no decoder looks
     row = row_of(first) | {"image": {"bytes": first.read_bytes() + noise, "path": first.name}}
     write(tmp_path / "x.parquet", [row] * 6, group=2)
     size = (tmp_path / "x.parquet").stat().st_size
@@ -106,7 +106,7 @@ def test_each_row_group_is_read_once_an_epoch(data: Path, tmp_path: Path, monkey
     assert len(reads) > 200  # what the order in blocks saves
     reads.clear()
     looked_at = spread(open_shards(tmp_path / "x.parquet"), 40)
-    assert len({record.where for record in looked_at}) == 40
+    assert len({record.location for record in looked_at}) == 40
     assert len(reads) == 10
 
 
@@ -123,7 +123,7 @@ def test_classes_get_their_names_and_pixels_their_size(data: Path, tmp_path: Pat
     ("change", "what"),
     [
         ({"image": {"bytes": None, "path": "a.png"}}, "holds no bytes"),
-        ({"image": {"bytes": b"no picture", "path": "a.png"}}, "no readable picture"),
+        ({"image": {"bytes": b"no image", "path": "a.png"}}, "no readable image"),
         ({"objects": {"bbox": [[0.0, 0.0, 2.0, 1.0]], "phrase": ["x"]}}, "box"),
         ({"objects": {"bbox": [[0.0, 0.0, 1.0, 1.0]], "phrase": []}}, "as many phrases as boxes"),
         ({"objects": None}, "objects"),
@@ -146,7 +146,7 @@ def test_what_is_no_such_file_is_refused(shards: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(InputError, match="cannot be read") as caught:
         open_shards(shards)
-    assert caught.value.where == str(shard)
+    assert caught.value.location == str(shard)
     with pytest.raises(InputError, match="no column 'image'"):
         open_shards(write(tmp_path / "x.parquet", [{"caption": "x"}]))
     with pytest.raises(InputError, match=r"there is no \.parquet file"):
@@ -162,5 +162,5 @@ def test_training_takes_them(shards: Path, base: Path, tmp_path: Path) -> None:
 
     reports = [train(config(out)).report for out in ("one", "two")]
     one, two = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("one", "two"))
-    assert reports[0]["pictures"] == 11  # one of twelve is held out
+    assert reports[0]["images"] == 11  # one of twelve is held out
     assert all(one[key].equal(two[key]) for key in one)

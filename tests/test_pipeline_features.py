@@ -1,4 +1,4 @@
-"""What the diffusers pipelines bring works with a layout too: guidance, batches, pictures as input, schedulers, offloading."""
+"""What the diffusers pipelines bring works with a layout too: guidance, batches, images as input, schedulers, offloading."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from mmdit_lora.pipelines import (
     LayoutPipeline,
     LayoutStableDiffusion3Img2ImgPipeline,
     LayoutStableDiffusion3InpaintPipeline,
-    PaintSettings,
+    SamplingConfig,
 )
-from mmdit_lora.pipelines import paint as paint_layouts
+from mmdit_lora.pipelines import generate as paint_layouts
 from mmdit_lora.pipelines.base import steps_that_run
 from tests.pipeline_makers import (
     FAMILIES,
@@ -40,8 +40,8 @@ from tests.pipeline_makers import (
     TWO,
     attention_kwargs_seen,
     differ,
+    generate,
     open_pipeline,
-    paint,
     scales_seen,
     stock_of,
 )
@@ -52,7 +52,7 @@ GUIDED = {
     "sd3": {"guidance_scale": 4.0, "negative_prompt": "a blur"},
     "flux": {"true_cfg_scale": 4.0, "negative_prompt": "a blur"},
 }
-FROM_PICTURE: dict[tuple[str, str], tuple[Any, Any]] = {
+FROM_IMAGE: dict[tuple[str, str], tuple[Any, Any]] = {
     ("sd3", "img2img"): (LayoutStableDiffusion3Img2ImgPipeline, StableDiffusion3Img2ImgPipeline),
     ("sd3", "inpaint"): (LayoutStableDiffusion3InpaintPipeline, StableDiffusion3InpaintPipeline),
     ("flux", "img2img"): (LayoutFluxImg2ImgPipeline, FluxImg2ImgPipeline),
@@ -82,7 +82,7 @@ def own(family: str, tmp_path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
@@ -104,18 +104,18 @@ def test_both_families_are_listed(family: str, pipe: Any) -> None:
 
 def test_no_layout_is_the_stock_pipeline_bit_for_bit(family: str, pipe: Any, stock: Any) -> None:
     for guidance in ({}, GUIDED[family]):
-        base = paint(stock, "a red circle", **guidance)
-        assert np.array_equal(paint(pipe, prompt="a red circle", **guidance), base)
-        assert np.array_equal(paint(pipe, Layout("a red circle"), **guidance), base)
-        assert np.array_equal(paint(pipe, RED, layout_scale=0.0, **guidance), base)
-        assert differ(paint(pipe, RED, **guidance), base)
+        base = generate(stock, "a red circle", **guidance)
+        assert np.array_equal(generate(pipe, prompt="a red circle", **guidance), base)
+        assert np.array_equal(generate(pipe, Layout("a red circle"), **guidance), base)
+        assert np.array_equal(generate(pipe, RED, layout_scale=0.0, **guidance), base)
+        assert differ(generate(pipe, RED, **guidance), base)
 
 
 def test_the_unguided_call_sees_no_layout(family: str, pipe: Any, stock: Any) -> None:
     # Guidance g is v0 + g (v1 - v0): with the same text on both sides only the layout makes a difference.
     def guided(scale: float, target: Any = pipe, *layout: Layout) -> np.ndarray:
         prompts = {"prompt": "x", "negative_prompt": "x"}
-        return paint(target, *layout, **prompts, **{key: scale for key in GUIDED[family] if key.endswith("_scale")})
+        return generate(target, *layout, **prompts, **{key: scale for key in GUIDED[family] if key.endswith("_scale")})
 
     assert differ(guided(1.5, pipe, RED), guided(6.0, pipe, RED))
     np.testing.assert_allclose(guided(1.5, stock), guided(6.0, stock), atol=1e-4)
@@ -126,35 +126,35 @@ def test_the_unguided_call_sees_no_layout(family: str, pipe: Any, stock: Any) ->
 def test_a_batch_of_layouts_paints_what_each_alone_paints(family: str, pipe: Any, guided: bool) -> None:
     guidance = GUIDED[family] if guided else {}
     layouts = [RED, TWO, Layout("nothing")]
-    batch = paint(pipe, layouts, seeds=[1, 2, 3], **guidance)
+    batch = generate(pipe, layouts, seeds=[1, 2, 3], **guidance)
     for row, layout in enumerate(layouts):
-        np.testing.assert_allclose(paint(pipe, layout, seeds=row + 1, **guidance)[0], batch[row], atol=5e-4)
-    assert differ(paint(pipe, TWO, seeds=1, **guidance)[0], batch[0])
+        np.testing.assert_allclose(generate(pipe, layout, seeds=row + 1, **guidance)[0], batch[row], atol=5e-4)
+    assert differ(generate(pipe, TWO, seeds=1, **guidance)[0], batch[0])
 
 
 def test_one_further_text_is_meant_for_all(family: str, pipe: Any) -> None:
     texts = {"prompt_2": "in the style of x", "negative_prompt_2": "y"} | GUIDED[family]
-    batch = paint(pipe, [RED, TWO], seeds=[1, 2], **texts)
-    np.testing.assert_allclose(paint(pipe, TWO, seeds=2, **texts)[0], batch[1], atol=5e-4)
-    assert differ(paint(pipe, TWO, seeds=2, **GUIDED[family])[0], batch[1])
+    batch = generate(pipe, [RED, TWO], seeds=[1, 2], **texts)
+    np.testing.assert_allclose(generate(pipe, TWO, seeds=2, **texts)[0], batch[1], atol=5e-4)
+    assert differ(generate(pipe, TWO, seeds=2, **GUIDED[family])[0], batch[1])
 
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_several_images_a_prompt_keep_their_own_layout(family: str, pipe: Any, guided: bool) -> None:
     guidance = GUIDED[family] if guided else {}
-    batch = paint(pipe, [RED, TWO], seeds=[1, 2, 3, 4], num_images_per_prompt=2, **guidance)
+    batch = generate(pipe, [RED, TWO], seeds=[1, 2, 3, 4], num_images_per_prompt=2, **guidance)
     for row, layout in enumerate([RED, RED, TWO, TWO]):
-        np.testing.assert_allclose(paint(pipe, layout, seeds=row + 1, **guidance)[0], batch[row], atol=5e-4)
+        np.testing.assert_allclose(generate(pipe, layout, seeds=row + 1, **guidance)[0], batch[row], atol=5e-4)
 
 
 def test_many_layouts_are_painted_whatever_the_batch(pipe: Any) -> None:
-    settings = PaintSettings(steps=2, size=(32, 32), batch_size=2)
+    settings = SamplingConfig(steps=2, size=(32, 32), batch_size=2)
     done: list[int] = []
-    pictures = paint_layouts(pipe, [RED, TWO, RED], settings, seed=5, on_progress=done.append)
+    images = paint_layouts(pipe, [RED, TWO, RED], settings, seed=5, on_progress=done.append)
     assert done == [2, 3]
     alone = paint_layouts(pipe, [TWO], settings, seed=6)
-    assert np.abs(np.asarray(alone[0], int) - np.asarray(pictures[1], int)).max() <= 1
-    assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[2], int)).max() > 10  # another seed
+    assert np.abs(np.asarray(alone[0], int) - np.asarray(images[1], int)).max() <= 1
+    assert np.abs(np.asarray(images[0], int) - np.asarray(images[2], int)).max() > 10  # another seed
 
 
 # -- schedules
@@ -176,12 +176,12 @@ def test_scale_window_and_the_users_callback_go_together(pipe: Any) -> None:
     }
     assert scales_seen(pipe, RED, **mine_too) == [0.7, 0.7, 0.0, 0.0]
     assert steps == [0, 1, 2, 3]
-    assert differ(paint(pipe, RED, **mine_too), paint(pipe, RED, **call))
+    assert differ(generate(pipe, RED, **mine_too), generate(pipe, RED, **call))
     assert scales_seen(pipe, prompt="x", num_inference_steps=2) == [None, None]
 
 
 def test_a_second_scheduler_and_its_window(family: str, own: Any) -> None:
-    euler = paint(own, RED, num_inference_steps=4)
+    euler = generate(own, RED, num_inference_steps=4)
     if family == "sd3":  # calls the model twice a step but in the last
         own.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
         expected = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
@@ -193,14 +193,16 @@ def test_a_second_scheduler_and_its_window(family: str, own: Any) -> None:
             time_shift_type="exponential",
         )
         expected = [1.0, 1.0, 0.0, 0.0]
-    assert differ(paint(own, RED, num_inference_steps=4), euler)
-    assert differ(paint(own, RED, num_inference_steps=4), paint(own, prompt="a red circle", num_inference_steps=4))
+    assert differ(generate(own, RED, num_inference_steps=4), euler)
+    assert differ(
+        generate(own, RED, num_inference_steps=4), generate(own, prompt="a red circle", num_inference_steps=4)
+    )
     assert scales_seen(own, RED, num_inference_steps=4, layout_window=(0.0, 0.5)) == expected
     stock = stock_of(own)
-    assert np.array_equal(paint(own, prompt="a red circle"), paint(stock, "a red circle"))
+    assert np.array_equal(generate(own, prompt="a red circle"), generate(stock, "a red circle"))
 
 
-# -- from a picture
+# -- from an image
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (10, 0.6), (3, 1.0), (7, 0.3), (28, 0.85)])
@@ -219,29 +221,29 @@ def test_the_number_of_steps_that_run_is_diffusers(steps: int, strength: float) 
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
-def test_from_a_picture(family: str, pipe: Any, kind: str, picture: Image.Image, mask: Image.Image) -> None:
-    ours, stock_class = FROM_PICTURE[family, kind]
+def test_from_a_image(family: str, pipe: Any, kind: str, image: Image.Image, mask: Image.Image) -> None:
+    ours, stock_class = FROM_IMAGE[family, kind]
     made = ours.from_pipe(pipe)
     made.set_progress_bar_config(disable=True)
     assert made.transformer is pipe.transformer  # the weights are shared, and untouched
     assert made.config.max_sequence_length == pipe.config.max_sequence_length
     stock = stock_class.from_pipe(stock_of(pipe))
     stock.set_progress_bar_config(disable=True)
-    given: dict[str, Any] = {"image": picture, "strength": 0.5, "num_inference_steps": 8}
+    given: dict[str, Any] = {"image": image, "strength": 0.5, "num_inference_steps": 8}
     if kind == "inpaint":
         given["mask_image"] = mask
 
     for guidance in ({}, GUIDED[family]):
-        base = paint(stock, "a red circle", **given, **({"guidance_scale": 5.0} | guidance))
+        base = generate(stock, "a red circle", **given, **({"guidance_scale": 5.0} | guidance))
         call = given | {"guidance_scale": 5.0} | guidance
-        assert np.array_equal(paint(made, prompt="a red circle", **call), base)
-        assert np.array_equal(paint(made, Layout("a red circle"), **call), base)
-        painted = paint(made, RED, **call)
+        assert np.array_equal(generate(made, prompt="a red circle", **call), base)
+        assert np.array_equal(generate(made, Layout("a red circle"), **call), base)
+        painted = generate(made, RED, **call)
         assert differ(painted, base)
-        pictures = {name: [value] * 2 for name, value in given.items() if name in ("image", "mask_image")}
-        batch = paint(made, [RED, TWO], seeds=[0, 1], **{**call, **pictures})
+        images = {name: [value] * 2 for name, value in given.items() if name in ("image", "mask_image")}
+        batch = generate(made, [RED, TWO], seeds=[0, 1], **{**call, **images})
         np.testing.assert_allclose(batch[0], painted[0], atol=5e-4)
-        np.testing.assert_allclose(batch[1], paint(made, TWO, seeds=1, **call)[0], atol=5e-4)
+        np.testing.assert_allclose(batch[1], generate(made, TWO, seeds=1, **call)[0], atol=5e-4)
 
     # The window is a part of the steps that run: 4 of 8.
     calls = 2 if family == "flux" else 1
@@ -249,16 +251,16 @@ def test_from_a_picture(family: str, pipe: Any, kind: str, picture: Image.Image,
     assert half == [1.0] * 2 * calls + [0.0] * 2 * calls
     assert len(scales_seen(made, RED, **{**given, "strength": 0.25})) == 2
     with pytest.raises(InputError, match="covers none of 2 steps"):
-        paint(made, RED, layout_window=(0.0, 0.3), **{**given, "strength": 0.25})
+        generate(made, RED, layout_window=(0.0, 0.3), **{**given, "strength": 0.25})
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
-def test_from_a_picture_the_unguided_half_sees_no_layout(
-    family: str, pipe: Any, kind: str, picture: Image.Image, mask: Image.Image
+def test_from_a_image_the_unguided_half_sees_no_layout(
+    family: str, pipe: Any, kind: str, image: Image.Image, mask: Image.Image
 ) -> None:
-    made = FROM_PICTURE[family, kind][0].from_pipe(pipe)
+    made = FROM_IMAGE[family, kind][0].from_pipe(pipe)
     made.set_progress_bar_config(disable=True)
-    given: dict[str, Any] = {"image": [picture] * 2, "strength": 0.5, "num_inference_steps": 4} | GUIDED[family]
+    given: dict[str, Any] = {"image": [image] * 2, "strength": 0.5, "num_inference_steps": 4} | GUIDED[family]
     if kind == "inpaint":
         given["mask_image"] = [mask] * 2
     seen: list[list[bool]] = []
@@ -270,7 +272,7 @@ def test_from_a_picture_the_unguided_half_sees_no_layout(
 
     pipe.transformer.begin_layout = spy
     try:
-        paint(made, [RED, TWO], seeds=[0, 1], **given)
+        generate(made, [RED, TWO], seeds=[0, 1], **given)
     finally:
         del pipe.transformer.begin_layout
     doubled = [[False, False, True, True]] * 2
@@ -283,26 +285,26 @@ def test_from_a_picture_the_unguided_half_sees_no_layout(
 def test_a_pipe_keeps_its_dtypes_and_refuses_another_transformer(family: str, own: Any, stock: Any) -> None:
     own.transformer.to(torch.bfloat16)
     add_layout_lora(own.transformer)
-    made = FROM_PICTURE[family, "img2img"][0].from_pipe(own)
+    made = FROM_IMAGE[family, "img2img"][0].from_pipe(own)
     assert {p.dtype for p in made.vae.parameters()} == {torch.float32}
     dtypes = {"lora" in name: p.dtype for name, p in made.transformer.named_parameters()}
     assert dtypes == {False: torch.bfloat16, True: torch.float32}
-    made = FROM_PICTURE[family, "img2img"][0].from_pipe(own, num_inference_steps=3)
+    made = FROM_IMAGE[family, "img2img"][0].from_pipe(own, num_inference_steps=3)
     assert made.config.num_inference_steps == 3
     with pytest.raises(ValueError, match="Transformer2DModel, not a Layout"):
-        FROM_PICTURE[family, "img2img"][0].from_pipe(stock)
+        FROM_IMAGE[family, "img2img"][0].from_pipe(stock)
 
 
 # -- memory
 
 
 def test_tiling_and_slicing_of_the_vae(own: Any) -> None:
-    whole = paint(own, [RED, TWO], seeds=[1, 2])
+    whole = generate(own, [RED, TWO], seeds=[1, 2])
     own.vae.enable_slicing()
-    np.testing.assert_allclose(paint(own, [RED, TWO], seeds=[1, 2]), whole, atol=1e-4)
+    np.testing.assert_allclose(generate(own, [RED, TWO], seeds=[1, 2]), whole, atol=1e-4)
     own.vae.enable_tiling()
     own.vae.tile_sample_min_size, own.vae.tile_latent_min_size = 16, 8
-    tiled = paint(own, [RED, TWO], seeds=[1, 2])
+    tiled = generate(own, [RED, TWO], seeds=[1, 2])
     assert tiled.shape == whole.shape
     assert differ(tiled, whole)  # it did tile
     assert np.abs(tiled - whole).mean() < 0.1
@@ -319,9 +321,9 @@ def adapter(own: Any, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offload_changes_nothing(own: Any, adapter: Path, kind: str) -> None:
-    bare = paint(own, RED)
+    bare = generate(own, RED)
     load_adapter(own.transformer, adapter)
-    before = paint(own, RED)
+    before = generate(own, RED)
     assert differ(before, bare)
     own.enable_group_offload(
         onload_device=torch.device("cpu"),
@@ -329,18 +331,18 @@ def test_group_offload_changes_nothing(own: Any, adapter: Path, kind: str) -> No
         offload_type=kind,
         num_blocks_per_group=1 if kind == "block_level" else None,
     )
-    assert np.array_equal(paint(own, RED), before)
+    assert np.array_equal(generate(own, RED), before)
 
 
 def test_sequential_offload_changes_nothing(own: Any, adapter: Path) -> None:
-    bare = paint(own, RED)
+    bare = generate(own, RED)
     load_adapter(own.transformer, adapter)
-    before = paint(own, RED)
+    before = generate(own, RED)
     assert differ(before, bare)
     offload_sequentially(own)
     # Every weight is on the meta device but while its module runs, that of the layout processor's null features too.
     assert {p.device.type for p in own.transformer.parameters()} == {"meta"}
-    assert np.array_equal(paint(own, RED), before)
+    assert np.array_equal(generate(own, RED), before)
 
 
 @pytest.mark.parametrize(
@@ -364,11 +366,11 @@ def test_arguments_that_would_be_ignored_or_fail_late_are_refused(own: Any, opti
 
 
 def test_an_adapter_for_offloaded_weights_is_refused(own: Any, adapter: Path) -> None:
-    bare = paint(own, RED)
+    bare = generate(own, RED)
     offload_sequentially(own)
     with pytest.raises(InputError, match="offloading"):  # PEFT would load nothing, with a mere warning
         load_adapter(own.transformer, adapter)
-    assert np.array_equal(paint(own, RED), bare)
+    assert np.array_equal(generate(own, RED), bare)
 
 
 def offload_sequentially(pipe: Any) -> None:
@@ -379,19 +381,19 @@ def offload_sequentially(pipe: Any) -> None:
 
 
 def test_model_offload_takes_every_model_in_turn(own: Any) -> None:
-    before = paint(own, RED)
+    before = generate(own, RED)
     own.enable_model_cpu_offload(device="cpu")
     models = [name for name, part in own.components.items() if isinstance(part, torch.nn.Module)]
     assert len(own._all_hooks) == len(models)
     assert own.model_cpu_offload_seq.endswith("transformer->vae")
-    assert np.array_equal(paint(own, RED), before)
+    assert np.array_equal(generate(own, RED), before)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves weights only where there is an accelerator")
 @pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
 def test_offloading_on_an_accelerator(own: Any, kind: str) -> None:
-    before = paint(copy.deepcopy(own).to("cuda"), RED)
+    before = generate(copy.deepcopy(own).to("cuda"), RED)
     if kind == "model":
         own.enable_model_cpu_offload()
     elif kind == "sequential":
@@ -402,7 +404,7 @@ def test_offloading_on_an_accelerator(own: Any, kind: str) -> None:
             offload_type=kind,
             num_blocks_per_group=1 if kind == "block_level" else None,
         )
-    np.testing.assert_allclose(paint(own, RED), before, atol=1e-4)
+    np.testing.assert_allclose(generate(own, RED), before, atol=1e-4)
     resident = {p.device.type for p in own.transformer.parameters()}
     assert resident <= ({"meta"} if kind == "sequential" else {"cpu"})
 
@@ -416,7 +418,7 @@ def test_the_transformer_is_called_as_in_training(family: str, pipe: Any) -> Non
     try:
         guidance = {"guidance_scale": 1.0} if family == "sd3" else {"guidance_scale": 3.5}
         length = pipe.config.max_sequence_length
-        paint(pipe, RED, num_inference_steps=3, max_sequence_length=length, **guidance)
+        generate(pipe, RED, num_inference_steps=3, max_sequence_length=length, **guidance)
     finally:
         hook.remove()
     sampled = {name: value for name, value in calls[1].items() if isinstance(value, torch.Tensor)}

@@ -29,7 +29,7 @@ def pipe(tmp_path: Path) -> Any:
     return made
 
 
-def paint(pipe: Any, what: Any = LAYOUT, **kwargs: Any) -> np.ndarray:
+def generate(pipe: Any, what: Any = LAYOUT, **kwargs: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     return pipe(what, num_inference_steps=2, output_type="np", generator=generator, **kwargs).images
 
@@ -38,16 +38,17 @@ def paint(pipe: Any, what: Any = LAYOUT, **kwargs: Any) -> np.ndarray:
 
 
 def test_a_text_is_a_prompt_and_a_dict_a_layout(pipe: Any) -> None:
-    plain = paint(pipe, None, prompt="a red square")
-    assert np.array_equal(paint(pipe, "a red square"), plain)
+    plain = generate(pipe, None, prompt="a red square")
+    assert np.array_equal(generate(pipe, "a red square"), plain)
     assert np.array_equal(
-        paint(pipe, ["a red square", "a cyan circle"]), paint(pipe, None, prompt=["a red square", "a cyan circle"])
+        generate(pipe, ["a red square", "a cyan circle"]),
+        generate(pipe, None, prompt=["a red square", "a cyan circle"]),
     )
-    with_layout = paint(pipe)
+    with_layout = generate(pipe)
     assert not np.array_equal(with_layout, plain)
     for same in (LAYOUT.to_dict(), [LAYOUT.to_dict()], [LAYOUT], (LAYOUT,)):
-        assert np.array_equal(paint(pipe, same), with_layout)
-    assert len(paint(pipe, [LAYOUT, LAYOUT.to_dict()])) == 2
+        assert np.array_equal(generate(pipe, same), with_layout)
+    assert len(generate(pipe, [LAYOUT, LAYOUT.to_dict()])) == 2
 
 
 @pytest.mark.parametrize(
@@ -62,13 +63,13 @@ def test_a_text_is_a_prompt_and_a_dict_a_layout(pipe: Any) -> None:
 )
 def test_what_is_no_layout_is_refused(pipe: Any, given: Any, says: str) -> None:
     with pytest.raises(InputError) as refusal:
-        paint(pipe, given)
+        generate(pipe, given)
     assert says in str(refusal.value)
 
 
 def test_two_prompts_are_refused(pipe: Any) -> None:
     with pytest.raises(InputError, match="give the prompt once"):
-        paint(pipe, "a red square", prompt="a cyan circle")
+        generate(pipe, "a red square", prompt="a cyan circle")
 
 
 # -- modes
@@ -85,17 +86,17 @@ def inserted_by_peft(model: Any, config: peft.LoraConfig) -> None:
 @pytest.mark.parametrize("insert", [inserted_by_add_adapter, inserted_by_peft])
 @pytest.mark.parametrize("training", [False, True])
 def test_no_dropout_while_painting_however_an_adapter_came(pipe: Any, insert: Any, training: bool) -> None:
-    bare = paint(pipe)
+    bare = generate(pipe)
     pipe.transformer.train(training)
     insert(pipe.transformer, peft.LoraConfig(lora_dropout=0.5, target_modules=["layout_mlp.fc1", "layout_mlp.fc2"]))
     trained_adapter(pipe.transformer)
     modes = [module.training for module in pipe.transformer.modules()]
-    one = paint(pipe)
+    one = generate(pipe)
     assert not np.array_equal(one, bare)
-    assert np.array_equal(one, paint(pipe))
+    assert np.array_equal(one, generate(pipe))
     assert [module.training for module in pipe.transformer.modules()] == modes
     pipe.transformer.eval()
-    assert np.array_equal(one, paint(pipe))
+    assert np.array_equal(one, generate(pipe))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -114,16 +115,16 @@ def test_layers_that_diffusers_adds_follow_the_models_mode(pipe: Any, training: 
 
 
 def test_the_saved_base_is_the_base(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    bare = paint(pipe)
+    bare = generate(pipe)
     add_layout_lora(pipe.transformer)
     trained_adapter(pipe.transformer)
-    with_adapter = paint(pipe)
+    with_adapter = generate(pipe)
     with caplog.at_level(logging.WARNING, "mmdit_lora"):
         pipe.save_pretrained(tmp_path / "saved")
     assert [record.getMessage() for record in caplog.records if "without its adapters (default)" in record.getMessage()]
     assert len(caplog.records) == 1
-    assert np.array_equal(paint(pipe), with_adapter)  # the pipeline itself is as it was
-    assert np.array_equal(paint(load_pipeline(str(tmp_path / "saved"))), bare)
+    assert np.array_equal(generate(pipe), with_adapter)  # the pipeline itself is as it was
+    assert np.array_equal(generate(load_pipeline(str(tmp_path / "saved"))), bare)
 
     caplog.clear()
     pipe.transformer.save_pretrained(tmp_path / "alone")
@@ -136,31 +137,31 @@ def test_the_saved_base_is_the_base(pipe: Any, tmp_path: Path, caplog: pytest.Lo
     caplog.clear()
     pipe.save_pretrained(tmp_path / "merged", merge_adapters=True)
     assert not caplog.records
-    np.testing.assert_allclose(paint(load_pipeline(str(tmp_path / "merged"))), with_adapter, atol=1e-5)
-    assert np.array_equal(paint(pipe), with_adapter)
+    np.testing.assert_allclose(generate(load_pipeline(str(tmp_path / "merged"))), with_adapter, atol=1e-5)
+    assert np.array_equal(generate(pipe), with_adapter)
     assert len(adapter_layers(pipe.transformer)) == 6
 
 
 def test_a_pipeline_that_peft_wrapped_saves_its_base(pipe: Any, tiny_adapter: Path, tmp_path: Path) -> None:
-    bare = paint(pipe)
+    bare = generate(pipe)
     pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, str(tiny_adapter))
-    wrapped = paint(pipe)
+    wrapped = generate(pipe)
     assert not np.array_equal(wrapped, bare)
     pipe.save_pretrained(tmp_path / "saved")
-    assert np.array_equal(paint(load_pipeline(str(tmp_path / "saved"))), bare)
-    assert np.array_equal(paint(pipe), wrapped)
+    assert np.array_equal(generate(load_pipeline(str(tmp_path / "saved"))), bare)
+    assert np.array_equal(generate(pipe), wrapped)
 
 
 def test_text_encoders_are_saved_without_their_adapters(pipe: Any, tmp_path: Path) -> None:
-    bare = paint(pipe)
+    bare = generate(pipe)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), pipe.text_encoder)
-    styled = paint(pipe)
+    styled = generate(pipe)
     assert not np.array_equal(styled, bare)
     pipe.save_pretrained(tmp_path / "saved")
     pipe.save_pretrained(tmp_path / "merged", merge_adapters=True)
-    assert np.array_equal(paint(pipe), styled)
-    assert np.array_equal(paint(load_pipeline(str(tmp_path / "saved"))), bare)
-    np.testing.assert_allclose(paint(load_pipeline(str(tmp_path / "merged"))), styled, atol=1e-5)
+    assert np.array_equal(generate(pipe), styled)
+    assert np.array_equal(generate(load_pipeline(str(tmp_path / "saved"))), bare)
+    np.testing.assert_allclose(generate(load_pipeline(str(tmp_path / "merged"))), styled, atol=1e-5)
 
 
 def test_no_pickle_is_written(pipe: Any, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mmdit_lora.training import preflight as needs
 from mmdit_lora.training import preflight as trial
 from mmdit_lora.training import setup as run
 from mmdit_lora.training.checkpoint import checkpoints, trainable_parameters
-from mmdit_lora.training.full_disk import DiskFull, told_when_full
+from mmdit_lora.training.full_disk import DiskFull, disk_full_as_error
 from mmdit_lora.training.preflight import Preflight, duration_text, events, size_text
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, stop_after
@@ -63,7 +63,7 @@ def write_config(config: Config, path: Path) -> str:
 
 
 def short_texts(data: Path, folder: Path) -> Path:
-    """The same pictures with texts of a few tokens: the tiny base's encoders read 16."""
+    """The same images with texts of a few tokens: the tiny base's encoders read 16."""
     shutil.copytree(data, folder)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for entry in lines:
@@ -79,7 +79,7 @@ def test_a_good_run_passes_every_check(base: Path, data: Path, tmp_path: Path) -
     report = look(make_config(base, short_texts(data, tmp_path / "short"), tmp_path / "run"))
     assert set(states(report).values()) == {"ok"}
     assert list(states(report)) == ["data", "targets", "base", "gradients", "memory", "time", "disk", "tracker"]
-    assert "9 pictures" in by_name(report, "data")
+    assert "9 images" in by_name(report, "data")
     assert 0 < report.seconds < 60
     report.refuse_failed()
     assert not (tmp_path / "run").exists()
@@ -140,7 +140,7 @@ def test_check_only_says_all_in_a_table_and_in_json_and_writes_nothing(
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert found["ok"] is True
-    assert found["pictures"] == 9
+    assert found["images"] == 9
     assert {check["state"] for check in found["checks"]} == {"ok"}
     assert "ready to train" in said.err
     assert all(len(line) <= 80 for line in said.err.splitlines())
@@ -167,7 +167,7 @@ def refused(path: str, capsys: pytest.CaptureFixture[str], *overrides: str) -> s
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.count("error: ") == 1
-    assert "to mend it: " in said
+    assert "hint: " in said
     assert sorted(Path(path).parent.rglob("*")) == before
     return " ".join(said.split("error: ")[1].split())
 
@@ -177,8 +177,8 @@ def refused(path: str, capsys: pytest.CaptureFixture[str], *overrides: str) -> s
     [
         (["lora.targets=[no.such]"], "'no.such' matches no module"),
         (["lora.targets=[layout_mlp.fc1, layout_mlp.fc3]"], "'layout_mlp.fc3' matches no module"),
-        (["train.batch_size=10"], "a step takes 10 pictures, and there are 9"),
-        (["train.batch_size=5", "train.gradient_accumulation=2"], "a step takes 10 pictures"),
+        (["train.batch_size=10"], "a step takes 10 images, and there are 9"),
+        (["train.batch_size=5", "train.gradient_accumulation=2"], "a step takes 10 images"),
     ],
     ids=["wrong target", "one wrong among several", "batch larger than data", "accumulated batch larger than data"],
 )
@@ -216,7 +216,7 @@ def test_no_data_and_no_boxes_are_refused(
     for line in lines:
         line["objects"] = {"bbox": [], "phrase": []}
     (bare / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "none of 9 pictures has a box" in refused(path, capsys, f"data.path={bare}")
+    assert "none of 9 images has a box" in refused(path, capsys, f"data.path={bare}")
 
 
 def test_freezing_after_the_adapter_was_added_is_refused(
@@ -286,7 +286,7 @@ def test_a_gradient_outside_the_adapter_is_refused(base: Path, data: Path, tmp_p
     assert "proj_out.weight" in report.failed[0].found
 
 
-def test_a_loss_that_is_no_number_is_refused_with_its_picture(base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_is_refused_with_its_image(base: Path, data: Path, tmp_path: Path) -> None:
     ready = prepare_run(make_config(base, data, tmp_path / "run"))
     with torch.no_grad():
         ready.pipe.transformer.proj_out.weight.fill_(float("inf"))
@@ -356,7 +356,7 @@ def test_want_of_memory_is_told_with_what_helps(
         patch.setattr(trial, "losses", burst)
         (failed,) = preflight.preflight(ready).failed
     assert failed.name == "memory"
-    assert "gradient_checkpointing" in str(failed.cure)
+    assert "gradient_checkpointing" in str(failed.hint)
     monkeypatch.setattr(needs.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(-(10**9)))
     (failed,) = preflight.preflight(ready).failed
     assert failed.name == "memory"
@@ -369,8 +369,8 @@ def test_the_forecast_of_time_counts_what_the_run_will_do(base: Path, data: Path
     assert needs.estimate_seconds(ready, measured, done=40) == pytest.approx(
         {
             "steps": 60 * 4.0,
-            "encoding": 3 * 0.3,  # nine pictures, three a batch, each once
-            "validation": (3 * 14 + 8) * 3 / 3,  # after 60, 90 and 100, and once of the base; three pictures
+            "encoding": 3 * 0.3,  # nine images, three a batch, each once
+            "validation": (3 * 14 + 8) * 3 / 3,  # after 60, 90 and 100, and once of the base; three images
             "sampling": 2 * 2 * 10 * 2 / 3,  # after 50 and 100; two passes a step for guidance
         }
     )
@@ -447,7 +447,7 @@ def test_a_disk_that_fills_up_ends_the_run_cleanly_and_it_can_go_on(
 
     original = trainer.train_loop
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_loop", lambda run, tracker, _, witness: original(run, tracker, fill, witness))
+        patch.setattr(trainer, "train_loop", lambda run, tracker, _, on_step: original(run, tracker, fill, on_step))
         assert main(["train", path]) == 1
     said = capsys.readouterr().err
     assert said.count("error: ") == 1
@@ -467,13 +467,13 @@ def test_a_disk_that_fills_up_ends_the_run_cleanly_and_it_can_go_on(
 
 
 def test_only_a_want_of_space_is_called_that(tmp_path: Path) -> None:
-    with pytest.raises(DiskFull, match="no checkpoint yet"), told_when_full(tmp_path):
+    with pytest.raises(DiskFull, match="no checkpoint yet"), disk_full_as_error(tmp_path):
         raise OSError(28, "No space left on device")
-    with pytest.raises(DiskFull, match="quota"), told_when_full(tmp_path):
+    with pytest.raises(DiskFull, match="quota"), disk_full_as_error(tmp_path):
         raise OSError(122, "Disk quota exceeded")
-    with pytest.raises(PermissionError), told_when_full(tmp_path):
+    with pytest.raises(PermissionError), disk_full_as_error(tmp_path):
         raise PermissionError(13, "Permission denied")
-    with pytest.raises(RuntimeError, match="other"), told_when_full(tmp_path):
+    with pytest.raises(RuntimeError, match="other"), disk_full_as_error(tmp_path):
         raise RuntimeError("other (os error 2)")
 
 

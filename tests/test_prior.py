@@ -95,7 +95,7 @@ def test_the_old_domain_is_drawn_apart_and_the_new_as_without_it(
     assert torch.equal(own.noise, bare.noise)
     assert torch.equal(own.t, bare.t)
     assert not torch.equal(own.t, old.t)
-    first = [run.prior.examples.record_at(n).where for n in range(5)]
+    first = [run.prior.examples.record_at(n).location for n in range(5)]
     assert len(set(first)) == 5
 
 
@@ -141,7 +141,7 @@ def test_what_it_cannot_do_is_refused(base: Path, data: Path, layouts: Path, tmp
     config = config_of(base, data, tmp_path / "no", layouts)
     with pytest.raises(InputError, match="layout_stream") as caught:
         prepare_run(config.model_copy(update={"method": "layout_stream"}))
-    assert caught.value.where == "prior.layouts"
+    assert caught.value.location == "prior.layouts"
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"caption": "nothing", "boxes": []}) + "\n")
     with pytest.raises(InputError, match="no layout with a box"):

@@ -24,12 +24,12 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 
 
-def write_config(folder: Path, name: str, base: Path, pictures: Path, **changes: dict[str, Any]) -> Path:
+def write_config(folder: Path, name: str, base: Path, images: Path, **changes: dict[str, Any]) -> Path:
     train = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3, "validate_every": 10, "checkpoint_every": 5}
     content = {
         "base": str(base),
         "output_dir": str(folder / name),
-        "data": {"path": str(pictures), "validation_share": 0.25, "crop": "random", "flip": True},
+        "data": {"path": str(images), "validation_share": 0.25, "crop": "random", "flip": True},
         "lora": {"dropout": 0.1},  # by sample: the same in any process
         "train": train | {"sample_every": 10, "sample_count": 2, "log_every": 1},
         "tracking": {"tracker": "tensorboard", "run_name": "run"},

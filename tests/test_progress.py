@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mmdit_lora.cli.output import ProgressLines, TimeLeft, clock
-from mmdit_lora.training.throughput import Meter
+from mmdit_lora.training.throughput import Throughput
 
 FIGURES = {"loss": 0.51, "learning_rate": 1e-3, "grad_norm": 0.2, "samples_per_s": 41.3, "memory_gb": 1.25}
 FIGURES |= {"share_data": 0.03, "share_other": 0.01, "tflops": 0.044}
@@ -30,7 +30,7 @@ def simulate(total: int, *, step: float, pauses: dict[str, tuple[int, float]], e
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_what_is_left_counts_the_pauses_to_come(every: int) -> None:
-    pauses = {"validation": (50, 30.0), "pictures": (100, 100.0)}
+    pauses = {"validation": (50, 30.0), "images": (100, 100.0)}
     seen = simulate(1000, step=1.0, pauses=pauses, every=every)
     left = TimeLeft(1000, {name: period for name, (period, _) in pauses.items()})
     end = seen[-1][1]
@@ -96,7 +96,7 @@ def test_the_bar_of_a_terminal_fits_it(width: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_pause_is_no_part_of_a_rate() -> None:
-    meter = Meter()
+    meter = Throughput()
     with meter.phase("compute"):
         time.sleep(0.02)
     with meter.phase("pause"):

@@ -71,7 +71,7 @@ def test_coco_mig_by_hand(tmp_path: Path) -> None:
     assert [case.id for case in (first, second)] == ["7", "99"], "in the order of mig_bench.txt"
     scores = PROTOCOLS["coco-mig"].score([first, second, first], MIG_SEEN)
     expected = {
-        "sr": 1 / 3,  # of three pictures the third
+        "sr": 1 / 3,  # of three images the third
         "isr": 4 / 7,  # 1 + 1 + 2 of 2 + 3 + 2
         "miou": (0.8 + 0.0 + 0.9 + 0.2 + 0.0 + 1.0 + 1.0) / 7,
         "sr_L2": 1 / 2,
@@ -162,14 +162,14 @@ def test_hsv_is_opencvs() -> None:
 def test_a_quarter_of_the_box_has_the_colour_or_none(
     tmp_path: Path, painted: tuple[int, int, int], color: str, is_it: bool
 ) -> None:
-    """The box is the left half of the picture; a quarter of that is painted, the rest and the right half are grey."""
+    """The box is the left half of the image; a quarter of that is painted, the rest and the right half are grey."""
     anno = {"a photo": {f"a {color} car": [[0.0, 0.0, 0.5, 1.0]], "coco_id": "7"}}
     write(tmp_path / "mig_bench_anno.yaml", json.dumps(anno))
     protocol = PROTOCOLS["coco-mig"]
     (case,) = protocol.read(tmp_path)
-    picture = Image.new("RGB", (512, 512), (127, 127, 127))
-    picture.paste(painted, (0, 0, 64, 512))
-    assert protocol.measure(case, picture) == {"0": pytest.approx(0.25 if is_it else 0.0)}
+    image = Image.new("RGB", (512, 512), (127, 127, 127))
+    image.paste(painted, (0, 0, 64, 512))
+    assert protocol.measure(case, image) == {"0": pytest.approx(0.25 if is_it else 0.0)}
 
 
 def overlay(folder: Path, **changes: Any) -> list[Case]:
@@ -234,7 +234,7 @@ def test_overlaybench_pairs_greedily(tmp_path: Path) -> None:
     assert scores["o_miou"] == 0.0  # the asked boxes meet in [300, 600], the found ones in [100, 300]
 
 
-def test_overlaybench_means_over_pictures_not_boxes(tmp_path: Path) -> None:
+def test_overlaybench_means_over_images_not_boxes(tmp_path: Path) -> None:
     (three,) = overlay(tmp_path / "three")
     (one,) = overlay(
         tmp_path / "one",
@@ -251,7 +251,7 @@ def test_overlaybench_means_over_pictures_not_boxes(tmp_path: Path) -> None:
 
 def test_overlaybench_result_files(tmp_path: Path) -> None:
     (case,) = overlay(tmp_path)
-    seen = Seen([on_square("cat", 0, 0, 512, 256)], {"entity: cat_1": True}, picture="simple/seed_2/000000000017.png")
+    seen = Seen([on_square("cat", 0, 0, 512, 256)], {"entity: cat_1": True}, image="simple/seed_2/000000000017.png")
     files = PROTOCOLS["overlaybench"].write_results([case], [seen], tmp_path / "out")
     written = {file.relative_to(tmp_path / "out").as_posix(): json.loads(file.read_text()) for file in files}
     assert written == {
@@ -262,7 +262,7 @@ def test_overlaybench_result_files(tmp_path: Path) -> None:
 
 
 def dense(folder: Path) -> list[Case]:
-    """A picture of 100 x 200: two lamps (one described), a chair whose caption is its name, a table."""
+    """An image of 100 x 200: two lamps (one described), a chair whose caption is its name, a table."""
     annos = [
         {"bbox": [0, 0, 50, 100], "category_name": "lamp", "caption": "a brass lamp"},
         {"bbox": [50, 0, 100, 100], "category_name": "lamp", "caption": "a white lamp"},
@@ -381,7 +381,7 @@ PERSON, DOG = 1, 18
 
 
 def coco(folder: Path, images: dict[int, list[tuple[int, list[float]]]], crowd: int | None = None) -> Path:
-    """An instances file of pictures of 100 x 200 pixels: id -> (category, xywh)."""
+    """An instances file of images of 100 x 200 pixels: id -> (category, xywh)."""
     annotations = [
         {
             "image_id": image,
@@ -398,7 +398,7 @@ def coco(folder: Path, images: dict[int, list[tuple[int, list[float]]]], crowd: 
         "annotations": [entry | {"id": number} for number, entry in enumerate(annotations, start=1)],
         "categories": [{"id": PERSON, "name": "person"}, {"id": DOG, "name": "Dog"}],
     }
-    captions = [{"id": i, "image_id": i, "caption": f"picture {i}"} for i in images]
+    captions = [{"id": i, "image_id": i, "caption": f"image {i}"} for i in images]
     write(folder / "captions_val2017.json", {"annotations": captions})
     return write(folder / "instances_val2017.json", data)
 
@@ -421,13 +421,13 @@ def test_coco_filter(tmp_path: Path) -> None:
     )
     cases = PROTOCOLS["coco"].read(path)
     assert [(case.id, len(case.things)) for case in cases] == [("1", 2), ("5", 2), ("7", 10)]
-    assert cases[0].layout.caption == "picture 1"
+    assert cases[0].layout.caption == "image 1"
     assert cases[0].layout.boxes[0].phrase == "dog"
     assert cases[0].things[0].xyxy == pytest.approx((0, 0, 0.2, 0.1))
 
 
 def test_coco_figures_are_pycocotools(tmp_path: Path) -> None:
-    """Twelve pictures, detections near and far; scored from the written files with pycocotools' own loaders."""
+    """Twelve images, detections near and far; scored from the written files with pycocotools' own loaders."""
     draw = random.Random(0)
 
     def box() -> list[float]:
@@ -473,6 +473,6 @@ def test_coco_without_a_detection_is_nothing_and_with_the_truth_all(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_as_many_cases_as_pictures_seen(name: str) -> None:
+def test_as_many_cases_as_images_seen(name: str) -> None:
     with pytest.raises(ValueError, match="0 cases, but 1"):
         PROTOCOLS[name].score([], [Seen([])])

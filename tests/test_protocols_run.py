@@ -1,4 +1,4 @@
-"""Published protocols end to end: their own files, painted pictures, a detector and a judge; and what is refused, and where."""
+"""Published protocols end to end: their own files, painted images, a detector and a judge; and what is refused, and where."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Exact:
     asked: list[list[str]] = field(default_factory=list)
     dies_after: int | None = None
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
-        assert len(pictures) == len(layouts)
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+        assert len(images) == len(layouts)
         if self.dies_after is not None and len(self.asked) >= self.dies_after:
             raise KeyboardInterrupt
         self.asked += [[box.phrase for box in layout.boxes] for layout in layouts]
@@ -59,41 +59,41 @@ class Answers:
     no: tuple[str, ...] = ()
     shown: list[tuple[tuple[int, int], list[str]]] = field(default_factory=list)
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[list[str]]) -> list[list[bool | None]]:
-        self.shown += [(picture.size, asked) for picture, asked in zip(pictures, questions, strict=True)]
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[list[str]]) -> list[list[bool | None]]:
+        self.shown += [(image.size, asked) for image, asked in zip(images, questions, strict=True)]
         return [[not any(word in one for word in self.no) for one in asked] for asked in questions]
 
 
-def picture(path: Path, size: tuple[int, int] = (80, 40), color: str = "gray") -> Path:
+def image(path: Path, size: tuple[int, int] = (80, 40), color: str = "gray") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(path)
     return path
 
 
 def mig(folder: Path, count: int) -> tuple[Path, Path]:
-    """The bench files of `count` prompts with two red things each, and a red picture of each, as MIGC names them."""
+    """The bench files of `count` prompts with two red things each, and a red image of each, as MIGC names them."""
     anno = {}
     for number in range(count):
         prompt = f"a photo of a red car and a red dog {number}"
         boxes = {"a red car": [[0.0, 0.0, 0.5, 0.5]], "a red dog": [[0.5, 0.5, 1.0, 1.0]]}
         anno[prompt] = boxes | {"coco_id": str(100 + number)}
-        picture(folder / "MIGC" / f"{prompt}_420_{100 + number}.png", (64, 64), "red")
-        picture(folder / "MIGC" / f"anno_{prompt}_420_{100 + number}.png", (64, 64), "white")
+        image(folder / "MIGC" / f"{prompt}_420_{100 + number}.png", (64, 64), "red")
+        image(folder / "MIGC" / f"anno_{prompt}_420_{100 + number}.png", (64, 64), "white")
     write(folder / "bench_file" / "mig_bench_anno.yaml", json.dumps(anno))
     write(folder / "bench_file" / "mig_bench.txt", "".join(f"{prompt}\n" for prompt in anno))
     return folder / "bench_file", folder / "MIGC"
 
 
 def test_coco_mig_from_its_files_to_its_report(tmp_path: Path) -> None:
-    bench, pictures = mig(tmp_path, 3)
+    bench, images = mig(tmp_path, 3)
     detector = Exact(short=0.1)
-    report = score_protocol("coco-mig", bench, pictures, tmp_path / "out", detector)
+    report = score_protocol("coco-mig", bench, images, tmp_path / "out", detector)
     # Nine tenths of each width are found, and all is red: every thing is met, with an IoU of 0.9.
     assert report["scores"] == pytest.approx(
         {"sr": 1.0, "isr": 1.0, "miou": 0.9, "sr_L2": 1.0, "isr_L2": 1.0, "miou_L2": 0.9}
     )
     assert detector.asked == [["car", "dog"]] * 3, "the nouns alone, and not of the drawn layouts"
-    assert (report["cases"], report["pictures"], report["boxes"]) == (3, 3, 6)
+    assert (report["cases"], report["images"], report["boxes"]) == (3, 3, 6)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     page = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"^\| this run \| 100\.00 \| 100\.00 \| 90\.00 \|", page, re.MULTILINE)
@@ -105,42 +105,42 @@ def test_coco_mig_from_its_files_to_its_report(tmp_path: Path) -> None:
 
 
 def test_a_wrong_colour_is_seen_in_the_pixels(tmp_path: Path) -> None:
-    bench, pictures = mig(tmp_path, 1)
-    for file in pictures.iterdir():
-        picture(file, (64, 64), "blue")
-    report = score_protocol("coco-mig", bench, pictures, tmp_path / "out", Exact(), published=False)
+    bench, images = mig(tmp_path, 1)
+    for file in images.iterdir():
+        image(file, (64, 64), "blue")
+    report = score_protocol("coco-mig", bench, images, tmp_path / "out", Exact(), published=False)
     assert (report["scores"]["isr"], report["scores"]["miou"]) == (0.0, 0.0)
     assert report["published"] == []
     assert "Published" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_several_seeds_of_a_prompt_all_count(tmp_path: Path) -> None:
-    bench, pictures = mig(tmp_path, 2)
-    picture(pictures / "another seed_421_100.png", (64, 64), "blue")
-    report = score_protocol("coco-mig", bench, pictures, tmp_path / "out", Exact())
-    assert (report["pictures"], report["scores"]["sr"]) == (3, pytest.approx(2 / 3))
+    bench, images = mig(tmp_path, 2)
+    image(images / "another seed_421_100.png", (64, 64), "blue")
+    report = score_protocol("coco-mig", bench, images, tmp_path / "out", Exact())
+    assert (report["images"], report["scores"]["sr"]) == (3, pytest.approx(2 / 3))
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    bench, pictures = mig(tmp_path, 20)
-    whole = score_protocol("coco-mig", bench, pictures, tmp_path / "whole", Exact(short=0.2))
+    bench, images = mig(tmp_path, 20)
+    whole = score_protocol("coco-mig", bench, images, tmp_path / "whole", Exact(short=0.2))
     with pytest.raises(KeyboardInterrupt):
-        score_protocol("coco-mig", bench, pictures, tmp_path / "out", Exact(short=0.2, dies_after=16))
+        score_protocol("coco-mig", bench, images, tmp_path / "out", Exact(short=0.2, dies_after=16))
     kept = tmp_path / "out" / "seen.jsonl"
     assert not (tmp_path / "out" / "report.json").exists()
     kept.write_text(kept.read_text()[:-10])  # the last line is torn
     second = Exact(short=0.2)
-    report = score_protocol("coco-mig", bench, pictures, tmp_path / "out", second)
+    report = score_protocol("coco-mig", bench, images, tmp_path / "out", second)
     assert len(second.asked) == 20 - 15
     assert report == whole
     assert len(kept.read_text().splitlines()) == 20
-    # Another detector, or another picture under the same name, is looked at anew.
+    # Another detector, or another image under the same name, is looked at anew.
     other = Exact(short=0.3)
-    score_protocol("coco-mig", bench, pictures, tmp_path / "out", other)
+    score_protocol("coco-mig", bench, images, tmp_path / "out", other)
     assert len(other.asked) == 20
-    picture(next(iter(sorted(pictures.glob("a photo*")))), (64, 64), "blue")
+    image(next(iter(sorted(images.glob("a photo*")))), (64, 64), "blue")
     third = Exact(short=0.2)
-    assert score_protocol("coco-mig", bench, pictures, tmp_path / "out", third)["scores"]["isr"] == pytest.approx(0.95)
+    assert score_protocol("coco-mig", bench, images, tmp_path / "out", third)["scores"]["isr"] == pytest.approx(0.95)
     assert len(third.asked) == 1
 
 
@@ -152,7 +152,7 @@ def test_layoutsam_eval_asks_about_attributes_of_what_is_there(tmp_path: Path) -
         "detail_region_captions": "['a red ball', 'a grey wolf']",
     }
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", row)
-    picture(tmp_path / "images" / "sa_1.jpg", (80, 40))
+    image(tmp_path / "images" / "sa_1.jpg", (80, 40))
     judge = Answers(no=('"a wolf" present', "texture"))
     report = score_protocol("layoutsam-eval", tmp_path / "data", tmp_path / "images", tmp_path / "out", judge=judge)
     assert report["scores"] == {"spatial": 0.5, "color": 0.5, "texture": 0.0, "shape": 0.5}
@@ -163,8 +163,8 @@ def test_layoutsam_eval_asks_about_attributes_of_what_is_there(tmp_path: Path) -
 
 def test_denselayout_asks_about_what_was_found(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", json.dumps(dense_layout_row()))
-    picture(tmp_path / "output" / "images_denselayout" / "17.jpg")
-    picture(tmp_path / "output" / "images_denselayout_with_layout" / "17.jpg")
+    image(tmp_path / "output" / "images_denselayout" / "17.jpg")
+    image(tmp_path / "output" / "images_denselayout_with_layout" / "17.jpg")
     judge = Answers(no=("shape",))
     args = ("denselayout", tmp_path / "test.jsonl", tmp_path / "output", tmp_path / "out", Exact(short=0.25))
     report = score_protocol(*args, judge)
@@ -177,10 +177,10 @@ def test_overlaybench_from_its_folders(tmp_path: Path) -> None:
     parquet(tmp_path / "data" / "simple-00000-of-00001.parquet", overlaybench_row())
     parquet(tmp_path / "data" / "hard-00000-of-00001.parquet", overlaybench_row(category="a cup"))
     for place in ("simple/seed_1", "simple/seed_2", "hard/seed_1"):
-        picture(tmp_path / "EXP" / place / "00000017.png", (64, 64))
+        image(tmp_path / "EXP" / place / "00000017.png", (64, 64))
     judge = Answers(no=('"ball_1"',))
     report = score_protocol("overlaybench", tmp_path / "data", tmp_path / "EXP", tmp_path / "out", Exact(), judge)
-    assert report["pictures"] == 3
+    assert report["images"] == 3
     assert report["scores"]["simple_miou"] == report["scores"]["hard_miou"] == pytest.approx(1.0, abs=0.01)
     assert report["scores"]["sr_e"] == 0.0
     assert "medium_miou" not in report["scores"]
@@ -191,9 +191,9 @@ def test_overlaybench_from_its_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "seed_1", "EXP/simple/seed_1", "elsewhere/a/b"])
-def test_overlaybench_pictures_in_one_folder(tmp_path: Path, place: str) -> None:
+def test_overlaybench_images_in_one_folder(tmp_path: Path, place: str) -> None:
     parquet(tmp_path / "simple-00000-of-00001.parquet", overlaybench_row() | {"image": b"unread"})
-    picture(tmp_path / "painted" / place / "00000017.png", (64, 64))
+    image(tmp_path / "painted" / place / "00000017.png", (64, 64))
     out = tmp_path / "out"
     report = score_protocol(
         "overlaybench", tmp_path / "simple-00000-of-00001.parquet", tmp_path / "painted", out, Exact()
@@ -202,11 +202,11 @@ def test_overlaybench_pictures_in_one_folder(tmp_path: Path, place: str) -> None
     assert report["results"] == [f"simple/{seed}baseline_bbox_predictions.json"]
 
 
-def test_a_box_outside_the_picture_is_not_asked_about(tmp_path: Path) -> None:
+def test_a_box_outside_the_image_is_not_asked_about(tmp_path: Path) -> None:
     row = layout_sam_eval_row(tmp_path, file_name="a.jpg")
     row |= {"bbox_list": "[[40, 4, 44, 16], [0, 0, 20, 20]]", "region_captions": "['a ball', 'a wolf']"}
     parquet(tmp_path / "test.parquet", row | {"detail_region_captions": "['a red ball', 'a grey wolf']"})
-    picture(tmp_path / "images" / "a.jpg")
+    image(tmp_path / "images" / "a.jpg")
     judge = Answers()
     args = ("layoutsam-eval", tmp_path / "test.parquet", tmp_path / "images", tmp_path / "out")
     report = score_protocol(*args, judge=judge)
@@ -220,13 +220,13 @@ def test_coco_from_its_files(tmp_path: Path) -> None:
     boxes = [[0, 0, 20, 20], [20, 0, 20, 20]]
     annotations = [{"id": i, "image_id": 7, "category_id": 3, "bbox": b, "iscrowd": 0} for i, b in enumerate(boxes)]
     write(tmp_path / "coco" / "annotations" / "instances_val.json", coco_data(annotations=annotations))
-    picture(tmp_path / "images" / "a.png")
+    image(tmp_path / "images" / "a.png")
     report = score_protocol("coco", tmp_path / "coco", tmp_path / "images", tmp_path / "out", Exact())
     assert report["scores"]["ap"] == pytest.approx(1.0)
     assert "a photo of a red ball" in PROTOCOLS["coco"].read(tmp_path / "coco")[0].layout.caption
 
 
-def test_layouts_out_to_sample_and_its_pictures_in(tmp_path: Path) -> None:
+def test_layouts_out_to_sample_and_its_images_in(tmp_path: Path) -> None:
     """As `sample` names them: by number. Which is whose is told by sample.json; the last was painted another layout."""
     bench, _ = mig(tmp_path, 3)
     assert write_layouts("coco-mig", bench, tmp_path / "layouts.jsonl") == 3
@@ -235,35 +235,35 @@ def test_layouts_out_to_sample_and_its_pictures_in(tmp_path: Path) -> None:
     folder = tmp_path / "sampled"
     entries = []
     for number, (layout, color) in enumerate(zip(reversed(layouts), ("red", "blue", "red"), strict=True)):
-        picture(folder / f"{number:04d}.png", (64, 64), color)
-        picture(folder / f"{number:04d}_boxes.png", (64, 64), "white")
+        image(folder / f"{number:04d}.png", (64, 64), color)
+        image(folder / f"{number:04d}_boxes.png", (64, 64), "white")
         entries.append({"file": f"{number:04d}.png", "layout": layout.to_dict()})
-    write(folder / "sample.json", {"pictures": entries})
+    write(folder / "sample.json", {"images": entries})
     report = score_protocol("coco-mig", bench, folder, tmp_path / "out", Exact())
-    assert (report["pictures"], report["scores"]["sr"]) == (3, pytest.approx(2 / 3))
+    assert (report["images"], report["scores"]["sr"]) == (3, pytest.approx(2 / 3))
     seen = [json.loads(line)["measured"]["0"] for line in (tmp_path / "out" / "seen.jsonl").read_text().splitlines()]
     assert seen == [1.0, 0.0, 1.0], "in the order of the benchmark"
-    write(folder / "sample.json", {"pictures": entries[:2]})
-    with pytest.raises(InputError, match=r"1 of 3 pictures are missing: a photo of a red car and a red dog 0_100\.png"):
+    write(folder / "sample.json", {"images": entries[:2]})
+    with pytest.raises(InputError, match=r"1 of 3 images are missing: a photo of a red car and a red dog 0_100\.png"):
         score_protocol("coco-mig", bench, folder, tmp_path / "other", Exact())
 
 
-def test_missing_pictures_in_one_message_and_nothing_written(tmp_path: Path) -> None:
-    bench, pictures = mig(tmp_path, 12)
-    for file in sorted(pictures.glob("a photo*"))[1:]:
+def test_missing_images_in_one_message_and_nothing_written(tmp_path: Path) -> None:
+    bench, images = mig(tmp_path, 12)
+    for file in sorted(images.glob("a photo*"))[1:]:
         file.unlink()
     with pytest.raises(InputError) as error:
-        score_protocol("coco-mig", bench, pictures, tmp_path / "out", Exact())
-    assert "11 of 12 pictures are missing: a photo of a red car and a red dog 1_101.png, " in str(error.value)
+        score_protocol("coco-mig", bench, images, tmp_path / "out", Exact())
+    assert "11 of 12 images are missing: a photo of a red car and a red dog 1_101.png, " in str(error.value)
     assert str(error.value).count(".png") == 8
     assert not (tmp_path / "out").exists()
 
 
-def test_two_pictures_where_one_counts(tmp_path: Path) -> None:
+def test_two_images_where_one_counts(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", json.dumps(dense_layout_row()))
     for name in ("a/17.jpg", "b/17.png"):
-        picture(tmp_path / "images" / name)
-    with pytest.raises(InputError, match=r"2 pictures of 17 \(a/17.jpg, b/17.png\)"):
+        image(tmp_path / "images" / name)
+    with pytest.raises(InputError, match=r"2 images of 17 \(a/17.jpg, b/17.png\)"):
         score_protocol("denselayout", tmp_path / "test.jsonl", tmp_path / "images", tmp_path / "out", Exact())
 
 
@@ -348,7 +348,7 @@ MALFORMED: list[tuple[str, Callable[[Path], Path], str]] = [
     (
         "denselayout",
         lambda d: write(d / "a.json", json.dumps([dense_layout_row()] * 2)),
-        r"a.json\[1\]: has the same pictures",
+        r"a.json\[1\]: has the same images",
     ),
     ("coco", lambda d: _coco(d), "holds no case"),  # one box: the filter leaves it out
     ("coco", lambda d: _coco(d, images=[{"id": 7, "file_name": "a.png"}]), r"images\[0\]: 'width' is missing"),
@@ -433,23 +433,23 @@ def test_a_malformed_table_is_refused(tmp_path: Path, content: object, message: 
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench, pictures = mig(tmp_path, 2)
+    bench, images = mig(tmp_path, 2)
     owl = owlv2_folder(tmp_path / "owl")
     out = tmp_path / "out"
     command = ["evaluate", "--protocol", "coco-mig", "--annotations", str(bench), "--out", str(out)]
     assert main(command) == 0
     assert len(read_layouts(out / "layouts.jsonl")) == 2
-    looks = ["--images", str(pictures), "--detector", f"owlv2:{owl}?threshold=0", "--json"]
+    looks = ["--images", str(images), "--detector", f"owlv2:{owl}?threshold=0", "--json"]
     assert main([*command, *looks]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((out / "report.json").read_text())
-    assert report["pictures"] == 2
+    assert report["images"] == 2
     assert report["detector"] == f"owlv2:{owl}"
     assert {row["kind"] for row in report["published"]} <= set(KINDS)
     for wrong, said in (
         (["evaluate", "--protocol", "coco-mig", "--out", str(out)], "give --annotations"),
         (["evaluate", "--annotations", str(bench), "--data", str(bench), "--out", str(out)], "give --protocol"),
-        ([*command, "--images", str(pictures), "--detector", "owlv2"], "hf download"),
+        ([*command, "--images", str(images), "--detector", "owlv2"], "hf download"),
         (["evaluate", "--out", str(out)], "--data"),
     ):
         assert main(wrong) == 2

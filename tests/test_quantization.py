@@ -16,7 +16,7 @@ from mmdit_lora.export.read_back import outputs
 from mmdit_lora.lora import base_fingerprint, load_adapter, merge_adapter, read_adapter_header
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
-from mmdit_lora.training.load_base import NEVER_QUANTISED, check_quantization, open_base
+from mmdit_lora.training.load_base import NEVER_QUANTISED, check_quantization, load_base
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_layout_stream_method import stock_sd3, weights_of
@@ -57,7 +57,7 @@ def test_outputs_are_close_and_every_linear_but_the_streams_is_int8(
     int8_base: Path, data: Path, tmp_path: Path
 ) -> None:
     base = load_pipeline(str(int8_base)).transformer
-    pipe, fingerprint = open_base(int8_config(int8_base, data, tmp_path), torch.float32)
+    pipe, fingerprint = load_base(int8_config(int8_base, data, tmp_path), torch.float32)
     assert fingerprint == base_fingerprint(base)
     weights = {f"{name}.weight" for name, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     streams = {name for name in weights if any(part in name for part in NEVER_QUANTISED)}
@@ -96,7 +96,7 @@ def test_an_adapter_of_the_quantised_base_fits_and_merges_into_the_base_itself(
         return {name: p.detach().dequantize() if is_quantised(p) else p.detach().clone() for name, p in named.items()}
 
     config = int8_config(int8_base, data, tmp_path, train={"mixed_precision": precision})
-    before = values(open_base(config, torch.bfloat16 if precision == "bf16" else torch.float32)[0].transformer)
+    before = values(load_base(config, torch.bfloat16 if precision == "bf16" else torch.float32)[0].transformer)
     result = train(config)
     after = values(result.pipe.transformer)
     assert before.keys() == after.keys()
@@ -117,11 +117,11 @@ def test_an_adapter_of_the_quantised_base_fits_and_merges_into_the_base_itself(
 def test_a_stream_pretrained_on_a_quantised_base_is_saved_beside_the_base_itself(data: Path, tmp_path: Path) -> None:
     base = stock_sd3(tmp_path)
     config = int8_config(base, data, tmp_path / "run", method="layout_stream")
-    fresh = open_base(
+    fresh = load_base(
         config.model_copy(update={"train": config.train.model_copy(update={"quantization": "none"})}), torch.float32
     )
     copied = dict(fresh[0].transformer.named_parameters())
-    started = dict(open_base(config, torch.float32)[0].transformer.named_parameters())
+    started = dict(load_base(config, torch.float32)[0].transformer.named_parameters())
     assert all(torch.equal(started[name], copied[name]) for name in copied if "layout" in name)
 
     train(config)

@@ -13,7 +13,7 @@ from PIL import Image
 from mmdit_lora.cli.main import main
 from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.lora import add_layout_lora
-from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, PaintSettings, load_pipeline
+from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, SamplingConfig, load_pipeline
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data" / "tiny_base"
@@ -42,7 +42,7 @@ def test_the_embedded_base_obeys_layouts(tmp_path: Path) -> None:
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
 
     write_dataset(tmp_path / "scenes", DOMAINS["basic"], count=16, seed=21)
-    result = evaluate(load_pipeline(str(BASE)), read_dataset(tmp_path / "scenes"), PaintSettings(steps=12))
+    result = evaluate(load_pipeline(str(BASE)), read_dataset(tmp_path / "scenes"), SamplingConfig(steps=12))
     sides = {name: side.fidelity for name, side in result.sides.items()}
     assert sides["base"]["miou"] > 0.8
     assert sides["base"]["color_acc"] > 0.9
@@ -65,7 +65,7 @@ def test_quickstart_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "quickstart"
     assert main(["quickstart", "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["pictures"] >= 96
+    assert report["images"] >= 96
     assert report["adapter"]["miou"] - report["base"]["miou"] >= 0.15
     assert report["ground_truth"]["miou"] > report["adapter"]["miou"] > report["shuffled"]["miou"]
     assert report["old_domain"]["adapter"]["miou"] > 0.7

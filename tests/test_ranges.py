@@ -18,7 +18,7 @@ from mmdit_lora.config.loading import Config
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError, NonFiniteError
 from mmdit_lora.layout import Box, Layout
-from mmdit_lora.pipelines import PaintSettings, load_pipeline, paint
+from mmdit_lora.pipelines import SamplingConfig, generate, load_pipeline
 from mmdit_lora.training.trainer import train
 
 BASE = "data/tiny_base"
@@ -36,7 +36,7 @@ def test_a_range_holds_what_it_says_and_no_nan() -> None:
     assert not any(value in steps for value in (0, 10_001, 10**400, 1.0, True, math.nan, math.inf, "3", None))
     assert all(value in share for value in (1, 1e-300, np.float32(0.5)))
     assert not any(value in share for value in (0, 0.0, -0.0, math.nan, math.inf, -math.inf, 1.1, [0.5], 10**400))
-    with pytest.raises(InputError, match=r"^x: is nan\n  to mend it: give a number above 0, up to 1$"):
+    with pytest.raises(InputError, match=r"^x: is nan\n  hint: give a number above 0, up to 1$"):
         share.check(math.nan, "x")
 
 
@@ -95,7 +95,7 @@ def test_a_side_below_the_base_s_smallest_names_it(pipe: Any) -> None:
 )
 def test_paint_settings_refuse_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=rf"^{next(iter(options))}: is "):
-        PaintSettings(**options)
+        SamplingConfig(**options)
 
 
 @pytest.mark.parametrize("weights", [math.nan, [1.0, math.inf], 1e300, {"transformer_blocks": math.nan}, "1"])
@@ -157,7 +157,7 @@ def test_images_that_are_not_finite_are_counted_over_batches(pipe: Any, monkeypa
     spoiled = _Spoiled(pipe.vae.decode, {4, 5, 7})
     monkeypatch.setattr(pipe.vae, "decode", spoiled)
     with pytest.raises(NonFiniteError) as caught:
-        paint(pipe, [LAYOUT] * 10, PaintSettings(steps=1, batch_size=4), seed=0)
+        generate(pipe, [LAYOUT] * 10, SamplingConfig(steps=1, batch_size=4), seed=0)
     assert str(caught.value).startswith(
         "3 of 8 images hold NaN or infinity: numbers 4, 5, 7 (float32); 2 more were not sampled; none of them is kept"
     )

@@ -14,7 +14,7 @@ import torch
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.shards import open_shards
-from mmdit_lora.data.shards.ahead import ReadAhead, held
+from mmdit_lora.data.shards.ahead import Prefetcher, held
 from mmdit_lora.data.shards.write import write_shards
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
@@ -39,35 +39,35 @@ class Slow(Sequence[Record]):
         if index == 3:
             self.others_come.set()
         if index == 4:
-            raise InputError("is gone", where="record 4")
+            raise InputError("is gone", location="record 4")
         return Record(Path(f"{index}.png"), Layout("c"), f"set:{index}")
 
 
 def test_what_is_announced_comes_whatever_is_ready_first_and_once() -> None:
     records = Slow()
-    reader = ReadAhead(records, threads=4)
+    reader = Prefetcher(records, threads=4)
     reader.announce([0, 1, 2, 3])
     reader.announce([0, 1])
-    assert [reader.take(n).where for n in range(4)] == [f"set:{n}" for n in range(4)]
+    assert [reader.take(n).location for n in range(4)] == [f"set:{n}" for n in range(4)]
     assert sorted(records.asked) == [0, 1, 2, 3]
-    assert reader.take(5).where == "set:5"  # never announced
+    assert reader.take(5).location == "set:5"  # never announced
     assert records.asked[-1] == 5
 
 
 def test_an_error_is_raised_where_the_record_is_taken() -> None:
-    reader = ReadAhead(Slow(), threads=2)
+    reader = Prefetcher(Slow(), threads=2)
     reader.announce([4, 5])
-    assert reader.take(5).where == "set:5"
+    assert reader.take(5).location == "set:5"
     with pytest.raises(InputError, match="gone"):
         reader.take(4)
 
 
 def test_no_more_than_the_most_wait_and_nothing_without_threads() -> None:
     records = Slow()
-    reader = ReadAhead(records, threads=1, most=2)
+    reader = Prefetcher(records, threads=1, most=2)
     reader.announce([1, 2, 3])
     assert len(reader._coming) == 2
-    idle = ReadAhead(unasked := Slow(), threads=0)
+    idle = Prefetcher(unasked := Slow(), threads=0)
     idle.announce([1, 2])
     assert unasked.asked == []
 

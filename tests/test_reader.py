@@ -13,13 +13,13 @@ from PIL import Image, ImageFilter
 
 from mmdit_lora.data.shapes import COLORS, DOMAINS, SHAPES, make_scene, phrase_attributes, shape_coverage
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation import Detection, Fidelity, detect, detect_all, measure, per_picture, readable, summarise
+from mmdit_lora.evaluation import Detection, Fidelity, detect, detect_all, measure, per_image, readable, summarise
 from mmdit_lora.evaluation.detectors.shapes import _draw, _match
 from mmdit_lora.layout import Box, Layout
 
 SCENES = 32
 
-# Lowest fidelity of ground truth: miou; and iou50, colour and shape. As drawn, and with noise and blur. Over 400 pictures
+# Lowest fidelity of ground truth: miou; and iou50, colour and shape. As drawn, and with noise and blur. Over 400 images
 # a domain miou was 0.990, 0.988, 0.984, 0.988 as drawn, with every colour and shape right. The generator draws edges in
 # quarters of a pixel, which costs a third to a half of what is missing to 1.
 CEILING = {"basic": (0.98, 0.995), "mixed": (0.975, 0.99), "dense": (0.97, 0.99), "page": (0.975, 0.99)}
@@ -28,29 +28,29 @@ WORN = {"basic": (0.97, 0.99), "mixed": (0.96, 0.98), "dense": (0.95, 0.97), "pa
 
 @cache
 def scenes(domain: str) -> tuple[list[Image.Image], list[Layout]]:
-    pictures, layouts = zip(*(make_scene(DOMAINS[domain], 11, index) for index in range(SCENES)), strict=True)
-    return list(pictures), list(layouts)
+    images, layouts = zip(*(make_scene(DOMAINS[domain], 11, index) for index in range(SCENES)), strict=True)
+    return list(images), list(layouts)
 
 
-def noisy(picture: Image.Image, std: float = 6.0) -> Image.Image:
-    rng = np.random.default_rng(picture.tobytes()[0])
-    array = np.asarray(picture) + rng.normal(0, std, (picture.height, picture.width, 3))
+def noisy(image: Image.Image, std: float = 6.0) -> Image.Image:
+    rng = np.random.default_rng(image.tobytes()[0])
+    array = np.asarray(image) + rng.normal(0, std, (image.height, image.width, 3))
     return Image.fromarray(array.round().clip(0, 255).astype(np.uint8))
 
 
-def blurred(picture: Image.Image) -> Image.Image:
-    return picture.filter(ImageFilter.GaussianBlur(0.7))
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(0.7))
 
 
-def faded(picture: Image.Image) -> Image.Image:
+def faded(image: Image.Image) -> Image.Image:
     """A third of the colour gone, and a tint over all."""
-    array = np.asarray(picture).astype(float)
+    array = np.asarray(image).astype(float)
     array = array.mean(-1, keepdims=True) * 0.33 + array * 0.67 + [6, -4, 8]
     return Image.fromarray(array.round().clip(0, 255).astype(np.uint8))
 
 
 def drawn(*things: tuple[str, str, tuple[float, float, float, float]], grey: int = 128, size: int = 64) -> Image.Image:
-    """A picture of (colour, shape, box in pixels), one over the other."""
+    """An image of (colour, shape, box in pixels), one over the other."""
     canvas = np.full((size, size, 3), float(grey))
     for color, shape, xyxy in things:
         ink = shape_coverage(shape, xyxy, size)[..., None]
@@ -81,8 +81,8 @@ def test_ground_truth_is_near_one(domain: str) -> None:
 
 @pytest.mark.parametrize("domain", list(DOMAINS))
 def test_shuffled_layouts_are_near_chance(domain: str) -> None:
-    pictures, layouts = scenes(domain)
-    found = measure(pictures, layouts[1:] + layouts[:1])
+    images, layouts = scenes(domain)
+    found = measure(images, layouts[1:] + layouts[:1])
     assert found.miou < 0.3
     assert found.iou50 < 0.25
     assert max(found.color_acc, found.shape_acc) < 0.3
@@ -93,8 +93,8 @@ def test_shuffled_layouts_are_near_chance(domain: str) -> None:
 )
 @pytest.mark.parametrize("domain", list(DOMAINS))
 def test_noise_blur_and_faded_colours_cost_little(domain: str, wear: Callable[[Image.Image], Image.Image]) -> None:
-    pictures, layouts = (part[:16] for part in scenes(domain))
-    found = measure([wear(picture) for picture in pictures], layouts)
+    images, layouts = (part[:16] for part in scenes(domain))
+    found = measure([wear(image) for image in images], layouts)
     miou, right = WORN[domain]
     assert found.miou >= miou
     assert min(found.iou50, found.color_acc, found.shape_acc) >= right
@@ -103,16 +103,16 @@ def test_noise_blur_and_faded_colours_cost_little(domain: str, wear: Callable[[I
 @pytest.mark.parametrize("side", [10, 14, 24, 44])
 def test_every_shape_and_colour_of_every_size(side: int) -> None:
     rng = np.random.default_rng(side)
-    pictures, layouts = [], []
+    images, layouts = [], []
     for color in COLORS:
         for shape in SHAPES:
             width, height = side * rng.uniform(1, 1.3, 2)
             x0, y0 = rng.uniform(1, 63 - width), rng.uniform(1, 63 - height)
             box = (x0, y0, x0 + width, y0 + height)
-            pictures.append(drawn((color, shape, box), grey=int(rng.choice([20, 130, 240]))))
+            images.append(drawn((color, shape, box), grey=int(rng.choice([20, 130, 240]))))
             relative = tuple(value / 64 for value in box)
             layouts.append(Layout("", (Box(relative, f"a {color} {shape}"),)))  # type: ignore[arg-type]
-    found = measure([noisy(picture, 3) for picture in pictures], layouts)
+    found = measure([noisy(image, 3) for image in images], layouts)
     assert (found.iou50, found.color_acc, found.shape_acc) == (1, 1, 1)
     assert found.miou > 0.96
 
@@ -128,18 +128,18 @@ def test_nothing_to_see_scores_zero() -> None:
 
 
 def test_wrong_colours_and_wrong_shapes_are_told_apart_from_wrong_boxes() -> None:
-    pictures, layouts = (part[:16] for part in scenes("basic"))
-    right, names = measure(pictures, layouts), list(COLORS)
-    other = measure(pictures, [renamed(x, lambda c, s: (names[names.index(c) - 1], s)) for x in layouts])
+    images, layouts = (part[:16] for part in scenes("basic"))
+    right, names = measure(images, layouts), list(COLORS)
+    other = measure(images, [renamed(x, lambda c, s: (names[names.index(c) - 1], s)) for x in layouts])
     assert (other.color_acc, other.shape_acc) == (0, right.shape_acc)
     assert other.miou == pytest.approx(right.miou, abs=0.01)
-    other = measure(pictures, [renamed(x, lambda c, s: (c, SHAPES[SHAPES.index(s) - 1])) for x in layouts])
+    other = measure(images, [renamed(x, lambda c, s: (c, SHAPES[SHAPES.index(s) - 1])) for x in layouts])
     assert (other.color_acc, other.shape_acc) == (right.color_acc, 0)
     assert other.miou == right.miou
 
 
 def test_another_box_convention_scores_low() -> None:
-    pictures, layouts = (part[:16] for part in scenes("basic"))
+    images, layouts = (part[:16] for part in scenes("basic"))
 
     def converted(change: Callable[..., tuple[float, ...]]) -> list[Layout]:
         return [
@@ -150,9 +150,9 @@ def test_another_box_convention_scores_low() -> None:
         ]
 
     transposed = converted(lambda x0, y0, x1, y1: (y0, x0, y1, x1))
-    assert measure(pictures, transposed).miou < 0.4
+    assert measure(images, transposed).miou < 0.4
     centred = converted(lambda x0, y0, x1, y1: (x0 - (x1 - x0) / 2, y0 - (y1 - y0) / 2, (x0 + x1) / 2, (y0 + y1) / 2))
-    assert measure(pictures, centred).miou < 0.4
+    assert measure(images, centred).miou < 0.4
 
 
 def test_objects_of_one_colour_that_touch_are_two_and_a_malformed_one_is_one() -> None:
@@ -192,12 +192,12 @@ def test_matching_prefers_the_colour_in_near_ties_and_reports_the_pure_iou() -> 
     assert (reading.iou, reading.color, reading.shape) == (0, False, False)
 
 
-def test_arrays_pictures_and_sizes_mean_the_same() -> None:
-    pictures, layouts = scenes("basic")
-    some = pictures[:6]
+def test_arrays_images_and_sizes_mean_the_same() -> None:
+    images, layouts = scenes("basic")
+    some = images[:6]
     assert detect_all(np.stack([np.asarray(p) for p in some])) == detect_all(some) == [detect(p) for p in some]
     larger: list[Image.Image] = [p.resize(s, Image.Resampling.BICUBIC) for p in some for s in ((96, 64), (333, 333))]
-    mixed = [picture for pair in zip(some, larger[::2], larger[1::2], strict=True) for picture in pair]
+    mixed = [image for pair in zip(some, larger[::2], larger[1::2], strict=True) for image in pair]
     found = measure(mixed, [layout for layout in layouts[:6] for _ in range(3)])
     assert found.miou > 0.97
     assert (found.color_acc, found.shape_acc) == (1, 1)
@@ -207,16 +207,16 @@ def test_arrays_pictures_and_sizes_mean_the_same() -> None:
 
 
 def test_what_measure_refuses_and_what_contributes_nothing() -> None:
-    pictures, layouts = scenes("basic")
+    images, layouts = scenes("basic")
     with pytest.raises(ValueError, match="2 images, but 3 layouts"):
-        measure(pictures[:2], layouts[:3])
+        measure(images[:2], layouts[:3])
     with pytest.raises(InputError, match="no boxes"):
-        measure(pictures[:1], [Layout("nothing")])
+        measure(images[:1], [Layout("nothing")])
     with pytest.raises(InputError, match="a sleeping cat"):
-        measure(pictures[:1], [Layout("", (Box((0, 0, 1, 1), "a sleeping cat"),))])
-    with_empty = measure([*pictures[:3], pictures[5]], [*layouts[:3], Layout("")])
-    assert with_empty == measure(pictures[:3], layouts[:3])
-    readings = per_picture(pictures[:3], layouts[:3])
+        measure(images[:1], [Layout("", (Box((0, 0, 1, 1), "a sleeping cat"),))])
+    with_empty = measure([*images[:3], images[5]], [*layouts[:3], Layout("")])
+    assert with_empty == measure(images[:3], layouts[:3])
+    readings = per_image(images[:3], layouts[:3])
     assert [len(boxes) for boxes in readings] == [len(layout.boxes) for layout in layouts[:3]]
     assert summarise([box for boxes in readings for box in boxes]) == with_empty
     assert set(with_empty.to_dict()) == {"miou", "iou50", "color_acc", "shape_acc", "boxes"}

@@ -13,7 +13,7 @@ from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import read_dataset, scan_dataset, write_dataset, write_splits
 from mmdit_lora.errors import InputError
 from mmdit_lora.outputs import MARKER
-from tests.data_makers import dataset, line, objects, picture
+from tests.data_makers import dataset, line, make_image, objects
 
 
 def only_box(folder: Path) -> tuple[float, ...]:
@@ -45,19 +45,19 @@ def test_a_line_overrides_what_was_given(tmp_path: Path) -> None:
     assert record.layout.boxes[0].xyxy == (0, 0, 0.5, 0.5)
 
 
-def test_pixels_are_those_of_the_upright_picture(tmp_path: Path) -> None:
+def test_pixels_are_those_of_the_upright_image(tmp_path: Path) -> None:
     dataset(tmp_path, line("turned.jpg", objects=objects([[0, 0, 20, 40]]), bbox_units="pixel"))
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "turned.jpg", (40, 20), exif=exif)
+    make_image(tmp_path / "turned.jpg", (40, 20), exif=exif)
     assert image_size(tmp_path / "turned.jpg") == load_image(tmp_path / "turned.jpg").size == (20, 40)
     assert only_box(tmp_path) == (0, 0, 1, 1)
 
 
-def test_where_order_extra_columns_and_repeated_pictures(tmp_path: Path) -> None:
+def test_where_order_extra_columns_and_repeated_images(tmp_path: Path) -> None:
     folder = dataset(tmp_path, line(source="x"), "", line("b.png"), line(caption="again"))
     records = read_dataset(folder)
-    assert [r.where for r in records] == [f"{folder}/metadata.jsonl:{n}" for n in (1, 3, 4)]
+    assert [r.location for r in records] == [f"{folder}/metadata.jsonl:{n}" for n in (1, 3, 4)]
     assert [r.image.name for r in records] == ["a.png", "b.png", "a.png"]
     assert records[0].extra == ("source",)
 
@@ -70,7 +70,7 @@ def test_a_byte_order_mark_and_no_boxes_are_fine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "L", "I;16", "1", "CMYK"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
+def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
     suffix = "tif" if mode in ("CMYK", "I;16") else "png"
     path = tmp_path / f"x.{suffix}"
     image = Image.new("L", (4, 4), 0)
@@ -87,12 +87,12 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert load_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_truncated_picture_is_found_when_it_is_loaded(tmp_path: Path) -> None:
+def test_a_truncated_image_is_found_when_it_is_loaded(tmp_path: Path) -> None:
     folder = dataset(tmp_path)
     data = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(data[: len(data) // 2])
     (record,) = read_dataset(folder)
-    with pytest.raises(InputError, match=r"metadata.jsonl:1: .*a.png: is no readable picture"):
+    with pytest.raises(InputError, match=r"metadata.jsonl:1: .*a.png: is no readable image"):
         record.load()
 
 
@@ -101,7 +101,7 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
         "ein Bild, \u2028 sagt sie",
         (Box((1 / 3, 0.1, 2 / 3, 0.9), "ein grüner Ball"), Box((0.5, 0.5, 0.5 + 1e-8, 1), "a line")),
     )
-    source = picture(tmp_path / "source.png")
+    source = make_image(tmp_path / "source.png")
     out = tmp_path / "out"
     write_dataset(
         out, [("a.png", Image.new("RGB", (8, 8)), layout), ("sub/b.png", source, layout), ("a.png", source, layout)]
@@ -149,7 +149,7 @@ def test_a_scan_goes_on_past_wrong_lines(tmp_path: Path) -> None:
 def test_check_counts_what_it_sees(tmp_path: Path) -> None:
     tiny = line("b.png", objects=objects([[0, 0, 0.005, 0.5]]), bbox_fromat="xyxy", source=1)
     report = check_dataset(read_dataset(dataset(tmp_path, line(), line(), tiny)))
-    assert (report.records, report.pictures, report.boxes, report.tiny_boxes, report.duplicate_records) == (
+    assert (report.records, report.images, report.boxes, report.tiny_boxes, report.duplicate_records) == (
         3,
         2,
         5,
@@ -157,7 +157,7 @@ def test_check_counts_what_it_sees(tmp_path: Path) -> None:
         1,
     )
     assert report.image_sizes == {"40x20": 1, "20x40": 1}
-    assert report.boxes_per_picture == {1: 1, 2: 2}
+    assert report.boxes_per_image == {1: 1, 2: 2}
     assert report.extra_columns == {"bbox_fromat": 1, "source": 1}
     assert any("did you mean 'bbox_format'" in warning for warning in report.warnings)
     assert report.ok

@@ -90,10 +90,10 @@ def test_energy_chooses_a_rank_for_each_linear(base: Path, tmp_path: Path) -> No
 
 def test_card_header_and_other_files_go_along(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base, rank_four)
-    (adapter / "samples.png").write_bytes(b"picture")
+    (adapter / "samples.png").write_bytes(b"image")
     resize_adapter(adapter, tmp_path / "small", rank=4)
     resize_adapter(tmp_path / "small", tmp_path / "smaller", rank=2)
-    assert (tmp_path / "smaller" / "samples.png").read_bytes() == b"picture"
+    assert (tmp_path / "smaller" / "samples.png").read_bytes() == b"image"
     before, after = read_adapter_header(adapter), read_adapter_header(tmp_path / "smaller")
     assert {key: after[key] for key in ("base", "fingerprint")} == {key: before[key] for key in ("base", "fingerprint")}
     assert (after["r"], after["alpha"]) == (2, 4)

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation import Detection, per_picture
+from mmdit_lora.evaluation import Detection, per_image
 from mmdit_lora.evaluation.detectors import Detector, SelfTest, match, open_detector, self_test
 from mmdit_lora.evaluation.detectors.matching import iou_table
 from mmdit_lora.evaluation.detectors.self_testing import TRUSTED, USELESS, shifted
@@ -22,8 +22,8 @@ from mmdit_lora.layout import Box, Layout
 
 @cache
 def scenes(domain: str = "mixed", count: int = 24) -> tuple[list[Image.Image], list[Layout]]:
-    pictures, layouts = zip(*(make_scene(DOMAINS[domain], 5, index) for index in range(count)), strict=True)
-    return list(pictures), list(layouts)
+    images, layouts = zip(*(make_scene(DOMAINS[domain], 5, index) for index in range(count)), strict=True)
+    return list(images), list(layouts)
 
 
 def layout(*boxes: tuple[tuple[float, float, float, float], str]) -> Layout:
@@ -71,15 +71,15 @@ def test_a_label_that_is_a_phrase_stands_for_no_other() -> None:
 
 @pytest.mark.parametrize("domain", ["mixed", "dense", "page"])
 def test_figures_of_the_exact_reader_are_its_own(domain: str) -> None:
-    pictures, layouts = scenes(domain)
-    worn = [picture.filter(ImageFilter.GaussianBlur(1.2)) for picture in pictures]
+    images, layouts = scenes(domain)
+    worn = [image.filter(ImageFilter.GaussianBlur(1.2)) for image in images]
     detector = open_detector("shapes")
     for shown, asked in ((worn, layouts), (worn, layouts[1:] + layouts[:1])):
         mine = [
             [(m.iou, m.color, m.shape) for m in match(things, one, by_label=detector.by_label, attributes=True)]
             for things, one in zip(detector.detect(shown, asked), asked, strict=True)
         ]
-        assert mine == [[(b.iou, b.color, b.shape) for b in boxes] for boxes in per_picture(shown, asked)]
+        assert mine == [[(b.iou, b.color, b.shape) for b in boxes] for boxes in per_image(shown, asked)]
     (blank,) = match([], layout((A, "a red circle")), by_label=False, attributes=True)
     assert (blank.color, blank.shape) == (False, False)
     (blank,) = match([], layout((A, "a red circle")), by_label=False)
@@ -87,24 +87,24 @@ def test_figures_of_the_exact_reader_are_its_own(domain: str) -> None:
 
 
 class Fake(Detector):
-    """Answers from the truth, with faults. Pictures are told apart by their pixels."""
+    """Answers from the truth, with faults. Images are told apart by their pixels."""
 
     name, by_label, attributes = "fake", True, False
 
     def __init__(self, *, jitter: float = 0.0, wrong_label: bool = False, extra: int = 0, copies_layout: bool = False):
-        pictures, layouts = scenes()
-        self.truth = {picture.tobytes(): one for picture, one in zip(pictures, layouts, strict=True)}
+        images, layouts = scenes()
+        self.truth = {image.tobytes(): one for image, one in zip(images, layouts, strict=True)}
         self.jitter, self.wrong_label, self.extra, self.copies_layout = jitter, wrong_label, extra, copies_layout
 
     def fingerprint(self) -> str:
         return "0" * 64
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         rng = np.random.default_rng(0)
         out = []
-        for picture, asked in zip(pictures, layouts, strict=True):
+        for image, asked in zip(images, layouts, strict=True):
             things = []
-            for box in asked.boxes if self.copies_layout else self.truth[picture.tobytes()].boxes:
+            for box in asked.boxes if self.copies_layout else self.truth[image.tobytes()].boxes:
                 moved = np.array(box.xyxy) + self.jitter * rng.normal(size=4) * np.array([box.width, box.height] * 2)
                 xyxy = tuple(moved.tolist())
                 things.append(Detection(xyxy, "a dog" if self.wrong_label else box.phrase, 0.9))
@@ -117,12 +117,12 @@ class Fake(Detector):
 
 
 class Anywhere(Fake):
-    """Many boxes everywhere, of every phrase that is asked for, whatever the picture."""
+    """Many boxes everywhere, of every phrase that is asked for, whatever the image."""
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         rng = np.random.default_rng(1)
         out = []
-        for _, asked in zip(pictures, layouts, strict=True):
+        for _, asked in zip(images, layouts, strict=True):
             places = rng.uniform(0, 0.8, (300, 2))
             sizes = rng.uniform(0.1, 0.5, (300, 2))
             out.append(
@@ -154,7 +154,7 @@ def test_a_perfect_answer_has_the_figures_of_perfection() -> None:
     assert (result.true.recall, result.true.precision, result.true.miou, result.true.label_agreement) == (1, 1, 1, 1)
     assert result.slope == pytest.approx(1)
     assert result.verdict == "trusted"
-    assert (result.pictures, result.unknown) == (24, 0)
+    assert (result.images, result.unknown) == (24, 0)
 
 
 @pytest.mark.parametrize(
@@ -178,17 +178,17 @@ def test_bad_detectors_are_seen_through(fake: Detector, verdict: str, blamed: st
 
 
 def test_boxes_of_phrases_that_it_does_not_know_are_left_out_and_counted() -> None:
-    pictures, layouts = scenes()
+    images, layouts = scenes()
     more = [replace(one, boxes=(*one.boxes, Box(A, "a dog"))) for one in layouts]
-    result, plain = self_test(open_detector(), pictures, more), self_test(open_detector(), pictures, layouts)
+    result, plain = self_test(open_detector(), images, more), self_test(open_detector(), images, layouts)
     assert result.unknown == len(layouts)
     assert replace(result, unknown=0) == plain
     with pytest.raises(InputError, match="knows none of the phrases"):
-        self_test(open_detector(), pictures, [layout((A, "a dog"))] * len(pictures))
-    with pytest.raises(InputError, match="a self-test of 1 picture"):
-        self_test(open_detector(), pictures[:1], layouts[:1])
-    with pytest.raises(ValueError, match="24 pictures, but 3 layouts"):
-        self_test(open_detector(), pictures, layouts[:3])
+        self_test(open_detector(), images, [layout((A, "a dog"))] * len(images))
+    with pytest.raises(InputError, match="a self-test of 1 image"):
+        self_test(open_detector(), images[:1], layouts[:1])
+    with pytest.raises(ValueError, match="24 images, but 3 layouts"):
+        self_test(open_detector(), images, layouts[:3])
 
 
 def test_shifts_go_to_where_there_is_room() -> None:

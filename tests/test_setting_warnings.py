@@ -21,7 +21,7 @@ from tests.test_trainer import make_config
 
 @pytest.fixture(scope="module")
 def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures whose texts are read whole."""
+    """Images whose texts are read whole."""
     return short_texts(data, tmp_path_factory.mktemp("short") / "shapes")
 
 
@@ -43,7 +43,7 @@ def test_nothing_is_said_of_a_run_as_it_is_meant(base: Path, short: Path, tmp_pa
             "train.warmup_steps 1,000 is not below max_steps 6: the learning rate reaches 5e-06 at most, 0.5 % of what is set",
         ),
         ({"warmup_steps": 4}, "the learning rate reaches 0.0075 at most, 75 % of what is set"),
-        ({"sample_every": 5}, "train.sample_every 5 is beyond max_steps 4: no picture is painted"),
+        ({"sample_every": 5}, "train.sample_every 5 is beyond max_steps 4: no image is painted"),
         ({"validate_every": 9}, "train.validate_every 9 is beyond max_steps 4: the only validation is at the end"),
         ({"checkpoint_every": 9}, "train.checkpoint_every 9 is beyond max_steps 4: the only checkpoint is at the end"),
         ({"ema_decay": 0.999}, "averages over some 1,000 steps, and the run has 4: the decay rises to 0.308 only"),
@@ -61,7 +61,7 @@ def test_a_setting_that_does_not_fit_the_run_is_said_once(
     assert len(lines) == 1
     assert text in lines[0]
     assert [check.name for check in report.checks if check.state == "warning"] == ["settings"]
-    assert all(check.cure for check in report.checks if check.state == "warning")
+    assert all(check.hint for check in report.checks if check.state == "warning")
 
 
 def test_the_rate_that_a_long_warm_up_is_said_to_reach_is_the_one_it_reaches(
@@ -69,7 +69,7 @@ def test_the_rate_that_a_long_warm_up_is_said_to_reach_is_the_one_it_reaches(
 ) -> None:
     rates: list[float] = []
     config = make_config(base, short, tmp_path, train={"warmup_steps": 8, "max_steps": 3, "preflight": False})
-    train(config, witness=lambda record: rates.append(record.learning_rate))
+    train(config, on_step=lambda record: rates.append(record.learning_rate))
     (line,) = [found for found, _ in setting_warnings(prepare_run(config, resume=True))]
     assert f"reaches {max(rates):g} at most" in line
 
@@ -89,10 +89,10 @@ def test_the_hold_out_is_named_where_it_leaves_too_few(base: Path, data: Path, t
     run = prepare_run(make_config(base, data, tmp_path, train={"batch_size": 10}))
     (failed,) = preflight(run, costly=False).failed
     assert failed.found == (
-        "a step takes 10 pictures, and there are 9 to train on: 3 of 12 are held out by data.validation_share 0.25"
+        "a step takes 10 images, and there are 9 to train on: 3 of 12 are held out by data.validation_share 0.25"
     )
-    assert failed.cure is not None
-    assert "data.validation_share=0" in failed.cure
+    assert failed.hint is not None
+    assert "data.validation_share=0" in failed.hint
 
 
 def test_long_captions_are_counted_in_one_line_and_not_told_one_by_one(

@@ -1,4 +1,4 @@
-"""The scene generator: pictures are a function of (spec, seed, index), and are what their layouts say."""
+"""The scene generator: images are a function of (spec, seed, index), and are what their layouts say."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def pixels(layout: Layout, spec: shapes.SceneSpec) -> list[tuple[float, float, f
 
 
 def test_a_scene_is_a_function_of_spec_seed_and_index() -> None:
-    picture, layout = make_scene(BASIC, 1, 2)
+    image, layout = make_scene(BASIC, 1, 2)
     again, same = make_scene(BASIC, 1, 2)
-    assert picture.tobytes() == again.tobytes()
+    assert image.tobytes() == again.tobytes()
     assert layout == same
     for other in (make_scene(BASIC, 1, 3), make_scene(BASIC, 2, 2)):
-        assert other[0].tobytes() != picture.tobytes()
+        assert other[0].tobytes() != image.tobytes()
         assert other[1] != layout
-    assert (picture.mode, picture.size) == ("RGB", (64, 64))
+    assert (image.mode, image.size) == ("RGB", (64, 64))
 
 
 def test_every_domain_keeps_its_spec(domain: tuple[shapes.SceneSpec, list[tuple[Image.Image, Layout]]]) -> None:
@@ -95,8 +95,8 @@ def test_phrases_that_are_not_ours(phrase: str) -> None:
 
 def test_the_background_is_grey_and_boxes_hold_their_colour() -> None:
     for index in range(10):
-        picture, layout = make_scene(BASIC, 4, index)
-        array = np.asarray(picture).astype(int)
+        image, layout = make_scene(BASIC, 4, index)
+        array = np.asarray(image).astype(int)
         outside = np.ones(array.shape[:2], bool)
         for box, (x0, y0, x1, y1) in zip(layout.boxes, pixels(layout, BASIC), strict=True):
             outside[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = False
@@ -125,7 +125,7 @@ def test_ink_touches_all_four_sides(shape: str) -> None:
                 assert math.ceil(high) - 2 <= last <= math.ceil(high) - 1
 
 
-def test_shapes_have_their_areas_and_may_leave_the_picture() -> None:
+def test_shapes_have_their_areas_and_may_leave_the_image() -> None:
     areas = {"circle": math.pi / 4, "square": 1, "triangle": 1 / 2, "diamond": 1 / 2, "cross": 5 / 9}
     for shape in SHAPES:
         whole = shape_coverage(shape, (8, 4, 56, 60), 64)
@@ -142,8 +142,8 @@ def test_a_data_set_reads_back(tmp_path: Path) -> None:
     records = read_dataset(tmp_path / "d")
     assert [record.image.name for record in records] == ["000000.png", "000001.png", "000002.png"]
     for index, record in enumerate(records):
-        picture, layout = make_scene(BASIC, 5, index)
-        assert record.load().tobytes() == picture.tobytes()
+        image, layout = make_scene(BASIC, 5, index)
+        assert record.load().tobytes() == image.tobytes()
         assert record.layout.caption == layout.caption
         for box, drawn in zip(record.layout.boxes, layout.boxes, strict=True):
             assert box.phrase == drawn.phrase

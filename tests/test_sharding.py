@@ -66,12 +66,12 @@ def test_the_cluster_files_are_whole() -> None:
     ],
 )
 def test_what_cannot_be_spread_is_refused(
-    kind: DistributedType, changes: dict[str, Any], where: str, base: Path, data: Path, tmp_path: Path
+    kind: DistributedType, changes: dict[str, Any], location: str, base: Path, data: Path, tmp_path: Path
 ) -> None:
     config = make_config(base, data, tmp_path, **changes)
     with pytest.raises(InputError) as caught:
         check_sharding(kind, config)
-    assert caught.value.where == where
+    assert caught.value.location == location
     check_sharding(DistributedType.MULTI_GPU, config)
     check_sharding(DistributedType.NO, config)
     check_sharding(kind, make_config(base, data, tmp_path))
@@ -87,19 +87,19 @@ def test_what_cannot_be_spread_is_refused(
     ],
 )
 def test_zero_is_taken_at_stages_2_and_3_with_the_optimizer_on_the_device(
-    zero: dict[str, Any], where: str | None, base: Path, data: Path, tmp_path: Path
+    zero: dict[str, Any], location: str | None, base: Path, data: Path, tmp_path: Path
 ) -> None:
     config = make_config(base, data, tmp_path, train={"max_grad_norm": 0.7, "batch_size": 2})
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
     accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    if where is None:
+    if location is None:
         set_engine(accelerator, config)
         assert plugin.deepspeed_config["gradient_clipping"] == 0.7
         assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
         return
     with pytest.raises(InputError) as caught:
         set_engine(accelerator, config)
-    assert where in (caught.value.where or "")
+    assert location in (caught.value.location or "")
 
 
 def launched(*command: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -116,14 +116,14 @@ def launched(*command: str, processes: int = 2) -> subprocess.CompletedProcess[s
 
 
 def written(
-    folder: Path, name: str, base: Path, pictures: Path, batch: int, *, accumulate: int = 1, average: bool = True
+    folder: Path, name: str, base: Path, images: Path, batch: int, *, accumulate: int = 1, average: bool = True
 ) -> Path:
     train = {"max_steps": 6, "batch_size": batch, "learning_rate": 1e-3, "checkpoint_every": 3, "validate_every": 3}
     train["gradient_accumulation"] = accumulate
     content = {
         "base": str(base),
         "output_dir": str(folder / name),
-        "data": {"path": str(pictures), "validation_share": 0.25},
+        "data": {"path": str(images), "validation_share": 0.25},
         "train": train | {"sample_every": 3, "sample_count": 2, "ema_decay": 0.5 * average, "log_every": 1},
         "sample": {"steps": 2},
     }

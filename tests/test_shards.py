@@ -40,7 +40,7 @@ from tests.test_trainer import stop_after
 LINE = {"caption": "a square", "objects": {"bbox": [[0.1, 0.2, 0.5, 0.6]], "phrase": ["a red square"]}}
 
 
-def picture(shade: int = 0, size: tuple[int, int] = (8, 4), ending: str = "PNG") -> bytes:
+def image(shade: int = 0, size: tuple[int, int] = (8, 4), ending: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, (shade % 256, shade // 256, 0)).save(file, ending)
     return file.getvalue()
@@ -114,17 +114,17 @@ def test_members_as_others_write_them(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "other.tar",
         {
-            "a/1.jpg": picture(ending="JPEG"),
+            "a/1.jpg": image(ending="JPEG"),
             "a/1.txt": b"a caption\n",
             "a/1.json": json.dumps({"objects": LINE["objects"]}).encode(),
             "a/1.cls": b"3",
             "b/1.seg.v2.json": b"{}",  # another ending, and of no meaning here
             "b/1.json": pixel,
-            "b/1.webp": picture(ending="WEBP"),
+            "b/1.webp": image(ending="WEBP"),
         },
     )
     first, second = open_shards(path)
-    assert (first.layout.caption, first.where) == ("a caption", f"{path}:a/1")
+    assert (first.layout.caption, first.location) == ("a caption", f"{path}:a/1")
     assert second.layout.boxes == (Box(xyxy=(0.25, 0.25, 0.75, 0.75), phrase="x"),)
     assert (second.name, second.extra) == ("1.webp", ("id",))
 
@@ -132,19 +132,19 @@ def test_members_as_others_write_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "place", "what"),
     [
-        ({"1.jpg": picture()}, "1", "has no .json"),
-        ({"1.json": as_json()}, "1", "has no picture"),
+        ({"1.jpg": image()}, "1", "has no .json"),
+        ({"1.json": as_json()}, "1", "has no image"),
         ({"1.png": b"", "1.json": as_json()}, "1", "0 bytes"),
-        ({"1.png": b"\x89PNG", "1.json": as_json()}, "1", "no readable picture"),
-        ({"1.png": picture(), "1.json": b"{"}, "1", "is not JSON"),
-        ({"1.png": picture(), "1.json": b"\xff"}, "1", "not UTF-8"),
-        ({"1.png": picture(), "1.json": b"[]"}, "1", "not an object"),
-        ({"1.png": picture(), "1.json": b'{"caption": "x"}'}, "1", "'objects' is missing"),
-        ({"1.png": picture(), "1.json": as_json(objects={"bbox": [[0, 0, 2, 1]], "phrase": ["x"]})}, "1", "2"),
-        ({"1.png": picture(), "1.jpg": picture(), "1.json": as_json()}, "1", "two members"),
-        ({"1.png": picture(), "2.png": picture(), "1.json": as_json(), "2.json": as_json()}, "1", "has no .json"),
+        ({"1.png": b"\x89PNG", "1.json": as_json()}, "1", "no readable image"),
+        ({"1.png": image(), "1.json": b"{"}, "1", "is not JSON"),
+        ({"1.png": image(), "1.json": b"\xff"}, "1", "not UTF-8"),
+        ({"1.png": image(), "1.json": b"[]"}, "1", "not an object"),
+        ({"1.png": image(), "1.json": b'{"caption": "x"}'}, "1", "'objects' is missing"),
+        ({"1.png": image(), "1.json": as_json(objects={"bbox": [[0, 0, 2, 1]], "phrase": ["x"]})}, "1", "2"),
+        ({"1.png": image(), "1.jpg": image(), "1.json": as_json()}, "1", "two members"),
+        ({"1.png": image(), "2.png": image(), "1.json": as_json(), "2.json": as_json()}, "1", "has no .json"),
         (
-            {"1.png": picture(), "1.json": as_json(), "2.png": picture(), "2.json": as_json(), "1.txt": b""},
+            {"1.png": image(), "1.json": as_json(), "2.png": image(), "2.json": as_json(), "1.txt": b""},
             "1",
             "twice",
         ),
@@ -154,7 +154,7 @@ def test_members_as_others_write_them(tmp_path: Path) -> None:
 def test_a_wrong_record_is_named_with_shard_and_key(
     members: dict[str, bytes], place: str | None, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = {"0.png": picture(), "0.json": as_json()} if place else {}
+    good = {"0.png": image(), "0.json": as_json()} if place else {}
     path = tar_of(tmp_path / "wrong.tar", {**good, **members})
     assert main(["data", "stats", str(path)]) == 2
     message = " ".join(capsys.readouterr().err.split())
@@ -174,7 +174,7 @@ def test_damage_anywhere_is_an_input_error_or_a_set_that_can_be_read(
 ) -> None:
     path = tmp_path / "x.tar"
     without_index(tmp_path)
-    tar_of(path, {"1.png": picture(), "1.json": as_json(), "2.txt": b"x", "2.png": picture(7), "2.json": as_json()})
+    tar_of(path, {"1.png": image(), "1.json": as_json(), "2.txt": b"x", "2.png": image(7), "2.json": as_json()})
     damaged = bytearray(path.read_bytes().rstrip(b"\0") + bytes(1024))
     for place, flip in flips:
         damaged[place % len(damaged)] ^= flip
@@ -201,20 +201,20 @@ def test_a_truncated_shard_is_refused(shards: Path, left: float, capsys: pytest.
 def test_a_shard_that_is_cut_between_two_records_is_refused(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "x.tar",
-        {f"{n}.{kind}": part for n in range(3) for kind, part in (("png", picture(n)), ("json", as_json()))},
+        {f"{n}.{kind}": part for n in range(3) for kind, part in (("png", image(n)), ("json", as_json()))},
     )
     with tarfile.open(path) as tar:
         third = tar.getmember("2.png").offset
     path.write_bytes(path.read_bytes()[:third])
     with pytest.raises(InputError, match="end-of-archive") as caught:
         open_shards(path)
-    assert caught.value.where == str(path)
+    assert caught.value.location == str(path)
 
 
 def test_a_stale_index_is_made_anew(shards: Path) -> None:
     shard = max(shards.glob("*.tar"))
     before = len(open_shards(shard))
-    tar_of(shard, {"new.png": picture(), "new.json": as_json(caption="other")})
+    tar_of(shard, {"new.png": image(), "new.json": as_json(caption="other")})
     (record,) = open_shards(shard)
     assert before > 1
     assert record.layout.caption == "other"
@@ -238,13 +238,13 @@ def test_a_damaged_index_is_made_anew(shards: Path, data: Path, damage: Callable
 
 
 def test_other_conventions_are_not_served_by_the_index(tmp_path: Path) -> None:
-    path = tar_of(tmp_path / "x.tar", {"1.png": picture(), "1.json": as_json()})
+    path = tar_of(tmp_path / "x.tar", {"1.png": image(), "1.json": as_json()})
     corners = open_shards(path)[0].layout.boxes[0].xyxy
     sides = open_shards(path, bbox_format="xywh")[0].layout.boxes[0].xyxy
     assert corners == (0.1, 0.2, 0.5, 0.6)
     assert sides == pytest.approx((0.1, 0.2, 0.6, 0.8))
     wide = as_json(objects={"bbox": [[0.5, 0, 0.5, 1]], "phrase": ["x"]})
-    path = tar_of(tmp_path / "y.tar", {"1.png": picture(), "1.json": wide})
+    path = tar_of(tmp_path / "y.tar", {"1.png": image(), "1.json": wide})
     assert open_shards(path, bbox_format="xywh")[0].layout.boxes[0].xyxy == (0.5, 0, 1, 1)
     with pytest.raises(InputError, match="its width is 0"):
         open_shards(path)
@@ -258,7 +258,7 @@ def test_bytes_that_change_during_a_run_are_noticed(shards: Path) -> None:
     shard.write_bytes(shard.read_bytes().replace(content, content[:-1] + b"?"))
     with pytest.raises(InputError, match="is not what it was") as caught:
         records[0].load()
-    assert caught.value.where == record.where
+    assert caught.value.location == record.location
 
 
 def test_an_index_that_cannot_be_kept_costs_one_remark(
@@ -279,7 +279,7 @@ def test_an_index_that_cannot_be_kept_costs_one_remark(
 
 def test_patterns_name_shards_in_order(tmp_path: Path) -> None:
     for number in range(3):
-        tar_of(tmp_path / f"set-{number:03d}.tar", {"1.png": picture(number), "1.json": as_json()})
+        tar_of(tmp_path / f"set-{number:03d}.tar", {"1.png": image(number), "1.json": as_json()})
     names = [str(tmp_path / f"set-{number:03d}.tar") for number in range(3)]
     for pattern in (str(tmp_path), str(tmp_path / "*.tar"), str(tmp_path / "set-{000..002}.tar")):
         assert expand(pattern, ".tar") == names
@@ -315,7 +315,7 @@ def test_memory_store(shards: Path, data: Path, monkeypatch: pytest.MonkeyPatch)
     records = open_shards(url)
     assert records.remarks == []
     assert same(records, read_dataset(data))
-    other = tar_of(shards.parent / "other.tar", {"1.png": picture(), "1.json": as_json()})
+    other = tar_of(shards.parent / "other.tar", {"1.png": image(), "1.json": as_json()})
     size, length = min(shards.glob("*.tar")).stat().st_size, other.stat().st_size
     memory.pipe_file(
         f"/{shards.parent.name}/{min(shards.glob('*.tar')).name}", other.read_bytes() + bytes(size - length)
@@ -402,12 +402,12 @@ def test_http_store_by_ranged_reads_that_are_tried_again(
     kind.fails = 2
     assert records[3].load().size == (64, 64)
     assert kind.fails == 0
-    (served,) = kind.served  # json and picture in one request, and not the whole shard
+    (served,) = kind.served  # json and image in one request, and not the whole shard
     assert served < find(str(min(shards.glob("*.tar")))).size / 2
     kind.fails = 99
     with pytest.raises(InputError, match="cannot be read") as caught:
         records[3].load()
-    assert caught.value.where == records.parts[0].name + ":000000003"
+    assert caught.value.location == records.parts[0].name + ":000000003"
     kind.fails, kind.ranged = 0, False
     with pytest.raises(InputError, match="whole file"):
         records[3].load()
@@ -431,7 +431,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("thousand")
     writer = ShardWriter(folder, size=300_000)
     for number in range(1000):
-        writer.add(picture(number), "png", Layout(caption=str(number), boxes=[]))
+        writer.add(image(number), "png", Layout(caption=str(number), boxes=[]))
     writer.close()
     assert writer.shards > 4
     return folder
@@ -468,7 +468,7 @@ def test_the_split_is_by_content_and_stays_when_others_come(thousand: Path, tmp_
     assert [training[i].layout.caption for i in (0, 450, -1)] == [training[:][i].layout.caption for i in (0, 450, -1)]
     writer = ShardWriter(tmp_path, size=10**9)
     for number in [*range(1000), *range(1000, 1100), *range(50)]:  # some new ones, and copies
-        writer.add(picture(number), "png", Layout(caption=str(number), boxes=[]))
+        writer.add(image(number), "png", Layout(caption=str(number), boxes=[]))
     writer.close()
     grown = open_shards(tmp_path)
     assert grown.split(0.0)[0].fingerprint() != training.fingerprint()
@@ -477,7 +477,7 @@ def test_the_split_is_by_content_and_stays_when_others_come(thousand: Path, tmp_
     assert len(both[1] & {r.layout.caption for r in more_held}) > 80
     assert len(more_training) + len(more_held) == len(grown)
     with pytest.raises(InputError, match="too few"):
-        open_shards(tar_of(tmp_path / "one.tar", {"1.png": picture(), "1.json": as_json()})).split(0.1)
+        open_shards(tar_of(tmp_path / "one.tar", {"1.png": image(), "1.json": as_json()})).split(0.1)
 
 
 def test_blocks_of_a_side_count_what_is_left_of_each(thousand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,7 +486,7 @@ def test_blocks_of_a_side_count_what_is_left_of_each(thousand: Path, monkeypatch
     training, held_out = records.split(0.2)
     for side in (training, held_out):
         assert side.blocks is not None
-        counted = [sum(r.where.startswith(part.name) for r in side) for part in records.parts]
+        counted = [sum(r.location.startswith(part.name) for r in side) for part in records.parts]
         assert list(side.blocks) == counted
     assert side.pixels().shape == (200, 2)
 
@@ -494,7 +494,7 @@ def test_blocks_of_a_side_count_what_is_left_of_each(thousand: Path, monkeypatch
 def test_buckets_of_shards_come_from_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ShardWriter(tmp_path, size=5_000)
     for number in range(60):
-        writer.add(picture(number, (64 + 16 * (number % 3), 64)), "png", Layout(caption=str(number), boxes=[]))
+        writer.add(image(number, (64 + 16 * (number % 3), 64)), "png", Layout(caption=str(number), boxes=[]))
     writer.close()
     training, _ = open_shards(tmp_path).split(0.2)
     buckets = make_buckets([64], [1.0, 1.5], multiple=8)
@@ -530,7 +530,7 @@ def test_training_from_shards_gives_the_bits_of_training_from_the_folder(
     adapters = []
     for name, source in (("folder", data), ("shards", shards)):
         result = train(config_of(base, source, tmp_path / "runs" / name))
-        assert result.report["pictures"] == 12
+        assert result.report["images"] == 12
         adapters.append(load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors"))
     assert adapters[0].keys() == adapters[1].keys()
     assert all(adapters[0][key].equal(adapters[1][key]) for key in adapters[0])
@@ -581,7 +581,7 @@ def test_the_verbs_that_look_at_data_look_at_shards(
     assert Image.open(tmp_path / "sheet.png").width > 64
     assert main(["data", "check", str(shards), "--out", str(tmp_path / "check"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["records"], report["pictures"]) == (12, 12)
+    assert (report["records"], report["images"]) == (12, 12)
     assert "12 of 12 records" in " ".join(report["notes"])
 
 

@@ -53,7 +53,7 @@ def make_setup(base: Path, data: Path, out: Path, name: str = "rank", **changes:
             "train": {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2},
         }
     )
-    values: dict[str, Any] = {"seeds": (0, 1), "pictures": 3, "quick": True, **changes}
+    values: dict[str, Any] = {"seeds": (0, 1), "images": 3, "quick": True, **changes}
     return Setup(name=name, config=config, out=out, **values)
 
 
@@ -368,7 +368,7 @@ def test_where_phrases_cannot_be_read_the_held_out_loss_decides(base: Path, data
     measures = [verdict["figures"]["measure"] for verdict in results["verdicts"]]
     assert measures == ["held-out loss below the base's", "loss in the old domain below the base's"]
     assert all(row["miou"] is None for row in results["settings"])
-    # The old pictures are the new ones here, all of them: both losses fall, in the same draws or others.
+    # The old images are the new ones here, all of them: both losses fall, in the same draws or others.
     full = results["settings"][-1]
     assert full["old_loss_minus_base"]["mean"] < 0
     assert full["loss_minus_base"]["mean"] < 0

@@ -19,7 +19,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.lora import load_adapter, save_adapter
 from mmdit_lora.lora.inject import add_layout_lora
 from mmdit_lora.lora.style import StyleReport
-from tests.pipeline_makers import RED, attention_kwargs_seen, differ, paint
+from tests.pipeline_makers import RED, attention_kwargs_seen, differ, generate
 from tests.style_makers import AB, ENCODERS, METHODS, NAMES, PLACES, Make, Maker, StyleFile, make_pipe
 from tests.tiny import trained_adapter
 
@@ -161,20 +161,20 @@ def test_a_style_for_all_parts_is_mixed_fused_and_taken_off(tmp_path: Path, pipe
         maker = Maker(pipe)
         (NAMES[family]["sd-scripts"], ENCODERS[family]["sd-scripts"])[0](maker)
         ENCODERS[family]["sd-scripts"](maker)
-        plain = paint(pipe, prompt="a red circle")
+        plain = generate(pipe, prompt="a red circle")
         load(pipe, maker.file, tmp_path)
-        styled = paint(pipe, prompt="a red circle")
+        styled = generate(pipe, prompt="a red circle")
         assert differ(styled, plain)
         pipe.set_adapters(["style"], [0.0])
-        np.testing.assert_allclose(paint(pipe, prompt="a red circle"), plain, atol=1e-6)
+        np.testing.assert_allclose(generate(pipe, prompt="a red circle"), plain, atol=1e-6)
         pipe.set_adapters(["style"], [1.0])
         pipe.fuse_lora(adapter_names=["style"])
         fused = {c: getattr(pipe, c) for c in {component for component, _ in maker.file.weights}}
         assert all(any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()) for model in fused.values())
-        np.testing.assert_allclose(paint(pipe, prompt="a red circle"), styled, atol=1e-4)
+        np.testing.assert_allclose(generate(pipe, prompt="a red circle"), styled, atol=1e-4)
         pipe.unfuse_lora()
         pipe.unload_lora_weights()
-        np.testing.assert_allclose(paint(pipe, prompt="a red circle"), plain, atol=1e-4)
+        np.testing.assert_allclose(generate(pipe, prompt="a red circle"), plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, -1.0, 2])
@@ -190,7 +190,9 @@ def test_the_scale_of_a_call_is_that_of_set_adapters_in_every_part(scale: float,
 
         def seen(pipe: Any, **attention: Any) -> tuple[np.ndarray, Tensor]:
             options = {"guidance_scale": 3.0, "joint_attention_kwargs": attention}
-            return paint(pipe, RED, **options), attention_kwargs_seen(pipe, RED, **options)[0]["layout"].phrase_embeds
+            return generate(pipe, RED, **options), attention_kwargs_seen(pipe, RED, **options)[0][
+                "layout"
+            ].phrase_embeds
 
         for tensors in (strong, encoders.file.tensors, whole.file.tensors | encoders.file.tensors):
             pipe.load_lora_weights(tensors, adapter_name="style")

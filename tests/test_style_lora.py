@@ -26,7 +26,7 @@ from mmdit_lora.lora import (
     remove_adapter,
     save_adapter,
 )
-from tests.pipeline_makers import FAMILIES, RED, differ, open_pipeline, paint, stock_of
+from tests.pipeline_makers import FAMILIES, RED, differ, generate, open_pipeline, stock_of
 from tests.tiny import VARIANTS, plain_twin, tiny_pipeline, tiny_transformer, trained_adapter
 
 SHORT_NAMES = ["to_q", "to_k", "to_v", "to_out.0"]  # as training scripts write them: they fit the layout stream's too
@@ -84,25 +84,25 @@ def equal_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def test_a_style_acts_as_on_the_stock_pipeline_and_leaves_the_stream_alone(pipe: Any, files: dict[str, Path]) -> None:
     stock = stock_of(pipe)
-    plain = paint(pipe, prompt="a red circle")
+    plain = generate(pipe, prompt="a red circle")
     for each in (pipe, stock):
         each.load_lora_weights(files["style"], adapter_name="style")
-    styled = paint(pipe, prompt="a red circle")
+    styled = generate(pipe, prompt="a red circle")
     assert differ(styled, plain)
-    assert np.array_equal(styled, paint(stock, "a red circle"))
+    assert np.array_equal(styled, generate(stock, "a red circle"))
     places = {name for name, m in pipe.transformer.named_modules() if isinstance(m, BaseTunerLayer)}
     assert places == {name for name, m in stock.transformer.named_modules() if isinstance(m, BaseTunerLayer)}
     assert not is_layout_adapter(pipe.transformer, "style")
     pipe.unload_lora_weights()
-    assert np.array_equal(paint(pipe, prompt="a red circle"), plain)
+    assert np.array_equal(generate(pipe, prompt="a red circle"), plain)
 
 
 def test_both_act_and_the_style_is_left_as_it_was(pipe: Any, files: dict[str, Path]) -> None:
     transformer = pipe.transformer
-    bare = paint(pipe, RED)
+    bare = generate(pipe, RED)
     pipe.load_lora_weights(files["style"], adapter_name="style")
     pipe.set_adapters("style", 0.6)
-    style_alone = paint(pipe, RED)
+    style_alone = generate(pipe, RED)
     assert base_fingerprint(transformer) == base_fingerprint(open_pipeline_again(pipe).transformer)
     before, names = adapter_state(transformer, "style"), [n for n, _ in transformer.named_parameters()]
     assert all(state[:2] == (1.2, True) for state in before.values())  # 0.6 x alpha / r
@@ -110,60 +110,60 @@ def test_both_act_and_the_style_is_left_as_it_was(pipe: Any, files: dict[str, Pa
     load_adapter(transformer, files["layout"], adapter_name="layout")
     assert transformer.active_adapters() == ["style", "layout"]
     assert equal_states(adapter_state(transformer, "style"), before)
-    both = paint(pipe, RED)
+    both = generate(pipe, RED)
 
     layout_pipe = open_pipeline_again(pipe)
     load_adapter(layout_pipe.transformer, files["layout"], adapter_name="layout")
-    layout_alone = paint(layout_pipe, RED)
+    layout_alone = generate(layout_pipe, RED)
     assert all(differ(a, b) for a, b in ((both, style_alone), (both, layout_alone), (both, bare), (style_alone, bare)))
     # Weights of both can be chosen in one place.
     pipe.set_adapters(["style", "layout"], [0.0, 1.0])
-    np.testing.assert_allclose(paint(pipe, RED), layout_alone, atol=1e-5)
+    np.testing.assert_allclose(generate(pipe, RED), layout_alone, atol=1e-5)
     pipe.set_adapters(["style", "layout"], [0.6, 1.0])
-    assert np.array_equal(paint(pipe, RED), both)
+    assert np.array_equal(generate(pipe, RED), both)
 
     remove_adapter(transformer, "layout")
     assert transformer.active_adapters() == ["style"]
     assert equal_states(adapter_state(transformer, "style"), before)
     assert [n for n, _ in transformer.named_parameters()] == names  # no empty LoRA layer is left in the stream
-    assert np.array_equal(paint(pipe, RED), style_alone)
+    assert np.array_equal(generate(pipe, RED), style_alone)
 
 
 def test_a_style_on_top_of_a_layout_adapter_and_off_again(pipe: Any, files: dict[str, Path]) -> None:
     load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
-    layout_alone = paint(pipe, RED)
+    layout_alone = generate(pipe, RED)
     before = adapter_state(pipe.transformer, "layout")
     pipe.load_lora_weights(files["style"], adapter_name="style")
     assert pipe.transformer.active_adapters() == ["layout", "style"]
     assert equal_states(adapter_state(pipe.transformer, "layout"), before)
-    both = paint(pipe, RED)
+    both = generate(pipe, RED)
     assert differ(both, layout_alone)
 
     other = open_pipeline_again(pipe)
     other.load_lora_weights(files["style"], adapter_name="style")
     load_adapter(other.transformer, files["layout"], adapter_name="layout")
-    assert np.array_equal(paint(other, RED), both)  # the order does not matter
+    assert np.array_equal(generate(other, RED), both)  # the order does not matter
 
     pipe.delete_adapters("style")
     assert equal_states(adapter_state(pipe.transformer, "layout"), before)
-    assert np.array_equal(paint(pipe, RED), layout_alone)
+    assert np.array_equal(generate(pipe, RED), layout_alone)
 
 
 def test_what_is_off_stays_off(pipe: Any, files: dict[str, Path]) -> None:
     pipe.load_lora_weights(files["style"], adapter_name="style")
     load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
     pipe.set_adapters("layout")
-    layout_alone = paint(pipe, RED)
+    layout_alone = generate(pipe, RED)
     load_adapter(pipe.transformer, files["layout"], adapter_name="again", allow_same=True)
     assert pipe.transformer.active_adapters() == ["layout", "again"]
     remove_adapter(pipe.transformer, "again")
     assert pipe.transformer.active_adapters() == ["layout"]
-    assert np.array_equal(paint(pipe, RED), layout_alone)
+    assert np.array_equal(generate(pipe, RED), layout_alone)
     # The only active one goes: nothing takes its place.
     remove_adapter(pipe.transformer, "layout")
     assert pipe.transformer.active_adapters() == []
     assert not any(active for _, active, *_ in adapter_state(pipe.transformer, "style").values())
-    assert np.array_equal(paint(pipe, RED), paint(open_pipeline_again(pipe), RED))
+    assert np.array_equal(generate(pipe, RED), generate(open_pipeline_again(pipe), RED))
 
 
 def test_a_layout_adapter_trains_beside_a_frozen_style(pipe: Any, files: dict[str, Path]) -> None:
@@ -257,14 +257,14 @@ def test_what_is_loaded_after_disable_lora_acts_wholly_and_alone(pipe: Any, file
         switched = fresh(lambda made: made.load_lora_weights(one, adapter_name="one"))
         switched.disable_lora()
         load(switched)
-        assert np.array_equal(paint(switched, RED), paint(fresh(load), RED)), load.__name__
+        assert np.array_equal(generate(switched, RED), generate(fresh(load), RED)), load.__name__
         (name,) = switched.transformer.active_adapters()
         assert name != "one"
         # Chosen again, both act, in every component.
         switched.set_adapters(["one", name])
         both = fresh(lambda made: made.load_lora_weights(one, adapter_name="one"), load)
         both.set_adapters(["one", name])
-        assert np.array_equal(paint(switched, RED), paint(both, RED)), load.__name__
+        assert np.array_equal(generate(switched, RED), generate(both, RED)), load.__name__
 
 
 def test_a_load_that_is_refused_leaves_what_is_switched_off_as_it_is(pipe: Any, files: dict[str, Path]) -> None:
@@ -295,7 +295,7 @@ def test_adapters_are_chosen_once_by_names_that_are_loaded(pipe: Any, files: dic
     for names, weights, says in (
         (["layout", "layout"], None, "'layout': is named twice"),
         ([], None, "no adapter is named"),
-        (["nope"], None, "'nope': no such adapter\n  to mend it: loaded: layout, style"),
+        (["nope"], None, "'nope': no such adapter\n  hint: loaded: layout, style"),
         (5, None, "5: no such adapter"),
         (None, None, "None: no such adapter"),
         (["layout"], [1.0, 2.0], "2 weights for 1 adapters"),
@@ -317,7 +317,7 @@ def test_adapters_are_chosen_once_by_names_that_are_loaded(pipe: Any, files: dic
         pipe.transformer.delete_adapters,
         lambda name: pipe.set_lora_device(name, "cpu"),
     ):
-        with pytest.raises(InputError, match="'nope': no such adapter\n  to mend it: loaded: layout, style"):
+        with pytest.raises(InputError, match="'nope': no such adapter\n  hint: loaded: layout, style"):
             call("nope")
     for state, name in zip(before, ("layout", "style"), strict=True):
         assert equal_states(adapter_state(pipe.transformer, name), state)
@@ -334,24 +334,24 @@ def test_adapters_are_chosen_once_by_names_that_are_loaded(pipe: Any, files: dic
 
 
 def test_a_style_on_a_text_encoder_alone_is_chosen_fused_and_deleted(pipe: Any) -> None:
-    plain = paint(pipe, RED)
+    plain = generate(pipe, RED)
     pipe.load_lora_weights(lora_of(pipe, te_q(pipe)), adapter_name="style")
-    styled = paint(pipe, RED)
+    styled = generate(pipe, RED)
     assert differ(styled, plain)
     pipe.set_adapters("style", 0.0)
-    np.testing.assert_allclose(paint(pipe, RED), plain, atol=1e-6)
+    np.testing.assert_allclose(generate(pipe, RED), plain, atol=1e-6)
     pipe.set_adapters("style")
     pipe.fuse_lora(adapter_names="style")
-    np.testing.assert_allclose(paint(pipe, RED), styled, atol=1e-4)
+    np.testing.assert_allclose(generate(pipe, RED), styled, atol=1e-4)
     with pytest.raises(InputError, match="fused into the weights: style"):
         pipe.delete_adapters("style")
     pipe.unfuse_lora()
     pipe.delete_adapters(["style"])
-    np.testing.assert_allclose(paint(pipe, RED), plain, atol=1e-4)
+    np.testing.assert_allclose(generate(pipe, RED), plain, atol=1e-4)
 
 
 def test_a_fused_adapter_is_neither_removed_nor_joined(pipe: Any, files: dict[str, Path], tmp_path: Path) -> None:
-    plain = paint(pipe, RED)
+    plain = generate(pipe, RED)
     load_adapter(pipe.transformer, files["layout"], adapter_name="layout")
     save_adapter(
         pipe.transformer,
@@ -359,9 +359,9 @@ def test_a_fused_adapter_is_neither_removed_nor_joined(pipe: Any, files: dict[st
         metadata={"base": "tiny", "fingerprint": base_fingerprint(pipe.transformer)},
         adapter_name="layout",
     )
-    with_layout = paint(pipe, RED)
+    with_layout = generate(pipe, RED)
     pipe.fuse_lora()
-    fused = paint(pipe, RED)
+    fused = generate(pipe, RED)
     np.testing.assert_allclose(fused, with_layout, atol=1e-4)
     for call in (
         lambda: remove_adapter(pipe.transformer, "layout"),
@@ -376,16 +376,14 @@ def test_a_fused_adapter_is_neither_removed_nor_joined(pipe: Any, files: dict[st
         lambda: add_layout_lora(pipe.transformer),
         lambda: pipe.transformer.add_adapter(peft.LoraConfig(target_modules=["attn.to_q"])),
     ):
-        with pytest.raises(
-            InputError, match=r"fused into the weights: layout\n  to mend it: call `unfuse_lora\(\)` first"
-        ):
+        with pytest.raises(InputError, match=r"fused into the weights: layout\n  hint: call `unfuse_lora\(\)` first"):
             call()
-    assert np.array_equal(paint(pipe, RED), fused)
+    assert np.array_equal(generate(pipe, RED), fused)
     pipe.unfuse_lora()
-    np.testing.assert_allclose(paint(pipe, RED), with_layout, atol=1e-4)
+    np.testing.assert_allclose(generate(pipe, RED), with_layout, atol=1e-4)
     pipe.fuse_lora()
     pipe.unload_lora_weights()  # diffusers' way to keep it in the weights
-    np.testing.assert_allclose(paint(pipe, RED), with_layout, atol=1e-4)
+    np.testing.assert_allclose(generate(pipe, RED), with_layout, atol=1e-4)
     assert differ(with_layout, plain)
     with pytest.raises(InputError, match="layout was fused into them, and unloaded"):
         load_adapter(pipe.transformer, tmp_path / "stated")
@@ -397,7 +395,7 @@ def test_only_a_number_scales_what_is_fused(pipe: Any, files: dict[str, Path], s
     for target in (pipe, pipe.transformer):
         with pytest.raises(InputError, match="lora_scale: is "):
             target.fuse_lora(lora_scale=scale)
-        with pytest.raises(InputError, match="'nope': no such adapter\n  to mend it: loaded: layout"):
+        with pytest.raises(InputError, match="'nope': no such adapter\n  hint: loaded: layout"):
             target.fuse_lora(adapter_names=["layout", "nope"])
     with pytest.raises(InputError, match="'vae' carries no LoRA"):
         pipe.fuse_lora(["vae"])
@@ -427,7 +425,7 @@ def test_an_adapter_has_a_name_that_a_module_can_have(pipe: Any, files: dict[str
 
 def test_a_pipeline_that_peft_wrapped_says_so(pipe: Any, files: dict[str, Path]) -> None:
     pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, str(files["layout"]))
-    wrapped = paint(pipe, RED)
+    wrapped = generate(pipe, RED)
     for call, model in (
         (lambda: load_adapter(pipe.transformer, files["layout"]), "model"),
         (lambda: remove_adapter(pipe.transformer), "model"),
@@ -438,14 +436,14 @@ def test_a_pipeline_that_peft_wrapped_says_so(pipe: Any, files: dict[str, Path])
         with pytest.raises(InputError) as refusal:
             call()
         assert f"{model}: is a PeftModel around a " in str(refusal.value)
-        assert f"has adapters already: default\n  to mend it: take `{model}.get_base_model()`" in str(refusal.value)
+        assert f"has adapters already: default\n  hint: take `{model}.get_base_model()`" in str(refusal.value)
     pipe.transformer = pipe.transformer.get_base_model()
-    assert np.array_equal(paint(pipe, RED), wrapped)
+    assert np.array_equal(generate(pipe, RED), wrapped)
     with pytest.raises(InputError, match="on the model already, as 'default'"):
         load_adapter(pipe.transformer, files["layout"], adapter_name="again")
     pipe.load_lora_weights(files["style"], adapter_name="style")
     pipe.delete_adapters("style")
-    assert np.array_equal(paint(pipe, RED), wrapped)
+    assert np.array_equal(generate(pipe, RED), wrapped)
 
 
 # -- kohya's names
@@ -597,12 +595,12 @@ def test_kohya_flux_is_what_the_stock_pipeline_makes_of_it(tmp_path: Path) -> No
         state[f"lora_unet_{name}.alpha"] = torch.tensor(2.0)
     save_file(state, tmp_path / "style.safetensors")
     stock = stock_of(pipe)
-    plain = paint(pipe, prompt="a red circle")
+    plain = generate(pipe, prompt="a red circle")
     for each in (pipe, stock):
         each.load_lora_weights(tmp_path / "style.safetensors", adapter_name="style")
-    styled = paint(pipe, prompt="a red circle")
+    styled = generate(pipe, prompt="a red circle")
     assert differ(styled, plain)
-    assert np.array_equal(styled, paint(stock, "a red circle"))
+    assert np.array_equal(styled, generate(stock, "a red circle"))
     places = {name for name, m in pipe.transformer.named_modules() if isinstance(m, BaseTunerLayer)}
     assert len(places) == 5
     assert not any("layout" in name for name in places)

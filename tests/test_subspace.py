@@ -184,7 +184,7 @@ def test_a_subspace_run_that_was_stopped_goes_on_to_the_same_weights(base: Path,
             raise Enough
 
     with pytest.raises(Enough):
-        train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), witness=stop)
+        train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), on_step=stop)
     train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), resume=True)
     files = [next((tmp_path / run / "base/transformer").glob("*.safetensors")) for run in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()

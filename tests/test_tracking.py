@@ -48,7 +48,7 @@ def start(tracker: str, folder: Path, **changes: Any) -> Tracker:
     return make_tracker(tracker, **values)
 
 
-def pictures(size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
+def images(size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
     return [Image.new("RGB", size, color) for color in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
 
 
@@ -62,11 +62,11 @@ def wandb_run(folder: Path) -> OfflineRun:
     tracker = start("wandb", folder, run_id="abc123")
     for step in range(1, 4):
         tracker.log(step, {"loss": 1 / step, "learning_rate": 1e-4 * step})
-        tracker.pictures(step, "samples", pictures(), LAYOUTS)
+        tracker.log_images(step, "samples", images(), LAYOUTS)
     tracker.log(3, {"fidelity/miou": 0.75, "bad": math.nan, "worse": math.inf})
-    sizes = [*pictures()[:1], *pictures((64, 32))[1:]]
-    tracker.pictures(3, "mixed", sizes, LAYOUTS)
-    tracker.pictures(3, "none", [], [])
+    sizes = [*images()[:1], *images((64, 32))[1:]]
+    tracker.log_images(3, "mixed", sizes, LAYOUTS)
+    tracker.log_images(3, "none", [], [])
     tracker.summary({"best_miou": 0.75, "adapter": Path("out/adapter")})
     assert tracker.run_id == "abc123"
     assert Path(tracker.location or "").is_dir()
@@ -92,29 +92,29 @@ def test_wandb_config_and_summary(wandb_run: OfflineRun) -> None:
     assert wandb_run.summary["loss"] == pytest.approx(1 / 3)
 
 
-def test_wandb_pictures_with_boxes(wandb_run: OfflineRun) -> None:
-    logged = wandb_run.pictures("samples")
+def test_wandb_images_with_boxes(wandb_run: OfflineRun) -> None:
+    logged = wandb_run.images("samples")
     assert sorted(logged) == [1, 2, 3]
     ids: dict[str, int] = {}
     for step in logged:
-        for number, (picture, layout) in enumerate(zip(logged[step], LAYOUTS, strict=True)):
-            with Image.open(picture["path"]) as image:
+        for number, (image, layout) in enumerate(zip(logged[step], LAYOUTS, strict=True)):
+            with Image.open(image["path"]) as image:
                 assert image.size == (64, 64)
-                assert image.getpixel((0, 0)) == pictures()[number].getpixel((0, 0))
-            assert picture["caption"] == layout.caption
-            assert len(picture["boxes"]) == len(layout.boxes)
-            for item, box in zip(picture["boxes"], layout.boxes, strict=True):
+                assert image.getpixel((0, 0)) == images()[number].getpixel((0, 0))
+            assert image["caption"] == layout.caption
+            assert len(image["boxes"]) == len(layout.boxes)
+            for item, box in zip(image["boxes"], layout.boxes, strict=True):
                 place = item["position"]
                 assert (place["minX"], place["minY"], place["maxX"], place["maxY"]) == pytest.approx(box.xyxy)
-                assert item.get("domain") is None  # relative to the picture
+                assert item.get("domain") is None  # relative to the image
                 assert item["box_caption"] == box.phrase
                 assert ids.setdefault(box.phrase, item["class_id"]) == item["class_id"]
     assert len(set(ids.values())) == 2
 
 
-def test_wandb_pictures_of_several_sizes(wandb_run: OfflineRun) -> None:
-    assert len(wandb_run.pictures("mixed_64x64")[3]) == 1
-    assert [picture["caption"] for picture in wandb_run.pictures("mixed_64x32")[3]] == ["nothing", "one thing"]
+def test_wandb_images_of_several_sizes(wandb_run: OfflineRun) -> None:
+    assert len(wandb_run.images("mixed_64x64")[3]) == 1
+    assert [image["caption"] for image in wandb_run.images("mixed_64x32")[3]] == ["nothing", "one thing"]
 
 
 def test_wandb_resume_drops_nothing(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_wandb_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker = start("wandb", tmp_path, mode=None)
     tracker.log(1, {"loss": 1.0})
-    tracker.pictures(1, "samples", pictures(), LAYOUTS)
+    tracker.log_images(1, "samples", images(), LAYOUTS)
     tracker.summary({"a": 1})
     assert tracker.location is None
     tracker.finish()
@@ -176,7 +176,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     tracker = start("tensorboard", tmp_path)
     for step in range(1, 4):
         tracker.log(step, {"loss": 1 / step, "bad": math.nan, "worse": math.inf})
-    tracker.pictures(3, "samples", pictures(), LAYOUTS)
+    tracker.log_images(3, "samples", images(), LAYOUTS)
     tracker.summary({"best_miou": 0.75})
     tracker.finish()
     assert tracker.run_id == "try"
@@ -222,7 +222,7 @@ def test_none_and_unknown(tmp_path: Path) -> None:
     assert tracker.run_id is None
     assert tracker.location is None
     tracker.log(1, {"loss": math.nan})
-    tracker.pictures(1, "samples", pictures(), LAYOUTS)
+    tracker.log_images(1, "samples", images(), LAYOUTS)
     tracker.summary({})
     tracker.finish()
     assert not list(tmp_path.iterdir())
@@ -231,10 +231,10 @@ def test_none_and_unknown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_each_picture_needs_its_layout(tmp_path: Path, name: str) -> None:
+def test_each_image_needs_its_layout(tmp_path: Path, name: str) -> None:
     tracker = start(name, tmp_path, mode="disabled")
     with pytest.raises(ValueError, match="3 images but 2 layouts"):
-        tracker.pictures(1, "samples", pictures(), LAYOUTS[:2])
+        tracker.log_images(1, "samples", images(), LAYOUTS[:2])
     tracker.finish()
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from mmdit_lora.config.loading import Config
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.checkpoint import checkpoints
-from mmdit_lora.training.resumable_tracker import JOURNAL, with_journal
+from mmdit_lora.training.resumable_tracker import JOURNAL, resumable
 from mmdit_lora.training.tracking import Tracker
 from mmdit_lora.training.trainer import train
 from tests.test_kill import train_here
@@ -98,8 +98,8 @@ def test_a_killed_and_resumed_run_is_one_curve(
     assert {"grad_norm", "grad_norm/layout_processor", "grad_norm/transformer_blocks.00", "speed/samples_per_s"} <= keys
     for key in ["held_out/loss", *(f"held_out/loss_t{n}" for n in range(4)), "layout/shuffled_minus_true"]:
         assert [step for step, name in rows if name == key] == [3, 6, 9], key
-    pictures = "samples" if tracker == "wandb" else "samples/0"
-    shown = [step for step, name in rows if name == pictures]
+    images = "samples" if tracker == "wandb" else "samples/0"
+    shown = [step for step, name in rows if name == images]
     # W&B loses what does not fill 32 KiB; the best validation, of step 6, is a checkpoint too, so that it is not done again.
     assert shown == ([] if (tracker, killed_at) == ("wandb", 7) else [6])
 
@@ -139,7 +139,7 @@ class Remembers(Tracker):
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self.rows.append((step, dict(scalars)))
 
-    def pictures(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
+    def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
         assert len(images) == len(layouts)
         self.shown.append((step, key))
 
@@ -151,10 +151,10 @@ class Remembers(Tracker):
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
     """A folder with the journal of a run that was killed while it wrote its fourth row."""
-    tracker = with_journal(tmp_path, "wandb", lambda _: Remembers("one", set()), run_id=None, step=0, resume=False)
+    tracker = resumable(tmp_path, "wandb", lambda _: Remembers("one", set()), run_id=None, step=0, resume=False)
     for step in (1, 2, 3):
         tracker.log(step, {"loss": step / 2})
-    tracker.pictures(3, "samples", [], [])
+    tracker.log_images(3, "samples", [], [])
     with (tmp_path / JOURNAL).open("a") as file:
         file.write('{"step": 4, "sca')
     return tmp_path
@@ -162,7 +162,7 @@ def begun(tmp_path: Path) -> Path:
 
 def resumed(folder: Path, there: set[tuple[int, str]] | None, name: str = "wandb", **options: Any) -> Any:
     options = {"run_id": None, "step": 2, "resume": True} | options
-    return with_journal(folder, name, lambda run_id: Remembers(run_id, there), **options)
+    return resumable(folder, name, lambda run_id: Remembers(run_id, there), **options)
 
 
 def test_rows_that_the_tracker_lost_are_logged_again_and_others_are_not(begun: Path) -> None:
@@ -171,10 +171,10 @@ def test_rows_that_the_tracker_lost_are_logged_again_and_others_are_not(begun: P
     assert tracker.tracker.rows == [(2, {"loss": 1.0})], "the checkpoint is of step 2: step 3 will be done again"
     tracker.log(3, {"loss": 1.5})
     tracker.log(3, {"loss": 1.5, "held_out/loss": 0.5})
-    tracker.pictures(3, "samples", [], [])
+    tracker.log_images(3, "samples", [], [])
     tracker.log(4, {"loss": 2.0})
     assert tracker.tracker.rows[1:] == [(3, {"loss": 1.5}), (3, {"held_out/loss": 0.5}), (4, {"loss": 2.0})]
-    assert tracker.tracker.shown == [(3, "samples")], "lost pictures of a step that is done again are shown again"
+    assert tracker.tracker.shown == [(3, "samples")], "lost images of a step that is done again are shown again"
     lines = [json.loads(line) for line in (begun / JOURNAL).read_text().splitlines()]
     assert [line.get("step") for line in lines] == [None, 1, 2, 3, 3, 3, 4]
 
@@ -183,7 +183,7 @@ def test_rows_behind_the_checkpoint_that_the_tracker_has_are_not_logged_again(be
     tracker = resumed(begun, {(1, "loss"), (2, "loss"), (3, "loss"), (3, "samples")}, step=0)
     for step in (1, 2, 3, 4):
         tracker.log(step, {"loss": step / 2})
-    tracker.pictures(3, "samples", [], [])
+    tracker.log_images(3, "samples", [], [])
     assert tracker.tracker.rows == [(4, {"loss": 2.0})]
     assert tracker.tracker.shown == []
 
@@ -191,7 +191,7 @@ def test_rows_behind_the_checkpoint_that_the_tracker_has_are_not_logged_again(be
 def test_where_nobody_can_tell_the_journal_is_believed(begun: Path) -> None:
     tracker = resumed(begun, None)
     tracker.log(3, {"loss": 1.5})
-    tracker.pictures(3, "samples", [], [])
+    tracker.log_images(3, "samples", [], [])
     tracker.log(4, {"loss": 2.0})
     assert tracker.tracker.rows == [(4, {"loss": 2.0})]
     assert tracker.tracker.shown == []

@@ -43,7 +43,7 @@ def test_a_run_begins_from_an_adapter_with_a_fresh_optimizer_and_schedule(
     assert not run.optimizer.state
     assert set(run.pipe.transformer.peft_config) == {"default"}
     rates: list[float] = []
-    report = train(config, witness=lambda record: rates.append(record.learning_rate)).report
+    report = train(config, on_step=lambda record: rates.append(record.learning_rate)).report
     assert rates[0] == config.train.learning_rate
     # The base's own loss is that of the base, not of the adapter that it began from.
     assert report["held_out_loss"]["base"] == pytest.approx(
@@ -81,7 +81,7 @@ def test_an_adapter_that_does_not_fit_is_one_error_that_states_both(
 ) -> None:
     with pytest.raises(InputError) as caught:
         prepare_run(make_config(base, data, tmp_path / "run", lora={"start": str(first / "adapter"), **lora}))
-    assert caught.value.where == "lora.start"
+    assert caught.value.location == "lora.start"
     assert all(text in caught.value.what for text in says), caught.value.what
     assert not (tmp_path / "run").exists()
 
@@ -95,7 +95,7 @@ def test_another_base_of_equal_shapes_and_no_adapter_are_refused(
     for place, start in ((tmp_path / "other", first / "adapter"), (base, tmp_path / "nothing"), (base, first)):
         with pytest.raises(InputError) as caught:
             prepare_run(make_config(place, data, tmp_path / "run", lora={"start": str(start)}))
-        assert (caught.value.where or "").startswith("lora.start")
+        assert (caught.value.location or "").startswith("lora.start")
     with pytest.raises(ValueError, match="trains no LoRA"):
         make_config(base, data, tmp_path / "run", method="full", lora={"start": str(first / "adapter")})
 
@@ -120,7 +120,7 @@ def test_a_run_that_began_from_an_adapter_resumes_to_the_bit_also_without_it(
 
 def rates_of(config: Any, **options: Any) -> dict[int, float]:
     seen: list[StepRecord] = []
-    train(config, witness=seen.append, **options)
+    train(config, on_step=seen.append, **options)
     return {record.step: record.learning_rate for record in seen}
 
 
@@ -142,7 +142,7 @@ def test_fewer_steps_than_are_done_are_refused(base: Path, data: Path, tmp_path:
     shutil.copytree(first, tmp_path / "run")
     with pytest.raises(InputError, match="the run is at step 2 already") as caught:
         train(make_config(base, data, tmp_path / "run", train={"max_steps": 1, "checkpoint_every": 1}), resume=True)
-    assert caught.value.where == "train.max_steps"
+    assert caught.value.location == "train.max_steps"
 
 
 def test_a_run_that_stopped_early_goes_on_without_early_stop(base: Path, data: Path, tmp_path: Path) -> None:

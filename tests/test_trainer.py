@@ -56,11 +56,11 @@ def test_only_the_adapter_changes_and_the_rest_of_the_base_is_bit_equal(base: Pa
     assert all(tensor.abs().max() > 0 for name, tensor in trained.items() if "lora_B" in name)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["trainable_params"] == sum(tensor.numel() for tensor in trained.values())
-    assert report["held_out_loss"]["pictures"] == 3
+    assert report["held_out_loss"]["images"] == 3
 
 
 def test_a_resumed_run_gives_the_bits_of_an_undisturbed_one(base: Path, data: Path, tmp_path: Path) -> None:
-    # Nine pictures in batches of two: epochs end within batches, and pictures come again, from the cache or not.
+    # Nine images in batches of two: epochs end within batches, and images come again, from the cache or not.
     length = {"max_steps": 9, "batch_size": 2}
     train(make_config(base, data, tmp_path / "whole", train=length))
     config = make_config(base, data, tmp_path / "halves", train=length)
@@ -129,7 +129,7 @@ def test_resume_with_another_config_is_refused(
     ],
 )
 def test_a_key_that_is_younger_than_the_checkpoint_had_its_default(
-    base: Path, data: Path, tmp_path: Path, change: dict[str, dict[str, Any]], cure: str
+    base: Path, data: Path, tmp_path: Path, change: dict[str, dict[str, Any]], hint: str
 ) -> None:
     config = make_config(base, data, tmp_path)
     stop_after(config, step=3)
@@ -141,7 +141,7 @@ def test_a_key_that_is_younger_than_the_checkpoint_had_its_default(
     values["data"] |= change["data"]
     with pytest.raises(InputError) as caught:
         train(Config.model_validate(values), resume=True)
-    assert cure in str(caught.value)
+    assert hint in str(caught.value)
     train(config, resume=True)
 
 
@@ -205,7 +205,7 @@ def test_preparing_writes_nothing(base: Path, data: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_offline_holds_curves_fidelity_and_pictures_with_boxes(base: Path, data: Path, tmp_path: Path) -> None:
+def test_wandb_offline_holds_curves_fidelity_and_images_with_boxes(base: Path, data: Path, tmp_path: Path) -> None:
     config = make_config(
         base,
         data,
@@ -222,9 +222,9 @@ def test_wandb_offline_holds_curves_fidelity_and_pictures_with_boxes(base: Path,
     assert rates[4] < rates[1]
     assert set(run.series("fidelity/miou")) == {2, 4}
     assert 2 in run.series("held_out/loss")
-    pictures = run.pictures("samples")[4]
-    assert len(pictures) == 2
-    assert pictures[0]["boxes"][0]["box_caption"].startswith(("a ", "an "))
+    images = run.images("samples")[4]
+    assert len(images) == 2
+    assert images[0]["boxes"][0]["box_caption"].startswith(("a ", "an "))
     assert run.config["train"]["learning_rate"] == 1e-2
     assert list((tmp_path / "samples").glob("*.png"))
 
@@ -267,7 +267,7 @@ def test_every_record_comes_once_an_epoch_and_epochs_differ() -> None:
     assert epoch_order(1, 0, 100).tolist() != first
 
 
-def test_held_out_pictures_stay_held_out_when_others_come(data: Path) -> None:
+def test_held_out_images_stay_held_out_when_others_come(data: Path) -> None:
     from mmdit_lora.data.records import read_dataset
 
     records = read_dataset(data)

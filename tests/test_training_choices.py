@@ -25,7 +25,7 @@ from mmdit_lora.training.held_out import HeldOutLosses, layout_matters
 from mmdit_lora.training.loop import StepRecord
 from mmdit_lora.training.step import losses
 from mmdit_lora.training.stopping import Diverged, Interrupted
-from mmdit_lora.training.throughput import Meter
+from mmdit_lora.training.throughput import Throughput
 from mmdit_lora.training.trainer import prepare_run, train
 from mmdit_lora.training.validation import gradient_norms
 from tests.test_trainer import adapter_of, make_config
@@ -174,11 +174,11 @@ def test_lora_plus_gives_lora_b_its_own_rate(base: Path, data: Path, tmp_path: P
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    base: Path, data: Path, tmp_path: Path, method: str, settings: dict[str, Any], where: str
+    base: Path, data: Path, tmp_path: Path, method: str, settings: dict[str, Any], location: str
 ) -> None:
     with pytest.raises(InputError) as caught:
         prepare_run(make_config(base, data, tmp_path / "run", method=method, train=settings))
-    assert caught.value.where == where
+    assert caught.value.location == location
     assert not (tmp_path / "run").exists()
 
 
@@ -251,7 +251,7 @@ def test_losses_by_time_go_from_clear_to_noisy() -> None:
     times = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
     found = HeldOutLosses(losses=10 * times, times=times)
     assert found.by_time(2) == pytest.approx([2.0, 7.0])
-    assert found.per_picture.tolist() == pytest.approx([9, 1, 5, 3])
+    assert found.per_image.tolist() == pytest.approx([9, 1, 5, 3])
 
 
 def test_what_the_layout_is_worth_is_zero_where_its_scale_is(base: Path, data: Path, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_what_the_layout_is_worth_is_zero_where_its_scale_is(base: Path, data: P
 
 
 def test_the_meter_counts_each_shape_once_and_reads_shares() -> None:
-    meter, calls = Meter(), []
+    meter, calls = Throughput(), []
 
     def once() -> None:
         calls.append(1)
@@ -293,7 +293,7 @@ def test_a_witness_sees_every_step_and_what_it_saw_is_the_logged_loss(base: Path
     train(
         make_config(base, data, tmp_path / "run"),
         on_progress=lambda step, scalars: logged.__setitem__(step, scalars["loss"]),
-        witness=seen.append,
+        on_step=seen.append,
     )
     assert [record.step for record in seen] == [1, 2, 3, 4]
     assert all(len(record.samples) == len(record.times) == len(record.losses) == 3 for record in seen)
@@ -318,7 +318,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_undisturbed_one(
 
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=f"{number.name}; step 3 is saved"):
-        train(config, witness=send)
+        train(config, on_step=send)
     assert signal.getsignal(number) is before
     assert [c.step for c in checkpoints(tmp_path / "stopped" / "checkpoints")] == [3]
     train(config, resume=True)

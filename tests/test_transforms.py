@@ -1,4 +1,4 @@
-"""Pictures and boxes move together: what a box frames before is what it frames after."""
+"""Images and boxes move together: what a box frames before is what it frames after."""
 
 from __future__ import annotations
 

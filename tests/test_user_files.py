@@ -31,7 +31,7 @@ from mmdit_lora.files import read_lines
 from mmdit_lora.layout import MOST_BOXES, MOST_CAPTION, MOST_PHRASE, read_layouts
 from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.training.setup import read_data
-from tests.data_makers import annotation, dataset, line, objects, picture, voc
+from tests.data_makers import annotation, dataset, line, make_image, objects, voc
 from tests.format_makers import MAKERS, coco_data, options, source, write
 from tests.time_limit import at_most
 
@@ -126,7 +126,7 @@ def test_the_one_empty_box_of_thirty_is_named_and_nothing_else_advised(
 
 # --- the edge ---------------------------------------------------------------------------------------------------------
 
-# Of a picture of 40 x 20 pixels, two pixels are 5 % of the width and 10 % of the height.
+# Of an image of 40 x 20 pixels, two pixels are 5 % of the width and 10 % of the height.
 EDGES: dict[str, tuple[list[float], dict[str, str], list[float] | None]] = {
     "a pixel": ([1, 1, 41, 10], {"bbox_units": "pixel"}, [0.025, 0.05, 1, 0.5]),
     "two pixels": ([-2, -2, 20, 22], {"bbox_units": "pixel"}, [0, 0, 0.5, 1]),
@@ -149,14 +149,14 @@ def test_a_box_at_the_edge_of_a_line(name: str, tmp_path: Path) -> None:
     told: list[str] = []
     if want is None:
         with pytest.raises(
-            InputError, match=r"metadata.jsonl:1: objects.bbox\[0\]: the box .*(leaves|outside) the picture"
+            InputError, match=r"metadata.jsonl:1: objects.bbox\[0\]: the box .*(leaves|outside) the image"
         ):
             read_dataset(folder)
         return
     records = read_dataset(folder, tell=told.append)
     assert list(records[0].layout.boxes[0].xyxy) == pytest.approx(want)
     (said,) = told
-    assert "1 box leaves its picture by at most " in said
+    assert "1 box leaves its image by at most " in said
     assert "was clipped (metadata.jsonl:1: objects.bbox[0])" in said
 
 
@@ -169,7 +169,7 @@ def test_rounding_is_clipped_without_a_word(tmp_path: Path) -> None:
 
 # format -> (how a set with a box from -1 to 41 of 40 pixels is made, its relative box)
 def _coco(folder: Path) -> None:
-    picture(folder / "val" / "a.png")
+    make_image(folder / "val" / "a.png")
     write(folder / "annotations" / "instances_val.json", coco_data(annotations=[{"id": 1, "image_id": 7, "category_id": 3, "bbox": [-1, 4, 42, 12]}]))  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def test_every_format_clips_alike_and_counts(name: str, tmp_path: Path) -> None:
     found = read_format(name, source(name, src), **options(name, src))
     assert found.records[0].layout.boxes[0].xyxy == pytest.approx((0, 0.2, 1, 0.8), abs=0.06)  # voc counts from 0 here
     assert found.records[0].layout.boxes[0].xyxy[::2] == (0, 1)
-    said = [text for text in found.warnings if "leaves its picture by at most 2.5% of the side and was clipped" in text]
+    said = [text for text in found.warnings if "leaves its image by at most 2.5% of the side and was clipped" in text]
     assert len(said) == 1
 
 
@@ -222,7 +222,7 @@ def test_one_counted_warning_in_every_verb(tmp_path: Path, capsys: pytest.Captur
     lines = [line(name, objects=objects([[0, 0, 41, 20]]), bbox_units="pixel") for name in ("a.png",) * 5]
     folder = dataset(tmp_path / "set", *lines, line("b.png"))
     said = (
-        "5 boxes leave their pictures by at most 2.5% of the side and were clipped (metadata.jsonl:1: objects.bbox[0], "
+        "5 boxes leave their images by at most 2.5% of the side and were clipped (metadata.jsonl:1: objects.bbox[0], "
     )
     for argv in (["check", str(folder)], ["convert", "--from", "jsonl", str(folder), "--out", str(tmp_path / "out")]):
         assert main(["data", *argv]) == 0
@@ -239,7 +239,7 @@ def test_one_counted_warning_in_every_verb(tmp_path: Path, capsys: pytest.Captur
 def test_shards_say_it_at_every_opening(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
-        content = picture(tmp_path / "p.png").read_bytes()
+        content = make_image(tmp_path / "p.png").read_bytes()
         text = json.dumps({"caption": "c", "objects": objects([[0, 0, 41, 20]]), "bbox_units": "pixel"}).encode()
         for name, data in (("1.png", content), ("1.json", text)):
             info = tarfile.TarInfo(name)
@@ -249,7 +249,7 @@ def test_shards_say_it_at_every_opening(tmp_path: Path) -> None:
         found = open_shards(path)
         assert found[0].layout.boxes[0].xyxy == (0, 0, 1, 1)
         assert found.remarks == [
-            f"1 box leaves its picture by at most 2.5% of the side and was clipped ({path}:1: objects.bbox[0])"
+            f"1 box leaves its image by at most 2.5% of the side and was clipped ({path}:1: objects.bbox[0])"
         ]
 
 
@@ -299,7 +299,7 @@ def test_places_in_an_array_are_lines(tmp_path: Path) -> None:
         "[\n" + ",\n".join(json.dumps(row) for row in (line(), line(caption=3), line())) + "\n]"
     )
     records, errors = scan_dataset(folder)
-    assert [r.where[-2:] for r in records] == [":2", ":4"]
+    assert [r.location[-2:] for r in records] == [":2", ":4"]
     assert [str(error).partition(": ")[0] for error in errors] == [f"{folder}/metadata.jsonl:3"]
 
 
@@ -308,7 +308,7 @@ def test_places_in_an_array_are_lines(tmp_path: Path) -> None:
     [
         ("[1, 2", r"metadata.jsonl:1: is not JSON: Expecting ',' or ']'"),
         ("[{}]\n{}", r"begins with a JSON array, and more stands behind it"),
-        ("[", r"holds no picture"),
+        ("[", r"holds no image"),
         ("a r\xe9d square", r"is not UTF-8 text: byte 0xe9 in line 1, probably Windows-1252"),
     ],
 )
@@ -330,9 +330,9 @@ def test_cp1252_is_told_with_its_line(tmp_path: Path) -> None:
 def test_backslashes_and_links_and_a_folder_deeper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "set"
     inner = dataset(folder / "train", line("sub\\c.png"), line("linked.png"), line("odd\\name.png"))
-    picture(inner / "sub" / "c.png", (8, 8))
-    picture(inner / "odd\\name.png", (4, 4))
-    picture(tmp_path / "elsewhere.png", (16, 16))
+    make_image(inner / "sub" / "c.png", (8, 8))
+    make_image(inner / "odd\\name.png", (4, 4))
+    make_image(tmp_path / "elsewhere.png", (16, 16))
     (inner / "linked.png").symlink_to(tmp_path / "elsewhere.png")
     told: list[str] = []
     records = read_dataset(folder, tell=told.append)
@@ -408,9 +408,9 @@ def test_multi_byte_xml_and_what_is_no_xml(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_layout_in_every_form(data: dict[str, Any], want: list[float] | None, tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")  # 40 x 20
+    make_image(tmp_path / "a.png")  # 40 x 20
     (tmp_path / "one.json").write_text(json.dumps(data))
-    (layout,) = read_layouts(tmp_path / "one.json", picture_size=image_size)
+    (layout,) = read_layouts(tmp_path / "one.json", image_size=image_size)
     assert layout.caption == "c"
     assert [list(box.xyxy) for box in layout.boxes] == ([] if want is None else [pytest.approx(want)])
     assert Layout.from_dict(layout.to_dict()) == layout
@@ -437,7 +437,7 @@ def test_a_layout_in_every_form(data: dict[str, Any], want: list[float] | None, 
 def test_what_a_layout_may_not_say(data: dict[str, Any], says: str, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match=says):
-        read_layouts(tmp_path / "one.json", picture_size=image_size)
+        read_layouts(tmp_path / "one.json", image_size=image_size)
 
 
 @pytest.mark.parametrize(
@@ -468,9 +468,7 @@ def test_boxes_of_options_are_clipped_and_refused_as_options(caplog: pytest.LogC
     boxes = ["0,0,1.01,1=x", "0,0,0.5,0.5=y", "0,0,1,1.02=z"]
     (layout,) = given_layouts(None, "x", boxes, "xyxy", "relative", None)
     assert [box.xyxy for box in layout.boxes] == [(0, 0, 1, 1), (0, 0, 0.5, 0.5), (0, 0, 1, 1)]
-    assert (
-        caplog.text.count("2 boxes leave their pictures by at most 2.0% of the side and were clipped (--box 0,0") == 1
-    )
+    assert caplog.text.count("2 boxes leave their images by at most 2.0% of the side and were clipped (--box 0,0") == 1
     with pytest.raises(InputError) as refused:
         given_layouts(None, "x", ["100,100,500,900=x"], "xyxy", "relative", None)
     assert str(refused.value).startswith("--box 100,100,500,900=x: the box")
@@ -482,7 +480,7 @@ def test_clipped_boxes_of_layouts_are_counted_once(tmp_path: Path, caplog: pytes
     row = {"caption": "c", "boxes": [{"xyxy": [0.1, 0.2, 0.5, 1.01], "phrase": "p"}]}
     (tmp_path / "many.jsonl").write_text(_lines([row] * 7))
     read_layouts(tmp_path / "many.jsonl")
-    assert caplog.text.count("7 boxes leave their pictures by at most 1.0% of the side and were clipped") == 1
+    assert caplog.text.count("7 boxes leave their images by at most 1.0% of the side and were clipped") == 1
 
 
 # --- odd files, caps, names -------------------------------------------------------------------------------------------
@@ -504,7 +502,7 @@ UNUSED = {"jsonl": ("b.png",), "flickr30k": ("train.txt",)}  # files of a set th
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
 @pytest.mark.parametrize("name", [*MAKERS])
 def test_no_reader_waits_for_a_fifo_or_reads_a_device(name: str, kind: str, tmp_path: Path) -> None:
-    """Each file of a set in turn, annotations and pictures: there is an error, or less is read, and nothing waits."""
+    """Each file of a set in turn, annotations and images: there is an error, or less is read, and nothing waits."""
     MAKERS[name](tmp_path / "made")
     for file in sorted(
         path.relative_to(tmp_path / "made") for path in (tmp_path / "made").rglob("*") if path.is_file()
@@ -524,7 +522,7 @@ def test_no_reader_waits_for_a_fifo_or_reads_a_device(name: str, kind: str, tmp_
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
-def test_layouts_pictures_shards_and_captions_are_regular_files(kind: str, tmp_path: Path) -> None:
+def test_layouts_images_shards_and_captions_are_regular_files(kind: str, tmp_path: Path) -> None:
     for name in ("a.json", "a.jsonl", "a.png", "a.tar", "a.parquet", "metadata.jsonl"):
         (tmp_path / name).touch()
         _replace(tmp_path / name, kind)
@@ -558,7 +556,7 @@ def test_caps_are_stated(tmp_path: Path) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(2**31)  # sparse
     for read in (load_image, image_size):
-        with pytest.raises(InputError, match=r"is a file of 2.0 GiB, and pictures have at most 1 GiB"):
+        with pytest.raises(InputError, match=r"is a file of 2.0 GiB, and images have at most 1 GiB"):
             read(tmp_path / "huge.png")
     (tmp_path / "long.jsonl").write_text("{}\n" + "x" * 2000)
     with pytest.raises(InputError, match=r"long.jsonl:2: is longer than 0.000953674 MiB, the limit of a line"):
@@ -596,7 +594,7 @@ def test_names_in_archives_indices_and_lists_lead_nowhere_else(name: str, tmp_pa
     src = tmp_path / "flickr"
     MAKERS["flickr30k"](src)
     (src / "train.txt").write_text(name)
-    with pytest.raises(InputError, match=r"train.txt: names the picture"):
+    with pytest.raises(InputError, match=r"train.txt: names the image"):
         read_format("flickr30k", src, split="train")
 
 
@@ -629,13 +627,16 @@ def test_many_errors_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_several_keep_the_only_one_whole() -> None:
-    one = InputError("is wrong", where="f:1", cure="mend it")
-    assert str(several([one], where="f")) == str(one)
-    assert str(several([one, one], where="f")) == "f: 2 errors\n- f:1: is wrong\n- f:1: is wrong\n  to mend it: mend it"
-    assert len(str(several([InputError("x" * 5000, where="y" * 5000)] * 99, where="z" * 5000, hint="h" * 800))) < 2500
+    one = InputError("is wrong", location="f:1", hint="mend it")
+    assert str(several([one], location="f")) == str(one)
+    assert str(several([one, one], location="f")) == "f: 2 errors\n- f:1: is wrong\n- f:1: is wrong\n  hint: mend it"
+    assert (
+        len(str(several([InputError("x" * 5000, location="y" * 5000)] * 99, location="z" * 5000, hint="h" * 800)))
+        < 2500
+    )
 
 
-def test_a_grey_picture_that_is_a_link_to_a_regular_file_is_decoded(tmp_path: Path) -> None:
+def test_a_grey_image_that_is_a_link_to_a_regular_file_is_decoded(tmp_path: Path) -> None:
     Image.new("L", (4, 4), 9).save(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     assert load_image(tmp_path / "b.png").getpixel((0, 0)) == (9, 9, 9)

@@ -16,7 +16,7 @@ from mmdit_lora.data.sampler import BatchPlan
 from mmdit_lora.errors import InputError, Stopped
 from mmdit_lora.training import setup as run_module
 from mmdit_lora.training import verify_resume as verify_module
-from mmdit_lora.training.ema import Averaged
+from mmdit_lora.training.ema import EMA
 from mmdit_lora.training.setup import Run
 from mmdit_lora.training.verify_resume import end_difference, first_difference, read_rows, verify_resume
 from tests.test_trainer import make_config
@@ -136,7 +136,7 @@ def test_where_undisturbed_runs_differ_it_is_not_resume(
 
 
 def forget_average(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Averaged, "load", lambda *_: None)
+    patch.setattr(EMA, "load", lambda *_: None)
 
 
 def mistake_best(patch: pytest.MonkeyPatch) -> None:

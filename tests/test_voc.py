@@ -11,7 +11,7 @@ import pytest
 from mmdit_lora.data.formats import Source, read_format
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
-from tests.data_makers import annotation, picture, voc
+from tests.data_makers import annotation, make_image, voc
 
 
 def scan_voc(src: Path, split: str | None = None, **options: Any) -> Source:
@@ -38,12 +38,12 @@ def test_boxes_are_clipped_and_empty_ones_counted(tmp_path: Path) -> None:
     boxes = [("a", 5, 5, 5, 5), ("b", 31, 11, 42, 22), ("c", 2, 2, 9, 2)]
     found = scan_voc(voc(tmp_path, annotation(boxes), annotation([])))
     assert [box.xyxy for box in found.records[0].layout.boxes] == [(0.75, 0.5, 1, 1)]
-    assert found.left_out == {"boxes without area": 2, "pictures without a box": 1}
+    assert found.left_out == {"boxes without area": 2, "images without a box": 1}
     warning = found.warnings[-1]  # two of 20 pixels below
-    assert warning.startswith("1 box leaves its picture by at most 10.0% of the side and was clipped")
+    assert warning.startswith("1 box leaves its image by at most 10.0% of the side and was clipped")
     assert "0.xml: object 2" in warning
     with pytest.raises(
-        InputError, match=r"0.xml: object 1: the box \[30.0, 10.0, 43.0, 20.0\] leaves the picture of 40 x 20"
+        InputError, match=r"0.xml: object 1: the box \[30.0, 10.0, 43.0, 20.0\] leaves the image of 40 x 20"
     ):
         scan_voc(voc(tmp_path / "far", annotation([("b", 31, 11, 43, 20)])))
 
@@ -63,11 +63,11 @@ def test_splits_are_lists_of_names_or_of_members(tmp_path: Path) -> None:
     assert [image.stem for image, _ in read_voc(src, "cat_train")] == ["0", "2"]
 
 
-def test_the_picture_is_found_by_stem_or_by_its_stale_path(tmp_path: Path) -> None:
+def test_the_image_is_found_by_stem_or_by_its_stale_path(tmp_path: Path) -> None:
     src = voc(tmp_path, annotation(filename="C:\\old\\other.png"))
     assert read_voc(src)[0][0].name == "0.png"
     (src / "JPEGImages" / "0.png").unlink()
-    picture(src / "JPEGImages" / "other.png")
+    make_image(src / "JPEGImages" / "other.png")
     assert read_voc(src)[0][0].name == "other.png"
 
 
@@ -91,7 +91,7 @@ def test_an_entity_bomb_is_not_expanded(tmp_path: Path) -> None:
 
 
 def test_blood_cells() -> None:
-    """The real set (BCCD): 364 pictures, two of whose 4888 boxes are points."""
+    """The real set (BCCD): 364 images, two of whose 4888 boxes are points."""
     root = os.environ.get("MMDIT_LORA_DATA")
     if not root or not (Path(root) / "bccd").is_dir():
         pytest.skip("set MMDIT_LORA_DATA to a folder that holds bccd (Pascal VOC)")

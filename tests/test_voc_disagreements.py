@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from mmdit_lora.cli.main import app
 from mmdit_lora.data.formats import Source, read_format
 from mmdit_lora.errors import InputError
-from tests.data_makers import annotation, picture, voc
+from tests.data_makers import annotation, make_image, voc
 
 SIZE = "<size><width>40</width><height>20</height></size>"
 
@@ -52,28 +52,28 @@ def test_another_extension_on_disk(tmp_path: Path, there: str) -> None:
     assert f"{there} was taken" in found.warnings[0]
 
 
-def test_of_two_pictures_of_one_stem_the_named_one_is_taken(tmp_path: Path) -> None:
+def test_of_two_images_of_one_stem_the_named_one_is_taken(tmp_path: Path) -> None:
     src = voc(tmp_path, annotation(filename="0.png"))
-    picture(src / "JPEGImages" / "0.jpg")
+    make_image(src / "JPEGImages" / "0.jpg")
     found = scan(src)
     assert found.records[0].image.name == "0.png"
     assert found.warnings == [f"{src / 'JPEGImages' / '0.jpg'}: has no annotation; it was left out"]
 
 
-def test_a_named_picture_that_is_another_annotations(tmp_path: Path) -> None:
+def test_a_named_image_that_is_another_annotations(tmp_path: Path) -> None:
     found = scan(voc(tmp_path, annotation(filename="1.png"), annotation(filename="1.png")))
     assert [record.image.name for record in found.records] == ["0.png", "1.png"]
     assert len(found.warnings) == 1
     assert found.warnings[0].endswith("its <filename> is '1.png', which is there too; 0.png was taken")
 
 
-def test_two_annotations_of_one_picture(tmp_path: Path) -> None:
+def test_two_annotations_of_one_image(tmp_path: Path) -> None:
     src = voc(tmp_path, annotation())
     (src / "Annotations" / "b.xml").write_text(annotation(filename="0.png"))
     found = scan(src)
     assert [record.image.name for record in found.records] == ["0.png", "0.png"]
     assert found.warnings == [
-        f"{src / 'Annotations' / 'b.xml'}: no picture has its own name; the one of its <filename> was taken, 0.png",
+        f"{src / 'Annotations' / 'b.xml'}: no image has its own name; the one of its <filename> was taken, 0.png",
         f"{src / 'Annotations' / 'b.xml'}: annotates 0.png, as 0.xml does; both were read, each as a layout of its own",
     ]
 
@@ -89,12 +89,12 @@ def test_another_size_is_an_error(tmp_path: Path, size: tuple[int, int], message
     assert ("swapped" in str(caught.value)) == (size == (20, 40))
 
 
-def test_an_annotation_without_picture_is_an_error_or_left_out(tmp_path: Path) -> None:
+def test_an_annotation_without_image_is_an_error_or_left_out(tmp_path: Path) -> None:
     src = voc(tmp_path, annotation(), annotation(filename="1.png"))
     (src / "JPEGImages" / "1.png").unlink()
-    with pytest.raises(InputError, match=r"1\.xml: its picture '1\.png' is not in JPEGImages"):
+    with pytest.raises(InputError, match=r"1\.xml: its image '1\.png' is not in JPEGImages"):
         scan(src)
-    assert scan(src, skip_missing=True).left_out == {"records whose picture is not there": 1}
+    assert scan(src, skip_missing=True).left_out == {"records whose image is not there": 1}
 
 
 def test_names_of_splits_without_annotation(tmp_path: Path) -> None:
@@ -106,14 +106,14 @@ def test_names_of_splits_without_annotation(tmp_path: Path) -> None:
         scan(src, split="train")
 
 
-def test_the_picture_of_a_damaged_annotation_is_not_called_unannotated(tmp_path: Path) -> None:
+def test_the_image_of_a_damaged_annotation_is_not_called_unannotated(tmp_path: Path) -> None:
     found = scan(voc(tmp_path, annotation(), "<annotation>"), collect_errors=True)
     assert (len(found.errors), found.warnings) == (1, [])
 
 
 def test_the_command_line_sums_up_and_exits_0(tmp_path: Path) -> None:
     src = voc(tmp_path / "voc", *[annotation(filename=f"{n}.png", size=(0, 0)) for n in range(6)])
-    picture(src / "JPEGImages" / "alone.png")
+    make_image(src / "JPEGImages" / "alone.png")
     result = CliRunner().invoke(
         app, ["data", "convert", "--from", "voc", str(src), "--out", str(tmp_path / "out"), "--json"]
     )
@@ -135,7 +135,7 @@ def test_check_against_a_set_of_any_format(tmp_path: Path, leaks: bool) -> None:
     src = voc(tmp_path / "voc", annotation())
     other = voc(tmp_path / "other", annotation(size=(40, 20) if leaks else (20, 40)))
     if not leaks:
-        picture(other / "JPEGImages" / "0.png", (20, 40))
+        make_image(other / "JPEGImages" / "0.png", (20, 40))
     own = tmp_path / "own"
     assert CliRunner().invoke(app, ["data", "convert", "--from", "voc", str(src), "--out", str(own)]).exit_code == 0
     for arguments in (

@@ -37,11 +37,11 @@ class OfflineRun:
         """step -> value of a scalar; the last one where a step was logged twice."""
         return {row["step"]: row[key] for row in self.history if key in row}
 
-    def pictures(self, key: str) -> dict[int, list[dict[str, Any]]]:
-        """step -> pictures logged under `key`, each {"path", "caption", "boxes"}; boxes as W&B's box JSON holds them."""
-        return {row["step"]: list(self._pictures(row[key])) for row in self.history if key in row}
+    def images(self, key: str) -> dict[int, list[dict[str, Any]]]:
+        """step -> images logged under `key`, each {"path", "caption", "boxes"}; boxes as W&B's box JSON holds them."""
+        return {row["step"]: list(self._images(row[key])) for row in self.history if key in row}
 
-    def _pictures(self, value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _images(self, value: dict[str, Any]) -> Iterator[dict[str, Any]]:
         assert value["_type"] == "images/separated", value["_type"]
         captions = value.get("captions") or [None] * value["count"]
         boxes = value.get("all_boxes") or [None] * value["count"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
-from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.visual.canvas import INK, Rgb, blank, fit, framed, paragraph, side_by_side, stack
 from mmdit_lora.visual.draw import GREY, draw_boxes, phrase_colors
 
@@ -29,8 +29,8 @@ class BoxAttribution:
     """What one box did.
 
     Args:
-        area: of the box, as a share of the picture.
-        change: mean absolute difference, of RGB in [0, 1], between the pictures with the box and without it.
+        area: of the box, as a share of the image.
+        change: mean absolute difference, of RGB in [0, 1], between the images with the box and without it.
         change_inside: the share of that change that lies in the box; change_lift: that share / area, 1 = no better than
             chance. None where nothing changed.
         attention: mean share of an image token's attention that goes to the box, over blocks, heads, steps and tokens.
@@ -59,14 +59,14 @@ class Attribution:
     """One layout.
 
     Args:
-        picture: painted with all boxes. without: box i left out, from the same noise.
+        image: painted with all boxes. without: box i left out, from the same noise.
         changes: (H, W) for each box, mean absolute difference over RGB in [0, 1].
         attentions: (rows, columns) for each box, share of each image token's attention that goes to it.
         boxes: the figures.
     """
 
     layout: Layout
-    picture: Image.Image
+    image: Image.Image
     without: list[Image.Image]
     changes: list[np.ndarray]
     attentions: list[np.ndarray]
@@ -76,7 +76,7 @@ class Attribution:
 def attribute(
     pipe: LayoutPipeline,
     layout: Layout,
-    settings: PaintSettings,
+    settings: SamplingConfig,
     *,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
@@ -84,31 +84,31 @@ def attribute(
     """Paint a layout whole and with each box left out, caption and noise the same, and read the attention of the first.
 
     Args:
-        on_progress: called with the number of pictures done, of one more than there are boxes.
+        on_progress: called with the number of images done, of one more than there are boxes.
 
     Raises:
         InputError: the layout has no box, or the settings do not fit the base.
     """
     if not layout.boxes:
-        raise InputError("has no boxes", cure="give a layout with boxes: each is left out once")
+        raise InputError("has no boxes", hint="give a layout with boxes: each is left out once")
     one_less = [
         replace(layout, boxes=layout.boxes[:index] + layout.boxes[index + 1 :]) for index in range(len(layout.boxes))
     ]
     with image_attention(pipe.transformer) as seen:
-        (picture,) = paint(pipe, [layout], settings, seed=seed)
+        (image,) = generate(pipe, [layout], settings, seed=seed)
     if on_progress is not None:
         on_progress(1)
     tell = None if on_progress is None else lambda done: on_progress(1 + done)
-    without = paint(pipe, one_less, settings, seed=seed, same_noise=True, on_progress=tell)
+    without = generate(pipe, one_less, settings, seed=seed, same_noise=True, on_progress=tell)
 
-    changes = [difference(picture, other) for other in without]
-    by_block = {name: _maps(total / count, picture, layout, pipe) for name, (total, count) in seen.items()}
+    changes = [difference(image, other) for other in without]
+    by_block = {name: _maps(total / count, image, layout, pipe) for name, (total, count) in seen.items()}
     attentions = [np.mean([maps[index] for maps in by_block.values()], axis=0) for index in range(len(layout.boxes))]
     boxes = [
         _figures(box, changes[index], attentions[index], {name: maps[index] for name, maps in by_block.items()})
         for index, box in enumerate(layout.boxes)
     ]
-    return Attribution(layout, picture, without, changes, attentions, boxes)
+    return Attribution(layout, image, without, changes, attentions, boxes)
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
 
 
 def coverage(box: Box, shape: tuple[int, int]) -> np.ndarray:
-    """(rows, columns) in [0, 1]: how much of each cell of a grid over the picture a box covers. Its mean is the box's area."""
+    """(rows, columns) in [0, 1]: how much of each cell of a grid over the image a box covers. Its mean is the box's area."""
 
     def along(start: float, end: float, cells: int) -> np.ndarray:
         edges = np.arange(cells + 1)
@@ -192,10 +192,10 @@ def inside(box: Box, amounts: np.ndarray) -> float | None:
     return float((amounts * coverage(box, (amounts.shape[0], amounts.shape[1]))).sum()) / whole if whole > 0 else None
 
 
-def _maps(attention: Tensor, picture: Image.Image, layout: Layout, pipe: LayoutPipeline) -> list[np.ndarray]:
+def _maps(attention: Tensor, image: Image.Image, layout: Layout, pipe: LayoutPipeline) -> list[np.ndarray]:
     """(L, N) to a (rows, columns) map for each box."""
     cell = pipe.vae_scale_factor * pipe.transformer.latent_multiple
-    rows, columns = picture.height // cell, picture.width // cell
+    rows, columns = image.height // cell, image.width // cell
     count = len(layout.boxes)
     tokens = pipe.transformer.phrase_tokens or 1
     if attention.shape[0] != rows * columns or attention.shape[1] < count * tokens:
@@ -228,8 +228,8 @@ _CELL, _GAP, _GUTTER = 256, 18, 210
 _HEADS = (
     "all boxes",
     "without this box, same noise",
-    "what changed: heat over the picture, lightest = most",
-    "attention of the picture to this box, lightest = most",
+    "what changed: heat over the image, lightest = most",
+    "attention of the image to this box, lightest = most",
 )
 
 
@@ -244,10 +244,10 @@ def sheet(found: Attribution, colors: Mapping[str, Rgb] | None = None) -> Image.
     for index, box in enumerate(found.boxes):
         alone = replace(found.layout, boxes=(found.layout.boxes[index],))
         cells = [
-            _boxed(fit(found.picture, _CELL), found.layout, colors),
+            _boxed(fit(found.image, _CELL), found.layout, colors),
             _boxed(fit(found.without[index], _CELL), alone, colors),
-            _boxed(heat(found.picture, found.changes[index]), alone, colors),
-            _boxed(heat(found.picture, found.attentions[index]), alone, colors),
+            _boxed(heat(found.image, found.changes[index]), alone, colors),
+            _boxed(heat(found.image, found.attentions[index]), alone, colors),
         ]
         rows += [blank(1, 10), side_by_side([_label(box), *cells], gap=_GAP)]
     width = max(row.width for row in rows)
@@ -255,9 +255,9 @@ def sheet(found: Attribution, colors: Mapping[str, Rgb] | None = None) -> Image.
     return framed(stack([title, blank(1, 14), *rows]), 28)
 
 
-def heat(picture: Image.Image, amounts: np.ndarray) -> Image.Image:
-    """(rows, columns) amounts, the largest lightest, over the picture in grey."""
-    ground = np.asarray(fit(picture, _CELL).convert("L").convert("RGB"), dtype=np.float64) / 255
+def heat(image: Image.Image, amounts: np.ndarray) -> Image.Image:
+    """(rows, columns) amounts, the largest lightest, over the image in grey."""
+    ground = np.asarray(fit(image, _CELL).convert("L").convert("RGB"), dtype=np.float64) / 255
     share = amounts / amounts.max() if amounts.max() > 0 else amounts
     scaled = Image.fromarray(share.astype(np.float32)).resize(
         (ground.shape[1], ground.shape[0]), Image.Resampling.NEAREST
@@ -275,7 +275,7 @@ def _boxed(image: Image.Image, layout: Layout, colors: Mapping[str, Rgb]) -> Ima
 def _label(box: BoxAttribution) -> Image.Image:
     lines = [
         paragraph(box.phrase, _GUTTER, 19, INK, max_lines=3),
-        paragraph(f"{box.area:.0%} of the picture", _GUTTER, 14, GREY, top=4),
+        paragraph(f"{box.area:.0%} of the image", _GUTTER, 14, GREY, top=4),
         paragraph(f"change: {_share(box.change_inside, box.change_lift)}", _GUTTER, 15, INK, top=12),
         paragraph(f"attention: {_share(box.attention_inside, box.attention_lift)}", _GUTTER, 15, INK, top=6),
     ]

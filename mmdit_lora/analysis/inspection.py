@@ -273,8 +273,8 @@ def _similarities(
     if not shared:
         raise InputError(
             f"adapts none of the linears of {first.folder}",
-            where=f"--against {against}",
-            cure="compare adapters that share targets",
+            location=f"--against {against}",
+            hint="compare adapters that share targets",
         )
     found = []
     for update in shared:

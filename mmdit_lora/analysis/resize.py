@@ -32,7 +32,7 @@ from mmdit_lora.lora import (
 )
 from mmdit_lora.lora.inject import inject
 from mmdit_lora.outputs import MARKER, check_new_folder
-from mmdit_lora.pipelines import PaintSettings
+from mmdit_lora.pipelines import SamplingConfig
 from mmdit_lora.visual.page import code_markdown
 
 _SECTION = re.compile(r"\n## Resized\n.*?(?=\n## |\Z)", re.DOTALL)
@@ -80,7 +80,7 @@ def resize_adapter(
     energy: float | None = None,
     base: str | None = None,
     records: Sequence[Record] | None = None,
-    settings: PaintSettings | None = None,
+    settings: SamplingConfig | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -116,7 +116,7 @@ def resize_adapter(
 
     fidelity: dict[str, dict[str, float]] | None = None
     if records is not None:
-        fidelity = _fidelity(opened, records, settings or PaintSettings(), seed, device, "before", on_progress)
+        fidelity = _fidelity(opened, records, settings or SamplingConfig(), seed, device, "before", on_progress)
         opened.pipe.to("cpu")
     config = _config(opened.config, before, after)
     state = lora_state_dict(model) | {
@@ -133,7 +133,7 @@ def resize_adapter(
     applied = list(updates(model))  # by PEFT's own scales, so that a wrong alpha shows as an error
     modules, error = _errors(before, applied)
     if fidelity is not None and records is not None:
-        sides = _fidelity(opened, records, settings or PaintSettings(), seed, device, "after", on_progress)
+        sides = _fidelity(opened, records, settings or SamplingConfig(), seed, device, "after", on_progress)
         fidelity |= {"after": sides["after"]}
         opened.pipe.to("cpu")
     report = Resized(
@@ -163,8 +163,8 @@ def _refuse_larger(before: Sequence[Update], rank: int | None, adapter: Path) ->
     if rank is not None and rank > largest:
         raise InputError(
             f"is {rank}, and {adapter} is stored at rank {largest}: a larger rank would hold nothing more",
-            where="--rank",
-            cure=f"give a rank below {largest}",
+            location="--rank",
+            hint=f"give a rank below {largest}",
         )
 
 
@@ -234,7 +234,7 @@ def _errors(before: Sequence[Update], applied: Sequence[Update]) -> tuple[list[R
 def _fidelity(
     opened: OpenedAdapter,
     records: Sequence[Record],
-    settings: PaintSettings,
+    settings: SamplingConfig,
     seed: int,
     device: str,
     name: str,
@@ -289,7 +289,7 @@ def _range(ranks: Sequence[int]) -> str:
 
 
 def _beside(adapter: Path) -> Mapping[str, bytes]:
-    """Files of the adapter folder that go along, e.g. the pictures of its card."""
+    """Files of the adapter folder that go along, e.g. the images of its card."""
     if not adapter.is_dir():
         return {}
     known = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, CARD, MARKER)

@@ -26,8 +26,8 @@ from mmdit_lora.cli.models import (
     adapter_is_there,
     layouts_of,
     open_with_adapters,
-    paint_settings,
-    painting_inputs,
+    sampling_config,
+    sampling_inputs,
     torch_dtype,
 )
 from mmdit_lora.cli.options import JsonFlag, number
@@ -107,7 +107,7 @@ def resize(
     """Write an adapter at a smaller rank: the nearest one, by SVD of its updates."""
     if (rank is None) == (energy is None):
         what = "give --rank or --energy" if rank is None else "--rank and --energy are given"
-        raise InputError(what, cure="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
+        raise InputError(what, hint="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
     check_new_folder(out, verb="resize", inputs={"ADAPTER": adapter, "--base": base, "--data": data})
     records = None
     if data is not None:
@@ -118,7 +118,7 @@ def resize(
 
     from mmdit_lora.analysis.resize import resize_adapter
     from mmdit_lora.cli.output import ProgressLines
-    from mmdit_lora.pipelines import PaintSettings
+    from mmdit_lora.pipelines import SamplingConfig
 
     with ProgressLines() as tell:
         report = resize_adapter(
@@ -128,7 +128,7 @@ def resize(
             energy=energy,
             base=base,
             records=records,
-            settings=PaintSettings(steps=steps),
+            settings=SamplingConfig(steps=steps),
             seed=seed,
             dtype=torch_dtype(dtype),
             device="cuda" if torch.cuda.is_available() else "cpu",
@@ -156,16 +156,16 @@ def attribute(
     count: CountOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Which box moved which part of the picture: each box left out once, and the picture's attention to it, drawn."""
+    """Which box moved which part of the image: each box left out once, and the image's attention to it, drawn."""
     from dataclasses import asdict
 
-    inputs = painting_inputs(base, adapter, layout)
+    inputs = sampling_inputs(base, adapter, layout)
     check_new_folder(out, verb="attribute", inputs=inputs)
     layouts = layouts_of(layout)[:count]
     bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
     if bare is not None:
-        raise InputError(f"layout {bare} has no boxes", where=str(layout), cure="give layouts with boxes")
-    settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+        raise InputError(f"layout {bare} has no boxes", location=str(layout), hint="give layouts with boxes")
+    settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.analysis.attribute import attribute as run
     from mmdit_lora.analysis.attribute import sheet
     from mmdit_lora.cli.output import ProgressLines

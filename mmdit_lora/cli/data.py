@@ -76,8 +76,8 @@ def make(
         Literal["shapes"], typer.Argument(help="shapes: coloured shapes on grey, with captions and phrases.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    count: Annotated[int, number(COUNT, "--count", help="Number of pictures.")],
-    seed: Annotated[int, number(SEED, "--seed", help="The same seed gives the same pictures.")] = 0,
+    count: Annotated[int, number(COUNT, "--count", help="Number of images.")],
+    seed: Annotated[int, number(SEED, "--seed", help="The same seed gives the same images.")] = 0,
     domain: Annotated[str, typer.Option(help="basic | dense | page | mixed")] = "basic",
     as_json: JsonFlag = False,
 ) -> None:
@@ -85,10 +85,10 @@ def make(
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
 
     if domain not in DOMAINS:
-        raise unknown_key(domain, DOMAINS, where="--domain")
+        raise unknown_key(domain, DOMAINS, location="--domain")
     check_new_folder(out, verb="data make")
     write_dataset(out, DOMAINS[domain], count=count, seed=seed, verb="data make")
-    say(f"wrote {count} pictures of {kind} ({domain}) to {out}")
+    say(f"wrote {count} images of {kind} ({domain}) to {out}")
     if as_json:
         emit({"out": str(out), "records": count, "kind": kind, "domain": domain, "seed": seed})
 
@@ -164,19 +164,19 @@ def _phrase_map(pairs: Iterable[str]) -> dict[str, str]:
         name, equals, phrase = pair.partition("=")
         if not equals or not name.strip() or not phrase.strip():
             raise InputError(
-                f"is {pair!r}", where="--map", cure='write a class and its phrase: --map RBC="a red blood cell"'
+                f"is {pair!r}", location="--map", hint='write a class and its phrase: --map RBC="a red blood cell"'
             )
         if phrases.setdefault(name.strip(), phrase.strip()) != phrase.strip():
             raise InputError(
                 f"gives {shown(name.strip())} two phrases, {shown(phrases[name.strip()])} and {shown(phrase.strip())}",
-                where="--map",
-                cure="keep one of the two",
+                location="--map",
+                hint="keep one of the two",
             )
     return phrases
 
 
 def _file_names(records: Iterable[Record]) -> dict[Path, str]:
-    """Names for the pictures: their own, or, where two folders hold one name, their paths below what they share."""
+    """Names for the images: their own, or, where two folders hold one name, their paths below what they share."""
     import os
 
     images = {record.image for record in records}
@@ -191,7 +191,7 @@ def _items(records: Iterable[Record], names: Mapping[Path, str]) -> Iterable[Ite
 
 
 def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[Record]]:
-    """Train and validation by the hash of the file's stem: the same pictures on every machine, in no order of theirs."""
+    """Train and validation by the hash of the file's stem: the same images on every machine, in no order of theirs."""
     import hashlib
 
     stems = sorted(
@@ -200,7 +200,7 @@ def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[
     )
     if len(stems) < 2:
         raise InputError(
-            "holds a single picture: none is left to hold out", where=str(src), cure="leave --holdout away"
+            "holds a single image: none is left to hold out", location=str(src), hint="leave --holdout away"
         )
     held = set(stems[: min(max(1, round(share * len(stems))), len(stems) - 1)])
     return {
@@ -245,13 +245,13 @@ def shard(
     from mmdit_lora.data.records import read_dataset
     from mmdit_lora.data.shards.write import write_shards
 
-    most = parse_bytes(size, where="--size")
+    most = parse_bytes(size, location="--size")
     if not 0 < most <= _LARGEST:
-        raise InputError(f"is {size}", where="--size", cure="give from 1 to 1TiB, e.g. 500MB")
+        raise InputError(f"is {size}", location="--size", hint="give from 1 to 1TiB, e.g. 500MB")
     check_new_folder(out, verb="data shard", inputs={"DATA": data})
     rules = parse_filter(filter_ or [])
     records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
-    filtered = filter_records(records, rules, where="--filter")
+    filtered = filter_records(records, rules, location="--filter")
     written = write_shards(out, filtered.records, size=most)
     if filtered.summary:
         say(f"warning: {filtered.summary}")
@@ -268,26 +268,26 @@ def show(
         int, number(Range(1, 400, whole=True), "--count", help="Layouts to show, taken evenly from the whole set.")
     ] = 16,
     cell: Annotated[
-        int, number(Range(64, 1024, whole=True), "--cell", help="Longer side of each picture in pixels.")
+        int, number(Range(64, 1024, whole=True), "--cell", help="Longer side of each image in pixels.")
     ] = 256,
     filter_: FilterOption = None,
     bbox_format: BoxFormat = "xyxy",
     bbox_units: BoxUnits = "relative",
     as_json: JsonFlag = False,
 ) -> None:
-    """Draw a contact sheet: pictures with their boxes, phrases and captions."""
+    """Draw a contact sheet: images with their boxes, phrases and captions."""
     from mmdit_lora.data.filters import filter_records, parse_filter
     from mmdit_lora.data.shards import sample_dataset
     from mmdit_lora.visual.canvas import fit
     from mmdit_lora.visual.draw import contact_sheet, is_marked_png, save_png
 
     if Path(out).suffix.lower() != ".png":
-        raise InputError("is no .png", where=f"--out {out}", cure="give a file name that ends in .png")
+        raise InputError("is no .png", location=f"--out {out}", hint="give a file name that ends in .png")
     check_new_file(out, verb="data show", inputs={"DATA": data}, is_own=is_marked_png)
     rules = parse_filter(filter_ or [])
     most = SAMPLE if filter_ else count
     records, whole = sample_dataset(data, most, bbox_format=bbox_format, bbox_units=bbox_units)
-    filtered = filter_records(records, rules, where="--filter")
+    filtered = filter_records(records, rules, location="--filter")
     kept = len(filtered.records)
     shown = min(count, kept)
     chosen = [filtered.records[index * kept // shown] for index in range(shown)]
@@ -312,16 +312,16 @@ def show(
 def split(
     data: Annotated[Path, typer.Argument(help="Data set folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write: OUT/train and OUT/validation.")],
-    share: Annotated[float, number(PART, "--share", help="Share of the pictures that is for validation.")] = 0.1,
+    share: Annotated[float, number(PART, "--share", help="Share of the images that is for validation.")] = 0.1,
     by: Annotated[
-        Literal["name", "picture"],
-        typer.Option(help="name: by the hash of the file name; picture: of the pixels, so that copies stay together."),
+        Literal["name", "image"],
+        typer.Option(help="name: by the hash of the file name; image: of the pixels, so that copies stay together."),
     ] = "name",
     bbox_format: BoxFormat = "xyxy",
     bbox_units: BoxUnits = "relative",
     as_json: JsonFlag = False,
 ) -> None:
-    """Part a data set in two, the same way each time; all layouts of a picture go to one side."""
+    """Part a data set in two, the same way each time; all layouts of an image go to one side."""
     from mmdit_lora.data.records import read_dataset, write_splits
     from mmdit_lora.data.split import partition
 
@@ -358,14 +358,14 @@ def stats(
     bbox_units: BoxUnits = "relative",
     as_json: JsonFlag = False,
 ) -> None:
-    """Say how large pictures and boxes are, how many, and what the phrases are; with a filter, of what it leaves."""
+    """Say how large images and boxes are, how many, and what the phrases are; with a filter, of what it leaves."""
     from mmdit_lora.data.filters import filter_records, parse_filter
     from mmdit_lora.data.shards import sample_dataset
     from mmdit_lora.data.stats import dataset_stats
 
     rules = parse_filter(filter_ or [])
     records, total = sample_dataset(data, SAMPLE, bbox_format=bbox_format, bbox_units=bbox_units)
-    filtered = filter_records(records, rules, where="--filter")
+    filtered = filter_records(records, rules, location="--filter")
     found = dataset_stats(filtered.records)
     if len(records) < total:
         say(f"of {total} records {len(records)} were looked at, evenly spread")
@@ -379,7 +379,7 @@ def stats(
 
 def _lines(found: Stats) -> Iterator[str]:
     yield (
-        f"{found.pictures} pictures, {found.layouts} layouts, {found.boxes} boxes, "
+        f"{found.images} images, {found.layouts} layouts, {found.boxes} boxes, "
         f"{found.distinct_phrases} distinct phrases"
     )
     counts = ", ".join(f"{boxes} ({count}x)" for boxes, count in found.boxes_per_layout.items())
@@ -389,7 +389,7 @@ def _lines(found: Stats) -> Iterator[str]:
         "width, pixels": found.width,
         "height, pixels": found.height,
         "width / height": found.aspect,
-        "box's share of picture": found.box_area,
+        "box's share of image": found.box_area,
         "box's width / height": found.box_aspect,
         "words a caption": found.caption_words,
     }
@@ -432,16 +432,16 @@ def cache(
         bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
     ] = False,
 ) -> None:
-    """Encode pictures, captions and phrases in advance. It goes on where it was stopped; several may fill one folder."""
+    """Encode images, captions and phrases in advance. It goes on where it was stopped; several may fill one folder."""
     from mmdit_lora.config.loading import Config, load_config
 
-    most = None if prune is None else parse_bytes(prune, where="--prune")
+    most = None if prune is None else parse_bytes(prune, location="--prune")
     if source.is_dir():
         if overrides:
             raise InputError(
                 f"{overrides[0]!r} is for a config file, and {source} is a data set",
-                where="overrides",
-                cure="write a config with `mmdit-lora init DATA --out FILE`",
+                location="overrides",
+                hint="write a config with `mmdit-lora init DATA --out FILE`",
             )
         config = Config.model_validate({"base": base, "data": {"path": str(source)}})
     else:
@@ -463,9 +463,9 @@ def cache(
         report["verified"] = {"entries": count, "damaged": [str(path) for path in damaged]}
     with ProgressLines() as tell:
         report |= fill_cache(config, store, tell=tell)
-    if report["uncached_pictures"]:
+    if report["uncached_images"]:
         say(
-            "pictures are not cached: their crops or flips are new each time (data.cache_variants: 4 draws one of 4 a picture)"
+            "images are not cached: their crops or flips are new each time (data.cache_variants: 4 draws one of 4 an image)"
         )
     if most is not None:
         count, freed = store.prune(most)
@@ -481,13 +481,13 @@ def cache(
         emit(report | {"stats": stats, "size": size, "bytes": total})
 
 
-def parse_bytes(text: str, *, where: str) -> int:
+def parse_bytes(text: str, *, location: str) -> int:
     """A size such as 500MB, 20GB or 1.5TiB. Raises `InputError` with the option `where`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
     size = math.inf if match is None or unit is None else float(match[1]) * unit
     if not size <= 2**60:
-        raise InputError(f"is {text!r}", where=where, cure="give a size such as 500MB, 20GB or 1.5TiB")
+        raise InputError(f"is {text!r}", location=location, hint="give a size such as 500MB, 20GB or 1.5TiB")
     return int(size)
 
 
@@ -505,9 +505,9 @@ def check(
     split: Annotated[str | None, typer.Option(help="A split of the source.")] = None,
     images: Images = None,
     skip_missing: SkipMissing = False,
-    out: Annotated[Path | None, typer.Option(help="Write check.json and check.html (with pictures) here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write check.json and check.html (with images) here.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another data set (the validation set) that must not hold the same pictures.")
+        str | None, typer.Option(help="Another data set (the validation set) that must not hold the same images.")
     ] = None,
     against_from: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="Format of the set that --against names.  [default: --from]")
@@ -520,14 +520,14 @@ def check(
         number(
             Range(16, 16_384, whole=True),
             "--resolution",
-            help="Side of the training pictures in pixels: smaller pictures are listed.",
+            help="Side of the training images in pixels: smaller images are listed.",
         ),
     ] = None,
     bbox_format: DeclaredFormat = None,
     bbox_units: DeclaredUnits = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Read a data set, decode its pictures, and say what is in it and what is wrong with it.
+    """Read a data set, decode its images, and say what is in it and what is wrong with it.
 
     With a run's config, it is judged as that run would use it: its buckets, its crop, its batch, its validation set.
     """
@@ -538,13 +538,13 @@ def check(
     if out is not None:
         check_new_folder(out, verb="data check", inputs=inputs)
     if against is None and against_from is not None:
-        raise InputError("belongs to --against", where="--against-from", cure="leave it away, or give --against")
+        raise InputError("belongs to --against", location="--against-from", hint="leave it away, or give --against")
     judged: dict[str, Any] = {"buckets": None if resolution is None else one_size((resolution, resolution))}
     if data.endswith((".yaml", ".yml")):
         given = {"--from": from_, "--against": against, "--base": base, "--resolution": resolution}
         for option, value in (given | {"--bbox-format": bbox_format, "--bbox-units": bbox_units}).items():
             if value is not None:
-                raise InputError("is said by the config", where=option, cure="leave it away")
+                raise InputError("is said by the config", location=option, hint="leave it away")
         data, against, base, judged, (own_format, own_units) = _of_run(data)
     else:
         own_format, own_units = bbox_format, bbox_units
@@ -572,7 +572,7 @@ class _Found:
     records: list[Record]
     told: dict[str, Any]
     notes: list[str]
-    source: Any = None  # holds pictures that lay inside other files, as long as this lives
+    source: Any = None  # holds images that lay inside other files, as long as this lives
 
 
 def _read(
@@ -605,7 +605,7 @@ def _read(
         return _Found(source.records, told, list(source.remarks), source)
     for option, value in (("--images", images), ("--split", split)):
         if value is not None:
-            raise InputError("belongs to --from FORMAT", where=option, cure="leave it away")
+            raise InputError("belongs to --from FORMAT", location=option, hint="leave it away")
     conventions = {"bbox_format": bbox_format or "xyxy", "bbox_units": bbox_units or "relative"}
     if is_sharded(data):  # opening them reads every layout and every header, unless an index says it was done
         lines: list[str] = []
@@ -622,7 +622,7 @@ def _read(
 
 
 def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str | None, str | None]]:
-    """Data, validation set, base, how the pictures are used, and the conventions, as a run's config has them."""
+    """Data, validation set, base, how the images are used, and the conventions, as a run's config has them."""
     from mmdit_lora.config.loading import load_config
     from mmdit_lora.training.load_base import open_encoders
     from mmdit_lora.training.setup import run_buckets
@@ -644,10 +644,10 @@ def _print(report: CheckReport) -> None:
         sizes = [f"{count} of {size}" for size, count in report.image_sizes.items()]
         more = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
         say(
-            f"{report.pictures} pictures, {report.records} layouts, {report.boxes} boxes, {report.phrases} distinct phrases"
+            f"{report.images} images, {report.records} layouts, {report.boxes} boxes, {report.phrases} distinct phrases"
         )
         say(f"sizes: {', '.join(sizes[:5])}{more}")
-        say(f"boxes a picture: {', '.join(f'{boxes} ({n}x)' for boxes, n in report.boxes_per_picture.items())}")
+        say(f"boxes an image: {', '.join(f'{boxes} ({n}x)' for boxes, n in report.boxes_per_image.items())}")
         if report.extra_columns:
             say(f"ignored columns: {', '.join(f'{name} ({n}x)' for name, n in report.extra_columns.items())}")
         for note in report.notes:
@@ -669,7 +669,7 @@ def _print_table(report: CheckReport) -> None:
         table.add_column(title, justify="right" if title == "count" else "left", no_wrap=True)
     table.add_column("first", overflow="fold")
     for found in report.findings:
-        first = found.examples[0].where.rpartition("/")[2] if found.examples else ""
+        first = found.examples[0].location.rpartition("/")[2] if found.examples else ""
         severity = Text(found.severity, style="red" if found.severity == "error" else "yellow")
         table.add_row(severity, found.name, str(found.count), f"{found.total} {found.unit}", Text(first))
     Console(stderr=True).print(table)
@@ -690,4 +690,6 @@ def _raise_errors(report: CheckReport, data: str) -> None:
     if len(report.errors) == 1:
         raise InputError("\n".join(filter(None, (report.errors[0], report.hint))))
     if report.errors:
-        raise several([InputError(message.splitlines()[0]) for message in report.errors], where=data, hint=report.hint)
+        raise several(
+            [InputError(message.splitlines()[0]) for message in report.errors], location=data, hint=report.hint
+        )

@@ -23,8 +23,8 @@ from mmdit_lora.cli.models import (
     base_is_there,
     fidelity_table,
     open_with_adapters,
-    paint_settings,
-    painting_inputs,
+    sampling_config,
+    sampling_inputs,
 )
 from mmdit_lora.cli.options import JsonFlag, number
 from mmdit_lora.cli.output import emit, say
@@ -37,13 +37,13 @@ from mmdit_lora.visual.page import escape_markdown
 if TYPE_CHECKING:
     from mmdit_lora.data.records import Record
     from mmdit_lora.evaluation.evaluate import Evaluation
-    from mmdit_lora.evaluation.image_cache import PictureStore
-    from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+    from mmdit_lora.evaluation.image_cache import ImageCache
+    from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
 if TYPE_CHECKING:
     from mmdit_lora.evaluation.protocols import Case, PublishedProtocol, Seen
     from mmdit_lora.evaluation.protocols.runner import Judges, Looks
 
-_WRITTEN: tuple[str, ...] = ("evaluate.json", "pictures/", "seen/", "report.html", "report.md", "report.json")
+_WRITTEN: tuple[str, ...] = ("evaluate.json", "images/", "seen/", "report.html", "report.md", "report.json")
 _SHEETS: tuple[str, ...] = ("base", "adapter", "text_only", "layout_only", "images", "ground_truth")
 _SHEETS += tuple(f"adapter_{number}" for number in range(2, 10))
 _WRITTEN += tuple(f"{side}.png" for side in _SHEETS)
@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; the same call goes on where it was stopped.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Data set folder of layouts with pictures.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Data set folder of layouts with images.")] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", help="Pipeline folder or hub id, to paint with.", callback=base_is_there),
@@ -66,13 +66,11 @@ def evaluate(
         bool, typer.Option("--each", help="Every --adapter is a side of its own; without it they act together.")
     ] = False,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Folder of pictures that something else made of the layouts.")
+        Path | None, typer.Option("--images", help="Folder of images that something else made of the layouts.")
     ] = None,
     detector: Annotated[
         str,
-        typer.Option(
-            "--detector", help="What looks at pictures: shapes, torchvision:..., grounding-dino:..., owlv2:..."
-        ),
+        typer.Option("--detector", help="What looks at images: shapes, torchvision:..., grounding-dino:..., owlv2:..."),
     ] = "shapes",
     protocol: Annotated[
         str | None,
@@ -97,7 +95,7 @@ def evaluate(
         number(
             Range(0, 1000, whole=True),
             "--variations",
-            help="Other noises for the first 16 layouts: how different pictures get.",
+            help="Other noises for the first 16 layouts: how different images get.",
         ),
     ] = 0,
     count: CountOption = None,
@@ -115,35 +113,37 @@ def evaluate(
     if protocol is not None:
         if annotations is None or base is not None or data is not None:
             raise InputError(
-                "scores pictures that are there, by a benchmark's own file",
-                where="--protocol",
-                cure="give --annotations and --images; without --images it writes OUT/layouts.jsonl for `sample --layout`",
+                "scores images that are there, by a benchmark's own file",
+                location="--protocol",
+                hint="give --annotations and --images; without --images it writes OUT/layouts.jsonl for `sample --layout`",
             )
         _published(protocol, annotations, images, out, detector, judge, as_json=as_json)
         return
     if annotations is not None or judge is not None:
-        raise InputError("is for --protocol", where="--annotations, --judge", cure="give --protocol NAME too")
+        raise InputError("is for --protocol", location="--annotations, --judge", hint="give --protocol NAME too")
     if data is None:
-        raise InputError("is missing", where="--data", cure="give a data set folder, or --protocol NAME")
+        raise InputError("is missing", location="--data", hint="give a data set folder, or --protocol NAME")
     if base is None and images is None:
-        raise InputError("nothing to judge", cure="give --base, to paint with, or --images, a folder of pictures")
+        raise InputError("nothing to judge", hint="give --base, to paint with, or --images, a folder of images")
     if base is None and (adapter or ablations or variations):
-        raise InputError("is for painting", where="--adapter, --ablations, --variations", cure="give --base too")
-    inputs: Inputs = painting_inputs(base, adapter, data) | {"--data": data, "--images": images}
+        raise InputError("is for painting", location="--adapter, --ablations, --variations", hint="give --base too")
+    inputs: Inputs = sampling_inputs(base, adapter, data) | {"--data": data, "--images": images}
     with open_folder(out, verb="evaluate", names=_WRITTEN, inputs=inputs):
         from mmdit_lora.data.records import read_dataset
 
         records = read_dataset(data)[:count]
-        settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+        settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
         from mmdit_lora.cli.output import ProgressLines
         from mmdit_lora.evaluation.detectors import open_detector
         from mmdit_lora.evaluation.evaluate import ADAPTERS
         from mmdit_lora.evaluation.evaluate import evaluate as run
-        from mmdit_lora.evaluation.image_cache import pictures_of
+        from mmdit_lora.evaluation.image_cache import images_of
 
         if each and len(adapter or []) > len(ADAPTERS):
-            raise InputError(f"holds {len(adapter or [])}", where="--adapter", cure=f"compare {len(ADAPTERS)} at most")
-        shown = pictures_of(images, records) if images is not None else None
+            raise InputError(
+                f"holds {len(adapter or [])}", location="--adapter", hint=f"compare {len(ADAPTERS)} at most"
+            )
+        shown = images_of(images, records) if images is not None else None
         looks = open_detector(detector)
         scorer = None
         if clip is not None:
@@ -191,7 +191,7 @@ def evaluate(
             say(f"warning: {result.detector}")
         say(fidelity_table(report, f"{len(records)} layouts"))
         for group, sides in report["by_boxes"].items() if len(report["by_boxes"]) > 1 else ():
-            say(fidelity_table(sides, f"{group} boxes, {sides['pictures']} layouts"))
+            say(fidelity_table(sides, f"{group} boxes, {sides['images']} layouts"))
         say(f"look at {out / 'report.html'}")
         if as_json:
             emit(report)
@@ -207,7 +207,7 @@ def _published(
     *,
     as_json: bool,
 ) -> None:
-    """Score pictures by a published benchmark; without pictures, write its layouts to paint them from."""
+    """Score images by a published benchmark; without images, write its layouts to paint them from."""
 
     if images is None:
         with open_folder(out, verb="evaluate", names=["layouts.jsonl"], inputs={"--annotations": annotations}):
@@ -236,7 +236,7 @@ def _store(
     out: Path,
     pipe: LayoutPipeline | None,
     records: list[Record],
-    settings: PaintSettings,
+    settings: SamplingConfig,
     *,
     base: str | None,
     adapters: list[str],
@@ -244,13 +244,13 @@ def _store(
     images: Path | None,
     seed: int,
     dtype: str,
-) -> PictureStore:
-    """Where painted pictures are kept, under all that they depend on."""
+) -> ImageCache:
+    """Where painted images are kept, under all that they depend on."""
     import hashlib
     import json
     from dataclasses import asdict
 
-    from mmdit_lora.evaluation.image_cache import PictureStore
+    from mmdit_lora.evaluation.image_cache import ImageCache
     from mmdit_lora.lora import base_fingerprint
 
     layouts = json.dumps([record.layout.to_dict() for record in records], ensure_ascii=False)
@@ -266,7 +266,7 @@ def _store(
         "dtype": dtype,
         "seed": seed,
     }
-    return PictureStore(out, plan)
+    return ImageCache(out, plan)
 
 
 def _digest(adapter: str) -> str:
@@ -284,14 +284,12 @@ def _write(out: Path, result: Evaluation, report: dict[str, Any]) -> None:
     from mmdit_lora.files import write_json, write_text
     from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
-    title = f"{Path(report['data']).name}, {report['pictures']} layouts"
+    title = f"{Path(report['data']).name}, {report['images']} layouts"
     colors = phrase_colors(result.layouts)
     for name, side in result.sides.items():
         if name == "shuffled":
-            continue  # the ground truth's pictures again
-        drawn = [
-            draw_boxes(p, item, colors=colors) for p, item in zip(side.pictures[:16], result.layouts, strict=False)
-        ]
+            continue  # the ground truth's images again
+        drawn = [draw_boxes(p, item, colors=colors) for p, item in zip(side.images[:16], result.layouts, strict=False)]
         save_png(contact_sheet(drawn), out / f"{name}.png")
     write_text(out / "report.html", page(result, report, title=title))
     write_text(out / "report.md", markdown(report, title=title) + "\n")
@@ -330,32 +328,32 @@ def score_protocol(
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Score a folder of pictures by a published protocol.
+    """Score a folder of images by a published protocol.
 
     Writes `out`/report.json, report.md and report.html, the files that the protocol's own tools write, and seen.jsonl:
-    what was seen in each picture, from which a run that was killed goes on.
+    what was seen in each image, from which a run that was killed goes on.
 
     Args:
-        name: a key of `PROTOCOLS`. annotations: the set's own file or folder. images_dir: the painted pictures.
-        detector: has `detect(pictures, layouts)`; judge: has `ask(pictures, questions)`; see `evaluate.protocols.look`.
+        name: a key of `PROTOCOLS`. annotations: the set's own file or folder. images_dir: the painted images.
+        detector: has `detect(images, layouts)`; judge: has `ask(images, questions)`; see `evaluate.protocols.look`.
         published: put the published figures beside.
-        on_progress: called with the number of pictures that are done.
+        on_progress: called with the number of images that are done.
 
     Returns:
         What report.json holds; `scores` are shares in [0, 1].
 
     Raises:
         InputError: an unknown protocol; annotations that cannot be read; a detector or judge that it needs and has not;
-            missing pictures (the first names, and how many). Nothing is written then.
+            missing images (the first names, and how many). Nothing is written then.
     """
     from mmdit_lora.evaluation.protocols import find_protocol
     from mmdit_lora.evaluation.protocols.published import PUBLISHED, as_html, beside, markdown, to_dicts
-    from mmdit_lora.evaluation.protocols.runner import find_pictures, look_at, require
+    from mmdit_lora.evaluation.protocols.runner import find_images, look_at, require
 
     protocol = find_protocol(name)
     require(protocol, detector=detector is not None, judge=judge is not None)
     cases = protocol.read(annotations)
-    pairs = find_pictures(protocol, cases, images_dir)
+    pairs = find_images(protocol, cases, images_dir)
     out, inputs = Path(out), {"--annotations": annotations, "--images": images_dir}
     with open_folder(out, verb="evaluate", names=_OF_PROTOCOLS, inputs=inputs, logs=["seen.jsonl"]):
         seen = look_at(
@@ -367,9 +365,9 @@ def score_protocol(
             kept=out / "seen.jsonl",
             on_progress=on_progress,
         )
-        of_pictures = [case for case, _ in pairs]
-        scores = protocol.score(of_pictures, seen)
-        results = protocol.write_results(of_pictures, seen, out)
+        of_images = [case for case, _ in pairs]
+        scores = protocol.score(of_images, seen)
+        results = protocol.write_results(of_images, seen, out)
         rows = beside(name, scores) if published and PUBLISHED.is_file() else []  # a wheel has no data folder
         report = _report(protocol, cases, seen) | {
             "annotations": str(annotations),
@@ -399,7 +397,7 @@ def write_layouts(name: str, annotations: str | Path, out: str | Path) -> int:
     from mmdit_lora.evaluation.protocols import find_protocol
 
     if Path(out).suffix != ".jsonl":
-        raise InputError("is no .jsonl file", where=str(out), cure="many layouts stand in a .jsonl, one a line")
+        raise InputError("is no .jsonl file", location=str(out), hint="many layouts stand in a .jsonl, one a line")
     cases = find_protocol(name).read(annotations)
     write_text(out, "".join(json_text(case.layout.to_dict()) + "\n" for case in cases))
     return len(cases)
@@ -417,7 +415,7 @@ def _report(protocol: PublishedProtocol, cases: list[Case], seen: list[Seen]) ->
         "source": protocol.source,
         "deviations": list(protocol.deviations),
         "cases": len(cases),
-        "pictures": len(seen),
+        "images": len(seen),
         "boxes": sum(len(case.things) for case in cases),
         "questions": len(answers),
         "unanswered": sum(answer is None for answer in answers),
@@ -425,7 +423,7 @@ def _report(protocol: PublishedProtocol, cases: list[Case], seen: list[Seen]) ->
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
-    facts = [f"Layouts: {report['cases']}; boxes: {report['boxes']}; pictures: {report['pictures']}."]
+    facts = [f"Layouts: {report['cases']}; boxes: {report['boxes']}; images: {report['images']}."]
     facts += [f"{kind.capitalize()}: {clip(report[kind])}." for kind in ("detector", "judge") if report[kind]]
     if report["questions"]:
         facts.append(f"Questions: {report['questions']}; without yes or no (counted as no): {report['unanswered']}.")
@@ -433,7 +431,7 @@ def _facts(report: dict[str, Any]) -> list[str]:
 
 
 def _own_table(protocol: PublishedProtocol, scores: dict[str, float]) -> list[list[str]]:
-    """Head and lines: a metric's figures over all pictures and over the parts that there are, and what it is."""
+    """Head and lines: a metric's figures over all images and over the parts that there are, and what it is."""
     parts = {
         part: form for part, form in protocol.parts.items() if any(form.format(m) in scores for m in protocol.metrics)
     }

@@ -48,8 +48,8 @@ def creatilayout(
     for option, given in (("--base", base), ("--weights", weights)):
         if not exists(given) and written_as_path(given) and given.startswith((".", "/", "~")):
             near = nearest(given)
-            cure = f"did you mean {near}?" if near else "give a path that is there, or OWNER/NAME of the hub"
-            raise InputError("no such file or folder", where=f"{option} {given}", cure=cure)
+            hint = f"did you mean {near}?" if near else "give a path that is there, or OWNER/NAME of the hub"
+            raise InputError("no such file or folder", location=f"{option} {given}", hint=hint)
     check_new_folder(out, verb="import", inputs={"--base": base, "--weights": weights})
     import torch
 

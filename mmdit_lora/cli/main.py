@@ -98,12 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of paths alone, wherever one is looked at first
-            wrong = InputError(f"is no possible path: {error.strerror}", where=error.filename, cure="give another one")
+            wrong = InputError(
+                f"is no possible path: {error.strerror}", location=error.filename, hint="give another one"
+            )
             return _report(error, str(wrong), 2, debug)
         if error.errno not in NO_SPACE or error.filename is not None:
             return _report_unknown(error, debug)
         _drop_stdout()
-        full = InputError(f"cannot be written: {error.strerror}", where="standard output", cure="redirect it elsewhere")
+        full = InputError(
+            f"cannot be written: {error.strerror}", location="standard output", hint="redirect it elsewhere"
+        )
         return _report(error, str(full), 2, debug)
     except Exception as error:
         return _report_unknown(error, debug)
@@ -134,7 +138,7 @@ def _without_debug(args: list[str]) -> tuple[list[str], bool]:
 def _usage_message(error: Exception) -> str:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
     context = getattr(error, "ctx", None)
-    return f"{message}\n  to mend it: see `{context.command_path} --help`" if context is not None else message
+    return f"{message}\n  hint: see `{context.command_path} --help`" if context is not None else message
 
 
 def _report_unknown(error: Exception, debug: bool) -> int:

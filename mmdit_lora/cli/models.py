@@ -25,14 +25,14 @@ from mmdit_lora.config.ranges import (
 )
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import exists, nearest, output_path
-from mmdit_lora.models.hub import refuse_no_base
+from mmdit_lora.hub import refuse_no_base
 from mmdit_lora.outputs import check_new_folder, check_open_folder, new_folder
 
 if TYPE_CHECKING:
     import torch
 
     from mmdit_lora.layout import Layout
-    from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+    from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
 
 _FIGURES = ("miou", "iou50", "color_acc", "shape_acc", "ap", "relations", "clip_box")
 
@@ -45,8 +45,8 @@ def _size(text: str) -> tuple[int, int]:
     if match is None or not all(int(side) in SIDE for side in match.groups(default="1")):
         raise InputError(
             f"is {text!r}",
-            where="--size",
-            cure=f"give a side in pixels, {SIDE}, or WIDTHxHEIGHT, e.g. 1024 or 1184x880",
+            location="--size",
+            hint=f"give a side in pixels, {SIDE}, or WIDTHxHEIGHT, e.g. 1024 or 1184x880",
         )
     width = int(match[1])
     return int(match[2] or width), width
@@ -66,8 +66,8 @@ def folder_and_weight(text: str) -> tuple[str, float]:
     except ValueError:
         raise InputError(
             f"{weight!r} is no weight",
-            where=f"--adapter {text}",
-            cure=f"write FOLDER or FOLDER=WEIGHT, {ADAPTER_WEIGHT}, e.g. FOLDER=0.8",
+            location=f"--adapter {text}",
+            hint=f"write FOLDER or FOLDER=WEIGHT, {ADAPTER_WEIGHT}, e.g. FOLDER=0.8",
         ) from None
     return folder, ADAPTER_WEIGHT.check(value, f"the weight in --adapter {text}")
 
@@ -80,10 +80,10 @@ def _adapters_are_there(adapters: list[str] | None) -> list[str] | None:
     return adapters
 
 
-def _no_such_adapter(path: str, where: str) -> InputError:
+def _no_such_adapter(path: str, location: str) -> InputError:
     near = nearest(path)
-    cure = f"did you mean {near}?" if near else "give an adapter as `mmdit-lora train` or `mmdit-lora export` wrote it"
-    return InputError("no such file or folder", where=where, cure=cure)
+    hint = f"did you mean {near}?" if near else "give an adapter as `mmdit-lora train` or `mmdit-lora export` wrote it"
+    return InputError("no such file or folder", location=location, hint=hint)
 
 
 def adapter_is_there(adapter: str | None) -> str | None:
@@ -132,7 +132,7 @@ WindowOption = Annotated[
         SHARE,
         "--layout-window",
         help="Part of the steps where the layout acts: START END.",
-        then=partial(check_window, where="--layout-window"),
+        then=partial(check_window, location="--layout-window"),
     ),
 ]
 DtypeOption = Annotated[
@@ -148,8 +148,8 @@ SizeOption = Annotated[
         callback=_check_size,
     ),
 ]
-BatchOption = Annotated[int, number(BATCH, "--batch-size", help="Pictures at a time.")]
-SeedOption = Annotated[int, number(SEED, "--seed", help="Picture i starts from the noise of SEED + i.")]
+BatchOption = Annotated[int, number(BATCH, "--batch-size", help="Images at a time.")]
+SeedOption = Annotated[int, number(SEED, "--seed", help="Image i starts from the noise of SEED + i.")]
 CountOption = Annotated[int | None, number(COUNT, "--count", help="The first COUNT layouts only.")]
 
 
@@ -203,7 +203,7 @@ def train(
         look(settings, resume=resume is not None, as_json=as_json)
         return
     last, plan = settings.train.max_steps, settings.train
-    pauses = {"validation": plan.validate_every, "pictures": plan.sample_every, "checkpoint": plan.checkpoint_every}
+    pauses = {"validation": plan.validate_every, "images": plan.sample_every, "checkpoint": plan.checkpoint_every}
     with ProgressLines(pauses=pauses) as tell:
         result = trainer.train(
             settings,
@@ -262,26 +262,26 @@ def sample(
     count: CountOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Paint layouts: pictures, the same with their boxes, a contact sheet, and a JSON of all settings."""
+    """Paint layouts: images, the same with their boxes, a contact sheet, and a JSON of all settings."""
     from dataclasses import asdict
 
-    inputs = painting_inputs(base, adapter, layout)
+    inputs = sampling_inputs(base, adapter, layout)
     check_new_folder(out, verb="sample", inputs=inputs)
     layouts = given_layouts(layout, prompt, box, box_format, box_units, size)[:count]
-    settings = paint_settings(steps, guidance, layout_scale, layout_window, size, batch_size)
+    settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.cli.output import ProgressLines
     from mmdit_lora.files import write_json
-    from mmdit_lora.pipelines import paint
+    from mmdit_lora.pipelines import generate
     from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
     with new_folder(out, verb="sample", inputs=inputs) as temporary:
         pipe = open_with_adapters(base, adapter, dtype, settings)
         with ProgressLines() as tell:
-            pictures = paint(
+            images = generate(
                 pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
             )
         colors = phrase_colors(layouts)
-        boxed = [draw_boxes(picture, item, colors=colors) for picture, item in zip(pictures, layouts, strict=True)]
+        boxed = [draw_boxes(image, item, colors=colors) for image, item in zip(images, layouts, strict=True)]
         record = {
             "base": base,
             "adapters": adapter or [],
@@ -291,17 +291,17 @@ def sample(
                 "guidance_scale": pipe.config.guidance_scale if guidance is None else guidance,
                 "dtype": dtype,
             },
-            "pictures": [
+            "images": [
                 {"file": f"{n:04d}.png", "boxes_file": f"{n:04d}_boxes.png", "seed": seed + n, "layout": item.to_dict()}
                 for n, item in enumerate(layouts)
             ],
         }
-        for number, (picture, drawn) in enumerate(zip(pictures, boxed, strict=True)):
-            save_png(picture, temporary / f"{number:04d}.png")
+        for number, (image, drawn) in enumerate(zip(images, boxed, strict=True)):
+            save_png(image, temporary / f"{number:04d}.png")
             save_png(drawn, temporary / f"{number:04d}_boxes.png")
         save_png(contact_sheet(boxed, captions=[item.caption for item in layouts]), temporary / "contact_sheet.png")
         write_json(temporary / "sample.json", record)
-    say(f"wrote {len(pictures)} pictures to {out}; look at {out / 'contact_sheet.png'}")
+    say(f"wrote {len(images)} images to {out}; look at {out / 'contact_sheet.png'}")
     if as_json:
         emit(record | {"out": str(out)})
 
@@ -330,11 +330,11 @@ def export(
 ) -> None:
     """Write an adapter for other tools, read it back in a fresh process, and compare."""
     if merge and to != "creatilayout":
-        raise InputError("is for --to creatilayout", where="--merge", cure="--to merged writes a whole base")
+        raise InputError("is for --to creatilayout", location="--merge", hint="--to merged writes a whole base")
     if to != "kohya":
         check_new_folder(out, verb="export", inputs={"ADAPTER": adapter, "--base": base})
     elif Path(out).suffix != ".safetensors":
-        raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
+        raise InputError("is one file", location=f"--out {out}", hint="give a name that ends in .safetensors")
     from mmdit_lora.export.export import export_adapter
 
     report = export_adapter(adapter, to=to, out=out, base=base, merge=merge)
@@ -369,7 +369,7 @@ def layouts_of(path: Path) -> list[Layout]:
 
     if path.is_dir():
         return [record.layout for record in read_dataset(path)]
-    return read_layouts(path, picture_size=image_size)
+    return read_layouts(path, image_size=image_size)
 
 
 def given_layouts(
@@ -385,13 +385,13 @@ def given_layouts(
     """
     if layout is not None:
         if prompt is not None or boxes:
-            raise InputError("is given beside --layout", where="--prompt, --box", cure="give one of the two")
+            raise InputError("is given beside --layout", location="--prompt, --box", hint="give one of the two")
         return layouts_of(layout)
     if prompt is None:
         raise InputError(
             "is missing" if boxes else "nothing to paint",
-            where="--prompt" if boxes else None,
-            cure='give --layout FILE, or --prompt "TEXT" with --box "0.1,0.1,0.5,0.5=a red circle" for each box',
+            location="--prompt" if boxes else None,
+            hint='give --layout FILE, or --prompt "TEXT" with --box "0.1,0.1,0.5,0.5=a red circle" for each box',
         )
     from mmdit_lora.boxes import EdgeCount, Reading
     from mmdit_lora.data.records import warn
@@ -400,7 +400,9 @@ def given_layouts(
     reading, image_size, edges = Reading(order, units), None, EdgeCount()
     if units == "pixel":
         if size is None:
-            raise InputError("is missing", where="--size", cure="boxes in pixels need the image's size, e.g. 1184x880")
+            raise InputError(
+                "is missing", location="--size", hint="boxes in pixels need the image's size, e.g. 1184x880"
+            )
         image_size = partial(_width_and_height, size)
     made: list[Box] = []
     clipped: Clipped = []
@@ -409,11 +411,11 @@ def given_layouts(
         try:
             made.append(as_box(numbers, phrase, reading, image_size, f"--box {clip(text, 80)}", clipped))
         except BoxError as error:
-            cure = (
+            hint = (
                 f"it is read as --box-format {order} --box-units {units}: {reading.allows}; "
                 "correct the numbers, or give these options as the numbers are"
             )
-            raise InputError(error.what, where=error.where, cure=cure) from None
+            raise InputError(error.what, location=error.location, hint=hint) from None
     for by, place in clipped:
         edges.add(by, place)
     if edges.message:
@@ -436,19 +438,19 @@ def _box(text: str) -> tuple[list[float], str]:
     if len(xyxy) != 4 or not phrase.strip():
         raise InputError(
             f"is {clip(repr(text))}",
-            where="--box",
-            cure='give four numbers and the phrase: "0.1,0.1,0.5,0.5=a red circle"',
+            location="--box",
+            hint='give four numbers and the phrase: "0.1,0.1,0.5,0.5=a red circle"',
         )
     return xyxy, phrase.strip()
 
 
-def paint_settings(
+def sampling_config(
     steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
-) -> PaintSettings:
+) -> SamplingConfig:
     """Of options that were checked as they were read."""
-    from mmdit_lora.pipelines import PaintSettings
+    from mmdit_lora.pipelines import SamplingConfig
 
-    return PaintSettings(
+    return SamplingConfig(
         steps=steps,
         guidance_scale=guidance,
         layout_scale=scale,
@@ -462,7 +464,7 @@ def open_with_adapters(
     base: str,
     adapters: list[str] | None,
     dtype: str,
-    settings: PaintSettings | None = None,
+    settings: SamplingConfig | None = None,
     *,
     allow_same: bool = False,
 ) -> LayoutPipeline:
@@ -485,7 +487,7 @@ def open_with_adapters(
         try:
             pipe.check_side(side)
         except InputError as error:
-            raise InputError(error.what, where="--size", cure=error.cure) from None
+            raise InputError(error.what, location="--size", hint=error.hint) from None
     weights = adapter_weights(adapters)
     for name, given in zip(weights, adapters or [], strict=True):
         folder, _ = folder_and_weight(given)
@@ -509,7 +511,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def painting_inputs(base: str | None, adapters: list[str] | None, layout: Path | None) -> dict[str, str | Path | None]:
+def sampling_inputs(base: str | None, adapters: list[str] | None, layout: Path | None) -> dict[str, str | Path | None]:
     """What painting reads, by option: no output may be there."""
     given = {f"--adapter {each}": folder_and_weight(each)[0] for each in adapters or []}
     return {"--base": base, "--layout": layout, **given}

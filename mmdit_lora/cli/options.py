@@ -25,8 +25,8 @@ DeclaredUnits = Annotated[
     Literal["relative", "pixel", "permille"] | None,
     typer.Option(help="Units of boxes, where neither the format nor a line says it (jsonl: relative)."),
 ]
-SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave records out whose picture is not there.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of the pictures, where they lie apart.")]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave records out whose image is not there.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images, where they lie apart.")]
 DataOrShards = Annotated[
     str,
     typer.Argument(

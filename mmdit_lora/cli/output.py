@@ -39,7 +39,7 @@ class ProgressLines:
 
     Args:
         every_seconds: between lines, where stderr is no terminal.
-        pauses: name -> every so many steps the phase "train" stops for something else (validation, pictures).
+        pauses: name -> every so many steps the phase "train" stops for something else (validation, images).
     """
 
     def __init__(self, *, every_seconds: float = 5.0, pauses: Mapping[str, int] | None = None) -> None:

@@ -17,7 +17,7 @@ from mmdit_lora.cli.options import JsonFlag, number
 from mmdit_lora.cli.output import emit, say
 from mmdit_lora.config.ranges import BATCH, SIDE, Range
 from mmdit_lora.errors import InputError
-from mmdit_lora.models.hub import refuse_no_base
+from mmdit_lora.hub import refuse_no_base
 
 if TYPE_CHECKING:
     from mmdit_lora.analysis.plan.bases import PlannedBase
@@ -48,10 +48,10 @@ def plan(
         Literal["lora", "layout_stream", "full", "all"], typer.Option(help="What is trained; all = side by side.")
     ] = "all",
     resolution: Annotated[
-        int | None, number(SIDE, "--resolution", help="Side of the pictures in pixels; default: the base's own.")
+        int | None, number(SIDE, "--resolution", help="Side of the images in pixels; default: the base's own.")
     ] = None,
-    boxes: Annotated[int, number(_UP_TO, "--boxes", help="Boxes of a picture.")] = 10,
-    batch: Annotated[int, number(BATCH, "--batch", help="Pictures of a step.")] = 1,
+    boxes: Annotated[int, number(_UP_TO, "--boxes", help="Boxes of an image.")] = 10,
+    batch: Annotated[int, number(BATCH, "--batch", help="Images of a step.")] = 1,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"], typer.Option(help="Of frozen weights and of computing; what trains is fp32.")
     ] = "bf16",
@@ -86,20 +86,20 @@ def plan(
     if (base is None) == (family is None):
         raise InputError(
             "give a base or a --family" if base is None else "a base and a --family are given",
-            cure="e.g. `mmdit-lora plan --family sd3-medium` or `mmdit-lora plan PIPELINE_FOLDER`",
+            hint="e.g. `mmdit-lora plan --family sd3-medium` or `mmdit-lora plan PIPELINE_FOLDER`",
         )
     if every != 1 and not gradient_checkpointing:
         raise InputError(
-            f"is {every}, and nothing is checkpointed", where="--every", cure="add --gradient-checkpointing"
+            f"is {every}, and nothing is checkpointed", location="--every", hint="add --gradient-checkpointing"
         )
     if base is not None:
         refuse_no_base(base, whole=False)
     stream = {"layout_attention": attention, "layout_single_blocks": single_blocks, "phrase_tokens": phrase_tokens}
     with _light_process():
-        from mmdit_lora.analysis.plan.bases import open_base, preset_base
+        from mmdit_lora.analysis.plan.bases import load_base, preset_base
         from mmdit_lora.analysis.plan.forecast import NOT_COUNTED, Setup, forecast, full_fine_tuning
 
-        planned = preset_base(family, stream) if family is not None else open_base(str(base), stream)
+        planned = preset_base(family, stream) if family is not None else load_base(str(base), stream)
         setup = Setup(
             resolution=resolution or planned.default_side,
             boxes=boxes,

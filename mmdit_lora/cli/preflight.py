@@ -28,8 +28,8 @@ def show_preflight(report: Preflight) -> None:
     before = None
     for check in report.checks:
         found = Text(check.found)
-        if check.cure:
-            found.append(f"\nto mend it: {check.cure}", style="dim")
+        if check.hint:
+            found.append(f"\nhint: {check.hint}", style="dim")
         state = Text("FAILED" if check.state == "failed" else check.state, style=_STYLES[check.state])
         table.add_row("" if check.name == before else check.name, state, found)
         before = check.name
@@ -56,8 +56,8 @@ def check_only(config: Config, *, resume: bool, as_json: bool) -> None:
         run = prepare_run(config, resume=resume)
     except InputError as error:
         if as_json:
-            found = f"{error.where}: {error.what}" if error.where else error.what
-            check = {"name": "set-up", "state": "failed", "found": found, "cure": error.cure, "seconds": 0.0}
+            found = f"{error.location}: {error.what}" if error.location else error.what
+            check = {"name": "set-up", "state": "failed", "found": found, "cure": error.hint, "seconds": 0.0}
             emit({"ok": False, "checks": [check]})
         raise
     kept = checkpoints(run.folder / CHECKPOINTS) if resume else []
@@ -66,6 +66,6 @@ def check_only(config: Config, *, resume: bool, as_json: bool) -> None:
         show_preflight(report)
         if as_json:
             held_out = len(run.held_out.records) if run.held_out else 0
-            pictures = {"pictures": len(run.examples.records), "held_out": held_out}
-            emit(report.to_dict() | {"trainable": run.trainable.details, **pictures, **run.data_losses[0]})
+            images = {"images": len(run.examples.records), "held_out": held_out}
+            emit(report.to_dict() | {"trainable": run.trainable.details, **images, **run.data_losses[0]})
     report.refuse_failed()

@@ -1,4 +1,4 @@
-"""The whole way in a few minutes: data of a new domain, an adapter, pictures before and after, figures, an export."""
+"""The whole way in a few minutes: data of a new domain, an adapter, images before and after, figures, an export."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.evaluate import Evaluation, evaluate
-from mmdit_lora.evaluation.image_cache import PictureStore
+from mmdit_lora.evaluation.image_cache import ImageCache
 from mmdit_lora.export.export import Target, export_adapter
 from mmdit_lora.files import read_text, write_json, write_text
 from mmdit_lora.json_files import read_kept
 from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.outputs import open_folder
-from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
 from mmdit_lora.training.run_dir import WRITTEN
 from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.trainer import train
@@ -27,24 +27,26 @@ from mmdit_lora.visual.draw import before_after, save_png
 
 CONFIG = "configs/quickstart.yaml"
 NEW, OLD = "page", "basic"  # the new domain, and one that the base was trained on
-TRAIN_PICTURES, HELD_OUT_PICTURES = 2000, 96
+TRAIN_IMAGES, HELD_OUT_IMAGES = 2000, 96
 TRAIN_SEED, HELD_OUT_SEED, OLD_SEED = 11, 12, 13
 EXPORTS: tuple[Target, ...] = ("peft", "merged")
 EXPORTS_FOLDERS = tuple(f"{to}/" for to in EXPORTS)
-SHOWN = 6  # pictures in the figure: the first ones, not the best ones
+SHOWN = 6  # images in the figure: the first ones, not the best ones
 _MARK, REPORT = "quickstart.yaml", "report.json"
-_WRITTEN = (_MARK, "before_after.png", "data/", "pictures/", *EXPORTS_FOLDERS, *WRITTEN)
+_WRITTEN = (_MARK, "before_after.png", "data/", "images/", *EXPORTS_FOLDERS, *WRITTEN)
 
-Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
+OnProgress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 
 
-def quickstart(out: str | Path, *, config_path: str | Path | None = None, tell: Tell | None = None) -> dict[str, Any]:
+def quickstart(
+    out: str | Path, *, config_path: str | Path | None = None, tell: OnProgress | None = None
+) -> dict[str, Any]:
     """Train on `NEW`, judge on held-out layouts of it and of `OLD`, and write `out`. What was stopped goes on where it was;
     where it was finished, its report is given again.
 
     Args:
         out: gets `report.json`, `before_after.png`, `adapter/`, `merged/` and the data.
-        tell: called as phases go on.
+        on_progress: called as phases go on.
 
     Returns:
         What `report.json` holds: fidelity of `base`, `adapter`, `ground_truth` and `shuffled`, the same under `old_domain`,
@@ -73,12 +75,12 @@ def _finished(out: Path, config: Config) -> dict[str, Any] | None:
         InputError: an earlier start had another config.
     """
     if (out / _MARK).exists() and read_text(out / _MARK) != config.to_yaml():
-        raise InputError("holds a quickstart of another config", where=str(out), cure="give another --out")
+        raise InputError("holds a quickstart of another config", location=str(out), hint="give another --out")
     report = read_kept(out / REPORT, dict)
     return report if report and "export_max_abs_diff" in report else None  # otherwise it is that of the training
 
 
-def _run(out: Path, config: Config, data: dict[str, Path], tell: Tell) -> dict[str, Any]:
+def _run(out: Path, config: Config, data: dict[str, Path], tell: OnProgress) -> dict[str, Any]:
     """All phases; what an earlier start finished is not done again."""
     seconds: dict[str, float] = {}
 
@@ -91,9 +93,9 @@ def _run(out: Path, config: Config, data: dict[str, Path], tell: Tell) -> dict[s
 
     with phase("data"):
         for folder, domain, count, seed in (
-            (data["train"], NEW, TRAIN_PICTURES, TRAIN_SEED),
-            (data["held_out"], NEW, HELD_OUT_PICTURES, HELD_OUT_SEED),
-            (data["old"], OLD, HELD_OUT_PICTURES, OLD_SEED),
+            (data["train"], NEW, TRAIN_IMAGES, TRAIN_SEED),
+            (data["held_out"], NEW, HELD_OUT_IMAGES, HELD_OUT_SEED),
+            (data["old"], OLD, HELD_OUT_IMAGES, OLD_SEED),
         ):
             if not folder.exists():  # whole or absent
                 write_dataset(folder, DOMAINS[domain], count=count, seed=seed, verb="quickstart")
@@ -104,8 +106,8 @@ def _run(out: Path, config: Config, data: dict[str, Path], tell: Tell) -> dict[s
         except Interrupted as error:
             raise Interrupted(error.signal_name, error.step, again="the same call") from None
     with phase("evaluate"):
-        new = _evaluate(result.pipe, data["held_out"], out / "pictures" / "new", "new domain", tell)
-        old = _evaluate(result.pipe, data["old"], out / "pictures" / "old", "old domain", tell)
+        new = _evaluate(result.pipe, data["held_out"], out / "images" / "new", "new domain", tell)
+        old = _evaluate(result.pipe, data["old"], out / "images" / "old", "old domain", tell)
     with phase("figure"):
         save_png(_figure(new), out / "before_after.png")
     with phase("export"):
@@ -135,19 +137,19 @@ def find_file(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise InputError(
-        "is not here", where=name, cure="run the quickstart in a clone of the repository: it holds the embedded base"
+        "is not here", location=name, hint="run the quickstart in a clone of the repository: it holds the embedded base"
     )
 
 
-def _evaluate(pipe: LayoutPipeline, folder: Path, pictures: Path, name: str, tell: Tell) -> Evaluation:
+def _evaluate(pipe: LayoutPipeline, folder: Path, images: Path, name: str, tell: OnProgress) -> Evaluation:
     pipe.transformer.eval()
     records = read_dataset(folder)
     return evaluate(
         pipe,
         records,
-        PaintSettings(),
+        SamplingConfig(),
         seed=0,
-        store=PictureStore(pictures, {"weights": base_fingerprint(pipe.transformer)}),
+        store=ImageCache(images, {"weights": base_fingerprint(pipe.transformer)}),
         on_progress=lambda side, done: tell(f"paint {name}, {side}", done, len(records), {}),
     )
 
@@ -156,8 +158,8 @@ def _figure(evaluation: Evaluation) -> Any:
     base, adapter = evaluation.sides["base"], evaluation.sides["adapter"]
     return before_after(
         evaluation.layouts[:SHOWN],
-        base.pictures[:SHOWN],
-        adapter.pictures[:SHOWN],
+        base.images[:SHOWN],
+        adapter.images[:SHOWN],
         title="Held-out layouts, same noise, before and after",
-        scores=(base.picture_ious[:SHOWN], adapter.picture_ious[:SHOWN]),
+        scores=(base.image_ious[:SHOWN], adapter.image_ious[:SHOWN]),
     )

@@ -54,7 +54,9 @@ class _Closed(io.TextIOBase):
 
     def write(self, _: str) -> int:
         raise InputError(
-            "is closed, and this is written there", where="standard output", cure="redirect it to a file or /dev/null"
+            "is closed, and this is written there",
+            location="standard output",
+            hint="redirect it to a file or /dev/null",
         )
 
 

@@ -35,9 +35,9 @@ def study(
     seeds: Annotated[
         str, typer.Option("--seeds", help="Numbers with commas between: one run a setting for each.")
     ] = "0,1,2",
-    pictures: Annotated[
+    images: Annotated[
         int | None,
-        number(Range(2, 1_000_000, whole=True), "--pictures", help="Held-out layouts to paint; default 64 (quick: 4)."),
+        number(Range(2, 1_000_000, whole=True), "--images", help="Held-out layouts to paint; default 64 (quick: 4)."),
     ] = None,
     old: Annotated[
         Path | None, typer.Option("--old", help="Data set of the base's old domain: measure what is forgotten.")
@@ -53,7 +53,7 @@ def study(
 ) -> None:
     """Run a study: many short trainings, each in a folder of its own, a plot, a table and a verdict."""
     if bases is not None and name != "intrinsic-dimension":
-        raise InputError("is for intrinsic-dimension", where="--bases", cure="give base=... to the others")
+        raise InputError("is for intrinsic-dimension", location="--bases", hint="give base=... to the others")
     numbers = _seeds(seeds)
     check_open_folder(out, verb="study", names=())
     from mmdit_lora.config.loading import load_config
@@ -61,7 +61,7 @@ def study(
     settings = load_config(
         config, [*(overrides or ()), *(("train.max_steps=3", "train.batch_size=4") if quick else ())]
     )
-    from mmdit_lora.analysis.studies.setup import QUICK_PICTURES, Setup
+    from mmdit_lora.analysis.studies.setup import QUICK_IMAGES, Setup
     from mmdit_lora.analysis.studies.study import run_study
 
     setup = Setup(
@@ -69,7 +69,7 @@ def study(
         config=settings,
         out=out,
         seeds=numbers,
-        pictures=pictures or (QUICK_PICTURES if quick else 64),
+        images=images or (QUICK_IMAGES if quick else 64),
         quick=quick,
         old=None if old is None else str(old),
         bases=() if bases is None else tuple(base.strip() for base in bases.split(",")),
@@ -95,5 +95,5 @@ def _seeds(text: str) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or len(set(numbers)) < len(numbers) or not all(n in SEED for n in numbers):
-        raise InputError(f"is {text!r}", where="--seeds", cure=f"give different ones, each {SEED}, e.g. 0,1,2")
+        raise InputError(f"is {text!r}", location="--seeds", hint=f"give different ones, each {SEED}, e.g. 0,1,2")
     return numbers

@@ -88,11 +88,11 @@ _Dumper.add_representer(
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def parse_yaml(text: str, *, where: str, numbered: bool = True) -> tuple[Any, Lines]:
+def parse_yaml(text: str, *, location: str, numbered: bool = True) -> tuple[Any, Lines]:
     """The value of `text`, and the line (from 1) of every key of its mappings, by its path of keys.
 
     Args:
-        where: the text's name in errors. numbered: whether a line number follows it (a file) or not (an argument).
+        location: the text's name in errors. numbered: whether a line number follows it (a file) or not (an argument).
 
     Raises:
         InputError: no YAML, a tag (`!!python/object` and its kin), a key twice; with the line.
@@ -100,13 +100,13 @@ def parse_yaml(text: str, *, where: str, numbered: bool = True) -> tuple[Any, Li
     lines: Lines = {}
 
     def visit(node: yaml.Node) -> None:
-        _visit(node, (), lines, where, numbered, seen=set())
+        _visit(node, (), lines, location, numbered, seen=set())
 
-    return construct(lambda: _Loader(text), where=where, numbered=numbered, visit=visit), lines
+    return construct(lambda: _Loader(text), location=location, numbered=numbered, visit=visit), lines
 
 
 def construct(
-    make: Callable[[], Any], *, where: str, numbered: bool = True, visit: Callable[[yaml.Node], None] | None = None
+    make: Callable[[], Any], *, location: str, numbered: bool = True, visit: Callable[[yaml.Node], None] | None = None
 ) -> Any:
     """The value of the document of a PyYAML loader.
 
@@ -123,22 +123,22 @@ def construct(
             return None
         if visit is not None:
             visit(node)
-        _refuse_bomb(node, {}, where, numbered)
+        _refuse_bomb(node, {}, location, numbered)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{where}:{mark.line + 1}" if numbered and mark is not None else where
+        place = f"{location}:{mark.line + 1}" if numbered and mark is not None else location
         if isinstance(error, yaml.constructor.ConstructorError) and "tag" in str(error.problem):
             raise InputError(
                 f"holds a YAML tag ({error.problem})",
-                where=place,
-                cure="write plain values: no objects are made of tags",
+                location=place,
+                hint="write plain values: no objects are made of tags",
             ) from None
-        raise InputError(f"is not YAML: {error.problem or error.context}", where=place) from None
+        raise InputError(f"is not YAML: {error.problem or error.context}", location=place) from None
     except yaml.YAMLError as error:
-        raise InputError(f"is not YAML: {error}", where=where) from None
+        raise InputError(f"is not YAML: {error}", location=location) from None
     except (RecursionError, ValueError, KeyError) as error:  # KeyError: `!!bool x`
-        raise InputError(f"is not YAML that can be read: {error}", where=where) from None
+        raise InputError(f"is not YAML that can be read: {error}", location=location) from None
 
 
 def dump_yaml(data: Any) -> str:
@@ -146,7 +146,7 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
 
 
-def _refuse_bomb(node: yaml.Node, sizes: dict[int, float], where: str, numbered: bool) -> float:
+def _refuse_bomb(node: yaml.Node, sizes: dict[int, float], location: str, numbered: bool) -> float:
     """How many values a node stands for where every alias is written out; `InputError` for too many, or for a node in itself.
 
     Args:
@@ -159,24 +159,26 @@ def _refuse_bomb(node: yaml.Node, sizes: dict[int, float], where: str, numbered:
             parts = node.value
         elif isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(_refuse_bomb(part, sizes, where, numbered) for part in parts)
+        sizes[id(node)] = 1 + sum(_refuse_bomb(part, sizes, location, numbered) for part in parts)
     if sizes[id(node)] > _MOST_NODES:
         raise InputError(
             f"its aliases (*name) stand for more than {_MOST_NODES:,} values",
-            where=f"{where}:{node.start_mark.line + 1}" if numbered else where,
-            cure="write the values out",
+            location=f"{location}:{node.start_mark.line + 1}" if numbered else location,
+            hint="write the values out",
         )
     return sizes[id(node)]
 
 
-def _visit(node: yaml.Node, keys: tuple[Any, ...], lines: Lines, where: str, numbered: bool, *, seen: set[int]) -> None:
+def _visit(
+    node: yaml.Node, keys: tuple[Any, ...], lines: Lines, location: str, numbered: bool, *, seen: set[int]
+) -> None:
     """Note the line of each key, refuse a key twice. `seen` ends the loop of an alias inside its own anchor."""
     if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _visit(item, (*keys, None), lines, where, numbered, seen=seen)
+            _visit(item, (*keys, None), lines, location, numbered, seen=seen)
     elif isinstance(node, yaml.MappingNode):
         here: dict[str, int] = {}
         for key, value in node.value:
@@ -184,12 +186,12 @@ def _visit(node: yaml.Node, keys: tuple[Any, ...], lines: Lines, where: str, num
             if name in here and name != "<<":
                 raise InputError(
                     f"the key {name!r} stands twice (first in line {here[name]})",
-                    where=f"{where}:{line}" if numbered else where,
-                    cure="keep one of them",
+                    location=f"{location}:{line}" if numbered else location,
+                    hint="keep one of them",
                 )
             here[name] = line
             lines[(*keys, name)] = line
-            _visit(value, (*keys, name), lines, where, numbered, seen=seen)
+            _visit(value, (*keys, name), lines, location, numbered, seen=seen)
 
 
 VERSION = 1
@@ -198,24 +200,26 @@ VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], list[str]]] = {}
 
 
-def migrate(data: dict[str, Any], *, where: str) -> tuple[dict[str, Any], list[str]]:
+def migrate(data: dict[str, Any], *, location: str) -> tuple[dict[str, Any], list[str]]:
     """A config as this version has it, and what was changed for that, in lines for people.
 
     Args:
         data: as the file has it; not changed.
-        where: the file, for messages.
+        location: the file, for messages.
 
     Raises:
         InputError: the version is none, or a later one than this.
     """
     version = data.get("version", 1)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise InputError(f"version is {shown(version)}", where=where, cure=f"leave it out, or give 1 to {VERSION}")
+        raise InputError(
+            f"version is {shown(version)}", location=location, hint=f"leave it out, or give 1 to {VERSION}"
+        )
     if version > VERSION:
         raise InputError(
             f"is of version {version}, and this mmdit-lora knows configs up to {VERSION}",
-            where=where,
-            cure="install a newer mmdit-lora, or write a new config with `mmdit-lora init`",
+            location=location,
+            hint="install a newer mmdit-lora, or write a new config with `mmdit-lora init`",
         )
     data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
     lines = [line for step in range(version, VERSION) for line in MIGRATIONS[step](data)]
@@ -252,7 +256,7 @@ class Config(Section):
         "to compare with: ia3 (factors at lora.targets) | subspace (random directions)",
     )
     output_dir: str = Field(
-        default="outputs/run", description="where checkpoints, pictures and the adapter go", min_length=1
+        default="outputs/run", description="where checkpoints, images and the adapter go", min_length=1
     )
     license: str = Field(
         default="other", description="of the adapter, for its card: the hub's name of it", min_length=1
@@ -267,7 +271,7 @@ class Config(Section):
     train: TrainSection = Field(default=TrainSection(), description="the training loop")
     prior: PriorSection = Field(default=PriorSection(), description="prior preservation (method lora)")
     tracking: TrackingSection = Field(default=TrackingSection(), description="where the curves go")
-    sample: SampleSection = Field(default=SampleSection(), description="how pictures are sampled while training")
+    sample: SampleSection = Field(default=SampleSection(), description="how images are sampled while training")
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -275,35 +279,35 @@ class Config(Section):
         if self.method != "full" and train.layout_dropout > 0:
             raise InputError(
                 f"is {train.layout_dropout} with method {self.method}: without a layout a frozen base trains nothing",
-                where="train.layout_dropout",
-                cure="set it to 0, or train with method full",
+                location="train.layout_dropout",
+                hint="set it to 0, or train with method full",
             )
         if self.method == "full" and train.quantization != "none":
             raise InputError(
                 f"is {train.quantization} with method full: a quantised base stays frozen",
-                where="train.quantization",
-                cure="set it to none, or train with method lora or layout_stream",
+                location="train.quantization",
+                hint="set it to none, or train with method lora or layout_stream",
             )
         if self.lora.start is not None and self.method != "lora":
             raise InputError(
                 f"is given with method {self.method}, which trains no LoRA",
-                where="lora.start",
-                cure="set it to null, or train with method lora",
+                location="lora.start",
+                hint="set it to null, or train with method lora",
             )
         if data.validation is not None and _same_path(data.path, data.validation):
             raise InputError(
                 f"is the training folder itself ({data.validation})",
-                where="data.validation",
-                cure="give another folder, or null and a validation_share",
+                location="data.validation",
+                hint="give another folder, or null and a validation_share",
             )
         if not all(0 <= beta < 1 for beta in train.adam_betas):
             raise InputError(
-                f"is {list(train.adam_betas)}", where="train.adam_betas", cure="give two numbers in [0, 1)"
+                f"is {list(train.adam_betas)}", location="train.adam_betas", hint="give two numbers in [0, 1)"
             )
         start, end = self.sample.layout_window
         if not 0 <= start < end <= 1:
             raise InputError(
-                f"is {[start, end]}", where="sample.layout_window", cure="give [from, to] with 0 <= from < to <= 1"
+                f"is {[start, end]}", location="sample.layout_window", hint="give [from, to] with 0 <= from < to <= 1"
             )
         return self
 
@@ -333,16 +337,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             and line, or the override.
     """
     path = Path(path)
-    cure = "`mmdit-lora init DATA --out FILE` writes one"
-    text = read_text(path, what="config file", limit=_MOST_BYTES, cure=cure)
-    data, lines = parse_yaml(text, where=str(path))
+    hint = "`mmdit-lora init DATA --out FILE` writes one"
+    text = read_text(path, what="config file", limit=_MOST_BYTES, hint=hint)
+    data, lines = parse_yaml(text, location=str(path))
     if not isinstance(data, dict):
         raise InputError(
-            f"holds {_kind(data)}, not `key: value` lines", where=str(path), cure="base and data are required"
+            f"holds {_kind(data)}, not `key: value` lines", location=str(path), hint="base and data are required"
         )
     places = {keys: f"{path}:{line}" for keys, line in lines.items()}
     data = {key: _section_as_mapping(key, value) for key, value in data.items()}
-    data, moved = migrate(data, where=str(path))
+    data, moved = migrate(data, location=str(path))
     for line in moved:
         log.warning("%s: %s", path, line)
     for override in overrides:
@@ -364,24 +368,26 @@ def _section_as_mapping(key: Any, value: Any) -> Any:
 def _apply_override(data: dict[str, Any], places: dict[tuple[Any, ...], str], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
-    where = f"override {shown(override)}"
+    location = f"override {shown(override)}"
     if not equals or not all(keys):
-        raise InputError("is not of the form key=value", where=where, cure="write for example train.max_steps=100")
-    value, _ = parse_yaml(text, where=where, numbered=False)
+        raise InputError(
+            "is not of the form key=value", location=location, hint="write for example train.max_steps=100"
+        )
+    value, _ = parse_yaml(text, location=location, numbered=False)
     place: Any = data
     for depth, key in enumerate(keys[:-1]):
         if nested(Config, keys[: depth + 1]) is None:
-            raise _unknown(keys[-1] if depth else key, keys[:depth], where)
+            raise _unknown(keys[-1] if depth else key, keys[:depth], location)
         if place.get(key) is None:
             place[key] = {}
         place = place[key]
         if not isinstance(place, dict):
             name = ".".join(keys[: depth + 1])
             raise InputError(
-                f"{name} is {_kind(place)}", where=_place(keys, places, where), cure=f"write keys below {name}"
+                f"{name} is {_kind(place)}", location=_place(keys, places, location), hint=f"write keys below {name}"
             )
     place[keys[-1]] = _section_as_mapping(keys[0], value) if len(keys) == 1 else value
-    places[keys] = where
+    places[keys] = location
 
 
 def _refuse_unknown_keys(
@@ -397,15 +403,15 @@ def _refuse_unknown_keys(
             _refuse_unknown_keys(value, places, file, (*section, key))
 
 
-def _unknown(key: Any, section: tuple[str, ...], where: str) -> InputError:
+def _unknown(key: Any, section: tuple[str, ...], location: str) -> InputError:
     model = nested(Config, section)
     assert model is not None
     elsewhere = [f"{name}.{key}" for name, model in SECTIONS.items() if key in model.model_fields]
     elsewhere += [key] if section and key in Config.model_fields else []
     elsewhere += [f"data.filter.{key}"] if key in FilterSection.model_fields and section != ("data", "filter") else []
-    error = unknown_key(key, model.model_fields, where=": ".join((where, *section)))
+    error = unknown_key(key, model.model_fields, location=": ".join((location, *section)))
     if elsewhere:
-        error.cure = f"did you mean {elsewhere[0]!r}?"
+        error.hint = f"did you mean {elsewhere[0]!r}?"
     return error
 
 
@@ -414,20 +420,20 @@ def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str
     first = error.errors()[0]
     own = first.get("ctx", {}).get("error")
     if isinstance(own, InputError):
-        keys = tuple((own.where or "").split("."))
+        keys = tuple((own.location or "").split("."))
         return own.at(_place(keys, places, file))
     # Behind the field's own name come places in a list, and the members of a union that were tried.
     keys = tuple(str(key) for key in first["loc"])
     keys = keys[: next((n for n in range(len(keys)) if nested(Config, keys[: n + 1]) is None), len(keys) - 1) + 1]
     name = ".".join(keys)
     if first["type"] == "missing":
-        return InputError(f"{name!r} is missing", where=_place(keys[:-1], places, file), cure=_meaning(keys))
+        return InputError(f"{name!r} is missing", location=_place(keys[:-1], places, file), hint=_meaning(keys))
     message = _MESSAGES.get(first["type"]) or first["msg"].replace("Input should", "it should")
     message = message.removeprefix("Value error, ").replace("String should", "it should")
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
         message += f'. In quotes it is one: "{first["input"]}"'
     return InputError(
-        f"{name} is {shown(first['input'])}: {message}", where=_place(keys, places, file), cure=_meaning(keys)
+        f"{name} is {shown(first['input'])}: {message}", location=_place(keys, places, file), hint=_meaning(keys)
     )
 
 

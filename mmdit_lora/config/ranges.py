@@ -52,14 +52,14 @@ class Range:
             return f"{kind} above {low}, up to {high}"
         return f"{kind} from {low} to {'below ' if self.below else ''}{high}"
 
-    def check(self, value: Any, where: str) -> Any:
+    def check(self, value: Any, location: str) -> Any:
         """`value`, which is in the range.
 
         Raises:
             InputError: it is not; `where` names the option, argument or key.
         """
         if value not in self:
-            raise InputError(f"is {clip(repr(value), 60)}", where=where, cure=f"give {self}")
+            raise InputError(f"is {clip(repr(value), 60)}", location=location, hint=f"give {self}")
         return value
 
     def parse(self, text: str) -> Any:
@@ -127,22 +127,24 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         elif name not in _LISTS:
             within.check(value, name)
         elif not hasattr(value, "__len__") or isinstance(value, str | bytes):
-            raise InputError(f"is {clip(repr(value), 60)}", where=name, cure="give a list of numbers")
+            raise InputError(f"is {clip(repr(value), 60)}", location=name, hint="give a list of numbers")
         else:
             for number in value:
                 within.check(number, name)
 
 
-def check_window(window: Any, where: str = "layout_window") -> None:
+def check_window(window: Any, location: str = "layout_window") -> None:
     """Part of the sampling steps where the layout acts.
 
     Raises:
         InputError: it is not two numbers with 0 <= start < end <= 1.
     """
     if not isinstance(window, list | tuple):
-        raise InputError(f"is {clip(repr(window), 60)}", where=where, cure="give 0 <= start < end <= 1")
+        raise InputError(f"is {clip(repr(window), 60)}", location=location, hint="give 0 <= start < end <= 1")
     if len(window) != 2 or any(side not in SHARE for side in window) or window[0] >= window[1]:
-        raise InputError(f"is {clip(' '.join(map(str, window)), 60)}", where=where, cure="give 0 <= start < end <= 1")
+        raise InputError(
+            f"is {clip(' '.join(map(str, window)), 60)}", location=location, hint="give 0 <= start < end <= 1"
+        )
 
 
 def check_adapter_weights(weights: Any) -> None:

@@ -32,10 +32,10 @@ class Section(BaseModel):
 
 class FilterSection(Section):
     min_area: float = Field(
-        default=0.0, description="boxes that cover a smaller share of their picture are left out", ge=0, lt=1
+        default=0.0, description="boxes that cover a smaller share of their image are left out", ge=0, lt=1
     )
     max_boxes: int | None = Field(
-        default=None, description="of a picture with more boxes the largest are kept; null = all", ge=1, le=1_000_000
+        default=None, description="of an image with more boxes the largest are kept; null = all", ge=1, le=1_000_000
     )
     include_phrases: list[str] = Field(
         default=[],
@@ -49,13 +49,13 @@ class FilterSection(Section):
 class BucketsSection(Section):
     ratios: list[str] = Field(
         default=[],
-        description='shapes that pictures are trained in, width:height, e.g. ["1:1", "4:3", "3:4"]; [] = square',
+        description='shapes that images are trained in, width:height, e.g. ["1:1", "4:3", "3:4"]; [] = square',
     )
     resolutions: list[Annotated[int, Field(ge=16, le=int(SIDE.high))]] = Field(
         default=[], description="a bucket of resolution r has about r x r pixels; [] = data.resolution alone"
     )
     upscale: bool = Field(
-        default=False, description="enlarge small pictures to their bucket; false = they get a smaller one"
+        default=False, description="enlarge small images to their bucket; false = they get a smaller one"
     )
     group_boxes: bool = Field(
         default=False,
@@ -64,7 +64,7 @@ class BucketsSection(Section):
 
     @property
     def has_sizes(self) -> bool:
-        """Whether pictures are trained in more than the one square."""
+        """Whether images are trained in more than the one square."""
         return bool(self.ratios or self.resolutions)
 
 
@@ -120,7 +120,7 @@ MAX_BATCH, MAX_SIDE, MAX_SEED = int(BATCH.high), int(SIDE.high), int(SEED.high)
 
 class DataSection(Section):
     path: str = Field(
-        description="folder of the training pictures, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or URL",
+        description="folder of the training images, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or URL",
         min_length=1,
     )
     validation: str | None = Field(
@@ -135,18 +135,18 @@ class DataSection(Section):
     )
     bbox_units: Literal["relative", "pixel", "permille"] = Field(
         default="relative",
-        description="relative (0 to 1 of the picture's sides) | pixel | permille (0 to 1000, as vision-language models answer)",
+        description="relative (0 to 1 of the image's sides) | pixel | permille (0 to 1000, as vision-language models answer)",
     )
     resolution: int | None = Field(
         default=None,
-        description="side of the square training pictures in pixels; null = the base's own",
+        description="side of the square training images in pixels; null = the base's own",
         ge=16,
         le=MAX_SIDE,
     )
     crop: Literal["center", "random"] = Field(
-        default="center", description="what is kept of an oblong picture: center | random"
+        default="center", description="what is kept of an oblong image: center | random"
     )
-    flip: bool = Field(default=False, description="mirror half of the pictures, unless their text says left or right")
+    flip: bool = Field(default=False, description="mirror half of the images, unless their text says left or right")
     min_visible: float = Field(
         default=0.25,
         description="a box of which the crop leaves a smaller share is dropped with its phrase",
@@ -161,7 +161,7 @@ class DataSection(Section):
     )
     workers: int = Field(
         default=0,
-        description="threads that read the pictures of the next batches ahead; for shards in a store",
+        description="threads that read the images of the next batches ahead; for shards in a store",
         ge=0,
         le=256,
     )
@@ -170,13 +170,13 @@ class DataSection(Section):
     )
     cache_variants: int | None = Field(
         default=None,
-        description="a random crop or flip is one of so many a picture, which can be cached; null = a new one each time",
+        description="a random crop or flip is one of so many an image, which can be cached; null = a new one each time",
         ge=1,
         le=1_000_000,
     )
     filter: FilterSection = Field(default=FilterSection(), description="which boxes are used at all")
     buckets: BucketsSection = Field(
-        default=BucketsSection(), description="aspect buckets: pictures keep their shape instead of being cut square"
+        default=BucketsSection(), description="aspect buckets: images keep their shape instead of being cut square"
     )
 
     @model_validator(mode="before")
@@ -295,7 +295,7 @@ class FlowSection(Section):
 
 class TrainSection(Section):
     max_steps: int = Field(default=1000, description="optimizer steps", ge=1, le=MAX_STEPS)
-    batch_size: int = Field(default=8, description="pictures per step and process", ge=1, le=MAX_BATCH)
+    batch_size: int = Field(default=8, description="images per step and process", ge=1, le=MAX_BATCH)
     gradient_accumulation: int = Field(default=1, description="batches per optimizer step", ge=1, le=MAX_BATCH)
     optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = Field(
         default="adamw",
@@ -364,8 +364,8 @@ class TrainSection(Section):
     validate_every: int = Field(
         default=250, description="steps between validation losses, and one at the end; 0 = none", ge=0, le=MAX_STEPS
     )
-    sample_every: int = Field(default=250, description="steps between sampled pictures; 0 = none", ge=0, le=MAX_STEPS)
-    sample_count: int = Field(default=8, description="pictures sampled each time", ge=0, le=10_000)
+    sample_every: int = Field(default=250, description="steps between sampled images; 0 = none", ge=0, le=MAX_STEPS)
+    sample_count: int = Field(default=8, description="images sampled each time", ge=0, le=10_000)
     preflight: bool = Field(
         default=True, description="two trial steps before the first: gradients, memory, time, disk (a few seconds)"
     )
@@ -381,7 +381,7 @@ class PriorSection(Section):
         default=200, description="how many of them are used; the base paints them before step 1", ge=1, le=10_000_000
     )
     batch_size: int = Field(
-        default=8, description="of them, beside the pictures of each step and process", ge=1, le=MAX_BATCH
+        default=8, description="of them, beside the images of each step and process", ge=1, le=MAX_BATCH
     )
     weight: float = Field(
         default=1.0, description="weight of the change of the base's own predictions on them", ge=1e-6, le=1e6
@@ -416,4 +416,4 @@ class SampleSection(Section):
     layout_window: Pair = Field(
         default=(0.0, 1.0), description="part of the sampling steps where the layout is on, from and to"
     )
-    seed: int = Field(default=0, description="seed of the sampled pictures", ge=0, le=MAX_SEED)
+    seed: int = Field(default=0, description="seed of the sampled images", ge=0, le=MAX_SEED)

@@ -15,9 +15,9 @@ __all__ = ["BBOX_FORMATS", "BBOX_UNITS", "COLUMNS", "MISSING", "parse_layout", "
 COLUMNS = ("file_name", "caption", "objects", "bbox_format", "bbox_units")
 
 MISSING = {
-    "file_name": "name the picture, relative to the folder",
-    "caption": "give the text of the whole picture",
-    "objects": 'give {"bbox": [...], "phrase": [...]}; both lists empty for a picture without boxes',
+    "file_name": "name the image, relative to the folder",
+    "caption": "give the text of the whole image",
+    "objects": 'give {"bbox": [...], "phrase": [...]}; both lists empty for an image without boxes',
 }
 
 
@@ -33,28 +33,30 @@ def parse_layout(
 
     Args:
         data: `caption`, `objects`, perhaps `bbox_format` and `bbox_units`; other keys are not looked at.
-        size: called for (width, height) in pixels where boxes are in pixels, or leave their picture.
-        clipped: is filled with the boxes that left their picture by little and were clipped.
+        size: called for (width, height) in pixels where boxes are in pixels, or leave their image.
+        clipped: is filled with the boxes that left their image by little and were clipped.
 
     Raises:
         InputError: the first thing that is wrong, with the key but without the file.
     """
     if not isinstance(data, Mapping):
-        raise InputError(f"is {type(data).__name__}, not an object", cure=f"its keys are {', '.join(COLUMNS[1:3])}")
+        raise InputError(f"is {type(data).__name__}, not an object", hint=f"its keys are {', '.join(COLUMNS[1:3])}")
     for key in COLUMNS[1:3]:
         if key not in data:
-            raise InputError(f"{key!r} is missing", cure=MISSING[key])
+            raise InputError(f"{key!r} is missing", hint=MISSING[key])
     reading = reading_of(data, Reading(bbox_format, bbox_units))
     boxes = boxes_of_line(data["objects"], reading, size, clipped)
     return Layout(caption=text_of(data["caption"], "caption"), boxes=boxes)
 
 
-def text_of(value: Any, where: str) -> str:
+def text_of(value: Any, location: str) -> str:
     """`value`, if it is a text that can be written as UTF-8. Raises `InputError` at `where`."""
     if not isinstance(value, str):
-        raise InputError(f"is {clip(json.dumps(value), 80)}, not a text", where=where)
+        raise InputError(f"is {clip(json.dumps(value), 80)}, not a text", location=location)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(f"holds half a character ({value!r})", where=where, cure="write the text as UTF-8") from None
+        raise InputError(
+            f"holds half a character ({value!r})", location=location, hint="write the text as UTF-8"
+        ) from None
     return value

@@ -1,6 +1,6 @@
-"""Aspect buckets: the few sizes that pictures are trained at, and which of them a picture goes into.
+"""Aspect buckets: the few sizes that images are trained at, and which of them an image goes into.
 
-Every picture goes into one: nothing is left out. None is enlarged, unless asked for: a picture that is smaller than every
+Every image goes into one: nothing is left out. None is enlarged, unless asked for: an image that is smaller than every
 bucket of its shape gets a smaller one.
 """
 
@@ -28,7 +28,7 @@ class Buckets:
     Args:
         sizes: per resolution, from the largest to the smallest, the (height, width) of its buckets in pixels.
         multiple: every side is one of it: what an image token covers.
-        upscale: enlarge a picture that is smaller than its bucket.
+        upscale: enlarge an image that is smaller than its bucket.
     """
 
     sizes: tuple[tuple[Size, ...], ...]
@@ -37,14 +37,14 @@ class Buckets:
 
     @property
     def is_single(self) -> bool:
-        """Whether every picture has the same size, whatever its own is."""
+        """Whether every image has the same size, whatever its own is."""
         return self.upscale and sum(map(len, self.sizes)) == 1
 
-    def of(self, picture: Size) -> Size:
-        """The (height, width) that a picture of `picture` pixels is trained at.
+    def of(self, image: Size) -> Size:
+        """The (height, width) that an image of `image` pixels is trained at.
 
         The shape whose ratio is nearest (in logarithm) decides, then the largest resolution that needs no enlarging. A
-        picture that is smaller than all of them goes into the smallest, reduced until it fits; with `upscale` it is
+        image that is smaller than all of them goes into the smallest, reduced until it fits; with `upscale` it is
         enlarged to it.
 
         Raises:
@@ -52,27 +52,27 @@ class Buckets:
         """
         if self.is_single:
             return self.sizes[0][0]
-        nearest = [min(sizes, key=lambda size: _distance(size, picture)) for sizes in self.sizes]
+        nearest = [min(sizes, key=lambda size: _distance(size, image)) for sizes in self.sizes]
         for size in nearest:
-            if size[0] <= picture[0] and size[1] <= picture[1]:
+            if size[0] <= image[0] and size[1] <= image[1]:
                 return size
         if self.upscale:
             return nearest[-1]
-        scale = min(picture[0] / nearest[-1][0], picture[1] / nearest[-1][1])
+        scale = min(image[0] / nearest[-1][0], image[1] / nearest[-1][1])
         height, width = (int(side * scale + 1e-9) // self.multiple * self.multiple for side in nearest[-1])
         if not height or not width:
             raise InputError(
-                f"the picture has {picture[1]} x {picture[0]} pixels, and an image token covers {self.multiple}",
-                cure="leave it out, or set data.buckets.upscale: true",
+                f"the image has {image[1]} x {image[0]} pixels, and an image token covers {self.multiple}",
+                hint="leave it out, or set data.buckets.upscale: true",
             )
         return height, width
 
 
 def record_bucket(record: Record, buckets: Buckets) -> Size:
-    """The (height, width) that a record's picture is trained at; its header is read where that matters.
+    """The (height, width) that a record's image is trained at; its header is read where that matters.
 
     Raises:
-        InputError: the file is no picture, or one too small for any bucket; with the record's place.
+        InputError: the file is no image, or one too small for any bucket; with the record's place.
     """
     if buckets.is_single:
         return buckets.sizes[0][0]
@@ -80,7 +80,7 @@ def record_bucket(record: Record, buckets: Buckets) -> Size:
     try:
         return buckets.of((height, width))
     except InputError as error:
-        raise error.at(record.where) from None
+        raise error.at(record.location) from None
 
 
 def make_buckets(
@@ -105,7 +105,7 @@ def make_buckets(
 
 
 def one_size(size: Size) -> Buckets:
-    """Every picture at `size`, whatever its own is: cut, and enlarged where it is smaller."""
+    """Every image at `size`, whatever its own is: cut, and enlarged where it is smaller."""
     return Buckets(((size,),), 1, upscale=True)
 
 
@@ -115,19 +115,19 @@ def parse_ratio(text: str) -> float:
     Raises:
         InputError: it is none, or beyond 1:8 or 8:1.
     """
-    cure = "write width:height, e.g. 4:3"
+    hint = "write width:height, e.g. 4:3"
     try:
         width, height = (float(part) for part in text.split(":"))
         ratio = width / height
     except (ValueError, ZeroDivisionError):
-        raise InputError(f"holds {text!r}, no ratio", cure=cure) from None
+        raise InputError(f"holds {text!r}, no ratio", hint=hint) from None
     if not 1 / 8 <= ratio <= 8:
-        raise InputError(f"holds {text!r}, beyond 1:8 and 8:1", cure=cure)
+        raise InputError(f"holds {text!r}, beyond 1:8 and 8:1", hint=hint)
     return ratio
 
 
 def size_counts(sizes: Sequence[Size]) -> dict[str, int]:
-    """ "WIDTHxHEIGHT" -> pictures, the fullest bucket first."""
+    """ "WIDTHxHEIGHT" -> images, the fullest bucket first."""
     counts = sorted(Counter(sizes).items(), key=lambda item: (-item[1], item[0]))
     return {f"{width}x{height}": count for (height, width), count in counts}
 
@@ -144,5 +144,5 @@ def _nearest(side: float, multiple: int) -> int:
     return max(round(side / multiple), 1) * multiple
 
 
-def _distance(size: Size, picture: Size) -> float:
-    return abs(math.log(size[1] / size[0]) - math.log(picture[1] / picture[0]))
+def _distance(size: Size, image: Size) -> float:
+    return abs(math.log(size[1] / size[0]) - math.log(image[1] / image[0]))

@@ -32,7 +32,7 @@ def collate_layouts(
     """
     needed = max((len(layout.boxes) for layout in layouts), default=0)
     if slots is not None and needed > slots:
-        raise InputError(f"a layout has {needed} boxes, this base takes {slots}", cure=f"keep at most {slots} boxes")
+        raise InputError(f"a layout has {needed} boxes, this base takes {slots}", hint=f"keep at most {slots} boxes")
     slots = slots or max(needed, 1)
     boxes = torch.zeros(len(layouts), slots, 4)
     phrase_shape = (phrase_dim,) if phrase_tokens is None else (phrase_tokens, phrase_dim)

@@ -57,17 +57,17 @@ class Filtered:
         return f"data.filter left out {sum(self.left_out.values())} boxes ({reasons}){emptied}"
 
 
-def filter_records(records: Sequence[Record], rules: FilterSection, *, where: str = "data.filter") -> Filtered:
+def filter_records(records: Sequence[Record], rules: FilterSection, *, location: str = "data.filter") -> Filtered:
     """Leave out boxes by `rules`, with their phrases.
 
     Args:
-        where: what the rules are called in messages.
+        location: what the rules are called in messages.
 
     Raises:
         InputError: a pattern is no regular expression, or no record is left.
     """
-    include = _patterns(rules.include_phrases, f"{where}.include_phrases")
-    exclude = _patterns(rules.exclude_phrases, f"{where}.exclude_phrases")
+    include = _patterns(rules.include_phrases, f"{location}.include_phrases")
+    exclude = _patterns(rules.exclude_phrases, f"{location}.exclude_phrases")
 
     def reason(box: Box) -> str | None:
         if box.area < rules.min_area:
@@ -97,14 +97,14 @@ def filter_records(records: Sequence[Record], rules: FilterSection, *, where: st
     if not kept:
         raise InputError(
             f"leaves none of {len(records)} layouts a box",
-            where=where,
-            cure="loosen it, or look at `mmdit-lora data stats`",
+            location=location,
+            hint="loosen it, or look at `mmdit-lora data stats`",
         )
     order = (TOO_SMALL, NOT_INCLUDED, EXCLUDED, TOO_MANY)
     return Filtered(kept, emptied, {why: left_out[why] for why in order if left_out[why]}, total)
 
 
-def parse_filter(pairs: Sequence[str], *, where: str = "--filter") -> FilterSection:
+def parse_filter(pairs: Sequence[str], *, location: str = "--filter") -> FilterSection:
     """Rules as the command line gives them: `min_area=0.01`, `include_phrases=[cell]`; values are YAML, the last one wins.
 
     Raises:
@@ -115,10 +115,10 @@ def parse_filter(pairs: Sequence[str], *, where: str = "--filter") -> FilterSect
         key, equals, text = pair.partition("=")
         key = key.strip()
         if not equals:
-            raise InputError(f"is {pair!r}", where=where, cure=f"write for example {where} min_area=0.01")
+            raise InputError(f"is {pair!r}", location=location, hint=f"write for example {location} min_area=0.01")
         if key not in FilterSection.model_fields:
-            raise unknown_key(key, FilterSection.model_fields, where=where)
-        value, _ = parse_yaml(text, where=f"{where} {pair!r}", numbered=False)
+            raise unknown_key(key, FilterSection.model_fields, location=location)
+        value, _ = parse_yaml(text, location=f"{location} {pair!r}", numbered=False)
         lists = key.endswith("_phrases")
         values[key] = [value] if lists and isinstance(value, str) else value  # one pattern needs no brackets here
         try:
@@ -126,16 +126,16 @@ def parse_filter(pairs: Sequence[str], *, where: str = "--filter") -> FilterSect
         except ValidationError as error:
             meaning = FilterSection.model_fields[key].description
             message = error.errors()[0]["msg"].replace("Input should", "it should")
-            raise InputError(f"{pair!r}: {message}", where=where, cure=f"give {key}: {meaning}") from None
+            raise InputError(f"{pair!r}: {message}", location=location, hint=f"give {key}: {meaning}") from None
     return FilterSection.model_validate(values)
 
 
 @dataclass(frozen=True)
 class CropLoss:
-    """Boxes that a centre crop drops. `pictures`: looked at; `boxes`: theirs before the crop; `lost`: dropped by it;
+    """Boxes that a centre crop drops. `images`: looked at; `boxes`: theirs before the crop; `lost`: dropped by it;
     `emptied`: layouts that had boxes and lose all of them."""
 
-    pictures: int
+    images: int
     boxes: int
     lost: int
     emptied: int
@@ -149,16 +149,16 @@ class CropLoss:
         if not self.lost:
             return None
         emptied = f"; layouts that lose all of theirs: {self.emptied}" if self.emptied else ""
-        return f"a centre crop loses {self.lost} of {self.boxes} boxes (of {self.pictures} layouts){emptied}"
+        return f"a centre crop loses {self.lost} of {self.boxes} boxes (of {self.images} layouts){emptied}"
 
 
 def crop_loss(records: Sequence[Record], buckets: Buckets, *, min_visible: float, most: int = 10_000) -> CropLoss:
-    """What cutting pictures to their buckets from the middle costs; of each picture only the header is read.
+    """What cutting images to their buckets from the middle costs; of each image only the header is read.
 
     A random crop loses others each time, and on average more. At most the first `most` records are looked at.
 
     Raises:
-        InputError: a file is no picture, or one is too small for any bucket.
+        InputError: a file is no image, or one is too small for any bucket.
     """
     from mmdit_lora.data.transforms import move_boxes, place
 
@@ -176,12 +176,12 @@ def crop_loss(records: Sequence[Record], buckets: Buckets, *, min_visible: float
     return CropLoss(looked, before, lost, emptied)
 
 
-def _patterns(texts: Sequence[str], where: str) -> list[re.Pattern[str]]:
+def _patterns(texts: Sequence[str], location: str) -> list[re.Pattern[str]]:
     patterns = []
     for text in texts:
         try:
             patterns.append(re.compile(text, re.IGNORECASE))
         except (re.error, OverflowError, RecursionError) as error:
-            cure = "write a plain word, or a regular expression as Python's `re` reads it"
-            raise InputError(f"holds {text!r}, no regular expression ({error})", where=where, cure=cure) from None
+            hint = "write a plain word, or a regular expression as Python's `re` reads it"
+            raise InputError(f"holds {text!r}, no regular expression ({error})", location=location, hint=hint) from None
     return patterns

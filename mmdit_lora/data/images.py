@@ -1,4 +1,4 @@
-"""Pictures from files or bytes: upright, RGB, and an `InputError` where one is none."""
+"""Images from files or bytes: upright, RGB, and an `InputError` where one is none."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mmdit_lora.files import require_file
 
 Source = str | Path | bytes  # a path, or the whole content of a file
 
-MOST_BYTES = 2**30  # of a picture's file
-# Pillow's own threshold, where it warns; it refuses at twice that. To decode such a picture takes gigabytes in every worker.
+MOST_BYTES = 2**30  # of an image's file
+# Pillow's own threshold, where it warns; it refuses at twice that. To decode such an image takes gigabytes in every worker.
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `opened` refuses where Pillow warns
 
@@ -27,26 +27,26 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `o
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
-_SMALLER = "make the picture smaller, or leave it out"
+_SMALLER = "make the image smaller, or leave it out"
 
 
 class TooManyPixels(InputError):
-    """A picture that declares more pixels than are decoded."""
+    """An image that declares more pixels than are decoded."""
 
 
 def load_image(path: Source) -> Image.Image:
-    """The picture as RGB, turned upright by its EXIF orientation; transparency over white, 16 bits scaled to 8.
+    """The image as RGB, turned upright by its EXIF orientation; transparency over white, 16 bits scaled to 8.
 
     Raises:
-        InputError: no such file, no picture, a truncated one, one of 32-bit numbers, or one that declares more than
+        InputError: no such file, no image, a truncated one, one of 32-bit numbers, or one that declares more than
             `MAX_PIXELS`; with the path, where there is one.
     """
     with opened(path) as image:
         if image.mode in ("I", "F"):  # a file does not say which number is white
             raise InputError(
                 "holds 32-bit numbers, of which none is known to be white",
-                where=_place(path),
-                cure="save it with 8 or 16 bits",
+                location=_place(path),
+                hint="save it with 8 or 16 bits",
             )
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "I;16B":  # as big-endian TIFF has it, and `point` has not
@@ -61,10 +61,10 @@ def load_image(path: Source) -> Image.Image:
 
 
 def image_size(path: Source) -> tuple[int, int]:
-    """(width, height) of the upright picture in pixels, from its header alone.
+    """(width, height) of the upright image in pixels, from its header alone.
 
     Raises:
-        InputError: no such file, or no picture; with the path, where there is one.
+        InputError: no such file, or no image; with the path, where there is one.
     """
     with opened(path) as image:
         # Of a TIFF, Pillow's `size` is upright already, and only its.
@@ -75,15 +75,15 @@ def image_size(path: Source) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
-def picture_bytes(path: Path) -> bytes:
-    """The whole content of a picture's file. Raises `InputError` with the path: no regular file, or a huge one."""
+def image_bytes(path: Path) -> bytes:
+    """The whole content of an image's file. Raises `InputError` with the path: no regular file, or a huge one."""
     try:
         return _regular(path).read_bytes()
     except OSError as error:
         raise InputError(
-            f"the picture cannot be read ({error.strerror})",
-            where=str(path),
-            cure="restore the file, or leave the record out",
+            f"the image cannot be read ({error.strerror})",
+            location=str(path),
+            hint="restore the file, or leave the record out",
         ) from None
 
 
@@ -106,43 +106,43 @@ def _tells_more_behind_pixels(path: Source) -> bool:
 
 @contextmanager
 def opened(path: Source) -> Iterator[Image.Image]:
-    """The picture as Pillow opens it, nothing decoded.
+    """The image as Pillow opens it, nothing decoded.
 
     Raises:
-        InputError: no regular file, no picture, or one that declares too many pixels; also of what the caller does in it.
+        InputError: no regular file, no image, or one that declares too many pixels; also of what the caller does in it.
     """
     try:
         with Image.open(BytesIO(path) if isinstance(path, bytes) else _regular(path)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise TooManyPixels(
                     f"declares {image.width:,} x {image.height:,} pixels, and more than {MAX_PIXELS:,} are not decoded",
-                    where=_place(path),
-                    cure=_SMALLER,
+                    location=_place(path),
+                    hint=_SMALLER,
                 )
             yield image
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
         raise TooManyPixels(
-            f"declares more than {MAX_PIXELS:,} pixels, and is not decoded", where=_place(path), cure=_SMALLER
+            f"declares more than {MAX_PIXELS:,} pixels, and is not decoded", location=_place(path), hint=_SMALLER
         ) from None
     except _DAMAGED as error:
         raise InputError(
-            f"is no readable picture ({_reason(error)})",
-            where=_place(path),
-            cure="restore the file, or leave the picture out",
+            f"is no readable image ({_reason(error)})",
+            location=_place(path),
+            hint="restore the file, or leave the image out",
         ) from None
 
 
 def _regular(path: str | Path) -> Path:
-    """`path`, a regular file that is not too large to be a picture. Raises `InputError`."""
-    path = require_file(path, what="picture")
+    """`path`, a regular file that is not too large to be an image. Raises `InputError`."""
+    path = require_file(path, what="image")
     size = path.stat().st_size
     if size > MOST_BYTES:
         raise InputError(
-            f"is a file of {size / 2**30:.1f} GiB, and pictures have at most {MOST_BYTES / 2**30:g} GiB",
-            where=str(path),
-            cure="leave it out",
+            f"is a file of {size / 2**30:.1f} GiB, and images have at most {MOST_BYTES / 2**30:g} GiB",
+            location=str(path),
+            hint="leave it out",
         )
     return path
 
@@ -157,5 +157,5 @@ def _place(path: Source) -> str | None:
 
 def _reason(error: BaseException) -> str:
     return (
-        "no picture format that Pillow knows" if "cannot identify" in str(error) else str(error) or type(error).__name__
+        "no image format that Pillow knows" if "cannot identify" in str(error) else str(error) or type(error).__name__
     )

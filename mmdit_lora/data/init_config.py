@@ -40,7 +40,7 @@ def commented_config(
     }
     lines = [f"# {_summary(records)}"]
     if ratios:
-        lines.append(f"# Buckets of the pictures' own shapes, {', '.join(ratios)}: a square would cut boxes off.")
+        lines.append(f"# Buckets of the images' own shapes, {', '.join(ratios)}: a square would cut boxes off.")
     lines += ["# Look at it first: mmdit-lora data check THIS_FILE", "# Start with: mmdit-lora train THIS_FILE", ""]
     for name, info in Config.model_fields.items():
         if name not in SECTIONS:
@@ -55,11 +55,11 @@ def commented_config(
 
 
 def fitting_ratios(records: Sequence[Record]) -> list[str]:
-    """Shapes for `data.buckets.ratios`: of `_RATIOS` those that are nearest to a twentieth of the pictures or more; none
-    where a square loses less than a hundredth of the boxes. The first `_LOOKED_AT` pictures' headers are read.
+    """Shapes for `data.buckets.ratios`: of `_RATIOS` those that are nearest to a twentieth of the images or more; none
+    where a square loses less than a hundredth of the boxes. The first `_LOOKED_AT` images' headers are read.
 
     Raises:
-        InputError: a file is no picture.
+        InputError: a file is no image.
     """
     looked_at = records[:_LOOKED_AT]
     square = crop_loss(looked_at, one_size((512, 512)), min_visible=MIN_VISIBLE)
@@ -79,7 +79,7 @@ def _machine_values() -> dict[str, str]:
 
 
 def _training_values(records: int) -> dict[str, int]:
-    """A batch below 8 where there are few pictures, about `_EPOCHS` epochs, four looks at the result."""
+    """A batch below 8 where there are few images, about `_EPOCHS` epochs, four looks at the result."""
     batch = max(1, min(8, records // 4))
     steps = min(max(_EPOCHS * records // batch, _MIN_STEPS), _MAX_STEPS)
     often = max(steps // 4, 1)
@@ -95,9 +95,9 @@ def _training_values(records: int) -> dict[str, int]:
 
 
 def _summary(records: list[Record]) -> str:
-    pictures = len({record.image for record in records})
+    images = len({record.image for record in records})
     boxes = sum(len(record.layout.boxes) for record in records)
-    return f"{pictures} pictures, {len(records)} layouts, {boxes} boxes ({boxes / len(records):.1f} a layout)."
+    return f"{images} images, {len(records)} layouts, {boxes} boxes ({boxes / len(records):.1f} a layout)."
 
 
 def _entry(key: str, value: Any, info: FieldInfo) -> list[str]:

@@ -20,7 +20,7 @@ def find_metadata(folder: Path) -> Path:
         InputError: no such folder, no such file, or several folders have one.
     """
     if not folder.is_dir():
-        raise InputError("no such data set folder", where=str(folder), cure=f"give a folder that holds {METADATA}")
+        raise InputError("no such data set folder", location=str(folder), hint=f"give a folder that holds {METADATA}")
     path = folder / METADATA
     if path.exists():
         return require_file(path, what="metadata file")
@@ -30,10 +30,10 @@ def find_metadata(folder: Path) -> Path:
     if deeper:
         raise InputError(
             f"has no {METADATA}, and {len(deeper)} of its folders have one",
-            where=str(folder),
-            cure=f"give one of them: {listed(found.parent for found in deeper)}",
+            location=str(folder),
+            hint=f"give one of them: {listed(found.parent for found in deeper)}",
         )
-    raise InputError(f"has no {METADATA}", where=str(folder), cure=_cure_without_metadata(folder))
+    raise InputError(f"has no {METADATA}", location=str(folder), hint=_hint_without_metadata(folder))
 
 
 def metadata_records(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -41,7 +41,7 @@ def metadata_records(folder: Path) -> Iterator[tuple[str, Any]]:
     return read_json_records(find_metadata(folder), what="metadata file")
 
 
-def _cure_without_metadata(folder: Path) -> str:
+def _hint_without_metadata(folder: Path) -> str:
     if (folder / "Annotations").is_dir():
         return "it looks like Pascal VOC: `mmdit-lora data convert --from voc`"
     if any(folder.glob("*.tar")):

@@ -1,4 +1,4 @@
-"""The data set format: a folder with `metadata.jsonl`, one picture with its layout a line (Hugging Face's imagefolder).
+"""The data set format: a folder with `metadata.jsonl`, one image with its layout a line (Hugging Face's imagefolder).
 
     {"file_name": "1.png", "caption": "...", "objects": {"bbox": [[x0, y0, x1, y1], ...], "phrase": ["...", ...]}}
 
@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from mmdit_lora.data.annotation import BBOX_FORMATS, BBOX_UNITS, COLUMNS, MISSING, parse_layout, text_of
-from mmdit_lora.data.images import image_size, load_image, picture_bytes
+from mmdit_lora.data.images import image_bytes, image_size, load_image
 from mmdit_lora.data.metadata import METADATA, find_metadata, metadata_records
 from mmdit_lora.data.warnings import Warnings
 from mmdit_lora.data.written import hint, read_written, set_evidence
@@ -43,29 +43,29 @@ Item = tuple[str, Image.Image | Path, Layout]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture and its layout.
+    """One image and its layout.
 
     Args:
-        image: path of the picture.
-        where: `file:line` that the record comes from, for messages.
+        image: path of the image.
+        location: `file:line` that the record comes from, for messages.
         extra: names of the line's columns that mean nothing here.
     """
 
     image: Path
     layout: Layout
-    where: str
+    location: str
     extra: tuple[str, ...] = field(default=())
 
     def load(self) -> Image.Image:
-        """The picture, upright RGB. Raises `InputError` with the record's place where it cannot be read."""
+        """The image, upright RGB. Raises `InputError` with the record's place where it cannot be read."""
         try:
             return load_image(self.image)
         except InputError as error:
-            raise error.at(self.where) from None
+            raise error.at(self.location) from None
 
     @property
     def name(self) -> str:
-        """The picture's file name, without folders."""
+        """The image's file name, without folders."""
         return self.image.name
 
     def source(self) -> Path | bytes:
@@ -73,18 +73,18 @@ class Record:
         return self.image
 
     def read_bytes(self) -> bytes:
-        """The picture's file. Raises `InputError` with the record's place where it cannot be read."""
+        """The image's file. Raises `InputError` with the record's place where it cannot be read."""
         try:
-            return picture_bytes(self.image)
+            return image_bytes(self.image)
         except InputError as error:
-            raise error.at(self.where) from None
+            raise error.at(self.location) from None
 
     def size(self) -> tuple[int, int]:
-        """(width, height) of the upright picture in pixels, from its header. Raises `InputError` where it is no picture."""
+        """(width, height) of the upright image in pixels, from its header. Raises `InputError` where it is no image."""
         try:
             return image_size(self.image)
         except InputError as error:
-            raise error.at(self.where) from None
+            raise error.at(self.location) from None
 
 
 def warn(line: str) -> None:
@@ -99,12 +99,12 @@ def read_dataset(
     bbox_units: str = "relative",
     tell: Callable[[str], None] = warn,
 ) -> list[Record]:
-    """The records of a data set folder. Pictures are not decoded; for boxes in pixels their headers are read.
+    """The records of a data set folder. Images are not decoded; for boxes in pixels their headers are read.
 
     Args:
         bbox_format: "xyxy" | "xywh" | "cxcywh", for lines that do not say it.
         bbox_units: "relative" | "pixel" | "permille", likewise.
-        tell: called with a line for people for what was read otherwise than it stands (boxes clipped at the edge).
+        on_progress: called with a line for people for what was read otherwise than it stands (boxes clipped at the edge).
 
     Raises:
         InputError: what is wrong, the first lines of many with their place in `metadata.jsonl`; and where boxes are wrong,
@@ -116,7 +116,7 @@ def read_dataset(
     if errors:
         boxes = any(isinstance(error, BoxError) for error in errors)
         found = set_evidence(read_written(folder, **conventions)) if boxes else None
-        raise several(errors, where=str(folder), hint=hint(found))
+        raise several(errors, location=str(folder), hint=hint(found))
     for line in warnings.lines():
         tell(f"{folder}: {line}")
     return records
@@ -147,13 +147,13 @@ def scan_dataset(
 
 
 def write_dataset(out: str | Path, items: Iterable[Item], *, verb: str = "write_dataset") -> Path:
-    """Write (file name, picture or the path of one to copy, layout) as a data set folder, all of it or nothing.
+    """Write (file name, image or the path of one to copy, layout) as a data set folder, all of it or nothing.
 
-    A picture that is given by path is decoded once, so that no damaged one is passed on. Boxes are written as relative
-    xyxy with 6 digits. Several layouts of one picture repeat its file name.
+    An image that is given by path is decoded once, so that no damaged one is passed on. Boxes are written as relative
+    xyxy with 6 digits. Several layouts of one image repeat its file name.
 
     Raises:
-        InputError: `out` holds something else than an earlier data set, a file name leaves the folder, or a picture
+        InputError: `out` holds something else than an earlier data set, a file name leaves the folder, or an image
             cannot be read.
     """
     with new_folder(out, verb=verb) as folder:
@@ -173,18 +173,18 @@ def fill_dataset(folder: Path, items: Iterable[Item]) -> None:
     """As `write_dataset`, into a new folder that the caller makes appear only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, picture, layout in items:
+    for name, image, layout in items:
         target = folder / _inside(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            if isinstance(picture, Path):
-                load_image(picture)
-                shutil.copyfile(picture, target)
+            if isinstance(image, Path):
+                load_image(image)
+                shutil.copyfile(image, target)
             else:
-                picture.save(target)
+                image.save(target)
         lines.append({"file_name": name, **layout_columns(layout)})
     if not lines:
-        raise InputError("there is no picture to write", cure="a data set holds at least one picture")
+        raise InputError("there is no image to write", hint="a data set holds at least one image")
     text = "".join(json_text(line) + "\n" for line in lines)
     (folder / METADATA).write_text(text, encoding="utf-8")
 
@@ -200,34 +200,36 @@ def _scan(folder: Path, bbox_format: str, bbox_units: str, warnings: Warnings) -
     if path.parent != folder:
         warnings.note(f"has no {METADATA}; the one in its folder {path.parent.name} was read")
     found = False
-    for where, data in metadata_records(folder):
+    for location, data in metadata_records(folder):
         found = True
         clipped: Clipped = []
         try:
             if isinstance(data, InputError):
                 raise data
-            yield _record(data, path.parent, where, bbox_format, bbox_units, clipped)
+            yield _record(data, path.parent, location, bbox_format, bbox_units, clipped)
         except InputError as error:
-            yield error if error.where == where else error.at(where)
+            yield error if error.location == location else error.at(location)
             continue
         for by, place in clipped:
-            warnings.clipped(by, f"{METADATA}{where.removeprefix(str(path))}: {place}")
+            warnings.clipped(by, f"{METADATA}{location.removeprefix(str(path))}: {place}")
     if not found:
-        raise InputError("holds no picture", where=str(path), cure="write one JSON object a line, one line a picture")
+        raise InputError("holds no image", location=str(path), hint="write one JSON object a line, one line an image")
 
 
-def _record(data: Any, folder: Path, where: str, bbox_format: str, bbox_units: str, clipped: Clipped) -> Record:
+def _record(data: Any, folder: Path, location: str, bbox_format: str, bbox_units: str, clipped: Clipped) -> Record:
     if not isinstance(data, Mapping):
-        raise InputError(f"is {type(data).__name__}, not an object", cure=f"its keys are {', '.join(COLUMNS[:3])}")
+        raise InputError(f"is {type(data).__name__}, not an object", hint=f"its keys are {', '.join(COLUMNS[:3])}")
     for key in COLUMNS[:3]:
         if key not in data:
-            raise InputError(f"{key!r} is missing", cure=MISSING[key])
+            raise InputError(f"{key!r} is missing", hint=MISSING[key])
     text_of(data["caption"], "caption")
-    image = _picture(data["file_name"], folder)
+    image = _image(data["file_name"], folder)
     layout = parse_layout(
         data, partial(image_size, image), bbox_format=bbox_format, bbox_units=bbox_units, clipped=clipped
     )
-    return Record(image=image, layout=layout, where=where, extra=tuple(str(key) for key in data if key not in COLUMNS))
+    return Record(
+        image=image, layout=layout, location=location, extra=tuple(str(key) for key in data if key not in COLUMNS)
+    )
 
 
 def _inside(name: Any) -> str:
@@ -235,13 +237,13 @@ def _inside(name: Any) -> str:
     text = text_of(name, "file_name")
     if not _PLAIN_NAME.fullmatch(text) or not text.strip():
         try:
-            inside(".", text, where="file_name", what="picture")
+            inside(".", text, location="file_name", what="image")
         except InputError as error:
-            raise InputError(f"file_name is {text!r}", cure=error.cure) from None
+            raise InputError(f"file_name is {text!r}", hint=error.hint) from None
     return text
 
 
-def _picture(name: Any, folder: Path) -> Path:
+def _image(name: Any, folder: Path) -> Path:
     """The regular file of that name, or that a link of that name points to.
 
     A name with backslashes, as Windows writes paths, is read with slashes where only that file exists.
@@ -257,11 +259,11 @@ def _picture(name: Any, folder: Path) -> Path:
         except OSError as error:  # a name too long, a loop of links
             raise InputError(f"file_name {shown} cannot be opened ({error.strerror})") from None
         if not stat.S_ISREG(mode):
-            raise InputError(f"the picture {shown} is {kind_of(mode)}", cure="name a regular file, or a link to one")
+            raise InputError(f"the image {shown} is {kind_of(mode)}", hint="name a regular file, or a link to one")
         return Path(path)
     if os.path.islink(f"{folder}/{text}"):  # noqa: PTH114 - as above
-        raise InputError(f"the picture {shown} is a link to a file that does not exist", cure="restore that file")
-    raise InputError(f"the picture {shown} does not exist", cure=f"file_name is relative to {folder}")
+        raise InputError(f"the image {shown} is a link to a file that does not exist", hint="restore that file")
+    raise InputError(f"the image {shown} does not exist", hint=f"file_name is relative to {folder}")
 
 
 def _rounded(box: Box) -> list[float]:

@@ -1,6 +1,6 @@
 """Procedural scenes: coloured shapes on grey backgrounds, with captions, boxes and phrases.
 
-Every picture is a function of (spec, seed, index), so a data set is a few numbers, and what was asked for can be read
+Every image is a function of (spec, seed, index), so a data set is a few numbers, and what was asked for can be read
 back from the pixels exactly (`mmdit_lora.evaluation.detectors.shapes`), without a learned judge.
 """
 
@@ -44,15 +44,15 @@ class SceneSpec:
     """A domain of scenes. Lengths are in pixels.
 
     Args:
-        objects: fewest and most objects in a picture.
+        objects: fewest and most objects in an image.
         side: smallest and largest geometric mean of an object's sides.
         elongation: range of the ratio of the long to the short side; which of them is horizontal is drawn.
         max_overlap: the largest share of the smaller of two boxes that another one may cover; 0 = apart by `gap`.
         gap: distance kept between boxes that may not overlap.
-        fill: the largest share of the picture that all boxes together take; sides shrink to meet it.
-        many: probability that a picture holds more than `LISTED_IN_CAPTION` objects; None = every number is as likely.
+        fill: the largest share of the image that all boxes together take; sides shrink to meet it.
+        many: probability that an image holds more than `LISTED_IN_CAPTION` objects; None = every number is as likely.
         graded: probability of a background with a gradient.
-        size: width and height of the picture.
+        size: width and height of the image.
     """
 
     objects: tuple[int, int] = (1, 4)
@@ -67,7 +67,7 @@ class SceneSpec:
 
     def __post_init__(self) -> None:
         if not 1 <= self.objects[0] <= self.objects[1] < len(NUMBER_WORDS):
-            raise InputError(f"objects is {self.objects}", cure=f"give 1 to {len(NUMBER_WORDS) - 1}, fewest first")
+            raise InputError(f"objects is {self.objects}", hint=f"give 1 to {len(NUMBER_WORDS) - 1}, fewest first")
 
 
 DOMAINS: dict[str, SceneSpec] = {
@@ -105,7 +105,7 @@ def shape_coverage(shape: str, xyxy: tuple[float, float, float, float], size: in
 
 
 def make_scene(spec: SceneSpec, seed: int, index: int) -> tuple[Image.Image, Layout]:
-    """Scene number `index` of the series `seed`: an RGB picture and its layout. The same arguments give the same bytes."""
+    """Scene number `index` of the series `seed`: an RGB image and its layout. The same arguments give the same bytes."""
     rng = default_rng([seed, index])
     boxes = _place(spec, rng, _count(spec, rng))
     tone = str(rng.choice(list(BACKGROUNDS)))
@@ -144,9 +144,9 @@ def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int, ve
         InputError: `count` is below 1 or `seed` negative, or `out` holds something else than a data set.
     """
     if count < 1:
-        raise InputError(f"the number of pictures is {count}", cure="make at least one")
+        raise InputError(f"the number of images is {count}", hint="make at least one")
     if seed < 0:
-        raise InputError(f"the seed is {seed}", cure="give a seed of 0 or more")
+        raise InputError(f"the seed is {seed}", hint="give a seed of 0 or more")
 
     def items() -> Iterator[tuple[str, Image.Image, Layout]]:
         for index in range(count):
@@ -213,7 +213,7 @@ def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, flo
         shrink = np.maximum(0.95, smallest / np.minimum(width, height))
         width, height = width * shrink, height * shrink
     raise InputError(
-        f"{count} objects of sides {spec.side} find no room in {spec.size} px", cure="ask for fewer or smaller"
+        f"{count} objects of sides {spec.side} find no room in {spec.size} px", hint="ask for fewer or smaller"
     )
 
 
@@ -241,10 +241,10 @@ def _background(spec: SceneSpec, rng: Generator, tone: str) -> NDArray[np.float6
 
 
 def _caption(boxes: list[Box], tone: str) -> str:
-    where = f"on a {tone} background"
+    location = f"on a {tone} background"
     phrases = [box.phrase for box in boxes]
     if len(phrases) > LISTED_IN_CAPTION:
-        return f"{NUMBER_WORDS[len(phrases)]} shapes {where}"
+        return f"{NUMBER_WORDS[len(phrases)]} shapes {location}"
     if len(phrases) == 1:
-        return f"{phrases[0]} {where}"
-    return f"{', '.join(phrases[:-1])} and {phrases[-1]} {where}"
+        return f"{phrases[0]} {location}"
+    return f"{', '.join(phrases[:-1])} and {phrases[-1]} {location}"

@@ -1,4 +1,4 @@
-"""What a data set consists of, in numbers; pictures are not decoded, only their headers are read."""
+"""What a data set consists of, in numbers; images are not decoded, only their headers are read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Stats:
     """Plain data; a spread is {"min", "q05", "q25", "median", "q75", "q95", "max"}, None where there is nothing to spread.
 
     Args:
-        layouts: records. pictures: distinct files. distinct_phrases: of all `boxes`.
+        layouts: records. images: distinct files. distinct_phrases: of all `boxes`.
         boxes_per_layout: number of boxes -> how many layouts.
-        width, height: spreads of the upright pictures' sides, pixels. aspect: of width / height.
-        box_area: spread of the share of its picture that a box covers. box_aspect: of the boxes' width / height, in pixels.
+        width, height: spreads of the upright images' sides, pixels. aspect: of width / height.
+        box_area: spread of the share of its image that a box covers. box_aspect: of the boxes' width / height, in pixels.
         caption_words: spread.
         phrases: the most frequent ones (at most 50) -> how many boxes.
     """
 
-    pictures: int
+    images: int
     layouts: int
     boxes: int
     distinct_phrases: int
@@ -45,7 +45,7 @@ class Stats:
 
 
 def dataset_stats(records: Sequence[Record]) -> Stats:
-    """Raises `InputError`: a file is no picture, with the record's place."""
+    """Raises `InputError`: a file is no image, with the record's place."""
     sizes: dict[Any, tuple[int, int]] = {}
     for record in records:
         if record.image not in sizes:
@@ -53,7 +53,7 @@ def dataset_stats(records: Sequence[Record]) -> Stats:
     pairs = [(box, sizes[record.image]) for record in records for box in record.layout.boxes]
     phrases = Counter(box.phrase for box, _ in pairs)
     return Stats(
-        pictures=len(sizes),
+        images=len(sizes),
         layouts=len(records),
         boxes=len(pairs),
         distinct_phrases=len(phrases),

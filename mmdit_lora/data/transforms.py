@@ -1,4 +1,4 @@
-"""A picture and its layout at the size that the model takes: torchvision v2, boxes as `tv_tensors.BoundingBoxes`."""
+"""An image and its layout at the size that the model takes: torchvision v2, boxes as `tv_tensors.BoundingBoxes`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIDES = re.compile(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture goes: resized to `resized`, of which the window from `corner` on is kept.
+    """Where an image goes: resized to `resized`, of which the window from `corner` on is kept.
 
     Args:
         resized: (height, width) in pixels, at least `size`. corner: (top, left) of the window. size: its (height, width).
@@ -39,21 +39,21 @@ class Placement:
 
 
 def place(
-    picture: tuple[int, int], size: tuple[int, int], *, crop: str = "center", generator: torch.Generator | None = None
+    image: tuple[int, int], size: tuple[int, int], *, crop: str = "center", generator: torch.Generator | None = None
 ) -> Placement:
     """Cover `size` without distortion, and cut what is over: in the middle, or anywhere (two draws).
 
     Args:
-        picture, size: (height, width) in pixels. crop: "center" | "random".
+        image, size: (height, width) in pixels. crop: "center" | "random".
 
     Raises:
         InputError: `crop` is neither.
     """
     if crop not in ("center", "random"):
-        raise InputError(f"crop is {crop!r}", cure="give center or random")
+        raise InputError(f"crop is {crop!r}", hint="give center or random")
     height, width = size
-    scale = max(height / picture[0], width / picture[1])
-    resized = (max(height, round(picture[0] * scale)), max(width, round(picture[1] * scale)))
+    scale = max(height / image[0], width / image[1])
+    resized = (max(height, round(image[0] * scale)), max(width, round(image[1] * scale)))
     over = (resized[0] - height, resized[1] - width)
     if crop == "random":
         top, left = (int(torch.randint(extra + 1, (1,), generator=generator)) for extra in over)
@@ -72,7 +72,7 @@ def prepare(
     min_visible: float = MIN_VISIBLE,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Layout]:
-    """Resize until the picture covers `size` (no distortion), crop what is over, mirror every second one.
+    """Resize until the image covers `size` (no distortion), crop what is over, mirror every second one.
 
     Args:
         image: RGB.
@@ -84,13 +84,13 @@ def prepare(
 
     Returns:
         pixels: (3, height, width) float in [-1, 1].
-        layout: with the boxes where they are now, clipped to the picture.
+        layout: with the boxes where they are now, clipped to the image.
 
     Raises:
         InputError: `crop` is neither.
     """
     to = place((image.height, image.width), size, crop=crop, generator=generator)
-    # Drawn for every picture, so that what its text says does not shift the draws of the next.
+    # Drawn for every image, so that what its text says does not shift the draws of the next.
     mirrored = flip and bool(torch.rand(1, generator=generator) < 0.5) and not names_a_side(layout)
 
     pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
@@ -105,15 +105,15 @@ def prepare(
 
 def move_boxes(
     layout: Layout,
-    picture: tuple[int, int],
+    image: tuple[int, int],
     to: Placement,
     *,
     mirrored: bool = False,
     min_visible: float = MIN_VISIBLE,
 ) -> Layout:
-    """The layout of a picture of (height, width) pixels after `to`; boxes less visible than `min_visible` are left out."""
-    boxes = _to_pixels(layout, *picture)
-    if to.resized != picture:
+    """The layout of an image of (height, width) pixels after `to`; boxes less visible than `min_visible` are left out."""
+    boxes = _to_pixels(layout, *image)
+    if to.resized != image:
         boxes = F.resize(boxes, list(to.resized))
     areas = _areas(boxes)
     boxes = F.clamp_bounding_boxes(F.crop(boxes, *to.corner, *to.size), clamping_mode="hard")
@@ -143,7 +143,7 @@ def augment_boxes(
     All draws are made whatever the switches are: one of them does not shift what another draws.
 
     Args:
-        jitter: each side moves by up to this share of the box's width or height, below 0.5; the picture's edges hold.
+        jitter: each side moves by up to this share of the box's width or height, below 0.5; the image's edges hold.
         dropout: share of boxes left out; one always stays (a sample without layout is what layout dropout is for).
         phrase_dropout: share of boxes that keep their place and lose their phrase.
 
@@ -167,7 +167,7 @@ def augment_boxes(
 
 
 def names_a_side(layout: Layout) -> bool:
-    """Whether the caption or a phrase says left or right, so that the mirrored picture would belie it."""
+    """Whether the caption or a phrase says left or right, so that the mirrored image would belie it."""
     return any(_SIDES.search(text) for text in (layout.caption, *(box.phrase for box in layout.boxes)))
 
 

@@ -15,23 +15,23 @@ class Warnings:
         self._notes: list[str] = []
         self.edges = EdgeCount()
 
-    def add(self, kind: str, where: str, what: str) -> None:
+    def add(self, kind: str, location: str, what: str) -> None:
         """Note one place.
 
         Args:
             kind: what such places are, in the plural, e.g. "annotations that state no size".
-            where: the file.
+            location: the file.
             what: what was found there, and what was taken instead.
         """
-        self._by_kind.setdefault(kind, []).append(f"{where}: {what}")
+        self._by_kind.setdefault(kind, []).append(f"{location}: {what}")
 
     def note(self, line: str) -> None:
         """Note something of the set as a whole."""
         self._notes.append(line)
 
-    def clipped(self, by: float, where: str) -> None:
-        """Count a box that left its picture by this share of the side and was clipped."""
-        self.edges.add(by, where)
+    def clipped(self, by: float, location: str) -> None:
+        """Count a box that left its image by this share of the side and was clipped."""
+        self.edges.add(by, location)
 
     def lines(self) -> list[str]:
         """What is of the whole set; the first places of each kind, then a sum of the others; one line of clipped boxes."""

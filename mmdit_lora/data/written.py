@@ -14,7 +14,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.layout import reading_of
 
 _WIDTHS, _HEIGHTS = ("width", "image_width"), ("height", "image_height")
-_LOOKED_AT = 200  # pictures, for readings in pixels
+_LOOKED_AT = 200  # images, for readings in pixels
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Written:
 
     Args:
         reading: how they are declared.
-        declared: (width, height) that columns of the line say, if any. size: of the picture, upright, where it was read.
+        declared: (width, height) that columns of the line say, if any. size: of the image, upright, where it was read.
     """
 
-    where: str
+    location: str
     image: Path
     reading: Reading
     numbers: tuple[Four, ...]
@@ -38,11 +38,11 @@ def read_written(folder: str | Path, *, bbox_format: str, bbox_units: str) -> li
     """Boxes of every line that can be made out, right or wrong. Nothing is raised for what is wrong: the reader does."""
     path = find_metadata(Path(folder))
     default = Reading(bbox_format, bbox_units)
-    read = (_line(data, where, path.parent, default) for where, data in metadata_records(Path(folder)))
+    read = (_line(data, location, path.parent, default) for location, data in metadata_records(Path(folder)))
     return [written for written in read if written is not None]
 
 
-def _line(data: Any, where: str, folder: Path, default: Reading) -> Written | None:
+def _line(data: Any, location: str, folder: Path, default: Reading) -> Written | None:
     try:
         reading = reading_of(data, default)
         numbers = [four_numbers(value) for value in data["objects"]["bbox"]]
@@ -53,7 +53,7 @@ def _line(data: Any, where: str, folder: Path, default: Reading) -> Written | No
         size = image_size(image) if reading.unit == "pixel" or declared else None
     except (InputError, ValueError, LookupError, TypeError, AttributeError, OverflowError, OSError):
         return None
-    return Written(where, image, reading, tuple(four for four in numbers if four is not None), declared, size)
+    return Written(location, image, reading, tuple(four for four in numbers if four is not None), declared, size)
 
 
 def _declared(data: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -65,7 +65,7 @@ def _declared(data: Mapping[str, Any]) -> tuple[float, float] | None:
 def set_evidence(lines: Sequence[Written]) -> Evidence | None:
     """The boxes under each reading; None where there are none, or lines declare different readings.
 
-    Where boxes are wrong as declared, the sizes of some pictures are read, for readings in pixels.
+    Where boxes are wrong as declared, the sizes of some images are read, for readings in pixels.
     """
     lines = [line for line in lines if line.numbers]
     declared = {line.reading for line in lines}
@@ -95,7 +95,7 @@ def hint(found: Evidence | None) -> str | None:
     """What stands beside an error of boxes of a data set (`Evidence.beside_error`), and where to declare it."""
     if found is None or found.beside_error is None:
         return None
-    where = (
+    location = (
         " (on the lines, in the config as data.bbox_format and data.bbox_units, or with --bbox-format, --bbox-units)"
     )
-    return found.beside_error + where * bool(found.hint)
+    return found.beside_error + location * bool(found.hint)

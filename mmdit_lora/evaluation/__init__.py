@@ -1,4 +1,4 @@
-"""What a picture shows, and how well that is the layout that was asked for."""
+"""What an image shows, and how well that is the layout that was asked for."""
 
 from mmdit_lora.evaluation.detectors.common import Detection
 from mmdit_lora.evaluation.detectors.shapes import (
@@ -6,7 +6,7 @@ from mmdit_lora.evaluation.detectors.shapes import (
     detect,
     detect_all,
     measure,
-    per_picture,
+    per_image,
     readable,
     summarise,
 )
@@ -17,7 +17,7 @@ __all__ = [
     "detect",
     "detect_all",
     "measure",
-    "per_picture",
+    "per_image",
     "readable",
     "summarise",
 ]

@@ -1,7 +1,7 @@
-"""Does CLIP find the text in the picture, and are pictures like those of the data set? Where CLIP's weights are given.
+"""Does CLIP find the text in the image, and are images like those of the data set? Where CLIP's weights are given.
 
-CLIP score: 100 x cosine, at least 0 (Hessel et al., arXiv 2104.08718, as torchmetrics has it), of a whole picture with its
-caption and of each box's crop with its phrase. Distances to the data set's own pictures are of CLIP's picture features, which
+CLIP score: 100 x cosine, at least 0 (Hessel et al., arXiv 2104.08718, as torchmetrics has it), of a whole image with its
+caption and of each box's crop with its phrase. Distances to the data set's own images are of CLIP's image features, which
 see more than Inception's (Jayasumana et al., arXiv 2401.09603) and whose weights exist as safetensors: KID (Binkowski et al.,
 arXiv 1801.01401), by torchmetrics.
 """
@@ -30,7 +30,7 @@ from mmdit_lora.evaluation.metrics import Table
 from mmdit_lora.layout import Layout
 
 EXAMPLE = "openai/clip-vit-large-patch14"
-FEWEST = 50  # pictures that a distance is told for
+FEWEST = 50  # images that a distance is told for
 
 
 class Clip:
@@ -45,7 +45,7 @@ class Clip:
 
         if find_spec("torchmetrics") is None:
             raise InputError(
-                "needs torchmetrics", where="--clip", cure="uv sync --extra eval, or pip install torchmetrics"
+                "needs torchmetrics", location="--clip", hint="uv sync --extra eval, or pip install torchmetrics"
             )
         spec = f"clip:{source}"
         folder = model_folder(source, spec=spec, example=EXAMPLE)
@@ -55,13 +55,13 @@ class Clip:
         self.files = digest_of_files(*folder_files(folder))
 
     @torch.no_grad()
-    def look(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> tuple[dict[str, Table], Tensor]:
-        """Sums of `clip_score` and `clip_box` (pictures, 2), see `judged.sums`, and features (pictures, D) of unit length."""
-        features = self.pictures(pictures)
+    def look(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> tuple[dict[str, Table], Tensor]:
+        """Sums of `clip_score` and `clip_box` (images, 2), see `judged.sums`, and features (images, D) of unit length."""
+        features = self.images(images)
         whole = self._score(features, self.texts([layout.caption for layout in layouts]))
-        parts = [crop for p, layout in zip(pictures, layouts, strict=True) for crop in crops(p, layout)]
+        parts = [crop for p, layout in zip(images, layouts, strict=True) for crop in crops(p, layout)]
         phrases = [box.phrase for layout in layouts for box in layout.boxes]
-        each = self._score(self.pictures(parts), self.texts(phrases)) if parts else np.zeros(0)
+        each = self._score(self.images(parts), self.texts(phrases)) if parts else np.zeros(0)
         ends = np.cumsum([len(layout.boxes) for layout in layouts])
         boxes = [(part.sum(), len(part)) for part in np.split(each, ends[:-1])]
         tables = {
@@ -71,11 +71,11 @@ class Clip:
         tables["clip_score"][:, 0] *= tables["clip_score"][:, 1]  # no caption: nothing to score
         return tables, features.cpu()
 
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
         """(n, D) features of unit length."""
         out = []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = [picture.convert("RGB") for picture in pictures[start : start + self.batch_size]]
+        for start in range(0, len(images), self.batch_size):
+            batch = [image.convert("RGB") for image in images[start : start + self.batch_size]]
             inputs = self.processor(images=batch, return_tensors="pt").to(self.device)
             seen = self.model.vision_model(pixel_values=inputs["pixel_values"]).pooler_output
             out.append(self.model.visual_projection(seen))
@@ -94,14 +94,14 @@ class Clip:
         return found[[distinct.index(text) for text in texts]]
 
     @staticmethod
-    def _score(pictures: Tensor, texts: Tensor) -> Table:
-        return np.asarray((100 * (pictures * texts).sum(-1)).clamp(min=0).double().cpu())
+    def _score(images: Tensor, texts: Tensor) -> Table:
+        return np.asarray((100 * (images * texts).sum(-1)).clamp(min=0).double().cpu())
 
 
 def kid(features: Tensor, truth: Tensor) -> float | None:
-    """Kernel distance (unbiased, cubic kernel) of pictures' features (n, D) to the data set's; None for fewer than `FEWEST`.
+    """Kernel distance (unbiased, cubic kernel) of images' features (n, D) to the data set's; None for fewer than `FEWEST`.
 
-    KID draws subsets for its spread; over all pictures it is the same estimate.
+    KID draws subsets for its spread; over all images it is the same estimate.
     """
     if min(len(features), len(truth)) < FEWEST:
         return None
@@ -111,14 +111,14 @@ def kid(features: Tensor, truth: Tensor) -> float | None:
     return float(poly_mmd(truth[:size].double(), features[:size].double()))
 
 
-def spread(pictures: Sequence[Sequence[Image.Image]]) -> float:
-    """How different pictures of one layout from different noise are: root mean squared difference of their pixels in [0, 1],
+def spread(images: Sequence[Sequence[Image.Image]]) -> float:
+    """How different images of one layout from different noise are: root mean squared difference of their pixels in [0, 1],
     mean over pairs and layouts.
 
     Args:
-        pictures: for each noise, one picture a layout.
+        images: for each noise, one image a layout.
     """
-    arrays = [np.stack([np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in each]) for each in pictures]
+    arrays = [np.stack([np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in each]) for each in images]
     pairs = [
         np.sqrt(((arrays[a] - arrays[b]) ** 2).mean(axis=(1, 2, 3))).mean()
         for a in range(len(arrays))

@@ -19,35 +19,35 @@ from mmdit_lora.layout import Layout
 _KEPT = TypeAdapter(list[list[Detection]])
 
 
-class SeenStore:
-    """`folder/<key>.json`: the detections of a few pictures. The key is made of the detector's fingerprint, the pixels and the
+class DetectionCache:
+    """`folder/<key>.json`: the detections of a few images. The key is made of the detector's fingerprint, the pixels and the
     layouts: whatever of these changes is looked at again, and nothing is ever stale."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def detect(
-        self, detector: Detector, pictures: Sequence[Image.Image], layouts: Sequence[Layout]
+        self, detector: Detector, images: Sequence[Image.Image], layouts: Sequence[Layout]
     ) -> list[list[Detection]]:
         """As `Detector.detect`."""
-        path = self.folder / f"{_key(detector, pictures, layouts)}.json"
+        path = self.folder / f"{_key(detector, images, layouts)}.json"
         if (kept := read_kept(path, list)) is not None:
             try:
                 found = _KEPT.validate_python(kept)
-                if len(found) == len(pictures):
+                if len(found) == len(images):
                     return found
-                warn_damaged(path, f"it is of {len(found)} pictures, not {len(pictures)}")
+                warn_damaged(path, f"it is of {len(found)} images, not {len(images)}")
             except ValidationError as error:
                 warn_damaged(path, error)
-        seen = detector.detect(pictures, layouts)
+        seen = detector.detect(images, layouts)
         write_json(path, [[asdict(thing) for thing in things] for things in seen])
         return seen
 
 
-def _key(detector: Detector, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> str:
+def _key(detector: Detector, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> str:
     found = hashlib.sha256(detector.fingerprint().encode())
-    for picture, layout in zip(pictures, layouts, strict=True):
-        found.update(repr((picture.mode, picture.size)).encode())
-        found.update(picture.tobytes())
+    for image, layout in zip(images, layouts, strict=True):
+        found.update(repr((image.mode, image.size)).encode())
+        found.update(image.tobytes())
         found.update(json.dumps(layout.to_dict(), ensure_ascii=False).encode())
     return found.hexdigest()[:32]

@@ -17,30 +17,30 @@ from mmdit_lora.data.records import Record
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.clip import Clip, kid, spread
-from mmdit_lora.evaluation.detection_cache import SeenStore
+from mmdit_lora.evaluation.detection_cache import DetectionCache
 from mmdit_lora.evaluation.detectors import Detection, Detector, SelfTest, open_detector, self_test
-from mmdit_lora.evaluation.groups import box_groups, phrase_groups, picture_groups
-from mmdit_lora.evaluation.image_cache import Lazy, PictureStore
+from mmdit_lora.evaluation.groups import box_groups, image_groups, phrase_groups
+from mmdit_lora.evaluation.image_cache import ImageCache, Lazy
 from mmdit_lora.evaluation.intervals import Bootstrap, value
 from mmdit_lora.evaluation.metrics import Judged, Table, average_precision, box_sums, judged, sums
 from mmdit_lora.layout import Layout
-from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 
 ADAPTERS = ("adapter", *(f"adapter_{number}" for number in range(2, 10)))
 SIDES = ("base", *ADAPTERS, "text_only", "layout_only", "images", "ground_truth", "shuffled")
-_AT_ONCE = 64  # pictures that are held decoded while they are judged
+_AT_ONCE = 64  # images that are held decoded while they are judged
 VARIED = 16
-_FAR = 1_000_003  # between the seeds of a picture and of its variations: further than an evaluation is long
-_TESTED = 256  # of the data set's own pictures that the detector is tried on
+_FAR = 1_000_003  # between the seeds of an image and of its variations: further than an evaluation is long
+_TESTED = 256  # of the data set's own images that the detector is tried on
 
 Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
-class Side:
-    """Pictures of one kind, and what a detector saw in them."""
+class Condition:
+    """Images of one kind, and what a detector saw in them."""
 
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     judged: list[Judged]
     clip: dict[str, Table] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
@@ -51,15 +51,15 @@ class Side:
 
     @property
     def fidelity(self) -> dict[str, float]:
-        """Every figure by name (see `judged.FIGURES`), those that only all pictures together have (`whole`: COCO's average
+        """Every figure by name (see `judged.FIGURES`), those that only all images together have (`whole`: COCO's average
         precision, spread, KID), and the number of boxes."""
         found = {name: value(table) for name, table in self.sums.items()}
-        return found | self.whole | {"boxes": sum(len(picture.boxes) for picture in self.judged)}
+        return found | self.whole | {"boxes": sum(len(image.boxes) for image in self.judged)}
 
     @property
-    def picture_ious(self) -> list[float]:
-        """Mean IoU of each picture, over its boxes; NaN where it has none."""
-        return [picture.miou for picture in self.judged]
+    def image_ious(self) -> list[float]:
+        """Mean IoU of each image, over its boxes; NaN where it has none."""
+        return [image.miou for image in self.judged]
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Evaluation:
     """Sides by name, in the order of `SIDES`, all on `layouts`.
 
     `base`, with an adapter `adapter` (several, each apart: `adapter`, `adapter_2`, ...); `text_only` and `layout_only`: painted without boxes, and without a caption, by the last
-    of these; `images`: made by something else; `ground_truth`: the data set's own pictures (through the VAE: the ceiling);
+    of these; `images`: made by something else; `ground_truth`: the data set's own images (through the VAE: the ceiling);
     `shuffled`: those against the layouts of others (the floor).
     """
 
     layouts: list[Layout]
-    sides: dict[str, Side]
-    settings: PaintSettings
+    sides: dict[str, Condition]
+    settings: SamplingConfig
     seed: int
     detector: SelfTest | None = None
 
@@ -87,10 +87,10 @@ class Evaluation:
         report["differences"] = self._differences(draws)
         report["by_boxes"] = {
             name: {
-                "pictures": len(rows),
+                "images": len(rows),
                 **{side: _figures([self.sides[side].judged[row] for row in rows]) for side in self.sides},
             }
-            for name, rows in picture_groups(self.layouts).items()
+            for name, rows in image_groups(self.layouts).items()
         }
         report["phrases"] = len({" ".join(box.phrase.split()) for layout in self.layouts for box in layout.boxes})
         for key, groups in (*box_groups(self.layouts).items(), ("by_phrase", phrase_groups(self.layouts))):
@@ -106,10 +106,10 @@ class Evaluation:
                 for name, places in groups.items()
             }
         report["detector"] = None if self.detector is None else self.detector.to_dict()
-        return report | {"pictures": len(self.layouts), "seed": self.seed, "settings": asdict(self.settings)}
+        return report | {"images": len(self.layouts), "seed": self.seed, "settings": asdict(self.settings)}
 
     def _differences(self, draws: Bootstrap) -> dict[str, Any]:
-        """Of each painted side to the one that it is compared with, paired by pictures."""
+        """Of each painted side to the one that it is compared with, paired by images."""
         adapters = [name for name in ADAPTERS if name in self.sides]
         whole = adapters[-1] if adapters else "base"
         pairs = [(name, "base") for name in adapters] + [(name, "adapter") for name in adapters[1:]]
@@ -129,7 +129,7 @@ class Evaluation:
 def evaluate(
     pipe: LayoutPipeline | None,
     records: Sequence[Record],
-    settings: PaintSettings,
+    settings: SamplingConfig,
     *,
     seed: int = 0,
     detector: Detector | None = None,
@@ -138,24 +138,24 @@ def evaluate(
     variations: int = 0,
     clip: Clip | None = None,
     images: Sequence[Image.Image] | None = None,
-    store: PictureStore | None = None,
+    store: ImageCache | None = None,
     test_detector: bool = False,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Paint the records' layouts and look at the pictures.
+    """Paint the records' layouts and look at the images.
 
     Args:
         pipe: an active adapter on its transformer becomes the side `adapter`, and is off for `base`. None: nothing is painted,
-            and the ground truth is the records' pictures as they are.
+            and the ground truth is the records' images as they are.
         detector: None = the exact reader of procedural scenes.
         each: names and weights of adapters on the transformer, each a side of its own; None = all that are active together.
         ablations: also paint without boxes, and without captions.
         variations: paint the first `VARIED` layouts from so many other noises too, for the figure `spread`.
         clip: for the figures `clip_score`, `clip_box` and `kid_clip`.
         images: made by something else, one a record.
-        store: where painted pictures are kept and found again; None = in memory only.
-        test_detector: try it on the records' own pictures (`Evaluation.detector`).
-        on_progress: called with the side and the number of its pictures that are done.
+        store: where painted images are kept and found again; None = in memory only.
+        test_detector: try it on the records' own images (`Evaluation.detector`).
+        on_progress: called with the side and the number of its images that are done.
 
     Raises:
         InputError: there is no box, or the detector cannot look for a phrase.
@@ -163,7 +163,7 @@ def evaluate(
     detector = detector or open_detector()
     _refuse_unreadable(records, detector)
     tell = on_progress or (lambda *_: None)
-    look = _Look(detector, clip, None if store is None else SeenStore(store.folder / "seen"))
+    look = _Look(detector, clip, None if store is None else DetectionCache(store.folder / "seen"))
     layouts = [record.layout for record in records]
     if pipe is None:
         truth: Sequence[Image.Image] = Lazy([record.load for record in records])
@@ -176,11 +176,11 @@ def evaluate(
     sides = {"ground_truth": look.at(truth, layouts)}
     sides["shuffled"] = look.at(truth, layouts[1:] + layouts[:1])
     if pipe is not None:
-        painter = partial(_in_memory, pipe) if store is None else partial(store.paint, pipe)
+        painter = partial(_in_memory, pipe) if store is None else partial(store.generate, pipe)
         for name, active, wanted in _painted(pipe, layouts, each, ablations):
             say = partial(tell, name)
             with _only(pipe, active, each):
-                pictures = painter(wanted, settings, seed=seed, on_progress=say, side=name)
+                generated = painter(wanted, settings, seed=seed, on_progress=say, side=name)
                 others = [
                     painter(
                         wanted[:VARIED],
@@ -191,7 +191,7 @@ def evaluate(
                     )
                     for n in range(variations)
                 ]
-            sides[name] = look.at(pictures, layouts, others=[pictures[:VARIED], *others] if others else ())
+            sides[name] = look.at(generated, layouts, others=[generated[:VARIED], *others] if others else ())
     if images is not None:
         sides["images"] = look.at(images, [record.layout for record in records])
     sides = {name: sides[name] for name in SIDES if name in sides}
@@ -203,20 +203,20 @@ def evaluate(
 
 
 class _Look:
-    """What looks at pictures: a detector, and CLIP where it is given."""
+    """What looks at images: a detector, and CLIP where it is given."""
 
-    def __init__(self, detector: Detector, clip: Clip | None, kept: SeenStore | None) -> None:
+    def __init__(self, detector: Detector, clip: Clip | None, kept: DetectionCache | None) -> None:
         self.detector, self.clip, self.kept = detector, clip, kept
-        self._truth: Tensor | None = None  # features of the pictures that were looked at first
+        self._truth: Tensor | None = None  # features of the images that were looked at first
 
     def at(
-        self, pictures: Sequence[Image.Image], layouts: Sequence[Layout], others: Sequence[Sequence[Image.Image]] = ()
-    ) -> Side:
+        self, images: Sequence[Image.Image], layouts: Sequence[Layout], others: Sequence[Sequence[Image.Image]] = ()
+    ) -> Condition:
         seen: list[Judged] = []
         tables: list[dict[str, Table]] = []
         features: list[Tensor] = []
-        for start in range(0, len(pictures), _AT_ONCE):
-            shown, asked = pictures[start : start + _AT_ONCE], layouts[start : start + _AT_ONCE]
+        for start in range(0, len(images), _AT_ONCE):
+            shown, asked = images[start : start + _AT_ONCE], layouts[start : start + _AT_ONCE]
             things = (self.kept.detect if self.kept else _detect)(self.detector, shown, asked)
             seen += judged(self.detector, things, asked)
             if self.clip is not None:
@@ -227,17 +227,17 @@ class _Look:
         if others:
             whole["spread"] = spread(others)
         if self.clip is None:
-            return Side(pictures, seen, {}, whole)
+            return Condition(images, seen, {}, whole)
         found = torch.cat(features)
         self._truth = found if self._truth is None else self._truth
         if (distance := kid(found, self._truth)) is not None and found is not self._truth:
             whole["kid_clip"] = distance
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-        return Side(pictures, seen, {name: table for name, table in joined.items() if table[:, 1].any()}, whole)
+        return Condition(images, seen, {name: table for name, table in joined.items() if table[:, 1].any()}, whole)
 
 
-def _detect(detector: Detector, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
-    return detector.detect(pictures, layouts)
+def _detect(detector: Detector, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+    return detector.detect(images, layouts)
 
 
 _Active = str | bool  # an adapter's name; or whether all are on
@@ -261,10 +261,10 @@ def _painted(
 
 
 def _in_memory(
-    pipe: LayoutPipeline, layouts: Sequence[Layout], settings: PaintSettings, *, side: str, **options: Any
+    pipe: LayoutPipeline, layouts: Sequence[Layout], settings: SamplingConfig, *, side: str, **options: Any
 ) -> list[Image.Image]:
     del side
-    return paint(pipe, layouts, settings, **options)
+    return generate(pipe, layouts, settings, **options)
 
 
 @contextmanager
@@ -292,17 +292,17 @@ def _refuse_unreadable(records: Sequence[Record], detector: Detector) -> None:
             if not detector.knows(box.phrase):
                 raise InputError(
                     f"{detector.name} cannot look for {box.phrase!r}",
-                    where=record.where,
-                    cure="take a detector that can (--detector), e.g. grounding-dino:FOLDER; without one, compare the "
+                    location=record.location,
+                    hint="take a detector that can (--detector), e.g. grounding-dino:FOLDER; without one, compare the "
                     "held-out denoising loss that `train` writes into report.json",
                 )
     if not any(record.layout.boxes for record in records):
-        raise InputError("these layouts hold no boxes: there is nothing to measure", cure="give layouts with boxes")
+        raise InputError("these layouts hold no boxes: there is nothing to measure", hint="give layouts with boxes")
 
 
 @torch.no_grad()
 def through_vae(pipe: LayoutPipeline, pixels: Sequence[torch.Tensor], *, batch_size: int) -> list[Image.Image]:
-    """(3, H, W) pictures in [-1, 1], encoded and decoded: the best that this base could paint."""
+    """(3, H, W) images in [-1, 1], encoded and decoded: the best that this base could paint."""
     out: list[Image.Image] = []
     for start in range(0, len(pixels), batch_size):
         x = torch.stack(list(pixels[start : start + batch_size])).to(pipe.vae.device, pipe.vae.dtype)
@@ -311,7 +311,7 @@ def through_vae(pipe: LayoutPipeline, pixels: Sequence[torch.Tensor], *, batch_s
     return out
 
 
-def _figures(pictures: Sequence[Judged]) -> dict[str, float]:
-    return {name: value(table) for name, table in sums(pictures).items()} | {
-        "boxes": sum(len(picture.boxes) for picture in pictures)
+def _figures(images: Sequence[Judged]) -> dict[str, float]:
+    return {name: value(table) for name, table in sums(images).items()} | {
+        "boxes": sum(len(image.boxes) for image in images)
     }

@@ -1,4 +1,4 @@
-"""Where layouts are hard: pictures by their number of boxes; boxes by their size, by how much others cover them, and by phrase."""
+"""Where layouts are hard: images by their number of boxes; boxes by their size, by how much others cover them, and by phrase."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from mmdit_lora.evaluation.detectors.matching import iou_table
 from mmdit_lora.layout import Layout
 
-BOXES = ((1, 4), (5, 10), (11, None))  # a picture; None: and more
-SIZES = ((0.0, 0.02), (0.02, 0.1), (0.1, 1.0))  # share of the picture that a box covers
+BOXES = ((1, 4), (5, 10), (11, None))  # an image; None: and more
+SIZES = ((0.0, 0.02), (0.02, 0.1), (0.1, 1.0))  # share of the image that a box covers
 OVERLAPS = ((0.0, 0.0), (0.0, 0.2), (0.2, 1.0))  # a box's largest IoU with another of its layout
 
 PHRASES = 50  # of a report's table by phrase
 
-Place = tuple[int, int]  # picture, box
+Place = tuple[int, int]  # image, box
 
 
-def picture_groups(layouts: Sequence[Layout]) -> dict[str, list[int]]:
-    """ "1-4", ... -> the pictures with so many boxes; groups without any are absent."""
+def image_groups(layouts: Sequence[Layout]) -> dict[str, list[int]]:
+    """ "1-4", ... -> the images with so many boxes; groups without any are absent."""
     out = {}
     for low, high in BOXES:
         rows = [n for n, layout in enumerate(layouts) if low <= len(layout.boxes) <= (high or 10**9)]

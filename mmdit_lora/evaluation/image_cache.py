@@ -1,4 +1,4 @@
-"""Painted pictures kept in a folder, so that an evaluation that was stopped goes on where it was."""
+"""Painted images kept in a folder, so that an evaluation that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json
 from mmdit_lora.json_files import read_kept
 from mmdit_lora.layout import Layout
-from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.visual.draw import save_png
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-PLAN, PICTURES = "evaluate.json", "pictures"
+PLAN, IMAGES = "evaluate.json", "images"
 _DIGESTS = "digests.json"
 
 
-class PictureStore:
-    """`folder/pictures/<side>/00000.png`, and `folder/evaluate.json` with all that decides what they show.
+class ImageCache:
+    """`folder/images/<side>/00000.png`, and `folder/evaluate.json` with all that decides what they show.
 
-    `folder/pictures/<side>/digests.json` holds their digests: a picture that was changed since is not judged as a painted one.
+    `folder/images/<side>/digests.json` holds their digests: an image that was changed since is not judged as a painted one.
 
     Args:
-        folder: of one evaluation. plan: what the pictures depend on, for JSON; the same to go on.
+        folder: of one evaluation. plan: what the images depend on, for JSON; the same to go on.
 
     Raises:
-        InputError: the folder holds pictures of another plan, or something else.
+        InputError: the folder holds images of another plan, or something else.
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
@@ -45,33 +45,33 @@ class PictureStore:
             _refuse_other(self._begun, self._plan, folder)
 
     def begin(self) -> None:
-        """Write the plan. Before the first picture; what is wrong is found before anything is written."""
+        """Write the plan. Before the first image; what is wrong is found before anything is written."""
         if self._begun is None:
-            # Without a plan that can be read, nobody knows what the pictures here show: all are painted again.
-            for digests in self.folder.glob(f"{PICTURES}/*/{_DIGESTS}"):
+            # Without a plan that can be read, nobody knows what the images here show: all are painted again.
+            for digests in self.folder.glob(f"{IMAGES}/*/{_DIGESTS}"):
                 digests.unlink()
             write_json(self.folder / PLAN, self._plan)
             self._begun = self._plan
 
-    def paint(
+    def generate(
         self,
         pipe: LayoutPipeline,
         layouts: Sequence[Layout],
-        settings: PaintSettings,
+        settings: SamplingConfig,
         *,
         side: str,
         seed: int,
         on_progress: Callable[[int], None],
     ) -> Lazy:
-        """As `pipelines.paint`, batch by batch; a batch whose pictures are all there is not painted again.
+        """As `pipelines.paint`, batch by batch; a batch whose images are all there is not painted again.
 
-        The batches are cut as they were, since a picture's last bits may depend on what it is painted with.
+        The batches are cut as they were, since an image's last bits may depend on what it is painted with.
 
         Raises:
-            InputError: a picture is not the one that was painted.
+            InputError: an image is not the one that was painted.
         """
         self.begin()
-        digests_file = self.folder / PICTURES / side / _DIGESTS
+        digests_file = self.folder / IMAGES / side / _DIGESTS
         digests: dict[str, str] = read_kept(digests_file, dict) or {}
         out: list[Path] = []
         for start in range(0, len(layouts), settings.batch_size):
@@ -81,12 +81,12 @@ class PictureStore:
             changed = [path for path in there if _digest(path) != digests[path.name]]
             if changed:
                 raise InputError(
-                    "is not the picture that was painted", where=str(changed[0]), cure="remove it: it is painted again"
+                    "is not the image that was painted", location=str(changed[0]), hint="remove it: it is painted again"
                 )
             if len(there) < len(paths):
-                pictures = paint(pipe, part, settings, seed=seed + start)
-                for path, picture in zip(paths, pictures, strict=True):
-                    save_png(picture, path)
+                images = generate(pipe, part, settings, seed=seed + start)
+                for path, image in zip(paths, images, strict=True):
+                    save_png(image, path)
                 digests |= {path.name: _digest(path) for path in paths}
                 write_json(digests_file, digests)
             out += paths
@@ -94,12 +94,12 @@ class PictureStore:
         return stored(out)
 
     def path(self, side: str, index: int) -> Path:
-        """Of picture `index` of a side."""
-        return self.folder / PICTURES / side / f"{index:05d}.png"
+        """Of image `index` of a side."""
+        return self.folder / IMAGES / side / f"{index:05d}.png"
 
 
 class Lazy(Sequence[Image.Image]):
-    """Pictures that are decoded whenever they are looked at: thousands of them are too many to hold."""
+    """Images that are decoded whenever they are looked at: thousands of them are too many to hold."""
 
     def __init__(self, loaders: Sequence[Callable[[], Image.Image]]) -> None:
         self._loaders = list(loaders)
@@ -118,19 +118,19 @@ class Lazy(Sequence[Image.Image]):
 
 
 def stored(paths: Sequence[Path]) -> Lazy:
-    """Pictures in files."""
+    """Images in files."""
     return Lazy([partial(load_image, path) for path in paths])
 
 
-def pictures_of(folder: Path, records: Sequence[Record]) -> Lazy:
-    """Pictures that something else made of a data set's layouts: `<the record's file name, any suffix>`, or, where none is
+def images_of(folder: Path, records: Sequence[Record]) -> Lazy:
+    """Images that something else made of a data set's layouts: `<the record's file name, any suffix>`, or, where none is
     named so, `0000.png`, ... in the data set's order, as `sample` writes them.
 
     Raises:
-        InputError: pictures are missing, or two have one name; with the first of them and how many more.
+        InputError: images are missing, or two have one name; with the first of them and how many more.
     """
     if not folder.is_dir():
-        raise InputError("no such folder", where=f"--images {folder}", cure="give a folder of pictures")
+        raise InputError("no such folder", location=f"--images {folder}", hint="give a folder of images")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES:
@@ -140,12 +140,12 @@ def pictures_of(folder: Path, records: Sequence[Record]) -> Lazy:
         stems = [f"{number:04d}" for number in range(len(records))]
     wrong = [stem for stem in stems if len(found.get(stem, ())) != 1]
     if wrong:
-        what = "two pictures" if wrong[0] in found else "no picture"
+        what = "two images" if wrong[0] in found else "no image"
         more = f", and {len(wrong) - 1} more are missing or doubled" if len(wrong) > 1 else ""
         raise InputError(
-            f"holds {what} for {wrong[0]} ({records[stems.index(wrong[0])].where}){more}",
-            where=f"--images {folder}",
-            cure="name each picture as the data set's picture, or 0000.png, 0001.png, ... in its order",
+            f"holds {what} for {wrong[0]} ({records[stems.index(wrong[0])].location}){more}",
+            location=f"--images {folder}",
+            hint="name each image as the data set's image, or 0000.png, 0001.png, ... in its order",
         )
     return stored([found[stem][0] for stem in stems])
 
@@ -160,9 +160,9 @@ def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
         return
     key = different[0]
     raise InputError(
-        f"holds pictures of another evaluation: {key} was {_short(before.get(key))} and is {_short(now.get(key))}",
-        where=f"--out {folder}",
-        cure="give another folder, or remove this one",
+        f"holds images of another evaluation: {key} was {_short(before.get(key))} and is {_short(now.get(key))}",
+        location=f"--out {folder}",
+        hint="give another folder, or remove this one",
     )
 
 

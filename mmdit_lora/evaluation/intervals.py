@@ -1,4 +1,4 @@
-"""Bootstrap intervals: what other pictures of the same kind would have given. Whole pictures are drawn, never boxes alone."""
+"""Bootstrap intervals: what other images of the same kind would have given. Whole images are drawn, never boxes alone."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ CONFIDENCE = 0.95
 
 
 def value(sums: Table) -> float:
-    """A figure from its sums (pictures, 2), see `judged.sums`."""
+    """A figure from its sums (images, 2), see `judged.sums`."""
     return float(sums[:, 0].sum() / sums[:, 1].sum())
 
 
 class Bootstrap:
-    """Percentile intervals (Efron and Tibshirani 1993, chapter 13), 95 %, over `pictures`; the same at every call.
+    """Percentile intervals (Efron and Tibshirani 1993, chapter 13), 95 %, over `images`; the same at every call.
 
-    Every figure sees the same resamples, so the difference of two on the same pictures is a paired one.
+    Every figure sees the same resamples, so the difference of two on the same images is a paired one.
     """
 
-    def __init__(self, pictures: int) -> None:
-        # How often each picture comes in a resample: all that a figure made of sums needs.
-        shares = np.full(pictures, 1 / max(pictures, 1))
-        self._times = np.random.default_rng(0).multinomial(pictures, shares, size=RESAMPLES).astype(np.float64)
+    def __init__(self, images: int) -> None:
+        # How often each image comes in a resample: all that a figure made of sums needs.
+        shares = np.full(images, 1 / max(images, 1))
+        self._times = np.random.default_rng(0).multinomial(images, shares, size=RESAMPLES).astype(np.float64)
 
     def interval(self, sums: Table) -> Interval | None:
-        """Of a figure; None for fewer than two pictures that count."""
+        """Of a figure; None for fewer than two images that count."""
         return self._between(self._ratios(sums), sums)
 
     def difference(self, sums: Table, base: Table) -> Interval | None:
-        """Of the figure less that of `base`, on the same pictures."""
+        """Of the figure less that of `base`, on the same images."""
         return self._between(self._ratios(sums) - self._ratios(base), sums)
 
     def _ratios(self, sums: Table) -> Table:

@@ -54,13 +54,13 @@ def coco_figures(
 Table = NDArray[np.float64]
 
 MET = 0.5  # a box counts as met from this IoU on
-APART = 0.05  # of the picture: centres that are nearer along an axis have no order along it
-_CANVAS = 1000.0  # pixels of the picture that COCO's figures see
+APART = 0.05  # of the image: centres that are nearer along an axis have no order along it
+_CANVAS = 1000.0  # pixels of the image that COCO's figures see
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One picture.
+    """One image.
 
     Args:
         layout: what was asked for. seen: what a detector found, of those labels that were asked for where labels count.
@@ -97,21 +97,21 @@ FIGURES = {
     "color_acc": "share of boxes whose object has the colour asked for",
     "shape_acc": "share of boxes whose object has the shape asked for",
     "precision": "share of objects seen that meet a box at IoU >= 0.5",
-    "count_acc": "share of pictures with as many objects as boxes",
+    "count_acc": "share of images with as many objects as boxes",
     "count_error": "mean difference between the numbers of objects and of boxes",
     "relations": "share of pairs of boxes whose order along an axis the objects keep",
 }
 
 
-def sums(pictures: Sequence[Judged]) -> dict[str, Table]:
-    """Name -> (pictures, 2): what each picture adds to a figure's numerator and denominator.
+def sums(images: Sequence[Judged]) -> dict[str, Table]:
+    """Name -> (images, 2): what each image adds to a figure's numerator and denominator.
 
-    A figure is the sum of the first over that of the second, for any selection of pictures. `color_acc` and `shape_acc` are
+    A figure is the sum of the first over that of the second, for any selection of images. `color_acc` and `shape_acc` are
     absent where the detector tells none.
     """
     out: dict[str, list[tuple[float, float]]] = {name: [] for name in FIGURES}
-    for picture in pictures:
-        boxes, seen = picture.boxes, len(picture.seen)
+    for image in images:
+        boxes, seen = image.boxes, len(image.seen)
         met = sum(box.iou >= MET for box in boxes)
         for name, told in (
             ("color_acc", [b.color for b in boxes if b.color is not None]),
@@ -123,13 +123,13 @@ def sums(pictures: Sequence[Judged]) -> dict[str, Table]:
         out["precision"].append((met, seen))
         out["count_acc"].append((float(seen == len(boxes)), 1))
         out["count_error"].append((abs(seen - len(boxes)), 1))
-        out["relations"].append(kept_relations(picture))
+        out["relations"].append(kept_relations(image))
     tables = {name: np.array(rows, dtype=np.float64).reshape(-1, 2) for name, rows in out.items()}
     return {name: table for name, table in tables.items() if table[:, 1].any()}
 
 
 def box_sums(boxes: Sequence[BoxMatch]) -> dict[str, float]:
-    """The figures of boxes alone, for groups of boxes over all pictures."""
+    """The figures of boxes alone, for groups of boxes over all images."""
     found: dict[str, Sequence[float]] = {
         "miou": [box.iou for box in boxes],
         "iou50": [box.iou >= MET for box in boxes],
@@ -139,12 +139,12 @@ def box_sums(boxes: Sequence[BoxMatch]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
-def kept_relations(picture: Judged) -> tuple[int, int]:
+def kept_relations(image: Judged) -> tuple[int, int]:
     """(kept, asked): pairs of boxes, along each axis on which their centres lie at least `APART` apart, whose objects lie in
     the same order; a pair with a box that nothing meets is not kept. After VISOR (arXiv 2212.10015), without its captions."""
     kept = asked = 0
-    centres = [_centre(box.xyxy) for box in picture.layout.boxes]
-    places = [None if m.detection is None else _centre(picture.seen[m.detection].xyxy) for m in picture.boxes]
+    centres = [_centre(box.xyxy) for box in image.layout.boxes]
+    places = [None if m.detection is None else _centre(image.seen[m.detection].xyxy) for m in image.boxes]
     for second in range(len(centres)):
         for first in range(second):
             for axis in (0, 1):
@@ -164,23 +164,23 @@ def _centre(xyxy: Sequence[float]) -> tuple[float, float]:
 # -- average precision ---------------------------------------------------------------------------------------------------
 
 
-def average_precision(pictures: Sequence[Judged], detector: Detector) -> dict[str, float]:
+def average_precision(images: Sequence[Judged], detector: Detector) -> dict[str, float]:
     """COCO's `ap`, `ap50` and `ar_100`, a category a phrase; mean over IoU 0.50 to 0.95 where none is named.
 
-    A detection is of the category of the phrase that its label agrees with; of several, the first of its picture. Without
+    A detection is of the category of the phrase that its label agrees with; of several, the first of its image. Without
     a phrase it counts for nothing, since no box asked for it. The exact reader's detections all score 1: their order, and
     with it AP, is that of their size.
     """
     numbers: dict[tuple[str, ...], int] = {}
-    images, truth, found = [], [], []
-    for index, picture in enumerate(pictures, start=1):
-        images.append({"id": index, "width": int(_CANVAS), "height": int(_CANVAS)})
-        for box in picture.layout.boxes:
+    image_rows, truth, found = [], [], []
+    for index, image in enumerate(images, start=1):
+        image_rows.append({"id": index, "width": int(_CANVAS), "height": int(_CANVAS)})
+        for box in image.layout.boxes:
             number = numbers.setdefault(words(box.phrase), len(numbers) + 1)
             truth.append(_annotation(index, number, box.xyxy))
-        for thing in picture.seen:
+        for thing in image.seen:
             own = words(thing.label)
-            agreeing = (words(b.phrase) for b in picture.layout.boxes if detector.agrees(thing.label, b.phrase))
+            agreeing = (words(b.phrase) for b in image.layout.boxes if detector.agrees(thing.label, b.phrase))
             category = own if own in numbers else next(agreeing, own)
             found.append((index, category, thing))
     categories = [{"id": number, "name": " ".join(phrase)} for phrase, number in numbers.items()]
@@ -189,7 +189,7 @@ def average_precision(pictures: Sequence[Judged], detector: Detector) -> dict[st
         for index, category, thing in found
         if category in numbers
     ]
-    figures = coco_figures(images, categories, truth, entries)
+    figures = coco_figures(image_rows, categories, truth, entries)
     return {name: figures[name] for name in ("ap", "ap50", "ar_100") if name in figures}
 
 

@@ -20,17 +20,17 @@ from mmdit_lora.visual.canvas import Rgb, one_line
 from mmdit_lora.visual.draw import draw_boxes, phrase_colors
 from mmdit_lora.visual.page import document, escape_markdown
 
-SHOWN = 8  # best and worst pictures each
+SHOWN = 8  # best and worst images each
 FIGURE_TEXT = FIGURES | {
     "ap": "COCO's average precision, a category a phrase, over IoU 0.50 to 0.95",
     "ap50": "the same at IoU 0.50",
     "ar_100": "COCO's average recall",
-    "spread": "difference of pictures of one layout from different noise (root mean square, pixels in [0, 1])",
-    "clip_score": "CLIP score of the picture with its caption",
+    "spread": "difference of images of one layout from different noise (root mean square, pixels in [0, 1])",
+    "clip_score": "CLIP score of the image with its caption",
     "clip_box": "CLIP score of each box's crop with its phrase",
-    "kid_clip": "kernel distance to the data set's own pictures, of CLIP's features; 0 = alike",
+    "kid_clip": "kernel distance to the data set's own images, of CLIP's features; 0 = alike",
 }
-_CHIPS = 12  # phrases in the legend of a picture
+_CHIPS = 12  # phrases in the legend of an image
 _OF_GROUPS = ("iou50", "miou")
 _BY_PHRASE = "By phrase"
 _ABOUT_GROUPS = "The share of boxes met at IoU 0.5 (iou50), and the mean IoU of boxes."
@@ -49,20 +49,20 @@ _SIDE_TEXT = {
     **dict.fromkeys(ADAPTERS, "the base with this adapter, same noise"),
     "text_only": "painted without boxes",
     "layout_only": "painted without a caption",
-    "images": "pictures made by something else",
-    "ground_truth": "the data's own pictures: the ceiling",
+    "images": "images made by something else",
+    "ground_truth": "the data's own images: the ceiling",
     "shuffled": "those, with layouts of others: the floor",
 }
 
 
-def sides_of(report: Mapping[str, Any]) -> list[str]:
+def conditions_of(report: Mapping[str, Any]) -> list[str]:
     """The sides that a report (or one of its groups) has, in order."""
     return [name for name in SIDES if name in report]
 
 
 def figures_of(report: Mapping[str, Any]) -> list[str]:
     """The figures that any of its sides has, in order."""
-    return [name for name in FIGURE_TEXT if any(name in report[side] for side in sides_of(report))]
+    return [name for name in FIGURE_TEXT if any(name in report[side] for side in conditions_of(report))]
 
 
 # -- markdown ------------------------------------------------------------------------------------------------------------
@@ -89,18 +89,18 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:
-    lines = [f"{report['pictures']} layouts, seed {report['seed']}."]
+    lines = [f"{report['images']} layouts, seed {report['seed']}."]
     if (tested := report.get("detector")) is not None:
         found = tested["true"]
         lines.append(
-            f"Detector {clip(tested['detector'])}, on the data set's own pictures: {tested['verdict']}; recall {found['recall']:.3f}, "
+            f"Detector {clip(tested['detector'])}, on the data set's own images: {tested['verdict']}; recall {found['recall']:.3f}, "
             f"precision {found['precision']:.3f}, mIoU of the boxes met {found['miou']:.3f}."
         )
     return lines
 
 
 def _phrase_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    sides = sides_of(next(iter(groups.values())))
+    sides = conditions_of(next(iter(groups.values())))
     head = ["", "boxes", *(f"{_words(side)} {name}" for side in sides for name in _OF_GROUPS)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for phrase, figures in groups.items():
@@ -112,7 +112,7 @@ def _phrase_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _table(report: Mapping[str, Any], *, with_intervals: bool = False) -> list[str]:
     names = figures_of(report)
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for side in sides_of(report):
+    for side in conditions_of(report):
         cells = [_cell(report[side], name, with_intervals=with_intervals) for name in names]
         lines.append(f"| {_words(side)} | " + " | ".join(cells) + " |")
     return lines
@@ -133,7 +133,7 @@ def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
     """Heading, and its groups by name; a division that has all in one group repeats the whole and is left out."""
     headings = {
         "by_phrase": _BY_PHRASE,
-        "by_boxes": "By boxes a picture",
+        "by_boxes": "By boxes an image",
         "by_size": "By size of the box",
         "by_overlap": "By overlap of boxes",
     }
@@ -143,8 +143,8 @@ def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _size(group: Mapping[str, Any]) -> str:
-    count, what = (group["pictures"], "picture") if "pictures" in group else (group["boxes"], "box")
-    return f"{count} {what if count == 1 else {'picture': 'pictures', 'box': 'boxes'}[what]}"
+    count, what = (group["images"], "image") if "images" in group else (group["boxes"], "box")
+    return f"{count} {what if count == 1 else {'image': 'images', 'box': 'boxes'}[what]}"
 
 
 def _phrases_shown(report: Mapping[str, Any]) -> str:
@@ -169,7 +169,7 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
     chief = next(name for name in ("adapter", "images", "base", "ground_truth") if name in evaluation.sides)
     notes = "".join(f"<li>{escape(line)}</li>" for line in _facts(report))
     parts = [
-        _pictures(evaluation, chief),
+        _images(evaluation, chief),
         f'<h2>Fidelity</h2><ul class="notes">{notes}</ul>{_html_table(report)}'
         f"<div class='charts one'>{_plot(report)}</div>",
         _html_differences(report),
@@ -185,7 +185,7 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
 
 def _html_table(report: Mapping[str, Any]) -> str:
     """A row a figure, with what it is; a column a side."""
-    sides = sides_of(report)
+    sides = conditions_of(report)
     head = "".join(f"<th>{_dot(side)}{_words(side)}<small>{_SIDE_TEXT[side]}</small></th>" for side in sides)
     rows = ""
     for name in figures_of(report):
@@ -197,7 +197,7 @@ def _html_table(report: Mapping[str, Any]) -> str:
         rows += f"<tr><td><b>{_words(name)}</b><small>{escape(FIGURE_TEXT[name])}</small></td>{cells}</tr>"
     return (
         f'<div class="wide figures-of"><table><thead><tr><th>figure</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        '<p class="of">Small below a figure: its 95 % interval over pictures.</p>'
+        '<p class="of">Small below a figure: its 95 % interval over images.</p>'
     )
 
 
@@ -225,7 +225,7 @@ def _html_groups(report: Mapping[str, Any]) -> str:
     """A table a division: a row a group, two figures a side."""
     out = ""
     for heading, groups in _groups(report):
-        sides = sides_of(next(iter(groups.values())))
+        sides = conditions_of(next(iter(groups.values())))
         head = "".join(f'<th colspan="{len(_OF_GROUPS)}">{_dot(side)}{_words(side)}</th>' for side in sides)
         names = "".join(f"<th>{_words(name)}</th>" for _ in sides for name in _OF_GROUPS)
         rows = ""
@@ -244,8 +244,8 @@ def _html_groups(report: Mapping[str, Any]) -> str:
 
 def _plot(report: Mapping[str, Any]) -> str:
     """Figures between 0 and 1 as dots with their intervals, a row a figure, a colour a side."""
-    names = [name for name in _PLOTTED if any(name in report[side] for side in sides_of(report))]
-    sides = sides_of(report)
+    names = [name for name in _PLOTTED if any(name in report[side] for side in conditions_of(report))]
+    sides = conditions_of(report)
     left, wide, row = 110, 420, 9 * len(sides) + 12
     tall = row * len(names) + 22
     parts = []
@@ -271,29 +271,29 @@ def _plot(report: Mapping[str, Any]) -> str:
             parts.append(f'<circle style="fill:{color}" cx="{x:.1f}" cy="{y}" r="3.4"><title>{label}</title></circle>')
     key = "".join(f"<span><i style='background:{_COLORS[side]}'></i>{_words(side)}</span>" for side in sides)
     return (
-        f'<figure><figcaption>Figures with their 95 % intervals over pictures</figcaption><p class="key">{key}</p>'
+        f'<figure><figcaption>Figures with their 95 % intervals over images</figcaption><p class="key">{key}</p>'
         f'<svg viewBox="0 0 {left + wide + 20} {tall}" role="img">{"".join(parts)}</svg></figure>'
     )
 
 
-def _pictures(evaluation: Evaluation, chief: str) -> str:
-    """The pictures of highest and lowest mIoU, beside the base's and the data set's own."""
-    ious = np.array(evaluation.sides[chief].picture_ious)
+def _images(evaluation: Evaluation, chief: str) -> str:
+    """The images of highest and lowest mIoU, beside the base's and the data set's own."""
+    ious = np.array(evaluation.sides[chief].image_ious)
     order = [int(n) for n in np.argsort(ious, kind="stable") if not np.isnan(ious[n])]
     beside = [name for name in ("base", chief, "ground_truth") if name in evaluation.sides]
     beside = list(dict.fromkeys(beside))
     colors = phrase_colors(evaluation.layouts)
     out = (
         f'<p class="of">Boxes are what the layout asks for, a phrase in one colour on the whole page. The number below a '
-        f"picture is the mean IoU of its boxes with what was found in it; sorted by {_words(chief)}.</p>"
+        f"image is the mean IoU of its boxes with what was found in it; sorted by {_words(chief)}.</p>"
     )
     for heading, rows in (("Best", order[::-1][:SHOWN]), ("Worst", order[:SHOWN])):
         cards = ""
         for row in rows:
             layout = evaluation.layouts[row]
             shown = "".join(
-                f'<div><img src="{_data_url(evaluation.sides[name].pictures[row], layout, colors)}" '
-                f'alt="{_words(name)} {row}"><small>{_words(name)} <b>{evaluation.sides[name].picture_ious[row]:.3f}</b></small></div>'
+                f'<div><img src="{_data_url(evaluation.sides[name].images[row], layout, colors)}" '
+                f'alt="{_words(name)} {row}"><small>{_words(name)} <b>{evaluation.sides[name].image_ious[row]:.3f}</b></small></div>'
                 for name in beside
             )
             cards += (
@@ -305,7 +305,7 @@ def _pictures(evaluation: Evaluation, chief: str) -> str:
 
 
 def _chips(layout: Layout, colors: Mapping[str, Rgb]) -> str:
-    """The legend of a picture: each phrase with its colour, and how many boxes it has."""
+    """The legend of an image: each phrase with its colour, and how many boxes it has."""
     counts = Counter(one_line(box.phrase) for box in layout.boxes)
     chips = [
         f"<span><i style='background:rgb{colors[phrase]}'></i>{escape(clip(phrase, 80))}"
@@ -316,8 +316,8 @@ def _chips(layout: Layout, colors: Mapping[str, Rgb]) -> str:
     return f'<p class="chips">{"".join(chips)}{more}</p>'
 
 
-def _data_url(picture: Image.Image, layout: Layout, colors: Mapping[str, Rgb]) -> str:
-    drawn = draw_boxes(picture, layout, scale_to=256, labels=False, colors=colors)
+def _data_url(image: Image.Image, layout: Layout, colors: Mapping[str, Rgb]) -> str:
+    drawn = draw_boxes(image, layout, scale_to=256, labels=False, colors=colors)
     drawn.thumbnail((256, 512))
     file = io.BytesIO()
     drawn.quantize(64).save(file, format="PNG")

@@ -144,7 +144,7 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
     del pipe
     gc.collect()
     if effect == 0:
-        raise InputError("changes nothing: its weights are all zero", where=str(adapter), cure="train it for longer")
+        raise InputError("changes nothing: its weights are all zero", location=str(adapter), hint="train it for longer")
     # PEFT would try a file's regular expressions on every module, and one that backtracks takes minutes.
     form = (
         "peft" if stored.form == "peft" and _states_names(stored) else stored.form if stored.form != "peft" else "ours"
@@ -152,7 +152,7 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
     try:
         differences = _compare(form, stored.path.parent if stored.form == "peft" else stored.path, base, expected)
     except RuntimeError as error:
-        raise InputError(f"another loader gives other outputs: {error}", where=str(adapter)) from None
+        raise InputError(f"another loader gives other outputs: {error}", location=str(adapter)) from None
     named: dict[str, Any] = {key: stored.header[key] for key in ("fingerprint", "version") if key in stored.header}
     return {
         "adapter": str(adapter),
@@ -183,7 +183,7 @@ def base_of(adapter: str | Path) -> str:
     if not name and (file.parent / CONFIG_FILE).is_file():
         name = read_adapter_config(file.parent).base_model_name_or_path
     if not isinstance(name, str) or not name:
-        raise InputError("does not say which base it is for", where=str(adapter), cure="give --base")
+        raise InputError("does not say which base it is for", location=str(adapter), hint="give --base")
     if _is_base(Path(name)):
         return name
     short = public_name(name)
@@ -198,8 +198,8 @@ def base_of(adapter: str | Path) -> str:
         return short  # a hub id
     raise InputError(
         f"names its base {clip(repr(short), 100)}, and no such folder is here",
-        where=str(adapter),
-        cure="give --base FOLDER",
+        location=str(adapter),
+        hint="give --base FOLDER",
     )
 
 
@@ -214,7 +214,7 @@ def _base_of_run(folder: Path) -> Path | None:
     """The base that the config of a run in `folder` states."""
     try:
         file = folder / "config.yaml"
-        return Path(parse_yaml(read_text(file, what="config", limit=2**20), where=str(file))[0]["base"])
+        return Path(parse_yaml(read_text(file, what="config", limit=2**20), location=str(file))[0]["base"])
     except (InputError, TypeError, KeyError):
         return None
 
@@ -255,7 +255,7 @@ def _note(to: Target, model: Any) -> str | None:
     if to != "creatilayout" or (model.config.layout_slots == SLOTS and not model.config.mask_padding):
         return None
     return (
-        f"CreatiLayout's own code fills up to {SLOTS} boxes and attends to the filling; this base does not, so pictures "
+        f"CreatiLayout's own code fills up to {SLOTS} boxes and attends to the filling; this base does not, so images "
         "painted there differ from those painted here"
     )
 
@@ -296,7 +296,7 @@ def _write_kohya(model: Any, file: Path, header: dict[str, Any]) -> None:
     config = model.peft_config["default"]
     if config.use_dora or config.lora_bias:
         raise InputError(
-            "is a DoRA or has biases, which these names cannot hold", cure="export it --to peft or diffusers"
+            "is a DoRA or has biases, which these names cannot hold", hint="export it --to peft or diffusers"
         )
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -371,7 +371,7 @@ def _check_out(to: Target, out: str | Path, inputs: Inputs) -> Path:
     if to != "kohya":
         check_new_folder(out, verb="export", inputs=inputs)
     elif Path(out).suffix != ".safetensors":
-        raise InputError("is one file", where=f"--out {out}", cure="give a name that ends in .safetensors")
+        raise InputError("is one file", location=f"--out {out}", hint="give a name that ends in .safetensors")
     else:
         check_new_file(out, verb="export", inputs=inputs, is_own=_is_own_file)
     return Path(out)

@@ -67,7 +67,7 @@ def take_creatilayout_stream(file: Path, model: nn.Module) -> None:
     own = {name: p for name, p in model.named_parameters() if "layout" in name}
     made = recipes(own, variant_of_model(model))
     if {source for recipe in made.values() for source in recipe.sources} != theirs.keys():
-        raise InputError("is not the whole stream of this base", where=str(file))
+        raise InputError("is not the whole stream of this base", location=str(file))
     for name, recipe in made.items():
         sources = [theirs[source] for source in recipe.sources]
         own[name].copy_(recipe.make(*sources) if recipe.make else sources[0])

@@ -149,7 +149,7 @@ def add_layout_lora(
         undo(adapter_name)
         raise InputError(
             f"the trainable parameters are not exactly the LoRA: {', '.join(wrong[:8])}",
-            cure="this LoraConfig trains something that an adapter cannot hold; use r, lora_alpha, target_modules",
+            hint="this LoraConfig trains something that an adapter cannot hold; use r, lora_alpha, target_modules",
         )
     params = sum(p.numel() for p in trained.values())
     return LayoutLoraReport(
@@ -170,7 +170,7 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
     """
     _refuse_impure(config)
     if not config.target_modules or (isinstance(config.target_modules, str) and config.target_modules == "all-linear"):
-        raise InputError(f"target_modules is {shown(config.target_modules)}", cure=f"name them, e.g. {list(TARGETS)}")
+        raise InputError(f"target_modules is {shown(config.target_modules)}", hint=f"name them, e.g. {list(TARGETS)}")
     modules = {name: m for name, m in model.named_modules() if name and not _inside_tuner(name)}
 
     def matched(by: peft.LoraConfig) -> dict[str, nn.Module]:
@@ -180,7 +180,7 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
         except re.error as error:
             raise InputError(
                 f"target_modules {clip(repr(by.target_modules), 100)} is no regular expression: {error}",
-                cure=f"name them, e.g. {list(TARGETS)}",
+                hint=f"name them, e.g. {list(TARGETS)}",
             ) from None
 
     patterns = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
@@ -193,7 +193,7 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
     for name, module in found.items():
         if not isinstance(module, nn.Linear | LoraLayer):
             raise InputError(
-                f"target {name!r} is a {type(module).__name__}", cure="target linear layers, e.g. its .fc1"
+                f"target {name!r} is a {type(module).__name__}", hint="target linear layers, e.g. its .fc1"
             )
     for kind in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, kind) or {}:
@@ -201,7 +201,7 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
                 hits = any(get_pattern_key([pattern], name) != name or pattern == name for name in found)
             except re.error as error:
                 raise InputError(
-                    f"{kind} {clip(repr(pattern), 100)} is no regular expression: {error}", cure="state module names"
+                    f"{kind} {clip(repr(pattern), 100)} is no regular expression: {error}", hint="state module names"
                 ) from None
             if not hits:
                 raise _no_match(kind, pattern, found)
@@ -220,13 +220,13 @@ def refuse_zero_gates(report: LayoutLoraReport) -> None:
         raise InputError(
             f"the layout stream of this base is untrained: {len(report.zero_gates)} of its gates (layout_stream.out_proj) "
             "are zero, and frozen zero gates give every LoRA weight a gradient of exactly 0, forever",
-            cure="pretrain the layout stream first (`method: layout_stream`), or import a pretrained one "
+            hint="pretrain the layout stream first (`method: layout_stream`), or import a pretrained one "
             "(`mmdit-lora import creatilayout`)",
         )
     raise InputError(
         f"{len(report.dead_targets)} targets would never get a gradient, because every gate behind them is zero: "
         f"{', '.join(report.dead_targets[:4])}",
-        cure="pretrain the whole layout stream (`method: layout_stream`), or leave these targets out",
+        hint="pretrain the whole layout stream (`method: layout_stream`), or leave these targets out",
     )
 
 
@@ -247,7 +247,7 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         InputError: the model has no adapter of that name, or it is fused into the weights, where it would stay. (After
             `fuse_lora`, `unload_lora_weights` leaves it there on purpose: that is how diffusers bakes one in. Whoever removes
-            one by name wants the picture without it.)
+            one by name wants the image without it.)
     """
     refuse_wrapped(model)
     chosen_adapters([adapter_name], getattr(model, "peft_config", {}))
@@ -275,7 +275,7 @@ def check_joins(model: nn.Module, adapter_name: Any) -> None:
     refuse_wrapped(model)
     check_adapter_name(adapter_name)
     if adapter_name in getattr(model, "peft_config", {}):
-        raise InputError(f"the model has an adapter {adapter_name!r} already", cure="give the new one another name")
+        raise InputError(f"the model has an adapter {adapter_name!r} already", hint="give the new one another name")
     refuse_fused(model)
 
 
@@ -389,15 +389,15 @@ def _refuse_impure(config: peft.LoraConfig) -> None:
     """Refuse what would train or change anything but LoRA weights: an adapter file could not hold it."""
     if getattr(config, "bias", "none") != "none":
         raise InputError(
-            f"bias is {shown(config.bias)}", cure='set bias="none": biases of the base are not part of an adapter'
+            f"bias is {shown(config.bias)}", hint='set bias="none": biases of the base are not part of an adapter'
         )
     for key in ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"):
         if getattr(config, key, None):
-            raise InputError(f"{key} is set", cure=f"leave {key} out: only LoRA on linear layers is part of an adapter")
+            raise InputError(f"{key} is set", hint=f"leave {key} out: only LoRA on linear layers is part of an adapter")
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(
-            f"init_lora_weights is {shown(init)}, which changes the base", cure='use true, "gaussian" or "orthogonal"'
+            f"init_lora_weights is {shown(init)}, which changes the base", hint='use true, "gaussian" or "orthogonal"'
         )
 
 
@@ -449,5 +449,5 @@ def _no_match(kind: str, pattern: str, names: Iterable[str]) -> InputError:
     parts = pattern.count(".") + 1
     endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
     near = difflib.get_close_matches(pattern, endings, n=3, cutoff=0.4)
-    cure = f"did you mean {' or '.join(map(repr, near))}?" if near else "see the model's module names"
-    return InputError(f"{kind} {pattern!r} matches no module", cure=cure)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see the model's module names"
+    return InputError(f"{kind} {pattern!r} matches no module", hint=hint)

@@ -126,8 +126,8 @@ def read_adapter(source: str | Path, model: nn.Module) -> StoredAdapter:
         if foreign:
             raise InputError(
                 f"holds more than an adapter of the transformer: {clip(foreign[0], 100)}, ...",
-                where=str(path),
-                cure="load it with pipe.load_lora_weights",
+                location=str(path),
+                hint="load it with pipe.load_lora_weights",
             )
         state = {name.removeprefix(prefix): value for name, value in tensors.items()}
         told = _json_object(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), LORA_ADAPTER_METADATA_KEY, path)
@@ -135,7 +135,7 @@ def read_adapter(source: str | Path, model: nn.Module) -> StoredAdapter:
         if form == "creatilayout":
             state, told = _from_creatilayout(state, told, model, path)
         if told and "r" not in told:
-            raise InputError(f"{LORA_ADAPTER_METADATA_KEY} in its header states no rank (r)", where=str(path))
+            raise InputError(f"{LORA_ADAPTER_METADATA_KEY} in its header states no rank (r)", location=str(path))
         if not told:
             warn_without_alpha(clip(path, 300), len(_ranks(state)))
         config = _config_of(_ranks(state), {}) if not told else _valid_config(told, str(path))
@@ -157,7 +157,7 @@ def adapter_file(source: str | Path) -> Path:
             path /= names[0]
         elif (path / CONFIG_FILE).exists() and not alone and not _pickles_in(path):
             raise InputError(
-                "no such file", where=str(path / WEIGHTS_FILE), cure="the folder is not whole: get it anew"
+                "no such file", location=str(path / WEIGHTS_FILE), hint="the folder is not whole: get it anew"
             )
         elif len(alone) == 1:
             path = alone[0]
@@ -168,8 +168,8 @@ def adapter_file(source: str | Path) -> Path:
             raise InputError(
                 f"holds no adapter: no {CONFIG_FILE} beside {WEIGHTS_FILE}, no {DIFFUSERS_FILE}, "
                 + ("no .safetensors file" if not alone else f"and {len(alone)} .safetensors files"),
-                where=str(source),
-                cure="this is a base: give it as --base"
+                location=str(source),
+                hint="this is a base: give it as --base"
                 if base
                 else "give an adapter folder or file as `train` or `export` writes it",
             )
@@ -177,13 +177,13 @@ def adapter_file(source: str | Path) -> Path:
         found = nearest(path)
         raise InputError(
             "no such file or folder",
-            where=str(source),
-            cure=f"did you mean {found}?"
+            location=str(source),
+            hint=f"did you mean {found}?"
             if found
             else "give an adapter folder or file as `train` or `export` writes it",
         )
     if path.suffix in _PICKLES:
-        raise InputError("is a pickle, which may run code", where=str(path), cure="get it as .safetensors")
+        raise InputError("is a pickle, which may run code", location=str(path), hint="get it as .safetensors")
     return require_file(path, what="adapter file")
 
 
@@ -218,7 +218,7 @@ def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
         raise InputError(
-            f"no {CONFIG_FILE}", where=str(folder), cure="give an adapter folder as `mmdit-lora train` writes it"
+            f"no {CONFIG_FILE}", location=str(folder), hint="give an adapter folder as `mmdit-lora train` writes it"
         )
     data = read_object(path, what="adapter config", limit=16 * 2**20, finite=False)  # judged key by key
     return _valid_config({"peft_type": None, **data}, str(path))
@@ -234,13 +234,13 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"is not a safetensors file: {error}", where=str(path), cure="the file is damaged: get it anew"
+            f"is not a safetensors file: {error}", location=str(path), hint="the file is damaged: get it anew"
         ) from None
     return state, metadata
 
 
 def _json_object(text: str, key: str, path: Path) -> dict[str, Any]:
-    return parse_object(text, where=f"{path}: its header {key!r}", finite=False)
+    return parse_object(text, location=f"{path}: its header {key!r}", finite=False)
 
 
 def _pickles_in(folder: Path) -> list[Path]:
@@ -259,22 +259,22 @@ def _form(names: Iterable[str], path: Path) -> str:
         return "diffusers"
     raise InputError(
         "holds no adapter in a form that is known here: " + (clip(names[0], 100) if names else "it is empty"),
-        where=str(path),
-        cure="give an adapter folder or file as `train` or `export` writes it; style LoRAs go to pipe.load_lora_weights",
+        location=str(path),
+        hint="give an adapter folder or file as `train` or `export` writes it; style LoRAs go to pipe.load_lora_weights",
     )
 
 
 # -- configs
 
 
-def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
+def _valid_config(data: Mapping[str, Any], location: str) -> peft.LoraConfig:
     """PEFT's config of these entries; those that it has no field for are left out.
 
     Raises:
         InputError: PEFT takes no such config, or an entry cannot be applied.
     """
-    ranks, alphas = (_patterns(data, kind, where) for kind in ("rank_pattern", "alpha_pattern"))
-    entries = _plain_entries(data, where) | {"rank_pattern": ranks, "alpha_pattern": alphas}
+    ranks, alphas = (_patterns(data, kind, location) for kind in ("rank_pattern", "alpha_pattern"))
+    entries = _plain_entries(data, location) | {"rank_pattern": ranks, "alpha_pattern": alphas}
     try:
         config = peft.LoraConfig(**entries)
         for name, rank in {"r": config.r, **_entries("rank_pattern", ranks)}.items():
@@ -305,11 +305,11 @@ def _valid_config(data: Mapping[str, Any], where: str) -> peft.LoraConfig:
     except InputError:
         raise
     except Exception as error:  # whatever PEFT makes of a config that is not one
-        raise InputError(f"is not a valid LoraConfig: {error}", where=where) from None
+        raise InputError(f"is not a valid LoraConfig: {error}", location=location) from None
     return config
 
 
-def _patterns(data: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+def _patterns(data: Mapping[str, Any], kind: str, location: str) -> dict[str, Any]:
     """`rank_pattern` or `alpha_pattern` of a stored config, by name.
 
     Raises:
@@ -317,16 +317,16 @@ def _patterns(data: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
     """
     patterns = data.get(kind) or {}
     if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
-        raise InputError(f"is not a valid LoraConfig: {kind} is no object of names and values", where=where)
+        raise InputError(f"is not a valid LoraConfig: {kind} is no object of names and values", location=location)
     if len(patterns) > _MAX_PATTERNS:
         raise InputError(
             f"is not a valid LoraConfig: {kind} has {len(patterns):,} entries; {_MAX_PATTERNS:,} are read at most",
-            where=where,
+            location=location,
         )
     return patterns
 
 
-def _plain_entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _plain_entries(data: Mapping[str, Any], location: str) -> dict[str, Any]:
     """What PEFT may see of a stored config: the fields of a plain LoRA.
 
     Raises:
@@ -334,7 +334,7 @@ def _plain_entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     kind = data.get("peft_type", "LORA")
     if kind != "LORA":
-        raise InputError(f"is not the config of a LoRA: peft_type is {clip(repr(kind), 100)}", where=where)
+        raise InputError(f"is not the config of a LoRA: peft_type is {clip(repr(kind), 100)}", location=location)
     entries = {}
     for field in fields(peft.LoraConfig):
         if field.name not in data:
@@ -345,8 +345,8 @@ def _plain_entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif not (value is None or value is False or value in ([], {}) or _is_default(value, field.default)):
             raise InputError(
                 f"{field.name} is set",
-                where=where,
-                cure=f"leave {field.name} out: only LoRA on linear layers is part of an adapter",
+                location=location,
+                hint=f"leave {field.name} out: only LoRA on linear layers is part of an adapter",
             )
     return entries
 
@@ -401,7 +401,7 @@ def _ranks(state: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], where: Path) -> peft.LoraConfig:
+def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], location: Path) -> peft.LoraConfig:
     """The config without regular expressions: what they match is told by the tensors' names.
 
     A config that states plain names is returned as it is. PEFT would try a file's expressions on every module of the
@@ -412,8 +412,8 @@ def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], where: Pat
     """
     ranks = {name.removeprefix(KEY_PREFIX): rank for name, rank in _ranks(tensors).items()}
     if len(ranks) > _MAX_PATTERNS:
-        raise InputError(f"adapts {len(ranks):,} linears; {_MAX_PATTERNS:,} are read at most", where=str(where))
-    _require_own_targets(config, ranks, str(where))
+        raise InputError(f"adapts {len(ranks):,} linears; {_MAX_PATTERNS:,} are read at most", location=str(location))
+    _require_own_targets(config, ranks, str(location))
     by_expression = isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
     if (by_expression or config.layers_to_transform is not None or config.layers_pattern) and ranks:
         config.target_modules = sorted(ranks)
@@ -421,11 +421,11 @@ def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], where: Pat
     for kind in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, kind) or {}
         if len(patterns) > 512 or not all(_PLAIN.fullmatch(pattern) for pattern in patterns):
-            setattr(config, kind, _by_module(patterns, ranks, kind, str(where)))
+            setattr(config, kind, _by_module(patterns, ranks, kind, str(location)))
     return config
 
 
-def _require_own_targets(config: peft.LoraConfig, names: Collection[str], where: str) -> None:
+def _require_own_targets(config: peft.LoraConfig, names: Collection[str], location: str) -> None:
     """Whether what the config selects by expression or by layer, which is all that PEFT goes by, is all that has tensors.
 
     Raises:
@@ -437,10 +437,10 @@ def _require_own_targets(config: peft.LoraConfig, names: Collection[str], where:
         if not isinstance(pattern, str) or not pattern or (wanted and pattern.lower() == "all-linear"):
             continue
         for name in names:
-            matched, left = _matches(pattern, name, kind, where, left, whole=True)
+            matched, left = _matches(pattern, name, kind, location, left, whole=True)
             if bool(matched) != wanted:
                 how = "does not match" if wanted else "leaves out"
-                raise _contradiction(f"{kind} {clip(repr(pattern), 100)} {how}", name, where)
+                raise _contradiction(f"{kind} {clip(repr(pattern), 100)} {how}", name, location)
     layers = config.layers_to_transform
     if layers is None or isinstance(config.target_modules, str):
         return
@@ -449,22 +449,22 @@ def _require_own_targets(config: peft.LoraConfig, names: Collection[str], where:
         found = None
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             whole = rf"(?:.*?\.)?{pattern}\.(?P<layer>\d+)\..*"
-            found, left = _matches(whole, name, "layers_pattern", where, left, whole=True)
+            found, left = _matches(whole, name, "layers_pattern", location, left, whole=True)
             if found:
                 break
         if found is None or int(found["layer"]) not in ([layers] if isinstance(layers, int) else layers):
-            raise _contradiction(f"layers_to_transform {clip(repr(layers), 100)} leaves out", name, where)
+            raise _contradiction(f"layers_to_transform {clip(repr(layers), 100)} leaves out", name, location)
 
 
-def _contradiction(what: str, name: str, where: str) -> InputError:
+def _contradiction(what: str, name: str, location: str) -> InputError:
     return InputError(
         f"{what} {clip(name, 100)}, which the adapter holds: PEFT would not load it",
-        where=where,
-        cure="state the names of the modules in target_modules; `export --to peft` writes them",
+        location=location,
+        hint="state the names of the modules in target_modules; `export --to peft` writes them",
     )
 
 
-def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, where: str) -> dict[str, Any]:
+def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, location: str) -> dict[str, Any]:
     """For every module that a pattern matches, its value by the full name; the first pattern counts, as in PEFT."""
     found: dict[str, Any] = {}
     left = _MATCHING_SECONDS
@@ -476,24 +476,24 @@ def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, w
                 bare = literal.removeprefix("^")
                 matches = name == bare or (bare == literal and name.endswith(f".{bare}"))
             else:
-                matches, left = _matches(pattern, name, kind, where, left)
+                matches, left = _matches(pattern, name, kind, location, left)
             if matches:
                 hit = True
                 found.setdefault(name, value)
         if not hit:
-            raise InputError(f"{kind} {clip(repr(pattern), 100)} matches no module of the adapter", where=where)
+            raise InputError(f"{kind} {clip(repr(pattern), 100)} matches no module of the adapter", location=location)
     return {_exact(name): value for name, value in found.items()}
 
 
 def _matches(
-    pattern: str, name: str, kind: str, where: str, seconds: float, *, whole: bool = False
+    pattern: str, name: str, kind: str, location: str, seconds: float, *, whole: bool = False
 ) -> tuple[Any, float]:
     """As PEFT matches a pattern, which is of a name's end, or of the `whole` name: the match or None, and the seconds left for others.
 
     Raises:
         InputError: the pattern is none, or no time is left.
     """
-    _compiled(pattern, kind, where)
+    _compiled(pattern, kind, location)
     try:
         before = time.monotonic()
         of_end = pattern if whole else rf"(.*\.)?({pattern})$"
@@ -502,18 +502,20 @@ def _matches(
         return matched, seconds - (time.monotonic() - before)
     except TimeoutError:
         what = f"{kind} {clip(repr(pattern), 100)}"
-        raise InputError(f"{what} takes too long to match", where=where, cure="state module names") from None
+        raise InputError(f"{what} takes too long to match", location=location, hint="state module names") from None
 
 
-def _compiled(pattern: str, kind: str, where: str) -> None:
+def _compiled(pattern: str, kind: str, location: str) -> None:
     """Raises `InputError`: `pattern` is no regular expression, or longer than anybody writes one."""
     what = f"{kind} {clip(repr(pattern), 100)}"
     if len(pattern) > 1_000:
-        raise InputError(f"{what} is longer than 1,000 characters", where=where, cure="state module names")
+        raise InputError(f"{what} is longer than 1,000 characters", location=location, hint="state module names")
     try:
         regex.compile(pattern)
     except (regex.error, RecursionError, MemoryError, OverflowError) as error:
-        raise InputError(f"{what} is no regular expression: {error}", where=where, cure="state module names") from None
+        raise InputError(
+            f"{what} is no regular expression: {error}", location=location, hint="state module names"
+        ) from None
 
 
 # -- names of others
@@ -543,19 +545,19 @@ def _from_kohya(
         if name is None:
             raise InputError(
                 f"{clip(repr(flat), 100)} stands for no module of this base",
-                where=str(path),
-                cure="give the base that the adapter was trained on; style LoRAs go to pipe.load_lora_weights",
+                location=str(path),
+                hint="give the base that the adapter was trained on; style LoRAs go to pipe.load_lora_weights",
             )
         if leaf == "alpha" and value.numel() == 1:
             alphas[name] = float(value.item())
         elif leaf in leaves:
             state[f"{name}.{leaves[leaf]}"] = value
         else:
-            raise InputError(f"{clip(key, 100)} is no part of a plain LoRA", where=str(path))
+            raise InputError(f"{clip(key, 100)} is no part of a plain LoRA", location=str(path))
     try:
         return state, _config_of(_ranks(state), alphas)
     except InputError as error:
-        raise InputError(error.what, where=str(path), cure=error.cure) from None
+        raise InputError(error.what, location=str(path), hint=error.hint) from None
 
 
 def _from_creatilayout(
@@ -578,8 +580,8 @@ def _from_creatilayout(
     if unknown := sorted(theirs - ours.keys()):
         raise InputError(
             f"{clip(repr(unknown[0]), 100)} stands for no module of this base",
-            where=str(path),
-            cure="give the base that the adapter was trained on",
+            location=str(path),
+            hint="give the base that the adapter was trained on",
         )
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():

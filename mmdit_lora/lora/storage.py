@@ -129,7 +129,7 @@ def save_adapter(
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise InputError(
-            f"the adapter holds NaN or infinity, in {', '.join(bad[:4])}", cure="train with a lower learning rate"
+            f"the adapter holds NaN or infinity, in {', '.join(bad[:4])}", hint="train with a lower learning rate"
         )
     remember_base(metadata.get("fingerprint"), metadata.get("base"))
     metadata = public_header(metadata)
@@ -235,8 +235,8 @@ def load_adapter(
     if any(p.is_meta for target in targets.values() for p in target.parameters()):
         raise InputError(
             "cannot be loaded: the model's weights are on the meta device, where sequential offloading keeps them",
-            where=str(path),
-            cure="load adapters first, then switch offloading on",
+            location=str(path),
+            hint="load adapters first, then switch offloading on",
         )
     _refuse_unfit(stored, adapter_shapes(targets, config))
     if check_base or expect_fingerprint is not None:
@@ -255,8 +255,8 @@ def load_adapter(
         if twin is not None:
             raise InputError(
                 f"is on the model already, as {twin!r}: it would act twice",
-                where=str(path),
-                cure=f"give it once, with a larger weight; or take it off first: remove_adapter(model, {twin!r})",
+                location=str(path),
+                hint=f"give it once, with a larger weight; or take it off first: remove_adapter(model, {twin!r})",
             )
     except BaseException:
         undo(adapter_name)
@@ -320,8 +320,8 @@ def _refuse_unfit(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) 
         bare = not any(name.startswith(KEY_PREFIX) for name in found)
         raise InputError(
             "is not an adapter of this base: " + _counted(faults),
-            where=str(stored.path),
-            cure=f"PEFT keys begin with {KEY_PREFIX!r}; `mmdit-lora export --to peft` writes them"
+            location=str(stored.path),
+            hint=f"PEFT keys begin with {KEY_PREFIX!r}; `mmdit-lora export --to peft` writes them"
             if bare
             else "load it on the base that it was trained on (`mmdit-lora inspect` shows which)",
         )
@@ -336,8 +336,8 @@ def _refuse_unfit(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) 
     if any(faults.values()):
         raise InputError(
             "holds weights that are no finite numbers: " + _counted(faults),
-            where=str(stored.path),
-            cure="the training that wrote it diverged, or the file is damaged: train at a lower learning rate, or get it anew",
+            location=str(stored.path),
+            hint="the training that wrote it diverged, or the file is damaged: train at a lower learning rate, or get it anew",
         )
     absurd = [
         name for name in sorted(shapes) if name.endswith(".lora_A.weight") and not _largest(stored, name) <= MAX_UPDATE
@@ -350,8 +350,8 @@ def _refuse_unfit(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) 
     if absurd:
         raise InputError(
             f"its update of {len(absurd)} linears is larger than {MAX_UPDATE:g} in an entry ({listed(absurd)})",
-            where=str(stored.path),
-            cure="its alpha or its weights are wrong: get it anew",
+            location=str(stored.path),
+            hint="its alpha or its weights are wrong: get it anew",
         )
 
 
@@ -385,12 +385,12 @@ def _refuse_other_base(stored: StoredAdapter, model: nn.Module, fingerprint: str
     if fused := getattr(model, "fused_for_good", ()):
         raise InputError(
             f"does not fit these weights: {listed(fused)} was fused into them, and unloaded",
-            where=str(stored.path),
-            cure="open the base anew; `unfuse_lora()` before unloading keeps it as it was",
+            location=str(stored.path),
+            hint="open the base anew; `unfuse_lora()` before unloading keeps it as it was",
         )
     raise InputError(
         f"was trained on another base: {clip(repr(stored.header.get('base')), 100)}, fingerprint {str(stated)[:12]}..., "
         f"and this base has {fingerprint[:12]}...",
-        where=str(stored.path),
-        cure="load it on the base that it was trained on; in Python, check_base=False loads it all the same",
+        location=str(stored.path),
+        hint="load it on the base that it was trained on; in Python, check_base=False loads it all the same",
     )

@@ -132,12 +132,12 @@ def read_style(
         raise InputError(
             "holds no LoRA for this pipeline"
             + (f": none of its modules is in this base, {listed(lost)}" if lost else ""),
-            cure="give one of this family; names of diffusers, PEFT, ComfyUI, sd-scripts, OneTrainer, LyCORIS and XLabs are read",
+            hint="give one of this family; names of diffusers, PEFT, ComfyUI, sd-scripts, OneTrainer, LyCORIS and XLabs are read",
         )
     if lost:
         raise InputError(
             f"{len(lost)} of {len(modules)} modules have no place in this base: {listed(lost)}",
-            cure="give a file of this base's size and version, or leave these modules out of it",
+            hint="give a file of this base's size and version, or leave these modules out of it",
         )
     if not found:
         raise InputError(
@@ -191,22 +191,22 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
             unknown.append(key)
         elif not value.dtype.is_floating_point and not (LEAVES[ending] == "alpha" and _is_integer(value)):
             raise InputError(
-                f"is stored as {value.dtype}", where=clip(key), cure="give the file in fp32, fp16, bf16 or fp8"
+                f"is stored as {value.dtype}", location=clip(key), hint="give the file in fp32, fp16, bf16 or fp8"
             )
         elif not (value := value.float() if value.element_size() == 1 else value).isfinite().all():  # fp8 can nothing
             not_finite.append(key)
         elif modules.setdefault(name, {}).setdefault(LEAVES[ending], value) is not value:
-            raise InputError(f"gives {LEAVES[ending]} twice", where=clip(name))
+            raise InputError(f"gives {LEAVES[ending]} twice", location=clip(name))
     if refused:
         kinds = sorted({text.split(", e.g. ")[0] for text in refused})
         raise InputError(
             f"holds {' and '.join(kinds)}, which cannot be loaded as LoRA: {listed(text.split(', e.g. ')[1] for text in refused)}",
-            cure="merge it into the base with the tool that made it, or give a LoRA, LoHa, LoKr, DoRA or full difference",
+            hint="merge it into the base with the tool that made it, or give a LoRA, LoHa, LoKr, DoRA or full difference",
         )
     if unknown and (modules or any("lora" in key.lower() for key in unknown)):
         raise InputError(
             f"{len(unknown)} of {len(state)} keys are no part of a LoRA that is known here: {listed(unknown)}",
-            cure="leave them out of the file",
+            hint="leave them out of the file",
         )
     if not_finite:
         raise InputError(f"{len(not_finite)} of {len(state)} tensors hold NaN or infinity: {listed(not_finite)}")
@@ -280,11 +280,11 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
     except (RuntimeError, IndexError):
         shapes = ", ".join(f"{kind} {tuple(t.shape)}" for kind, t in tensors.items() if kind not in _ADDED)
         raise InputError(f"the factors of this {method} do not belong together: {shapes}") from None
-    where = " + ".join(place.modules)
+    location = " + ".join(place.modules)
     if (up.shape[0], down.shape[1]) != (width_out, width_in):
         raise InputError(
-            f"the file changes a weight of {up.shape[0]} x {down.shape[1]}, and {where} is {width_out} x {width_in}",
-            cure="give a file of this base's size and version",
+            f"the file changes a weight of {up.shape[0]} x {down.shape[1]}, and {location} is {width_out} x {width_in}",
+            hint="give a file of this base's size and version",
         )
     if not down.shape[0]:
         raise InputError("has rank 0")
@@ -293,10 +293,10 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
     full = down.shape[0] >= min(width_out, width_in) and method != "LoRA"
     bias = _bias(tensors, scale, width_out)
     if bias is not None and any(target.bias is None for target in targets):
-        raise InputError(f"changes the bias of {where}, which has none")
+        raise InputError(f"changes the bias of {location}, which has none")
     magnitude = tensors.get("magnitude")
     if magnitude is not None and magnitude.numel() != width_out:
-        raise InputError(f"has {magnitude.numel()} magnitudes, and {where} has {width_out} rows")
+        raise InputError(f"has {magnitude.numel()} magnitudes, and {location} has {width_out} rows")
     kept = (
         alpha is not None and rank == down.shape[0] and not _root(tensors, hint)
     )  # its own bits, as PEFT divides them
@@ -316,7 +316,7 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
     if largest > MAX_UPDATE and (entry := _largest(delta)) > MAX_UPDATE:
         raise InputError(
             f"changes a weight by {entry:.3g}, more than {MAX_UPDATE:g}",
-            cure="its alpha or its weights are wrong: get it anew",
+            hint="its alpha or its weights are wrong: get it anew",
         )
     return delta
 
@@ -452,11 +452,11 @@ def _weight(module: nn.Module) -> Tensor:
     weight: Any = module.weight
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         raise InputError(
-            "dora_scale needs the base's exact weights, and this base is quantised", cure="load it unquantised"
+            "dora_scale needs the base's exact weights, and this base is quantised", hint="load it unquantised"
         )
     if weight.is_meta:
         raise InputError(
-            "dora_scale needs the base's weights, which are offloaded", cure="load styles before offloading"
+            "dora_scale needs the base's weights, which are offloaded", hint="load styles before offloading"
         )
     return weight.detach().to("cpu", torch.float64)
 
@@ -515,7 +515,7 @@ def _part(deltas: Mapping[str, _Delta], modules: Mapping[str, Any]) -> StylePart
             scaling = delta.alpha / delta.down.shape[0]
             bias = torch.zeros(_rows(module)) if delta.bias is None else delta.bias
             if not scaling and bias.any():
-                raise InputError("changes a bias, and its alpha is 0", where=clip(name))
+                raise InputError("changes a bias, and its alpha is 0", location=clip(name))
             state[f"{name}.lora_B.bias"] = bias / scaling if scaling else bias
         if native and delta.magnitude is not None:
             state[f"{name}.lora_magnitude_vector"] = delta.magnitude

@@ -39,11 +39,11 @@ def fetch_style(
         return dict(source), None
     if not isinstance(source, str | Path):
         raise InputError(
-            f"is a {type(source).__name__}, no LoRA file", cure="give a file, a folder, a hub id, or tensors by key"
+            f"is a {type(source).__name__}, no LoRA file", hint="give a file, a folder, a hub id, or tensors by key"
         )
     for name in (weight_name, str(source)):
         if name is not None and Path(name).suffix in _PICKLES:
-            raise InputError("is a pickle, which may run code", where=clip(name), cure="get it as .safetensors")
+            raise InputError("is a pickle, which may run code", location=clip(name), hint="get it as .safetensors")
     options = dict.fromkeys(_OPTIONS) | {"force_download": False} | options
     path = Path(source)
     if path.is_dir():
@@ -62,11 +62,11 @@ def fetch_style(
     except (OSError, SafetensorError, ValueError, IndexError) as error:
         raise InputError(
             f"cannot be read: {clip(error, 300)}",
-            where=str(source),
-            cure="give a .safetensors file, or a folder or hub id that holds one",
+            location=str(source),
+            hint="give a .safetensors file, or a folder or hub id that holds one",
         ) from None
     if metadata is not None and not isinstance(metadata, dict):
-        raise InputError("its lora_adapter_metadata is no JSON object", where=str(source))
+        raise InputError("its lora_adapter_metadata is no JSON object", location=str(source))
     if metadata is None and all(key.startswith(_PEFT_PREFIX) for key in state):
         metadata = _config_beside(source, options | {"user_agent": agent})
     return state, metadata
@@ -88,8 +88,8 @@ def _only_file(folder: Path, options: dict[str, Any]) -> str:
     if len(names) != 1:
         raise InputError(
             f"holds {len(names)} .safetensors files" + (f": {listed(names)}" if names else ""),
-            where=str(folder),
-            cure="say which one with weight_name" if names else "give a folder with a LoRA file",
+            location=str(folder),
+            hint="say which one with weight_name" if names else "give a folder with a LoRA file",
         )
     return names[0]
 
@@ -109,5 +109,5 @@ def _config_beside(source: Any, options: dict[str, Any]) -> dict[str, Any] | Non
         return None
     config = read_object(file, what="adapter_config.json")
     if (method := config.get("peft_type", "LORA")) != "LORA":
-        raise InputError(f"is of PEFT's method {shown(method)}, and only LORA is read", where=str(file))
+        raise InputError(f"is of PEFT's method {shown(method)}, and only LORA is read", location=str(file))
     return {f"transformer.{key}": value for key, value in config.items()}

@@ -130,8 +130,8 @@ def add_subspace(model: nn.Module, dimension: int, *, structured: bool, seed: in
     if not linears or not 1 <= columns <= total:
         raise InputError(
             f"is {dimension}" + (f", of which {len(blocks)} are scales" if structured else ""),
-            where="subspace.dimension",
-            cure=f"give {1 + dimension - columns} to {total:,}" if linears else "give a base with a layout stream",
+            location="subspace.dimension",
+            hint=f"give {1 + dimension - columns} to {total:,}" if linears else "give a base with a layout stream",
         )
     model.requires_grad_(False)
     device = next(iter(linears.values())).weight.device

@@ -30,10 +30,12 @@ def check_adapter_name(name: Any) -> str:
     """
     if not isinstance(name, str) or not name or "." in name:
         raise InputError(
-            f"is {clip(repr(name), 100)}", where="adapter_name", cure="give a text without dots, such as 'style'"
+            f"is {clip(repr(name), 100)}", location="adapter_name", hint="give a text without dots, such as 'style'"
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-        raise InputError(f"is {name!r}, a name that torch uses itself", where="adapter_name", cure="give another name")
+        raise InputError(
+            f"is {name!r}, a name that torch uses itself", location="adapter_name", hint="give another name"
+        )
     return name
 
 
@@ -44,17 +46,19 @@ def chosen_adapters(names: Any, loaded: Iterable[str]) -> list[str]:
         InputError: none is given, one is given twice, or one is not loaded; it lists those that are.
     """
     loaded = sorted(set(loaded))
-    cure = f"loaded: {listed(loaded) or 'none'}"
+    hint = f"loaded: {listed(loaded) or 'none'}"
     given = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
     if not given:
         raise InputError(
-            "no adapter is named", where="adapter_names", cure=f"{cure}; `disable_lora()` switches all off"
+            "no adapter is named", location="adapter_names", hint=f"{hint}; `disable_lora()` switches all off"
         )
     for name in given:
         if name not in loaded:
-            raise InputError("no such adapter", where=clip(repr(name), 100), cure=cure)
+            raise InputError("no such adapter", location=clip(repr(name), 100), hint=hint)
         if given.count(name) > 1:
-            raise InputError("is named twice", where=clip(repr(name), 100), cure="name it once, with its whole weight")
+            raise InputError(
+                "is named twice", location=clip(repr(name), 100), hint="name it once, with its whole weight"
+            )
     return given
 
 
@@ -77,15 +81,15 @@ def refuse_fused(*models: nn.Module, names: Sequence[str] | None = None) -> None
     if fused:
         raise InputError(
             f"fused into the weights: {listed(fused)}",
-            cure="call `unfuse_lora()` first; to keep it in the weights for good, `unload_lora_weights()`",
+            hint="call `unfuse_lora()` first; to keep it in the weights for good, `unload_lora_weights()`",
         )
 
 
-def refuse_wrapped(model: Any, where: str = "model") -> None:
+def refuse_wrapped(model: Any, location: str = "model") -> None:
     """Refuse a `PeftModel`: its modules have other names than the model's.
 
     Args:
-        where: how the user reaches it, e.g. "pipe.transformer".
+        location: how the user reaches it, e.g. "pipe.transformer".
 
     Raises:
         InputError: it is one.
@@ -94,8 +98,8 @@ def refuse_wrapped(model: Any, where: str = "model") -> None:
         raise InputError(
             f"is a PeftModel around a {type(model.get_base_model()).__name__}, which has adapters already: "
             f"{listed(model.peft_config)}",
-            where=where,
-            cure=f"take `{where}.get_base_model()` in its place: it keeps them",
+            location=location,
+            hint=f"take `{location}.get_base_model()` in its place: it keeps them",
         )
 
 
@@ -108,7 +112,7 @@ def weights_by_adapter(names: Sequence[str], weights: Any) -> list[Any]:
     each = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
     if len(each) != len(names):
         raise InputError(
-            f"{len(each)} weights for {len(names)} adapters", where="set_adapters", cure="give one for each adapter"
+            f"{len(each)} weights for {len(names)} adapters", location="set_adapters", hint="give one for each adapter"
         )
     return each
 
@@ -125,8 +129,8 @@ def check_blocks(model: nn.Module, weights: Sequence[Any]) -> None:
         if not isinstance(key, str) or not any(key in name for name in names):
             raise InputError(
                 f"{clip(repr(key), 100)} is in the name of no module",
-                where="weights by block",
-                cure=f"give parts of names, such as those of {listed(name for name, _ in adapter_layers(model)[:2])}",
+                location="weights by block",
+                hint=f"give parts of names, such as those of {listed(name for name, _ in adapter_layers(model)[:2])}",
             )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmdit_lora.config.ranges import Range, check_adapter_weights
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import exists, nearest, output_path, public_name, write_json, written_as_path
+from mmdit_lora.hub import no_such_base
 from mmdit_lora.json_files import read_object
 from mmdit_lora.models.adapter_layers import (
     adapter_layers,
@@ -31,7 +32,6 @@ from mmdit_lora.models.adapter_layers import (
     weights_by_adapter,
     without_adapters,
 )
-from mmdit_lora.models.hub import no_such_base
 from mmdit_lora.models.init import STREAM_INITS, StreamInit, copy_from_block
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 
@@ -68,14 +68,14 @@ _SIZES = {
 }
 
 
-def check_sizes(config: Mapping[str, Any], *, where: str) -> None:
+def check_sizes(config: Mapping[str, Any], *, location: str) -> None:
     """Raises `InputError`: a size of the model is out of range in a stored config; `where` is the base."""
     for key, numbers in _SIZES.items():
         if key in config:
-            numbers.check(config[key], where=f"{where}: {key} of its transformer's config")
+            numbers.check(config[key], location=f"{location}: {key} of its transformer's config")
 
 
-def refuse_pickle(safe: bool, where: str) -> None:
+def refuse_pickle(safe: bool, location: str) -> None:
     """Refuse to read or write weights as a pickle.
 
     Raises:
@@ -84,8 +84,8 @@ def refuse_pickle(safe: bool, where: str) -> None:
     if not safe:
         raise InputError(
             "would be a pickle, which may run code when it is opened",
-            where=where,
-            cure="leave use_safetensors and safe_serialization out: only safetensors are read and written",
+            location=location,
+            hint="leave use_safetensors and safe_serialization out: only safetensors are read and written",
         )
 
 
@@ -105,8 +105,8 @@ def refuse_pickled_weights(folder: Path) -> None:
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise InputError(
             f"its weights are a pickle ({listed(pickles)}), which may run code when it is opened",
-            where=str(folder),
-            cure="get them as .safetensors: many repositories hold both",
+            location=str(folder),
+            hint="get them as .safetensors: many repositories hold both",
         )
 
 
@@ -122,19 +122,19 @@ def forget_paths(folder: str | Path) -> None:
             write_json(file, config)
 
 
-def opened_from(where: str | Path, subfolder: str | None = None) -> Path | None:
+def opened_from(location: str | Path, subfolder: str | None = None) -> Path | None:
     """The folder that something is opened from, whatever the current directory is later; None for a hub id."""
-    return Path(where, subfolder or "").resolve() if exists(where) else None
+    return Path(location, subfolder or "").resolve() if exists(location) else None
 
 
-def warn_of_adapters(where: str, *models: nn.Module) -> None:
+def warn_of_adapters(location: str, *models: nn.Module) -> None:
     """One warning that the adapters on `models` are not part of the folder that is being saved."""
     names = sorted({name for model in models for name in getattr(model, "peft_config", {})})
     fused = any(layer.merged for model in models for _, layer in adapter_layers(model))
     logger.warning(
         "%s: the base is saved without its adapters (%s)%s. `save_pretrained(..., merge_adapters=True)` of the pipeline adds "
         "them into its weights; `save_adapter` writes them by themselves.",
-        where,
+        location,
         listed(names),
         ", but for what was fused into its weights" if fused else "",
     )
@@ -220,26 +220,28 @@ class LayoutModelMixin(nn.Module):
                 such folder or hub id, or a file of it is damaged.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        where = str(pretrained_model_name_or_path)
-        refuse_pickle(kwargs.get("use_safetensors", True) is not False, where)
+        location = str(pretrained_model_name_or_path)
+        refuse_pickle(kwargs.get("use_safetensors", True) is not False, location)
         kwargs["use_safetensors"] = True
-        if not exists(where) and written_as_path(where):
-            raise no_such_base(where)
-        if exists(where):
-            refuse_pickled_weights(Path(where, kwargs.get("subfolder") or ""))
+        if not exists(location) and written_as_path(location):
+            raise no_such_base(location)
+        if exists(location):
+            refuse_pickled_weights(Path(location, kwargs.get("subfolder") or ""))
         places = ("subfolder", "revision", "cache_dir", "local_files_only", "token")
         try:
             reader: Any = cls
-            check_sizes(reader.load_config(where, **{key: kwargs[key] for key in places if key in kwargs}), where=where)
+            check_sizes(
+                reader.load_config(location, **{key: kwargs[key] for key in places if key in kwargs}), location=location
+            )
             with without_missing_weights_warning():
                 # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
-                loaded = super().from_pretrained(where, output_loading_info=True, **kwargs)  # type: ignore[misc]
+                loaded = super().from_pretrained(location, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except InputError:
             raise
         except (ValueError, OSError, SafetensorError) as error:  # another shape; no such or a damaged file
-            if isinstance(error, OSError) and not exists(where) and nearest(where) is not None:
-                raise no_such_base(where) from error
-            raise InputError(f"does not hold this model: {error}", where=where) from error
+            if isinstance(error, OSError) and not exists(location) and nearest(location) is not None:
+                raise no_such_base(location) from error
+            raise InputError(f"does not hold this model: {error}", location=location) from error
         model, info = loaded
         added = {name for name, _ in model.named_parameters() if "layout" in name}
         missing = set(info["missing_keys"])
@@ -250,12 +252,12 @@ class LayoutModelMixin(nn.Module):
         }
         if any(faults.values()):
             found = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names)
-            raise InputError(f"does not hold this model: {found}", where=where)
+            raise InputError(f"does not hold this model: {found}", location=location)
         if missing:
             model.reset_layout_stream(seed=layout_seed, init=layout_init)
             logger.warning(
                 "%s has no layout stream: a new one of %.2f M parameters was initialised (%s, seed %d), its gates zero.",
-                where,
+                location,
                 sum(p.numel() for n, p in model.named_parameters() if "layout" in n) / 1e6,
                 layout_init,
                 layout_seed,
@@ -263,7 +265,7 @@ class LayoutModelMixin(nn.Module):
         on_meta = [name for name, p in model.named_parameters() if p.is_meta]
         if on_meta:
             raise RuntimeError(f"weights left on the meta device: {', '.join(on_meta[:8])}")
-        model.opened_from = opened_from(where, kwargs.get("subfolder"))
+        model.opened_from = opened_from(location, kwargs.get("subfolder"))
         return (model, info) if want_info else model  # type: ignore[return-value]
 
     def reset_layout_stream(self, *, seed: int, init: StreamInit = "copy_text") -> None:
@@ -318,7 +320,7 @@ class LayoutModelMixin(nn.Module):
         return None
 
     def check_side(self, side: int, vae_scale_factor: int) -> None:
-        """Whether pictures of `side` pixels fit, where a latent cell covers `vae_scale_factor` of them.
+        """Whether images of `side` pixels fit, where a latent cell covers `vae_scale_factor` of them.
 
         Raises:
             InputError: no multiple of what an image token covers, or more than there are position embeddings for.
@@ -330,8 +332,8 @@ class LayoutModelMixin(nn.Module):
             limit = "" if largest is None else f" to {largest}"
             raise InputError(
                 f"is {side} pixels; this base takes multiples of {multiple} from {multiple}{limit}",
-                where="the size",
-                cure=f"give {nearest if largest is None else min(nearest, largest)}, or leave it out",
+                location="the size",
+                hint=f"give {nearest if largest is None else min(nearest, largest)}, or leave it out",
             )
 
     def model_inputs(

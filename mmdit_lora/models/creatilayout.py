@@ -187,7 +187,7 @@ def lora_to_creatilayout(name: str, factors: Mapping[str, Tensor], variant: str)
     if not name.endswith("layout_mlp.fc2") or "lora_magnitude_vector" in factors:
         raise InputError(
             f"a LoRA on {name} (or a DoRA) cannot be one on CreatiLayout's fused {_FUSED}",
-            cure="train LoRA on layout_mlp.fc1 and fc2 for this export",
+            hint="train LoRA on layout_mlp.fc1 and fc2 for this export",
         )
     down, out_features = factors["lora_A.weight"], factors["lora_B.weight"].shape[0]
     return theirs, {**factors, "lora_A.weight": torch.cat([down.new_zeros(len(down), out_features), down], dim=1)}

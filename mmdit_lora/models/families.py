@@ -8,9 +8,9 @@ from typing import Any
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
+from mmdit_lora.hub import no_such_base
 from mmdit_lora.models import flux, sd3
 from mmdit_lora.models.base import Family, LayoutModelMixin, check_sizes
-from mmdit_lora.models.hub import no_such_base
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,
@@ -18,7 +18,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Mapping[str, Any], *, where: str) -> Family:
+def family_of(config: Mapping[str, Any], *, location: str) -> Family:
     """The family whose transformer a stored config describes, with a layout stream or plain.
 
     Raises:
@@ -27,10 +27,10 @@ def family_of(config: Mapping[str, Any], *, where: str) -> Family:
     name = config.get("_class_name")
     for family in FAMILIES.values():
         if name in (family.stock_class, family.transformer.__name__):
-            check_sizes(config, where=where)
+            check_sizes(config, location=location)
             return family
     known = ", ".join(family.stock_class for family in FAMILIES.values())
-    raise InputError(f"its transformer is a {name}; known are {known}", where=where, cure="give a base of these")
+    raise InputError(f"its transformer is a {name}; known are {known}", location=location, hint="give a base of these")
 
 
 def stream_changes(
@@ -40,8 +40,8 @@ def stream_changes(
     *,
     has_stream: bool,
     base: str,
-    where: Mapping[str, str],
-    cure: str,
+    location: Mapping[str, str],
+    hint: str,
     cure_of_conflict: str | None = None,
 ) -> dict[str, Any]:
     """Of options for the layout stream, those that change a base: all where it has no stream, none where it has one.
@@ -59,13 +59,15 @@ def stream_changes(
     changes = {key: value for key, value in wanted.items() if value is not None}
     for key, value in changes.items():
         if key not in known:
-            raise InputError(f"is {value}, and the family of {base} has no such choice", where=where[key], cure=cure)
+            raise InputError(
+                f"is {value}, and the family of {base} has no such choice", location=location[key], hint=hint
+            )
         own = config.get(key, known[key].default)
         if has_stream and own != value:
             raise InputError(
                 f"is {value}, and the layout stream of {base} has {'none' if own is None else own}",
-                where=where[key],
-                cure=cure_of_conflict or cure,
+                location=location[key],
+                hint=cure_of_conflict or hint,
             )
     return {} if has_stream else changes
 
@@ -84,5 +86,5 @@ def stored_transformer(base: str) -> tuple[type[LayoutModelMixin], dict[str, Any
     except OSError as error:
         if not exists(base):
             raise no_such_base(base) from error
-        raise InputError(f"has no transformer/config.json: {error}", where=base) from error
-    return family_of(config, where=base).transformer, config
+        raise InputError(f"has no transformer/config.json: {error}", location=base) from error
+    return family_of(config, location=base).transformer, config

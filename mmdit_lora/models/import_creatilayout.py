@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import write_json
+from mmdit_lora.hub import local_copy
 from mmdit_lora.json_files import read_object
 from mmdit_lora.models.creatilayout import VARIANTS, Recipe, recipes, variant_of
 from mmdit_lora.models.families import FAMILIES
-from mmdit_lora.models.hub import local_copy
 from mmdit_lora.models.tensor_files import TensorFiles
 from mmdit_lora.outputs import check_new_folder, new_folder
 
@@ -78,8 +78,8 @@ def import_creatilayout(
     """
     inputs = {"--base": base, "--weights": weights}
     out = check_new_folder(out, verb="import", inputs=inputs)
-    weights = local_copy(weights, where="--weights", allow=_WEIGHTS, ignore=("*/*",))
-    base = local_copy(base, where="--base", allow=_COMPONENTS, ignore=("*.fp16.*", "*.fp16-*"))
+    weights = local_copy(weights, location="--weights", allow=_WEIGHTS, ignore=("*/*",))
+    base = local_copy(base, location="--base", allow=_COMPONENTS, ignore=("*.fp16.*", "*.fp16-*"))
     folder, config = _base_transformer(base)
     index = read_object(base / "model_index.json") if (base / "model_index.json").is_file() else None
     with ExitStack() as stack:
@@ -87,14 +87,14 @@ def import_creatilayout(
         key = variant_of(theirs.names())
         if key is None:
             raise InputError(
-                "holds no layout stream of CreatiLayout", where=str(weights), cure="give its SiamLayout_* weights"
+                "holds no layout stream of CreatiLayout", location=str(weights), hint="give its SiamLayout_* weights"
             )
         family = FAMILIES[VARIANTS[key].family]
         if config.get("_class_name") not in (family.stock_class, family.transformer.__name__):
             raise InputError(
                 f"hold a stream for {family.stock_class}, and the base is a {config.get('_class_name')}",
-                where=str(weights),
-                cure="give the base that this variant was trained on",
+                location=str(weights),
+                hint="give the base that this variant was trained on",
             )
         changes = dict(VARIANTS[key].config)
         if VARIANTS[key].low_rank:
@@ -104,7 +104,7 @@ def import_creatilayout(
             with torch.device("meta"):
                 model = transformer.from_config({**config, **changes})
         except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise InputError(f"describes no transformer: {error}", where=str(folder / "config.json")) from None
+            raise InputError(f"describes no transformer: {error}", location=str(folder / "config.json")) from None
         expected: dict[str, Tensor] = dict(model.state_dict())
         stream = [name for name in expected if "layout" in name]
         plan = {name: Recipe((name,)) for name in expected if "layout" not in name} | recipes(stream, key)
@@ -138,7 +138,7 @@ def _base_transformer(base: Path) -> tuple[Path, dict[str, Any]]:
     folder = base / "transformer"
     if not (folder / "config.json").is_file():
         raise InputError(
-            "has no transformer/config.json", where=f"--base {base}", cure="give a diffusers folder of the base"
+            "has no transformer/config.json", location=f"--base {base}", hint="give a diffusers folder of the base"
         )
     return folder, read_object(folder / "config.json")
 
@@ -149,7 +149,7 @@ def _joined_width(theirs: TensorFiles, own: TensorFiles) -> int:
     found = [(theirs if name in theirs else own) for name in names]
     missing = [name for name, files in zip(names, found, strict=True) if name not in files]
     if missing:
-        raise InputError(f"1 missing: {missing[0]}", where=str(theirs.path))
+        raise InputError(f"1 missing: {missing[0]}", location=str(theirs.path))
     return sum(files.empty(name).shape[0] for name, files in zip(names, found, strict=True))
 
 
@@ -195,8 +195,8 @@ def _check(
         raise InputError(
             "do not fit: "
             + "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names),
-            where=f"{theirs.path} on {own.path}",
-            cure="give the weights and the base that belong together",
+            location=f"{theirs.path} on {own.path}",
+            hint="give the weights and the base that belong together",
         )
     return sizes
 
@@ -225,8 +225,8 @@ def _write(
             if not all(extreme.isfinite() for extreme in tensors[name].aminmax()):  # NaN is both; no copy is made
                 raise InputError(
                     f"{name} would hold numbers that are not finite in {str(dtypes[name]).removeprefix('torch.')}",
-                    where=" and ".join(sorted({str(sources[source].path) for source in plan[name].sources})),
-                    cure="import as float32 or bfloat16, which hold larger numbers, or get the file anew",
+                    location=" and ".join(sorted({str(sources[source].path) for source in plan[name].sources})),
+                    hint="import as float32 or bfloat16, which hold larger numbers, or get the file anew",
                 )
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:

@@ -40,7 +40,7 @@ class TensorFiles:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise InputError(
-                    f"is not a whole safetensors file: {error}", where=str(file), cure="get the file anew"
+                    f"is not a whole safetensors file: {error}", location=str(file), hint="get the file anew"
                 ) from None
             self._files |= dict.fromkeys(opened.keys(), opened)
 
@@ -63,7 +63,7 @@ class TensorFiles:
         piece = self._files[name].get_slice(name)
         if piece.get_dtype() not in _DTYPES:
             raise InputError(
-                f"{name} is {piece.get_dtype()}", where=str(self.path), cure="give fp16, bf16 or fp32 weights"
+                f"{name} is {piece.get_dtype()}", location=str(self.path), hint="give fp16, bf16 or fp32 weights"
             )
         return torch.empty(piece.get_shape(), dtype=_DTYPES[piece.get_dtype()], device="meta")
 
@@ -73,8 +73,8 @@ def refuse_many(count: int, path: Path) -> None:
     if count > MAX_TENSORS:
         raise InputError(
             f"holds {count:,} tensors, and an adapter at most {MAX_TENSORS:,}",
-            where=str(path),
-            cure="give an adapter: this is another file",
+            location=str(path),
+            hint="give an adapter: this is another file",
         )
 
 
@@ -89,21 +89,21 @@ def shard_names(index: Path) -> list[str]:
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"is no index of shards: {error!r}", where=str(index)) from None
+        raise InputError(f"is no index of shards: {error!r}", location=str(index)) from None
     for name in names:
-        inside(index.parent, name, where=str(index), what="shard")
+        inside(index.parent, name, location=str(index), what="shard")
     return names
 
 
 def _files_of(path: Path) -> list[Path]:
     """The safetensors files that `path` stands for."""
     if path.suffix in _PICKLES:
-        raise InputError("is a pickle, which may run code", where=str(path), cure="convert it to safetensors first")
+        raise InputError("is a pickle, which may run code", location=str(path), hint="convert it to safetensors first")
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise InputError(
-            "no such file or folder", where=str(path), cure="give a safetensors file or a diffusers folder"
+            "no such file or folder", location=str(path), hint="give a safetensors file or a diffusers folder"
         )
     # A folder may hold a second set in another precision (`name.fp16.safetensors`): the one without is the default, as in
     # diffusers.
@@ -113,16 +113,16 @@ def _files_of(path: Path) -> list[Path]:
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise InputError(
-                f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:8])}", where=str(path)
+                f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:8])}", location=str(path)
             )
         return [path / name for name in names]
     files = _by_dots(path.glob("*.safetensors"))
     if len(files) == 1 or (len(files) > 1 and _is_variant_of(files[1:], files[0])):
         return files[:1]
     if not files and any(file.suffix in _PICKLES for file in path.iterdir()):
-        raise InputError("holds pickles only, which may run code", where=str(path), cure="get the safetensors files")
+        raise InputError("holds pickles only, which may run code", location=str(path), hint="get the safetensors files")
     what = "no safetensors file" if not files else f"{len(files)} safetensors files and no index"
-    raise InputError(f"holds {what}", where=str(path), cure="give the file itself, or the folder with its index")
+    raise InputError(f"holds {what}", location=str(path), hint="give the file itself, or the folder with its index")
 
 
 def _by_dots(files: Iterable[Path]) -> list[Path]:

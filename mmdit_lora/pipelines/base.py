@@ -72,7 +72,7 @@ def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LayoutPipeline(StyleLoader, DiffusionPipeline):
-    """Mixed into a diffusers pipeline, in front of it: `pipe(layout=...)` paints pictures that obey layouts.
+    """Mixed into a diffusers pipeline, in front of it: `pipe(layout=...)` paints images that obey layouts.
 
     `from_pretrained` opens a folder or hub id with a layout stream, and a plain one, whose transformer gets a fresh stream
     with zero gates (so it paints as before until the stream is trained).
@@ -151,18 +151,18 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
                 continue
             if exists(path):
                 refuse_pickled_weights(Path(path, name))
-            where = f"{path}/{name}"
+            location = f"{path}/{name}"
             try:
                 model, info = model_class.from_pretrained(path, subfolder=name, output_loading_info=True, **options)
             except SafetensorError as error:
-                raise InputError(f"is damaged: {error}", where=where, cure="get it anew") from None
+                raise InputError(f"is damaged: {error}", location=location, hint="get it anew") from None
             faults = {"missing": info["missing_keys"], "of another shape": info.get("mismatched_keys") or ()}
             if any(faults.values()):
                 found = "; ".join(
                     f"{len(keys)} {what}: {listed(sorted(map(str, keys)))}" for what, keys in faults.items() if keys
                 )
                 raise InputError(
-                    f"does not hold the weights of its config: {found}", where=where, cure="get it anew, whole"
+                    f"does not hold the weights of its config: {found}", location=location, hint="get it anew, whole"
                 )
             parts[name] = model
         return parts
@@ -239,8 +239,8 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
                 if exists(written) and exists(source) and written.samefile(source):
                     raise InputError(
                         "is the base that the pipeline was opened from: merged weights would replace it",
-                        where=str(folder),
-                        cure="give another folder",
+                        location=str(folder),
+                        hint="give another folder",
                     )
 
     @classmethod
@@ -287,8 +287,8 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             undo(report.adapter_name)
             raise InputError(
                 f"is loaded already, as {twin!r}: it would act twice",
-                where=clip(source, 300) if isinstance(source, str | Path) else None,
-                cure=f"give it once, with a larger weight: pipe.set_adapters({twin!r}, 2.0)",
+                location=clip(source, 300) if isinstance(source, str | Path) else None,
+                hint=f"give it once, with a larger weight: pipe.set_adapters({twin!r}, 2.0)",
             )
         return report
 
@@ -296,7 +296,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
 
     @property
     def default_side(self) -> int:
-        """Side in pixels of the square pictures that are painted where no size is given."""
+        """Side in pixels of the square images that are painted where no size is given."""
         return self.default_sample_size * self.vae_scale_factor
 
     def check_side(self, side: int) -> None:
@@ -324,7 +324,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         raise NotImplementedError
 
     def encode_caption(self, caption: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The text of one picture as this pipeline samples with it: prompt embeddings (1, S, E), pooled ones (1, P).
+        """The text of one image as this pipeline samples with it: prompt embeddings (1, S, E), pooled ones (1, P).
 
         Args:
             device: as in `encode_phrases`.
@@ -372,10 +372,10 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **kwargs: Any,
     ) -> Any:
-        """Pictures that obey layouts. Every argument of diffusers' pipeline is taken too.
+        """Images that obey layouts. Every argument of diffusers' pipeline is taken too.
 
         Args:
-            layout: one layout, a list (one picture each), or None: text to image, with the base's own result. A dict is read
+            layout: one layout, a list (one image each), or None: text to image, with the base's own result. A dict is read
                 as a layout file is; a text, or a list of texts, is a prompt without a layout, as in diffusers.
             prompt: texts instead of the layouts' captions, as many as there are layouts.
             layout_scale: factor of the layout residual; 0 = off.
@@ -386,7 +386,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
                 sampled as it was trained, over all steps.
 
         Returns:
-            diffusers' pipeline output, its pictures in `.images`; with `return_dict=False`, a tuple.
+            diffusers' pipeline output, its images in `.images`; with `return_dict=False`, a tuple.
 
         Raises:
             InputError: a number is NaN, infinite or outside its range (`ranges.OF_ARGUMENT`); a layout has more boxes than the base has
@@ -405,11 +405,11 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         }
         if not isinstance(joint_attention_kwargs or {}, Mapping):
             raise InputError(
-                f"is {clip(repr(joint_attention_kwargs), 60)}", where="joint_attention_kwargs", cure="give a dict"
+                f"is {clip(repr(joint_attention_kwargs), 60)}", location="joint_attention_kwargs", hint="give a dict"
             )
         if taken := {"layout", "layout_scale"} & set(joint_attention_kwargs or {}):
             raise InputError(
-                f"holds {listed(sorted(taken))}", where="joint_attention_kwargs", cure="give it to the call itself"
+                f"holds {listed(sorted(taken))}", location="joint_attention_kwargs", hint="give it to the call itself"
             )
         check_arguments({**own, **(joint_attention_kwargs or {}), **kwargs})
         if (skip := kwargs.get("clip_skip")) is not None:
@@ -485,42 +485,46 @@ def _has_weights(kind: Any) -> bool:
     return inspect.isclass(kind) and issubclass(kind, (ModelMixin, PreTrainedModel))
 
 
-def _check_parts(pipe: Any, where: str) -> None:
+def _check_parts(pipe: Any, location: str) -> None:
     """Whether tokenizers, text encoders, VAE and transformer belong together.
 
     Raises:
         InputError: a tokenizer has ids, an end token or a length that its text encoder has not; or the VAE has other latents.
     """
-    cure = "take all parts from one base"
+    hint = "take all parts from one base"
     for name, tokenizer in pipe.components.items():
         encoder = (
             pipe.components.get(name.replace("tokenizer", "text_encoder")) if name.startswith("tokenizer") else None
         )
         if tokenizer is None or encoder is None:
             continue
-        part = f"{where}/{name}"
+        part = f"{location}/{name}"
         largest, rows = max(tokenizer.get_vocab().values(), default=0), encoder.get_input_embeddings().num_embeddings
         if largest >= rows:
-            raise InputError(f"has ids up to {largest:,}, and its text encoder knows {rows:,}", where=part, cure=cure)
+            raise InputError(
+                f"has ids up to {largest:,}, and its text encoder knows {rows:,}", location=part, hint=hint
+            )
         end = getattr(encoder.config, "eos_token_id", None)
         # 2 stands in CLIP's older configs, whatever the vocabulary is.
         if isinstance(end, int) and end != 2 and tokenizer.eos_token_id not in (None, end):
             raise InputError(
-                f"ends texts with {tokenizer.eos_token_id}, and its text encoder looks for {end}", where=part, cure=cure
+                f"ends texts with {tokenizer.eos_token_id}, and its text encoder looks for {end}",
+                location=part,
+                hint=hint,
             )
         places = getattr(encoder.config, "max_position_embeddings", None)
         if isinstance(places, int) and places < tokenizer.model_max_length < 10**6:
             raise InputError(
                 f"makes {tokenizer.model_max_length} tokens of a text, and its text encoder has {places} places",
-                where=part,
-                cure=cure,
+                location=part,
+                hint=hint,
             )
     channels = getattr(getattr(pipe.vae, "config", None), "latent_channels", None)
     if channels is not None and channels != pipe.transformer.latent_channels:
         raise InputError(
             f"has {channels} latent channels, and the transformer {pipe.transformer.latent_channels}",
-            where=f"{where}/vae",
-            cure=cure,
+            location=f"{location}/vae",
+            hint=hint,
         )
 
 
@@ -553,9 +557,9 @@ def _layouts_and_prompt(
     texts = [item for item in items if isinstance(item, str)]
     if texts:
         if len(texts) < len(items):
-            raise InputError("holds texts and layouts", where="layout", cure="give layouts only, or texts only")
+            raise InputError("holds texts and layouts", location="layout", hint="give layouts only, or texts only")
         if prompt is not None:
-            raise InputError("are both texts", where="layout and prompt", cure="give the prompt once")
+            raise InputError("are both texts", location="layout and prompt", hint="give the prompt once")
         return None, layout if isinstance(layout, str) else texts
     layouts = []
     for number, item in enumerate(items):
@@ -572,12 +576,14 @@ def _layouts_and_prompt(
 
 def _no_layout(item: Any) -> InputError:
     return InputError(
-        f"is a {type(item).__name__}", where="layout", cure="give a Layout, a dict of one, a text, or a list of these"
+        f"is a {type(item).__name__}",
+        location="layout",
+        hint="give a Layout, a dict of one, a text, or a list of these",
     )
 
 
 def steps_that_run(steps: int, strength: float) -> int:
-    """How many of `steps` diffusers runs when it starts from a picture, noised to `strength` in [0, 1].
+    """How many of `steps` diffusers runs when it starts from an image, noised to `strength` in [0, 1].
 
     As `get_timesteps` of its image-to-image pipelines (diffusers 0.42.1).
     """
@@ -599,8 +605,8 @@ class LayoutSchedule:
         if self.first == self.last:
             raise InputError(
                 f"{window} covers none of {steps} steps",
-                where="layout_window",
-                cure="take more steps or a wider window",
+                location="layout_window",
+                hint="take more steps or a wider window",
             )
 
     def __call__(self, step: float) -> float:

@@ -101,7 +101,7 @@ class LayoutFluxPipeline(_Flux, FluxPipeline):
     """diffusers' `FluxPipeline` that takes layouts: see `LayoutPipeline`, also for `from_pretrained`."""
 
 
-class _FromPicture(_Flux):
+class _FromImage(_Flux):
     """Pipelines whose loop does not tell the transformer which of the two calls under `true_cfg_scale` it is in."""
 
     def __call__(self, *args: Any, true_cfg_scale: float = 1.0, **kwargs: Any) -> Any:
@@ -113,11 +113,11 @@ class _FromPicture(_Flux):
             return super().__call__(*args, true_cfg_scale=true_cfg_scale, **kwargs)
 
 
-class LayoutFluxImg2ImgPipeline(_FromPicture, FluxImg2ImgPipeline):
-    """The same from a picture: `LayoutFluxImg2ImgPipeline.from_pipe(pipe)(layout, image=..., strength=0.6)`."""
+class LayoutFluxImg2ImgPipeline(_FromImage, FluxImg2ImgPipeline):
+    """The same from an image: `LayoutFluxImg2ImgPipeline.from_pipe(pipe)(layout, image=..., strength=0.6)`."""
 
 
-class LayoutFluxInpaintPipeline(_FromPicture, FluxInpaintPipeline):
+class LayoutFluxInpaintPipeline(_FromImage, FluxInpaintPipeline):
     """The same inside a mask: `.from_pipe(pipe)(layout, image=..., mask_image=..., strength=0.6)`."""
 
 

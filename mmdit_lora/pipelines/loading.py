@@ -15,8 +15,8 @@ from huggingface_hub import snapshot_download
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
+from mmdit_lora.hub import check_base_folder, no_such_base
 from mmdit_lora.models.base import refuse_pickled_weights
-from mmdit_lora.models.hub import check_base_folder, no_such_base
 from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.flux import LayoutFluxPipeline
@@ -73,8 +73,8 @@ def load_pipeline(
             _check_cached(base)
         raise InputError(
             f"cannot be opened as a base: {_first_line(error)}",
-            where=base,
-            cure="give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id that is cached",
+            location=base,
+            hint="give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id that is cached",
         ) from error
     except Exception as error:  # safetensors and huggingface_hub raise types of their own for torn files and bad names
         if type(error).__module__.split(".")[0] not in (
@@ -84,12 +84,12 @@ def load_pipeline(
             "huggingface_hub",
         ):
             raise
-        raise InputError(f"cannot be opened as a base: {_first_line(error)}", where=base) from error
+        raise InputError(f"cannot be opened as a base: {_first_line(error)}", location=base) from error
     if name not in by_name:
         raise InputError(
             f"is a {name}; known are {', '.join(by_name)}",
-            where=str(folder / "model_index.json") if exists(folder) else base,
-            cure="give a base of one of these families",
+            location=str(folder / "model_index.json") if exists(folder) else base,
+            hint="give a base of one of these families",
         )
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():

@@ -1,4 +1,4 @@
-"""Many layouts to many pictures: batches, a seed for each picture, the settings in one value."""
+"""Many layouts to many images: batches, a seed for each image, the settings in one value."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mmdit_lora.pipelines.base import LayoutPipeline
 
 
 @dataclass(frozen=True)
-class PaintSettings:
-    """How pictures are sampled.
+class SamplingConfig:
+    """How images are sampled.
 
     Args:
         steps: sampling steps; guidance_scale: by the caption, 1 = off (embedded, where a base is guidance-distilled).
             None = what the base states.
         layout_scale, layout_window: see `LayoutPipeline`.
-        size: (height, width) in pixels, where a call gives none a picture; None = the base's own.
-        batch_size: pictures at a time; does not change what is painted beyond rounding.
+        size: (height, width) in pixels, where a call gives none an image; None = the base's own.
+        batch_size: images at a time; does not change what is painted beyond rounding.
 
     Raises:
         InputError: a number is outside its range (`mmdit_lora.config.ranges`), or the window is empty.
@@ -47,22 +47,22 @@ class PaintSettings:
         check_window(self.layout_window)
 
 
-def paint(
+def generate(
     pipe: LayoutPipeline,
     layouts: Sequence[Layout],
-    settings: PaintSettings,
+    settings: SamplingConfig,
     *,
     sizes: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
     same_noise: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
-    """One RGB picture for each layout. Picture number i starts from the noise of `seed + i`, whatever the batch.
+    """One RGB image for each layout. Image number i starts from the noise of `seed + i`, whatever the batch.
 
     Args:
-        sizes: (height, width) in pixels of each picture; None = all as `settings` has it.
-        same_noise: all pictures start from the noise of `seed`, to compare layouts.
-        on_progress: called with the number of pictures done.
+        sizes: (height, width) in pixels of each image; None = all as `settings` has it.
+        same_noise: all images start from the noise of `seed`, to compare layouts.
+        on_progress: called with the number of images done.
 
     Raises:
         InputError: the base cannot paint a size, or the window covers no step.
@@ -74,7 +74,7 @@ def paint(
     for size in of_size:
         for side in size or ():
             pipe.check_side(side)
-    pictures: dict[int, Image.Image] = {}
+    images: dict[int, Image.Image] = {}
     for size, numbers in of_size.items():
         height, width = size or (None, None)
         for start in range(0, len(numbers), settings.batch_size):
@@ -93,10 +93,10 @@ def paint(
                     generator=generators,
                 )
             except NonFiniteError as error:
-                done = len(pictures) + len(part)
+                done = len(images) + len(part)
                 bad = [part[number] for number in error.bad]
                 raise error.change(bad=bad, count=done, left=len(layouts) - done) from None
-            pictures.update(zip(part, output.images, strict=True))
+            images.update(zip(part, output.images, strict=True))
             if on_progress is not None:
-                on_progress(len(pictures))
-    return [pictures[number] for number in range(len(layouts))]
+                on_progress(len(images))
+    return [images[number] for number in range(len(layouts))]

@@ -108,7 +108,7 @@ class LayoutStableDiffusion3Pipeline(_StableDiffusion3, StableDiffusion3Pipeline
 
 
 class LayoutStableDiffusion3Img2ImgPipeline(_StableDiffusion3, StableDiffusion3Img2ImgPipeline):
-    """The same from a picture: `LayoutStableDiffusion3Img2ImgPipeline.from_pipe(pipe)(layout, image=..., strength=0.6)`."""
+    """The same from an image: `LayoutStableDiffusion3Img2ImgPipeline.from_pipe(pipe)(layout, image=..., strength=0.6)`."""
 
 
 class LayoutStableDiffusion3InpaintPipeline(_StableDiffusion3, StableDiffusion3InpaintPipeline):

@@ -84,7 +84,7 @@ class StyleLoader:
         kwargs.pop("use_safetensors", None)
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
         source = pretrained_model_name_or_path_or_dict
-        where = clip(source, 300) if isinstance(source, str | Path) else None
+        location = clip(source, 300) if isinstance(source, str | Path) else None
         components = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         adapter_name = self._style_name(adapter_name, components, hotswap=hotswap)
         state, metadata = fetch_style(source, **kwargs)
@@ -94,7 +94,7 @@ class StyleLoader:
                 raise InputError("hotswap works on the transformer alone, and the file has other parts")
             refuse_fused(*(components[name] for name in parts))  # type: ignore[arg-type]
         except InputError as error:
-            raise (error.at(where) if where else error) from None
+            raise (error.at(location) if location else error) from None
         offloading = self._optionally_disable_offloading(self)
         undo = Undo([model for model in components.values() if model is not None])
         try:
@@ -117,7 +117,7 @@ class StyleLoader:
             full_rank=full_rank,
             bytes=sum(4 * tensor.numel() for part in parts.values() for tensor in part.state.values()),
         )
-        logger.log(logging.WARNING if ignored else logging.INFO, "%s%s", f"{where}: " if where else "", report)
+        logger.log(logging.WARNING if ignored else logging.INFO, "%s%s", f"{location}: " if location else "", report)
         return report
 
     def _load_part(
@@ -154,7 +154,7 @@ class StyleLoader:
         if (name in taken) != hotswap:
             raise InputError(
                 f"there is {'no' if hotswap else 'an'} adapter {clip(repr(name))}{'' if hotswap else ' already'}",
-                cure="give the name of one that is there" if hotswap else "give the new one another name",
+                hint="give the name of one that is there" if hotswap else "give the new one another name",
             )
         return name
 
@@ -177,7 +177,7 @@ class StyleLoader:
         given = [components] if isinstance(components, str) else list(components or known)
         if unknown := [name for name in given if name not in known]:
             raise InputError(
-                f"{listed(map(repr, unknown))} carries no LoRA", where="components", cure=f"known: {listed(known)}"
+                f"{listed(map(repr, unknown))} carries no LoRA", location="components", hint=f"known: {listed(known)}"
             )
         models = {name: getattr(self, name, None) for name in given}
         return {
@@ -213,8 +213,8 @@ class StyleLoader:
             if isinstance(weight, Mapping) and (unknown := weight.keys() - set(self._lora_loadable_modules)):
                 raise InputError(
                     f"the weights name {listed(map(repr, unknown))}, which carries no LoRA",
-                    where="adapter_weights",
-                    cure=f"give weights by component, of {listed(self._lora_loadable_modules)}; loaded: {listed(sorted(loaded))}",
+                    location="adapter_weights",
+                    hint=f"give weights by component, of {listed(self._lora_loadable_modules)}; loaded: {listed(sorted(loaded))}",
                 )
         of = {
             component: [weight.get(component) if isinstance(weight, Mapping) else weight for weight in each]

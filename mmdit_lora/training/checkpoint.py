@@ -87,7 +87,7 @@ def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
         )
         or (groups and len(groups) != len(optimizer.param_groups))
     ):
-        raise InputError("the optimizer state is of another set of parameters", where=str(path))
+        raise InputError("the optimizer state is of another set of parameters", location=str(path))
     now = optimizer.param_groups if zero else optimizer.state_dict()["param_groups"]
     for group, saved in zip(now, groups or [{}] * len(now), strict=True):
         # A schedule sets the rate; what a group has beyond the constructor's arguments is the optimizer's own finding.
@@ -173,9 +173,9 @@ class Checkpoint:
             state = self._stated()
             for name, digest in state["sha256"].items():
                 if not (self.folder / name).is_file() or _sha256(self.folder / name) != digest:
-                    raise InputError(f"{name} is missing or not what was saved", where=str(self.folder))
+                    raise InputError(f"{name} is missing or not what was saved", location=str(self.folder))
         except InputError as error:
-            raise InputError(error.what, where=error.where, cure=self._cure()) from None
+            raise InputError(error.what, location=error.location, hint=self._cure()) from None
         return state
 
     def others(self) -> set[str]:
@@ -194,7 +194,7 @@ class Checkpoint:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise InputError(f"is not what was saved: {key}: {first['msg']}", where=str(file)) from None
+            raise InputError(f"is not what was saved: {key}: {first['msg']}", location=str(file)) from None
         return state
 
     def _cure(self) -> str:
@@ -204,7 +204,7 @@ class Checkpoint:
         try:
             older[-1].state()
         except InputError as error:  # its cure names those before it
-            return f"remove this checkpoint and {older[-1].folder.name}, which is damaged too; {error.cure}"
+            return f"remove this checkpoint and {older[-1].folder.name}, which is damaged too; {error.hint}"
         return f"remove this checkpoint; `--resume latest` then takes the one before, {older[-1].folder.name}"
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -223,8 +223,8 @@ class Checkpoint:
         if {n: p.shape for n, p in trainable.items()} != {n: t.shape for n, t in tensors.items()}:
             raise InputError(
                 "holds other parameters than those that train now",
-                where=str(self.folder),
-                cure="resume with the config that the run was started with",
+                location=str(self.folder),
+                hint="resume with the config that the run was started with",
             )
         with torch.no_grad():
             for name, parameter in trainable.items():

@@ -42,13 +42,13 @@ def set_engine(accelerator: Accelerator, config: Config) -> None:
     zero = plugin.deepspeed_config.get("zero_optimization", {})
     if zero.get("stage") not in STAGES:
         raise InputError(
-            f"is {zero.get('stage')}", where="Accelerate's config, zero_stage", cure="set it to 2 or 3, or use DDP"
+            f"is {zero.get('stage')}", location="Accelerate's config, zero_stage", hint="set it to 2 or 3, or use DDP"
         )
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise InputError(
             "is set: an adapter's optimizer is a few dozen MB, and stays on the GPU",
-            where="Accelerate's config, offload_optimizer_device",
-            cure="set it to none; offload_param_device may be set",
+            location="Accelerate's config, offload_optimizer_device",
+            hint="set it to none; offload_param_device may be set",
         )
     plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": config.train.batch_size,

@@ -17,7 +17,7 @@ from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.sharding import put, whole
 
 
-class Averaged:
+class EMA:
     """The moving average of a model's trainable weights, in fp32.
 
     Args:
@@ -64,6 +64,6 @@ class Averaged:
         tensors = load_file(path)
         self._ema.optimization_step = int(tensors.pop("updates"))
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self._parameters.items()}:
-            raise InputError("the moving average is of another set of parameters", where=str(path))
+            raise InputError("the moving average is of another set of parameters", location=str(path))
         for name, shadow in zip(self._parameters, self._ema.shadow_params, strict=True):
             put(shadow, tensors[name])

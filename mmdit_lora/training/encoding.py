@@ -7,7 +7,7 @@ depends on when the run was last started. A resumed run must see the bits of an 
 | --- | --- |
 | latents | the pixels after the transform, the VAE's files, its dtype |
 | prompts, phrases | the text, the text encoders' and tokenizers' files, their dtypes, `max_sequence_length` or phrase tokens |
-| views | the picture's file, its layout, the transform and its code: which pixels come of it, without decoding it |
+| views | the image's file, its layout, the transform and its code: which pixels come of it, without decoding it |
 | weights | path, size, time and inode of a file of the base: its SHA-256, so that gigabytes are hashed once |
 
 The device is not in the keys. Two devices differ in the last bits; what was cached on one is right on the other.
@@ -52,25 +52,25 @@ class EncodingStore:
     def __init__(self, cache: DiskCache, pipe: LayoutPipeline, base: str) -> None:
         self.cache, self.pipe, self.base = cache, pipe, base
 
-    def picture(
+    def image(
         self,
         source: Sequence[Any],
         prepared: Callable[[], tuple[Tensor, Layout]],
         encode: Callable[[Tensor], Tensor],
         *,
-        where: str | None = None,
+        location: str | None = None,
         wait: bool = True,
     ) -> tuple[Tensor, Layout, str] | None:
-        """Latents (C, h, w) of a picture, its layout after the transform, and the key that `latents` finds the first by.
+        """Latents (C, h, w) of an image, its layout after the transform, and the key that `latents` finds the first by.
 
         Args:
             source: JSON values that say all that `prepared` depends on.
             prepared: the pixels (3, H, W) in [-1, 1] and the layout; called only where one of the two entries is missing.
             encode: pixels to latents; called only where those are missing.
-            where: the picture's place, for messages.
+            location: the image's place, for messages.
 
         Raises:
-            InputError: the picture's file changed while it was read.
+            InputError: the image's file changed while it was read.
         """
         pixels: Tensor | None = None
 
@@ -86,7 +86,7 @@ class EncodingStore:
         def make() -> Entry:
             seen = prepared()[0] if pixels is None else pixels
             if pixel_digest(seen) != view.note["pixels"]:
-                raise InputError("changed while it was read", where=where, cure="start again")
+                raise InputError("changed while it was read", location=location, hint="start again")
             return Entry({"latents": encode(seen)})
 
         key = content_key("latents", self._vae_id, view.note["pixels"])
@@ -94,7 +94,7 @@ class EncodingStore:
         return None if entry is None else (entry.tensors["latents"], Layout.from_dict(view.note["layout"]), key)
 
     def latents(self, key: str) -> Tensor | None:
-        """Latents by the key that `picture` gave; None where they are gone."""
+        """Latents by the key that `image` gave; None where they are gone."""
         entry = self.cache.read(LATENTS, key)
         if entry is None:
             return None
@@ -155,7 +155,7 @@ class EncodingStore:
 
 @once
 def transform_id() -> str:
-    """Of all that decides which pixels come of a picture's file: our code of data, torchvision, Pillow and its codecs."""
+    """Of all that decides which pixels come of an image's file: our code of data, torchvision, Pillow and its codecs."""
     codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "jpg_2000", "avif")}
     code = [file.read_bytes() for file in sorted(Path(transforms.__file__).parent.glob("*.py"))]
     return content_key("transform", PIL.__version__, torchvision.__version__, codecs, *code)

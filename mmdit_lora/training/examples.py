@@ -1,4 +1,4 @@
-"""Which picture comes when, and everything that is drawn for it: functions of (seed, position) and of nothing else.
+"""Which image comes when, and everything that is drawn for it: functions of (seed, position) and of nothing else.
 
 Positions are counted through the whole run, over all processes and accumulated batches. So a resumed run draws what an
 undisturbed one would have drawn, and two processes draw together what one would have drawn alone.
@@ -22,7 +22,7 @@ from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.sampler import BatchPlan, box_count_group, epoch_order, seeded
 from mmdit_lora.data.shards import ShardedRecords, Subset
-from mmdit_lora.data.shards.ahead import ReadAhead
+from mmdit_lora.data.shards.ahead import Prefetcher
 from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
@@ -38,13 +38,13 @@ class Examples:
     Args:
         records: of the data set.
         encoder: of the base.
-        buckets: the sizes of the training pictures.
+        buckets: the sizes of the training images.
         slots: boxes a layout is padded to; None = as many as the batch needs.
         batch: samples of an optimizer step, over all processes: they are of one size.
         draws: names what is drawn for training batches, so that two sets of a run draw different things.
 
     Raises:
-        InputError: with more than one size, a picture is none, or too small.
+        InputError: with more than one size, an image is none, or too small.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class Examples:
         self.slots, self.batch, self.draws = slots, batch, draws
         self._one_size = buckets.sizes[0][0] if buckets.is_single else None
         self._sizes = [] if buckets.is_single else sizes_of(records, buckets)
-        # Where nothing is drawn for the picture, its latents are the same each time; where it has a number of variants,
+        # Where nothing is drawn for the image, its latents are the same each time; where it has a number of variants,
         # each of them is.
         self._is_drawn = config.data.crop != "center" or config.data.flip
         self.variants = config.data.cache_variants if self._is_drawn else 1
         self.max_bytes = CACHE_BYTES  # of latents kept in memory
         self._views: OrderedDict[tuple[int, int], tuple[Tensor, Layout]] = OrderedDict()
         self._views_bytes = 0
-        # Where the store has a view's latents, and its layout: so a run looks at a picture's file once.
+        # Where the store has a view's latents, and its layout: so a run looks at an image's file once.
         self._stored: OrderedDict[tuple[int, int], tuple[str, Layout]] = OrderedDict()
-        self._reader = ReadAhead(records, threads=config.data.workers)
+        self._reader = Prefetcher(records, threads=config.data.workers)
 
     def read_ahead(self, positions: Sequence[int]) -> None:
-        """Begin to read the pictures at these positions of the run, where they are not at hand (`data.workers`)."""
+        """Begin to read the images at these positions of the run, where they are not at hand (`data.workers`)."""
         if self.config.data.workers:
             self._reader.announce(index for p in positions if not self._is_at_hand(index := self._index_at(p)))
 
@@ -110,7 +110,7 @@ class Examples:
         return self.records[self._index_at(position)]
 
     def size_of(self, index: int) -> Size:
-        """(height, width) in pixels that a record's picture is trained at."""
+        """(height, width) in pixels that a record's image is trained at."""
         return self._one_size or self._sizes[index]
 
     def size_at(self, position: int) -> Size:
@@ -131,8 +131,8 @@ class Examples:
             return []
         names = ", ".join(small[:4]) + (" ..." if len(small) > 4 else "")
         return [
-            f"{len(small)} buckets hold fewer pictures than a batch of {self.batch} ({names}): their batches repeat "
-            "pictures; fewer data.buckets.ratios, or a smaller batch, avoid it"
+            f"{len(small)} buckets hold fewer images than a batch of {self.batch} ({names}): their batches repeat "
+            "images; fewer data.buckets.ratios, or a smaller batch, avoid it"
         ]
 
     def _index_at(self, position: int) -> int:
@@ -237,9 +237,9 @@ class Examples:
         return made
 
     def view(self, index: int, variant: int, *, wait: bool = True) -> tuple[Tensor, Layout] | None:
-        """Latents (C, h, w) of one variant of a record's picture, and its layout: from the store, or made.
+        """Latents (C, h, w) of one variant of a record's image, and its layout: from the store, or made.
 
-        The variant depends on the seed, its number and the picture's bytes. Without `wait`, None where another process
+        The variant depends on the seed, its number and the image's bytes. Without `wait`, None where another process
         is making it.
         """
         data, seed = self.config.data, self.config.train.seed
@@ -262,7 +262,7 @@ class Examples:
             pixels, layout = prepared()
             return encode(pixels), layout
         source = (digest, record.layout.to_dict(), self.size_of(index), data.crop, data.flip, data.min_visible, draw)
-        found = store.picture(source, prepared, encode, where=str(record.image), wait=wait)
+        found = store.image(source, prepared, encode, location=str(record.image), wait=wait)
         if found is None:
             return None
         latents, layout, key = found
@@ -288,7 +288,7 @@ class Examples:
 
 
 def sizes_of(records: Sequence[Record], buckets: Buckets) -> list[Size]:
-    """The size that each record's picture is trained at; of shards from their index, where that knows the pictures' own."""
+    """The size that each record's image is trained at; of shards from their index, where that knows the images' own."""
     if isinstance(records, ShardedRecords | Subset) and (pixels := records.pixels()).all():
         _, first, place = np.unique(pixels, axis=0, return_index=True, return_inverse=True)
         sizes = [record_bucket(records[int(index)], buckets) for index in first]

@@ -16,23 +16,23 @@ from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.load_base import DTYPES, open_encoders
 from mmdit_lora.training.setup import read_data, run_buckets
 
-Tell = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
+OnProgress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 
 
-def fill_cache(config: Config, cache: DiskCache, *, tell: Tell | None = None) -> dict[str, Any]:
-    """Make what is missing: pictures of both sides in all their variants, captions, the empty caption, phrases.
+def fill_cache(config: Config, cache: DiskCache, *, tell: OnProgress | None = None) -> dict[str, Any]:
+    """Make what is missing: images of both sides in all their variants, captions, the empty caption, phrases.
 
     Another process may fill the same folder: what it is making is left to it, and looked at once more at the end.
 
     Returns:
-        {"pictures", "captions", "phrases", "uncached_pictures"}: how many the config asks for.
+        {"images", "captions", "phrases", "uncached_images"}: how many the config asks for.
 
     Raises:
-        InputError: the data, the base or the size are wrong, or a picture cannot be read.
+        InputError: the data, the base or the size are wrong, or an image cannot be read.
     """
     data = read_data(config)
     if not data.records:
-        raise InputError("holds no record", where=config.data.path)
+        raise InputError("holds no record", location=config.data.path)
     pipe = open_encoders(config, DTYPES[config.train.mixed_precision])
     buckets = run_buckets(config, pipe)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -64,8 +64,8 @@ def fill_cache(config: Config, cache: DiskCache, *, tell: Tell | None = None) ->
         item()
     cache.sweep()
     return {
-        "pictures": len(views),
+        "images": len(views),
         "captions": len(captions),
         "phrases": len(phrases),
-        "uncached_pictures": 0 if views else len(layouts),
+        "uncached_images": 0 if views else len(layouts),
     }

@@ -58,7 +58,7 @@ def knows_places(saved: Mapping[str, Any]) -> bool:
     return "encoders" in saved
 
 
-def first_change(saved: Mapping[str, str], now: Mapping[str, str], *, where: str) -> InputError | None:
+def first_change(saved: Mapping[str, str], now: Mapping[str, str], *, location: str) -> InputError | None:
     """The first thing that is not what the run was started with.
 
     Args:
@@ -72,7 +72,7 @@ def first_change(saved: Mapping[str, str], now: Mapping[str, str], *, where: str
             return InputError(
                 f"the {_NAMES[name]} is not the one that this run was started with: {shown[0]}, and {shown[1]} in the "
                 "checkpoint",
-                where=where,
-                cure="put it back as it was (its place does not matter), or start a new run in another output_dir",
+                location=location,
+                hint="put it back as it was (its place does not matter), or start a new run in another output_dir",
             )
     return None

@@ -18,7 +18,7 @@ class DiskFull(Stopped):
 
 
 @contextmanager
-def told_when_full(folder: Path) -> Iterator[None]:
+def disk_full_as_error(folder: Path) -> Iterator[None]:
     """Within it, an error for want of space becomes `DiskFull`, with what is safe in the run's `folder`."""
     try:
         yield

@@ -15,21 +15,21 @@ from mmdit_lora.models import LayoutInputs
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.step import Objective, losses
 
-_MOST_PICTURES, _DRAWS, _PROBE_DRAWS = 64, 8, 2
+_MOST_IMAGES, _DRAWS, _PROBE_DRAWS = 64, 8, 2
 
 Change = Callable[[LayoutInputs], LayoutInputs]
 
 
 @dataclass(frozen=True)
 class HeldOutLosses:
-    """Denoising losses of held-out pictures, and the times that they were taken at; both (draws, pictures), fp32."""
+    """Denoising losses of held-out images, and the times that they were taken at; both (draws, images), fp32."""
 
     losses: Tensor
     times: Tensor
 
     @property
-    def per_picture(self) -> Tensor:
-        """(pictures,)"""
+    def per_image(self) -> Tensor:
+        """(images,)"""
         return self.losses.mean(0)
 
     def by_time(self, parts: int = 4) -> list[float]:
@@ -47,14 +47,14 @@ def held_out_losses(
     draws: int = _DRAWS,
     change: Change = lambda layout: layout,
 ) -> HeldOutLosses:
-    """Losses of the held-out pictures, at most `_MOST_PICTURES` of them, at `draws` times and noises each.
+    """Losses of the held-out images, at most `_MOST_PICTURES` of them, at `draws` times and noises each.
 
-    They are the same at every call, so that two sets of weights can be compared picture by picture.
+    They are the same at every call, so that two sets of weights can be compared image by image.
 
     Args:
         change: what is done to the layouts of a batch before the model sees them.
     """
-    count = min(len(examples.records), _MOST_PICTURES)
+    count = min(len(examples.records), _MOST_IMAGES)
     was_training = model.training
     model.eval()
     losses_, times = torch.zeros(draws, count), torch.zeros(draws, count)
@@ -74,7 +74,7 @@ def held_out_losses(
 
 
 def layout_matters(model: nn.Module, examples: Examples, device: torch.device) -> dict[str, float]:
-    """What the layout is worth: the held-out loss with another picture's layout, and without one, minus that with its own.
+    """What the layout is worth: the held-out loss with another image's layout, and without one, minus that with its own.
 
     Near 0, the model does not look at it, whatever else it learned.
     """
@@ -92,32 +92,32 @@ def layout_matters(model: nn.Module, examples: Examples, device: torch.device) -
 
 @dataclass(frozen=True)
 class PairedLoss:
-    """Held-out loss of the base and of what was trained, on the same pictures, times and noises.
+    """Held-out loss of the base and of what was trained, on the same images, times and noises.
 
     Args:
         base, trained: mean losses.
         difference: trained - base; below 0 is better.
-        interval: 95 % interval of the difference, from the spread over pictures (paired t); None for a single picture.
-        pictures: how many.
-        differences: of each picture, in order.
+        interval: 95 % interval of the difference, from the spread over images (paired t); None for a single image.
+        images: how many.
+        differences: of each image, in order.
     """
 
     base: float
     trained: float
     difference: float
     interval: tuple[float, float] | None
-    pictures: int
+    images: int
     differences: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For the report, which is for people: without the single pictures."""
+        """For the report, which is for people: without the single images."""
         values = asdict(self)
         del values["differences"]
         return values
 
 
 def compare_losses(base: Tensor, trained: Tensor) -> PairedLoss:
-    """Paired comparison of the losses of the same pictures by two sets of weights, each (pictures,)."""
+    """Paired comparison of the losses of the same images by two sets of weights, each (images,)."""
     difference = (trained - base).double()
     mean, count = difference.mean().item(), len(difference)
     interval = None

@@ -31,7 +31,7 @@ _STREAM_KEYS = {
 }
 
 
-def open_base(config: Config, dtype: torch.dtype) -> tuple[LayoutPipeline, str]:
+def load_base(config: Config, dtype: torch.dtype) -> tuple[LayoutPipeline, str]:
     """The pipeline of `config.base`, and the fingerprint of its transformer as it is stored, not quantised.
 
     An adapter that was trained on a quantised base so fits the base itself.
@@ -95,16 +95,16 @@ def stream_options(config: Config) -> dict[str, Any]:
         wanted,
         has_stream=has_stream,
         base=config.base,
-        where={own: f"stream.{key}" for key, own in _STREAM_KEYS.items()},
-        cure="set it to null",
+        location={own: f"stream.{key}" for key, own in _STREAM_KEYS.items()},
+        hint="set it to null",
         cure_of_conflict=start,
     )
     for key in ("init", "seed"):
         if has_stream and getattr(stream, key) is not None:
             raise InputError(
                 f"is {getattr(stream, key)}, and {config.base} has a layout stream already: none is started",
-                where=f"stream.{key}",
-                cure=start,
+                location=f"stream.{key}",
+                hint=start,
             )
     return options
 
@@ -116,13 +116,13 @@ def check_quantization(kind: str) -> None:
         InputError: a package is missing, or a GPU that it needs.
     """
     if kind == "nf4" and not torch.cuda.is_available():
-        raise InputError("is nf4, which needs a CUDA GPU", where="train.quantization", cure="set it to int8 or none")
+        raise InputError("is nf4, which needs a CUDA GPU", location="train.quantization", hint="set it to int8 or none")
     package = {"int8": "torchao", "nf4": "bitsandbytes"}.get(kind)
     if package is not None and find_spec(package) is None:
         raise InputError(
             f"is {kind}, which needs the package {package}",
-            where="train.quantization",
-            cure=f"install it: `uv sync --extra quant`, or `pip install {package}`",
+            location="train.quantization",
+            hint=f"install it: `uv sync --extra quant`, or `pip install {package}`",
         )
 
 

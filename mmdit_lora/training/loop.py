@@ -22,8 +22,8 @@ from mmdit_lora.training.run_dir import CHECKPOINTS
 from mmdit_lora.training.setup import Run
 from mmdit_lora.training.sharding import whole
 from mmdit_lora.training.step import Batch, losses
-from mmdit_lora.training.stopping import Diverged, Interrupted, check_losses, noticed_signals
-from mmdit_lora.training.throughput import Meter
+from mmdit_lora.training.stopping import Diverged, Interrupted, caught_signals, check_losses
+from mmdit_lora.training.throughput import Throughput
 from mmdit_lora.training.tracking import NullTracker, Tracker
 from mmdit_lora.training.validation import gradient_norms, is_due, watch
 
@@ -52,33 +52,33 @@ class StepRecord:
     grad_norm: float
 
 
-Witness = Callable[[StepRecord], None]
+OnStep = Callable[[StepRecord], None]
 
 
-def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness: Witness | None = None) -> None:
+def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, on_step: OnStep | None = None) -> None:
     """Every step up to `train.max_steps`, or to an early stop.
 
     Args:
         tracker: of the main process; None in the others.
         on_progress: called with the step and its scalars, every `train.log_every` steps, in the main process.
-        witness: called after every step, in every process.
+        on_step: called after every step, in every process.
 
     Raises:
         Diverged: a loss is no finite number. Interrupted: SIGTERM or Ctrl-C came; the run is saved.
     """
     settings, state = run.config.train, run.state
-    meter = Meter()
+    meter = Throughput()
     measured = state.step
     saved = state.step  # every process counts it: what is on the disk depends on when a process looks
-    with noticed_signals() as signal_name:
+    with caught_signals() as signal_name:
         # A run may have been killed after its early stop was saved: it trains no further.
         while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):
             logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == settings.max_steps
             takes_part = tracker is not None or run.is_sharded
-            record, norms = _step(run, meter, with_norms=logged and takes_part, with_samples=witness is not None)
+            record, norms = _step(run, meter, with_norms=logged and takes_part, with_samples=on_step is not None)
             state.step += 1
-            if witness is not None:
-                witness(record)
+            if on_step is not None:
+                on_step(record)
             if logged:
                 speed = meter.read((state.step - measured) * run.batches["train.batch_size"])
                 measured = state.step
@@ -105,7 +105,7 @@ def train_loop(run: Run, tracker: Tracker | None, on_progress: Progress, witness
             run.save()
 
 
-def _step(run: Run, meter: Meter, *, with_norms: bool, with_samples: bool) -> tuple[StepRecord, dict[str, float]]:
+def _step(run: Run, meter: Throughput, *, with_norms: bool, with_samples: bool) -> tuple[StepRecord, dict[str, float]]:
     """One optimizer step: draw, loss, backward, clip, update."""
     settings, accelerator, step = run.config.train, run.accelerator, run.state.step
     per_process, world = settings.batch_size, accelerator.num_processes
@@ -164,7 +164,7 @@ def _step(run: Run, meter: Meter, *, with_norms: bool, with_samples: bool) -> tu
 
 
 def _names(run: Run, positions: Sequence[int]) -> list[str]:
-    return [run.examples.record_at(position).where for position in positions]
+    return [run.examples.record_at(position).location for position in positions]
 
 
 def _once(run: Run, batch: Batch) -> None:

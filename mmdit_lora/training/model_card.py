@@ -12,16 +12,16 @@ from mmdit_lora.config.loading import Config
 from mmdit_lora.files import public_name
 from mmdit_lora.visual.page import code_markdown
 
-PICTURES = "samples.png"
+IMAGES = "samples.png"
 
 
-def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, pictures: bool = False) -> str:
+def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, images: bool = False) -> str:
     """README.md of an adapter.
 
     Args:
         report: of the run.
         pipeline: name of the class that opens its base.
-        pictures: whether `PICTURES` lies beside it.
+        images: whether `IMAGES` lies beside it.
     """
     base = public_name(config.base)
     front = {
@@ -31,7 +31,7 @@ def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, pictu
         "tags": ["lora", "layout-to-image", "mmdit", f"base_model:adapter:{base}"],
     }
     lora, targets = config.lora, ", ".join(map(code_markdown, config.lora.targets))
-    shown = f"![Held-out layouts with their boxes]({PICTURES})\n\nHeld-out layouts, boxes drawn.\n" if pictures else ""
+    shown = f"![Held-out layouts with their boxes]({IMAGES})\n\nHeld-out layouts, boxes drawn.\n" if images else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -40,19 +40,19 @@ def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, pictu
 
 A LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on {targets} of the layout stream:
 {report["trainable_params"]:,} of {report["total_params"]:,} parameters, trained for {report["steps"]:,} steps on
-{report["pictures"]:,} pictures{_chosen(report)}. It makes the base obey boxes with phrases.
+{report["images"]:,} images{_chosen(report)}. It makes the base obey boxes with phrases.
 
 {shown}
 ## Use
 
-    mmdit-lora sample --base {shlex.quote(" ".join(base.split()))} --adapter . --layout layout.json --out pictures
+    mmdit-lora sample --base {shlex.quote(" ".join(base.split()))} --adapter . --layout layout.json --out images
 
     from peft import PeftModel
     from mmdit_lora.pipelines import {pipeline}
     pipe = {pipeline}.from_pretrained({json.dumps(base, ensure_ascii=False)})
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")
 
-Boxes are [left, top, right, bottom] in [0, 1] of the picture's width and height.
+Boxes are [left, top, right, bottom] in [0, 1] of the image's width and height.
 
 ## Measured
 
@@ -75,16 +75,16 @@ def _measured(report: dict[str, Any]) -> str:
     lines = []
     if fidelity := report.get("fidelity"):
         values = ", ".join(f"{name} {value:.3f}" for name, value in fidelity["values"].items())
-        lines.append(f"Fidelity of {fidelity['pictures']} pictures sampled at step {fidelity['step']:,}: {values}.")
+        lines.append(f"Fidelity of {fidelity['images']} images sampled at step {fidelity['step']:,}: {values}.")
     if loss := report["held_out_loss"]:
         interval = ""
         if loss["interval"] is not None:
             interval = ", 95 % interval [{:+.4f}, {:+.4f}]".format(*loss["interval"])
         lines.append(
-            f"Denoising loss on {loss['pictures']} held-out pictures, same noise and times: base {loss['base']:.4f}, with "
+            f"Denoising loss on {loss['images']} held-out images, same noise and times: base {loss['base']:.4f}, with "
             f"the adapter {loss['trained']:.4f}; difference {loss['difference']:+.4f}{interval}."
         )
-    return "\n\n".join(lines) or "No pictures were held out, so nothing was measured."
+    return "\n\n".join(lines) or "No images were held out, so nothing was measured."
 
 
 def _table(config: Config, report: dict[str, Any]) -> str:

@@ -35,14 +35,14 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if train.optimizer == "prodigy":
         raise InputError(
             f"is {train.lora_plus:g} with prodigy, which takes one learning rate",
-            where="train.lora_plus",
-            cure="set it to 1.0, or take adamw",
+            location="train.lora_plus",
+            hint="set it to 1.0, or take adamw",
         )
     if config.method != "lora":
         raise InputError(
             f"is {train.lora_plus:g} with method {config.method}, which trains no LoRA",
-            where="train.lora_plus",
-            cure="set it to 1.0",
+            location="train.lora_plus",
+            hint="set it to 1.0",
         )
     # Hayou et al. 2024, arXiv 2402.12354: B learns faster than A.
     optimizer = create_loraplus_optimizer(
@@ -75,15 +75,15 @@ def check_optimizer(train: TrainSection) -> None:
     Raises:
         InputError: a package is missing, or a GPU that it needs.
     """
-    where = "train.optimizer"
+    location = "train.optimizer"
     if train.optimizer == "adamw_8bit" and not torch.cuda.is_available():
-        raise InputError("is adamw_8bit, which needs a CUDA GPU", where=where, cure="set it to adamw")
+        raise InputError("is adamw_8bit, which needs a CUDA GPU", location=location, hint="set it to adamw")
     package = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(train.optimizer)
     if package is not None and find_spec(package) is None:
         raise InputError(
             f"is {train.optimizer}, which needs the package {package}",
-            where=where,
-            cure=f"install it: `uv sync --extra optim`, or `pip install {package}`",
+            location=location,
+            hint=f"install it: `uv sync --extra optim`, or `pip install {package}`",
         )
 
 

@@ -12,7 +12,7 @@ from mmdit_lora.config.loading import TrainSection
 from mmdit_lora.errors import InputError
 
 
-def apply_switches(model: Any, settings: TrainSection, *, device: torch.device, dtype: torch.dtype) -> None:
+def apply_performance(model: Any, settings: TrainSection, *, device: torch.device, dtype: torch.dtype) -> None:
     """Set what `settings` asks for on a transformer that has its adapter already.
 
     Args:
@@ -30,15 +30,17 @@ def apply_switches(model: Any, settings: TrainSection, *, device: torch.device, 
 
 
 def _set_attention_backend(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    where = "train.attention_backend"
+    location = "train.attention_backend"
     known = [backend.value for backend in AttentionBackendName]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        cure = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise InputError(f"is {name!r}, which diffusers does not know", where=where, cure=cure)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise InputError(f"is {name!r}, which diffusers does not know", location=location, hint=hint)
     if name.startswith("sage"):
         raise InputError(
-            f"is {name!r}, which has no backward pass: it samples, it cannot train", where=where, cure="set it to null"
+            f"is {name!r}, which has no backward pass: it samples, it cannot train",
+            location=location,
+            hint="set it to null",
         )
     try:
         with attention_backend(name):  # puts the process's default back, which `set_attention_backend` changes too
@@ -49,8 +51,8 @@ def _set_attention_backend(model: Any, name: str, device: torch.device, dtype: t
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"is {name!r}, which cannot train this base here: {first}",
-            where=where,
-            cure="set it to null, or to one that takes a mask and has a backward pass, such as _native_math",
+            location=location,
+            hint="set it to null, or to one that takes a mask and has a backward pass, such as _native_math",
         ) from error
 
 

@@ -60,7 +60,7 @@ class Check:
     name: str
     state: CheckState
     found: str
-    cure: str | None = None
+    hint: str | None = None
     seconds: float = 0.0
 
 
@@ -90,7 +90,7 @@ class Preflight:
             return
         first, more = self.failed[0], len(self.failed) - 1
         others = f"; {more} more failed: {', '.join(check.name for check in self.failed[1:])}" if more else ""
-        raise InputError(first.found + others, where=f"preflight, {first.name}", cure=first.cure)
+        raise InputError(first.found + others, location=f"preflight, {first.name}", hint=first.hint)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[Lines]:
@@ -98,8 +98,8 @@ class Preflight:
         before, lines = time.perf_counter(), Lines(name)
         yield lines
         passed = time.perf_counter() - before
-        for number, (state, found, cure) in enumerate(lines.added):
-            self.checks.append(Check(name, state, found, cure, 0.0 if number else passed))
+        for number, (state, found, hint) in enumerate(lines.added):
+            self.checks.append(Check(name, state, found, hint, 0.0 if number else passed))
 
 
 class Lines:
@@ -112,11 +112,11 @@ class Lines:
     def ok(self, found: str) -> None:
         self.added.append(("ok", found, None))
 
-    def warn(self, found: str, cure: str | None = None) -> None:
-        self.added.append(("warning", found, cure))
+    def warn(self, found: str, hint: str | None = None) -> None:
+        self.added.append(("warning", found, hint))
 
-    def fail(self, found: str, cure: str) -> None:
-        self.added.append(("failed", found, cure))
+    def fail(self, found: str, hint: str) -> None:
+        self.added.append(("failed", found, hint))
 
 
 # Bytes that an optimizer keeps of each fp32 weight (moments; Prodigy also its start and its sum).
@@ -137,14 +137,14 @@ def check_memory(run: Run, trial: Trial, lines: Lines) -> None:
     state = run.trainable.trainable_params * _OPTIMIZER_BYTES[run.config.train.optimizer]
     if run.accelerator.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(run.accelerator.device)
-        there, where = free + torch.cuda.memory_reserved(run.accelerator.device), "of the GPU"
+        there, location = free + torch.cuda.memory_reserved(run.accelerator.device), "of the GPU"
     else:
         own = psutil.Process().memory_info().rss
-        there, where = psutil.virtual_memory().available + own, "of memory"
+        there, location = psutil.virtual_memory().available + own, "of memory"
     need = trial.peak_bytes + state
-    text = f"about {size_text(need)} at the peak, {size_text(there)} {where} to be had"
+    text = f"about {size_text(need)} at the peak, {size_text(there)} {location} to be had"
     if trial.out_of_memory:
-        lines.fail(f"a step does not fit into {size_text(there)} {where}", _LESS_MEMORY)
+        lines.fail(f"a step does not fit into {size_text(there)} {location}", _LESS_MEMORY)
     elif need > there:
         lines.fail(text, _LESS_MEMORY)
     elif need > _TIGHT * there:
@@ -154,7 +154,7 @@ def check_memory(run: Run, trial: Trial, lines: Lines) -> None:
 
 
 def estimate_seconds(run: Run, trial: Trial, *, done: int = 0) -> dict[str, float]:
-    """Seconds of the steps that are left, of encoding, of validation and of sampled pictures.
+    """Seconds of the steps that are left, of encoding, of validation and of sampled images.
 
     Args:
         done: steps that a resumed run has behind it.
@@ -165,7 +165,7 @@ def estimate_seconds(run: Run, trial: Trial, *, done: int = 0) -> dict[str, floa
     world, size = run.accelerator.num_processes, settings.batch_size
     drawn = batches * size * world
     fresh = drawn if examples.variants is None else min(drawn, len(examples.records) * examples.variants)
-    forward = trial.step_seconds * _FORWARD / size  # of one picture
+    forward = trial.step_seconds * _FORWARD / size  # of one image
     held_out = min(len(run.held_out.records), _MOST_VALIDATED) if run.held_out else 0
     validations = events(settings, settings.validate_every, done, last=True) if held_out else 0
     painted = events(settings, settings.sample_every, done, last=False) * min(
@@ -202,9 +202,9 @@ def check_disk(run: Run, trial: Trial | None, lines: Lines, *, done: int = 0) ->
     disk = existing(folder)
     free = shutil.disk_usage(disk).free
     text = f"{size_text(need)} to be written, {size_text(free)} free at {disk}"
-    cure = "free some space, give another output_dir, or lower train.keep_checkpoints"
+    hint = "free some space, give another output_dir, or lower train.keep_checkpoints"
     if need > free:
-        lines.fail(text, cure)
+        lines.fail(text, hint)
     else:
         lines.ok(text)
     if run.config.data.cache is None or trial is None or not trial.latents_bytes:
@@ -286,8 +286,8 @@ def _output_bytes(run: Run, *, done: int) -> int:
         height, width = run.examples.size_at(0)
         # PNG of RGB at half its raw size; the tracker keeps a second copy.
         copies = 1 if run.config.tracking.tracker == "none" else 2
-        pictures = events(settings, settings.sample_every, done, last=False) * settings.sample_count
-        total += pictures * copies * height * width * 3 // 2
+        images = events(settings, settings.sample_every, done, last=False) * settings.sample_count
+        total += images * copies * height * width * 3 // 2
     return total
 
 
@@ -326,7 +326,7 @@ def step_text(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-_LOOK_AHEAD = 64  # batches that a large picture with boxes is looked for in
+_LOOK_AHEAD = 64  # batches that a large image with boxes is looked for in
 _MOST_TRIES = 4  # batches that a weight may need for its first gradient
 _MOVE = 1e-3  # of the largest weight in the trial step
 _FP16_SCALE = 1024.0  # small gradients would be 0 in fp16; the run's own scaler is not to be touched
@@ -344,9 +344,9 @@ class Trial:
         unreached: parameters to train that the last batch had no part for, not even a gradient of 0: DDP takes none such.
         alive: how many got one.
         step_seconds: forward and backward of a batch, warm.
-        data_seconds: of a batch whose pictures are encoded. encode_seconds: of encoding a batch, beside it.
+        data_seconds: of a batch whose images are encoded. encode_seconds: of encoding a batch, beside it.
         peak_bytes: most memory at any time so far.
-        latents_bytes, text_bytes: of one picture's latents and of one caption's embeddings.
+        latents_bytes, text_bytes: of one image's latents and of one caption's embeddings.
         side: (h, w) of the latents.
         out_of_memory: the trial ended for want of memory.
     """
@@ -444,13 +444,13 @@ def _backward(run: Run, positions: range, trial: Trial) -> _Pass:
     _wait(device)
     trial.step_seconds = time.perf_counter() - before
     values = found.detach().float().cpu()
-    names = [run.examples.record_at(position).where for position in positions]
+    names = [run.examples.record_at(position).location for position in positions]
     bad = [name for name, good in zip(names, values.isfinite().tolist(), strict=True) if not good]
     return _Pass(values.mean().item(), bad)
 
 
 def _batches(run: Run) -> list[range]:
-    """The first batches of this process that have boxes; that of the largest pictures among the next ones comes first."""
+    """The first batches of this process that have boxes; that of the largest images among the next ones comes first."""
     size, world = run.config.train.batch_size, run.accelerator.num_processes
     starts = [(n * world + run.accelerator.process_index) * size for n in range(_LOOK_AHEAD)]
     own = [range(start, start + size) for start in starts]
@@ -570,7 +570,7 @@ def setting_warnings(run: Run) -> Iterator[tuple[str, str]]:
         )
     yield from _looks(run)
     for key, cost in (
-        ("sample_every", "no picture is painted"),
+        ("sample_every", "no image is painted"),
         ("validate_every", "the only validation is at the end"),
         ("checkpoint_every", "the only checkpoint is at the end, and a kill before it loses all"),
     ):
@@ -594,13 +594,13 @@ def _looks(run: Run) -> Iterator[tuple[str, str]]:
     train = run.config.train
     every = train.validate_every if run.held_out is not None else 0
     count = (train.max_steps // every + (train.max_steps % every > 0)) if every else 0
-    if train.sample_every:  # its pictures may be judged too
+    if train.sample_every:  # its images may be judged too
         count = max(count, train.max_steps // train.sample_every)
-    cure = "lower train.validate_every" if run.held_out is not None else "hold pictures out: data.validation_share=0.1"
+    hint = "lower train.validate_every" if run.held_out is not None else "hold images out: data.validation_share=0.1"
     if train.final == "best" and count < 2:
-        yield f"train.final best has {count} validation{'s' * (count != 1)} to choose from: it is the last", cure
+        yield f"train.final best has {count} validation{'s' * (count != 1)} to choose from: it is the last", hint
     if train.early_stop and count <= train.early_stop:
-        yield f"train.early_stop {train.early_stop} never comes: the run is validated {count} times", cure
+        yield f"train.early_stop {train.early_stop} never comes: the run is validated {count} times", hint
 
 
 def idle_keys(config: Config) -> Iterator[str]:
@@ -663,8 +663,8 @@ def preflight(
         _check_targets(run, lines)
     if odd := list(setting_warnings(run)):
         with report.timed("settings") as lines:
-            for found, cure in odd:
-                lines.warn(found, cure)
+            for found, hint in odd:
+                lines.warn(found, hint)
     with report.timed("base") as lines:
         _check_base(run, checkpoint, lines)
     trial = None
@@ -699,27 +699,27 @@ def _check_data(run: Run, lines: Lines) -> None:
     known = "" if boxes is None else f", {boxes:,} boxes"
     data, total = run.config.data, len(examples.records) + held_out
     by = f" by data.validation_share {data.validation_share:g}" if held_out and data.validation is None else ""
-    text = f"{len(examples.records):,} pictures to train on, {held_out:,} held out{by}{known}, {sizes}"
+    text = f"{len(examples.records):,} images to train on, {held_out:,} held out{by}{known}, {sizes}"
     warnings: list[tuple[str, str | None]] = [(line, None) for line in run.data_losses[1]]
     warnings += _long_texts(run)
     if boxes == 0:
         lines.fail(
-            f"none of {len(examples.records):,} pictures has a box", "see `mmdit-lora data check`, and data.filter"
+            f"none of {len(examples.records):,} images has a box", "see `mmdit-lora data check`, and data.filter"
         )
     elif (batch := run.batches["train.batch_size"]) > len(examples.records):
         lines.fail(
-            f"a step takes {batch} pictures, and there are {len(examples.records)} to train on"
+            f"a step takes {batch} images, and there are {len(examples.records)} to train on"
             + (f": {held_out} of {total} are held out{by}" if by else ""),
-            "lower train.batch_size or train.gradient_accumulation, or give more pictures"
+            "lower train.batch_size or train.gradient_accumulation, or give more images"
             + (", or hold none out: data.validation_share=0" if by else ""),
         )
     elif warnings:  # not "ok" in the first line, and the rest of it below
-        found, cure = warnings.pop(0)
-        lines.warn(f"{text}; {found}", cure)
+        found, hint = warnings.pop(0)
+        lines.warn(f"{text}; {found}", hint)
     else:
         lines.ok(text)
-    for found, cure in warnings:
-        lines.warn(found, cure)
+    for found, hint in warnings:
+        lines.warn(found, hint)
 
 
 def _long_texts(run: Run) -> Iterator[tuple[str, str]]:
@@ -727,7 +727,7 @@ def _long_texts(run: Run) -> Iterator[tuple[str, str]]:
     held_out: Sequence[Record] = run.held_out.records if run.held_out else []
     records = [*_spread(run.examples.records), *_spread(held_out)]
     total = len(run.examples.records) + len(held_out)
-    of = "" if len(records) == total else f" (of {total:,} pictures, a sample)"
+    of = "" if len(records) == total else f" (of {total:,} images, a sample)"
     phrases = dict.fromkeys(box.phrase for record in records for box in record.layout.boxes)
     captions = long_texts(run.pipe, [record.layout.caption for record in records], "captions")
     for found in (captions, long_texts(run.pipe, phrases, "phrases")):
@@ -761,8 +761,8 @@ def _check_targets(run: Run, lines: Lines) -> None:
     if not dead:
         return
     found = f"no gradient ever reaches {listed(dead)}"
-    cure = "name the modules without these in lora.targets, block by block where need be"
-    lines.warn(found, cure)
+    hint = "name the modules without these in lora.targets, block by block where need be"
+    lines.warn(found, hint)
 
 
 def _check_base(run: Run, checkpoint: Checkpoint | None, lines: Lines) -> None:
@@ -773,7 +773,7 @@ def _check_base(run: Run, checkpoint: Checkpoint | None, lines: Lines) -> None:
     try:
         run.check(checkpoint)
     except InputError as error:
-        lines.fail(f"{error.what} ({error.where})", error.cure or "")
+        lines.fail(f"{error.what} ({error.location})", error.hint or "")
 
 
 def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:
@@ -783,7 +783,7 @@ def _check_gradients(run: Run, trial: Trial, lines: Lines) -> None:
     if trial.bad_samples:
         lines.fail(
             f"the loss is no finite number at {listed(trial.bad_samples)}",
-            "look at these pictures; train.mixed_precision=bf16 has the range that fp16 has not",
+            "look at these images; train.mixed_precision=bf16 has the range that fp16 has not",
         )
         return
     if trial.unreached and run.accelerator.num_processes > 1:
@@ -835,4 +835,4 @@ def _agree(run: Run, report: Preflight) -> None:
     for process, check in gather_object(mine):
         if (check.name, check.found) not in known:
             found = f"in process {process}: {check.found}"
-            report.checks.append(Check(check.name, "failed", found, check.cure))
+            report.checks.append(Check(check.name, "failed", found, check.hint))

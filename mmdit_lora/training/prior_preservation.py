@@ -1,6 +1,6 @@
 """Against forgetting: layouts of the old domain, painted by the base itself, on which the adapter must not change it.
 
-DreamBooth's prior preservation (Ruiz et al. 2022, arXiv 2208.12242) replays pictures that the base painted. Here their target
+DreamBooth's prior preservation (Ruiz et al. 2022, arXiv 2208.12242) replays images that the base painted. Here their target
 is not the noise that was added but what the base itself predicts, as in learning without forgetting (Li and Hoiem 2016,
 arXiv 1606.09282): the loss is 0 as long as nothing changes, and no sample noise pulls at the adapter.
 """
@@ -21,7 +21,7 @@ from mmdit_lora.data.records import METADATA, read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text, write_text
 from mmdit_lora.layout import Layout, read_layouts
-from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.pipelines.texts import quiet_texts
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.step import Batch, Objective, losses, predict
@@ -31,38 +31,38 @@ FOLDER = "prior"
 
 
 def prior_layouts(config: Config) -> list[Layout]:
-    """The layouts of `prior.layouts`: a data set folder, whose pictures are not looked at, or a file of layouts.
+    """The layouts of `prior.layouts`: a data set folder, whose images are not looked at, or a file of layouts.
 
     Raises:
         InputError: it holds none, or the method trains no adapter that could be switched off.
     """
-    path, where = config.prior.layouts, "prior.layouts"
+    path, location = config.prior.layouts, "prior.layouts"
     if path is None:
         return []
     if config.method != "lora":
         raise InputError(
             f"is given with method {config.method}: what the base predicts is known only while it stays as it is",
-            where=where,
-            cure="set it to null, or train with method lora",
+            location=location,
+            hint="set it to null, or train with method lora",
         )
     layouts = (
-        [r.layout for r in read_dataset(path)] if Path(path).is_dir() else read_layouts(path, picture_size=image_size)
+        [r.layout for r in read_dataset(path)] if Path(path).is_dir() else read_layouts(path, image_size=image_size)
     )
     boxed = [layout for layout in layouts if layout.boxes]
     if not boxed:
-        raise InputError(f"{path} holds no layout with a box", where=where, cure="give layouts of the old domain")
+        raise InputError(f"{path} holds no layout with a box", location=location, hint="give layouts of the old domain")
     return boxed[: config.prior.count]
 
 
-def paint_prior(
-    pipe: LayoutPipeline, layouts: list[Layout], folder: Path, settings: PaintSettings, *, seed: int
+def generate_prior(
+    pipe: LayoutPipeline, layouts: list[Layout], folder: Path, settings: SamplingConfig, *, seed: int
 ) -> None:
     """Paint the layouts with the base as it is, into a data set folder; what a killed run painted is kept.
 
     Args:
         folder: is written to; `metadata.jsonl` comes last.
         settings: how the run samples.
-        seed: of the first picture; picture number i has `seed + i`.
+        seed: of the first image; image number i has `seed + i`.
     """
     lines: list[dict[str, Any]] = [
         {
@@ -74,14 +74,14 @@ def paint_prior(
     ]
     folder.mkdir(parents=True, exist_ok=True)
     with without_adapter(pipe.transformer), torch.no_grad(), quiet_texts(pipe):
-        # By batches that are always the same: the last bits of a picture depend on the others of its batch.
+        # By batches that are always the same: the last bits of an image depend on the others of its batch.
         for start in range(0, len(layouts), settings.batch_size):
             names = [line["file_name"] for line in lines[start : start + settings.batch_size]]
             if all((folder / name).is_file() for name in names):
                 continue
             part = layouts[start : start + settings.batch_size]
-            for name, picture in zip(names, paint(pipe, part, settings, seed=seed + start), strict=True):
-                save_png(picture, folder / name)
+            for name, image in zip(names, generate(pipe, part, settings, seed=seed + start), strict=True):
+                save_png(image, folder / name)
     text = "".join(json_text(line) + "\n" for line in lines)
     write_text(folder / METADATA, text)
 

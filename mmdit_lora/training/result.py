@@ -16,7 +16,7 @@ from mmdit_lora.outputs import new_folder
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.load_base import stored_dtype, stream_options
-from mmdit_lora.training.model_card import PICTURES, adapter_card
+from mmdit_lora.training.model_card import IMAGES, adapter_card
 from mmdit_lora.training.run_dir import SAMPLES, VERB
 from mmdit_lora.training.trainable import fold
 
@@ -49,8 +49,8 @@ def save_result(
         "version": __version__,
     }
     sheets = sorted((folder / SAMPLES).glob("step_*.png"))
-    card = adapter_card(config, report, type(pipe).__name__, pictures=bool(sheets))
-    beside = {PICTURES: sheets[-1].read_bytes()} if sheets else {}
+    card = adapter_card(config, report, type(pipe).__name__, images=bool(sheets))
+    beside = {IMAGES: sheets[-1].read_bytes()} if sheets else {}
     save_adapter(
         pipe.transformer,
         folder / "adapter",

@@ -9,7 +9,7 @@ resumed run
 - skips every (step, key) that was logged already. A resumed run makes the same draws, so that the values that stand there
   are those that it would log; only `speed/` is that of the killed start.
 
-What is not restored: pictures of steps up to the checkpoint that W&B lost (their sheets are in `samples/`); and of a W&B run that is online,
+What is not restored: images of steps up to the checkpoint that W&B lost (their sheets are in `samples/`); and of a W&B run that is online,
 rows that were not yet sent when the machine, and not only the process, died: nobody but the server knows of them.
 """
 
@@ -31,7 +31,7 @@ from mmdit_lora.training.tracking import Tracker
 JOURNAL = "tracking.jsonl"
 
 
-def with_journal(
+def resumable(
     folder: Path, name: str, make: Callable[[str | None], Tracker], *, run_id: str | None, step: int, resume: bool
 ) -> Tracker:
     """The tracker `name`, with its journal in `folder`; in the main process only.
@@ -49,10 +49,10 @@ def with_journal(
         run_id = header["run_id"]
     elif header is not None:
         run_id, rows = None, []  # the checkpoint's id is of the other tracker
-    return Journaled(make(run_id), path, name, rows, step)
+    return ResumableTracker(make(run_id), path, name, rows, step)
 
 
-class Journaled(Tracker):
+class ResumableTracker(Tracker):
     """A tracker whose rows are in a journal first.
 
     Args:
@@ -94,13 +94,13 @@ class Journaled(Tracker):
             self._file.write(json.dumps({"step": step, "scalars": new}) + "\n")
             self.tracker.log(step, new)
 
-    def pictures(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
-        # W&B has a list for each size, TensorBoard a tag for each picture.
+    def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
+        # W&B has a list for each size, TensorBoard a tag for each image.
         if any(at == step and (k == key or k.startswith((f"{key}_", f"{key}/"))) for at, k in self._done):
             return
         self._done.add((step, key))
-        self._file.write(json.dumps({"step": step, "pictures": key}) + "\n")
-        self.tracker.pictures(step, key, images, layouts)
+        self._file.write(json.dumps({"step": step, "images": key}) + "\n")
+        self.tracker.log_images(step, key, images, layouts)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.tracker.summary(values)
@@ -117,16 +117,16 @@ class Journaled(Tracker):
 
 
 def _pairs(row: Mapping[str, Any]) -> list[tuple[int, str]]:
-    return [(row["step"], key) for key in ([row["pictures"]] if "pictures" in row else row["scalars"])]
+    return [(row["step"], key) for key in ([row["images"]] if "images" in row else row["scalars"])]
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """First line and rows. Raises `InputError` for a file that was not written so."""
-    cure = "move it away: the run goes on without its earlier rows"
-    lines = read_rows(path, what="journal of a run", cure=cure)
+    hint = "move it away: the run goes on without its earlier rows"
+    lines = read_rows(path, what="journal of a run", hint=hint)
     for number, line in enumerate(lines, start=1):
         kinds = (("tracker", str), ("run_id", str | None)) if number == 1 else (("step", int),)
         whole = all(key in line and isinstance(line[key], kind) for key, kind in kinds)
-        if not whole or (number > 1 and not isinstance(line.get("scalars", line.get("pictures")), dict | str)):
-            raise InputError("is no row of a run's journal", where=f"{path}:{number}", cure=cure)
+        if not whole or (number > 1 and not isinstance(line.get("scalars", line.get("images")), dict | str)):
+            raise InputError("is no row of a run's journal", location=f"{path}:{number}", hint=hint)
     return (lines[0], lines[1:]) if lines else (None, [])

@@ -77,8 +77,8 @@ def check_output(folder: Path, config: Config, resume: bool) -> None:
     elif found or (folder / CONFIG).exists():
         raise InputError(
             "already holds a run",
-            where=f"output_dir {folder}",
-            cure="go on with it by `--resume latest`, or give another output_dir",
+            location=f"output_dir {folder}",
+            hint="go on with it by `--resume latest`, or give another output_dir",
         )
 
 
@@ -132,8 +132,8 @@ def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
     if checkpoint.step > config.train.max_steps:
         raise InputError(
             f"is {config.train.max_steps:,}, and the run is at step {checkpoint.step:,} already",
-            where="train.max_steps",
-            cure=f"give {checkpoint.step:,} or more, or start a new run in another output_dir",
+            location="train.max_steps",
+            hint=f"give {checkpoint.step:,} or more, or start a new run in another output_dir",
         )
     # Keys that are younger than the checkpoint had their defaults. A config of which this version makes nothing is compared
     # as it stands.
@@ -150,8 +150,8 @@ def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
             override = shlex.quote(f"{name}={json.dumps(old, ensure_ascii=False)}")
             raise InputError(
                 f"{name} is {shown(new)}, and was {shown(old)} when the run was started",
-                where=str(checkpoint.folder),
-                cure=f"resume with {override}, or start a new run in another output_dir",
+                location=str(checkpoint.folder),
+                hint=f"resume with {override}, or start a new run in another output_dir",
             )
 
 

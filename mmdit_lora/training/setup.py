@@ -29,18 +29,18 @@ from mmdit_lora.errors import InputError, listed
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import load_adapter, lora_state_dict, remove_adapter
 from mmdit_lora.lora.inject import with_adapter
-from mmdit_lora.pipelines import LayoutPipeline, PaintSettings
+from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
 from mmdit_lora.training.checkpoint import Checkpoint, State, checkpoints, save_checkpoint, trainable_parameters
 from mmdit_lora.training.deepspeed import open_whole, set_engine
-from mmdit_lora.training.ema import Averaged
+from mmdit_lora.training.ema import EMA
 from mmdit_lora.training.encoding import Encoder, EncodingStore
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.fingerprints import fingerprint_encoders, fingerprint_layouts, first_change
 from mmdit_lora.training.held_out import PairedLoss
-from mmdit_lora.training.load_base import DTYPES, open_base
+from mmdit_lora.training.load_base import DTYPES, load_base
 from mmdit_lora.training.optim import make_optimizer, make_schedule
-from mmdit_lora.training.performance import apply_switches
-from mmdit_lora.training.prior_preservation import FOLDER, Prior, paint_prior, prior_layouts
+from mmdit_lora.training.performance import apply_performance
+from mmdit_lora.training.prior_preservation import FOLDER, Prior, generate_prior, prior_layouts
 from mmdit_lora.training.run_dir import CHECKPOINTS, check_output
 from mmdit_lora.training.sharding import check_sharding, shards_parameters
 from mmdit_lora.training.step import Objective
@@ -50,7 +50,7 @@ _OWN, _START = "default", "start"
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialAdapter:
     """What a run began from, as its adapter tells others: no path of this machine.
 
     Args:
@@ -65,7 +65,7 @@ class Start:
         return asdict(self)
 
 
-def begin_from(model: nn.Module, adapter: str, *, base_fingerprint: str | None = None) -> Start:
+def load_initial_adapter(model: nn.Module, adapter: str, *, base_fingerprint: str | None = None) -> InitialAdapter:
     """Give the new adapter of `model` the weights of another one. Optimizer and schedule know nothing of that.
 
     Args:
@@ -93,7 +93,7 @@ def begin_from(model: nn.Module, adapter: str, *, base_fingerprint: str | None =
     remove_adapter(model, _START)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in before)
-    return Start(_name(adapter), fingerprint)
+    return InitialAdapter(_name(adapter), fingerprint)
 
 
 def _shape(model: nn.Module, adapter: str) -> dict[str, tuple[int, float, bool]]:
@@ -118,8 +118,8 @@ def _misfit(
         parts.append(f"{len(odd)} targets differ, {odd[0]} for one")
     return InputError(
         f"{adapter} does not fit this config: it has {_told(found)}; the config asks for {_told(wanted)}; {'; '.join(parts)}",
-        where="lora.start",
-        cure="give lora.r, lora.alpha, lora.targets, patterns, rslora and dora as the adapter was trained with (its "
+        location="lora.start",
+        hint="give lora.r, lora.alpha, lora.targets, patterns, rslora and dora as the adapter was trained with (its "
         "adapter_config.json states them), or leave lora.start out",
     )
 
@@ -171,7 +171,7 @@ class RunData:
         """What filter and centre crop cost: counts for the report, and lines for people.
 
         Raises:
-            InputError: a file is no picture, or one is too small for any bucket.
+            InputError: a file is no image, or one is too small for any bucket.
         """
         records = self.records
         looked_at = spread(records, _CROPS) if isinstance(records, ShardedRecords | Subset) else records
@@ -212,8 +212,8 @@ def _read_shards(path: str, config: Config) -> ShardedRecords:
     if config.data.filter != FilterSection():
         raise InputError(
             f"does not act on shards, and {path} is some",
-            where="data.filter",
-            cure="filter when the shards are written: `mmdit-lora data shard D --out S --filter ...`",
+            location="data.filter",
+            hint="filter when the shards are written: `mmdit-lora data shard D --out S --filter ...`",
         )
     records = open_shards(path, bbox_format=config.data.bbox_format, bbox_units=config.data.bbox_units)
     for record in spread(records, _LOOKS):
@@ -222,7 +222,7 @@ def _read_shards(path: str, config: Config) -> ShardedRecords:
 
 
 def run_buckets(config: Config, pipe: LayoutPipeline) -> Buckets:
-    """The sizes of the training pictures.
+    """The sizes of the training images.
 
     Raises:
         InputError: the base cannot have a resolution, or a ratio is none.
@@ -234,13 +234,13 @@ def run_buckets(config: Config, pipe: LayoutPipeline) -> Buckets:
         try:
             pipe.check_side(side)
         except InputError as error:
-            raise InputError(error.what, where=key, cure=error.cure) from None
+            raise InputError(error.what, location=key, hint=error.hint) from None
     if not chosen.has_sizes:
         return one_size((resolutions[0],) * 2)
     try:
         ratios = [parse_ratio(text) for text in chosen.ratios] or [1.0]
     except InputError as error:
-        raise InputError(error.what, where="data.buckets.ratios", cure=error.cure) from None
+        raise InputError(error.what, location="data.buckets.ratios", hint=error.hint) from None
     transformer, cell = pipe.transformer, pipe.vae_scale_factor
     most = transformer.max_latent_side
     return make_buckets(
@@ -271,14 +271,14 @@ class Run:
     fingerprints: dict[str, str]
     dtype: torch.dtype
     data_losses: tuple[dict[str, Any], list[str]]
-    average: Averaged | None = None
-    start: Start | None = None  # the adapter that it began from
+    average: EMA | None = None
+    start: InitialAdapter | None = None  # the adapter that it began from
     prior: Prior | None = None
     prior_layouts: list[Layout] = field(default_factory=list)
     state: State = field(default_factory=State)
     base_losses: Tensor | None = None
     compared: tuple[int, PairedLoss] | None = None  # the newest validation, and its step
-    fidelity: dict[str, Any] | None = None  # of the pictures painted last
+    fidelity: dict[str, Any] | None = None  # of the images painted last
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -301,9 +301,9 @@ class Run:
         return Objective(flow.inside_weight, flow.guidance, flow.weighting, flow.min_snr_gamma)
 
     @property
-    def settings(self) -> PaintSettings:
+    def settings(self) -> SamplingConfig:
         sample = self.config.sample
-        return PaintSettings(
+        return SamplingConfig(
             steps=sample.steps,
             guidance_scale=sample.guidance_scale,
             layout_scale=sample.layout_scale,
@@ -333,7 +333,7 @@ class Run:
             settings = replace(self.settings, size=(side, side))
             self.pipe.transformer.eval()
             with self.accelerator.autocast():
-                paint_prior(self.pipe, self.prior_layouts, folder, settings, seed=config.train.seed)
+                generate_prior(self.pipe, self.prior_layouts, folder, settings, seed=config.train.seed)
             self.pipe.transformer.train()
         self.accelerator.wait_for_everyone()
         plain = config.data.model_copy(update={"crop": "center", "flip": False, "box_jitter": 0.0})
@@ -388,15 +388,15 @@ class Run:
             InputError: it is damaged, or of another base or data set, or of steps of another number of samples.
         """
         saved = checkpoint.state()
-        if changed := first_change(saved["fingerprints"], self.fingerprints, where=str(checkpoint.folder)):
+        if changed := first_change(saved["fingerprints"], self.fingerprints, location=str(checkpoint.folder)):
             raise changed
         for key, size in self.batches.items():
             before = saved["batches"].get(key, size)
             if size != before:
                 raise InputError(
                     f"{key}: a step has {size} samples over all processes, and had {before} when the run was started",
-                    where=str(checkpoint.folder),
-                    cure="batch_size x gradient_accumulation x processes must be the same",
+                    location=str(checkpoint.folder),
+                    hint="batch_size x gradient_accumulation x processes must be the same",
                 )
         return saved
 
@@ -438,7 +438,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     data = read_data(config)
     layouts = prior_layouts(config)
     open_whole(accelerator)
-    pipe, base_fingerprint = open_base(config, dtype)
+    pipe, base_fingerprint = load_base(config, dtype)
     buckets = run_buckets(config, pipe)
     _check_guidance(config, pipe)
     fingerprints = {
@@ -462,7 +462,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     # Every process opened the same files: DDP need not send what does not train around, and cannot where it is quantised.
     named = (*pipe.transformer.named_parameters(), *pipe.transformer.named_buffers())
     pipe.transformer._ddp_params_and_buffers_to_ignore = [n for n, tensor in named if not tensor.requires_grad]
-    apply_switches(pipe.transformer, settings, device=accelerator.device, dtype=dtype)
+    apply_performance(pipe.transformer, settings, device=accelerator.device, dtype=dtype)
     optimizer = make_optimizer(pipe.transformer, config)
     schedule = make_schedule(optimizer, settings)
     cache = config.data.cache
@@ -472,7 +472,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         set_engine(accelerator, config)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
     # Only now: sharding puts other parameters in the place of those that were.
-    average = Averaged(accelerator.unwrap_model(model), settings.ema_decay) if settings.ema_decay else None
+    average = EMA(accelerator.unwrap_model(model), settings.ema_decay) if settings.ema_decay else None
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     examples = Examples(data.records, encoder, config, buckets=buckets, slots=slots, batch=batch)
     counts, warnings = data.losses(config, buckets)
@@ -506,21 +506,21 @@ def settle(run: Run) -> None:
                 parameter.data = parameter.data.to(run.dtype)
 
 
-def _start(config: Config, pipe: LayoutPipeline, base_fingerprint: str, resume: bool) -> Start | None:
+def _start(config: Config, pipe: LayoutPipeline, base_fingerprint: str, resume: bool) -> InitialAdapter | None:
     """Begin from `lora.start`. A run that goes on has its weights in the checkpoint: there it need no longer be at hand."""
     adapter = config.lora.start
     if adapter is None:
         return None
     found = checkpoints(Path(config.output_dir) / CHECKPOINTS) if resume else []
     if found and not Path(adapter).exists() and (saved := found[-1].state().get("start")):
-        return Start(**saved)
-    return begin_from(pipe.transformer, adapter, base_fingerprint=base_fingerprint)
+        return InitialAdapter(**saved)
+    return load_initial_adapter(pipe.transformer, adapter, base_fingerprint=base_fingerprint)
 
 
 def _check_guidance(config: Config, pipe: LayoutPipeline) -> None:
     if config.flow.guidance != 1.0 and not getattr(pipe.transformer.config, "guidance_embeds", False):
         raise InputError(
             f"is {config.flow.guidance:g}, and {config.base} has no such input: it is not guidance-distilled",
-            where="flow.guidance",
-            cure="leave it at 1.0; sample.guidance_scale is the guidance of sampling",
+            location="flow.guidance",
+            hint="leave it at 1.0; sample.guidance_scale is the guidance of sampling",
         )

@@ -67,29 +67,29 @@ def check_sharding(kind: DistributedType, config: Config) -> None:
     if config.method != "lora":
         raise InputError(
             f"is {config.method} with {name}, which trains adapters here",
-            where="method",
-            cure="use DDP, or method lora",
+            location="method",
+            hint="use DDP, or method lora",
         )
     if config.prior.layouts is not None:
-        raise InputError(f"is given with {name}", where="prior.layouts", cure="use DDP, or set it to null")
+        raise InputError(f"is given with {name}", location="prior.layouts", hint="use DDP, or set it to null")
     if kind != DistributedType.DEEPSPEED:
         return
     train = config.train
     if train.ema_decay:
         raise InputError(
             f"is {train.ema_decay:g} with {name}, which has no average of its masters",
-            where="train.ema_decay",
-            cure="set it to 0, or use DDP or FSDP2",
+            location="train.ema_decay",
+            hint="set it to 0, or use DDP or FSDP2",
         )
     if train.mixed_precision == "fp16":
         raise InputError(
             f"is fp16 with {name}, whose loss scale is in none of our checkpoints",
-            where="train.mixed_precision",
-            cure="set it to bf16",
+            location="train.mixed_precision",
+            hint="set it to bf16",
         )
     if train.optimizer != "adamw":
         raise InputError(
             f"is {train.optimizer} with {name}, which flattens the weights",
-            where="train.optimizer",
-            cure="set it to adamw",
+            location="train.optimizer",
+            hint="set it to adamw",
         )

@@ -35,7 +35,7 @@ class Diverged(Stopped):
 
 
 @contextmanager
-def noticed_signals() -> Iterator[Callable[[], str | None]]:
+def caught_signals() -> Iterator[Callable[[], str | None]]:
     """Within it, SIGTERM and Ctrl-C are noted, and the name of the one that came is given; a second one ends the process.
 
     Only the main thread can do that: in another one, nothing is noted.
@@ -77,5 +77,5 @@ def check_losses(
     bad = [f"{name} ({value})" for name, value, good in zip(names(), losses.tolist(), finite, strict=True) if not good]
     raise Diverged(
         f"the loss is no finite number in step {step + 1}, at {', '.join(bad[:4])}{' ...' if len(bad) > 4 else ''}. "
-        f"{checkpoint()} Look at these pictures; a lower train.learning_rate or mixed_precision bf16 may help"
+        f"{checkpoint()} Look at these images; a lower train.learning_rate or mixed_precision bf16 may help"
     )

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 Shape = tuple[int, ...]
 
 
-class Meter:
+class Throughput:
     """Seconds by phase since the last `read`, and what the steps computed."""
 
     def __init__(self) -> None:

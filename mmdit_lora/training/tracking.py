@@ -101,8 +101,8 @@ class Tracker(ABC):
         """Scalars of `step`; NaN and infinite values are logged as they are."""
 
     @abstractmethod
-    def pictures(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
-        """Pictures of `step` with the boxes and phrases that were asked for.
+    def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
+        """Images of `step` with the boxes and phrases that were asked for.
 
         Raises:
             ValueError: there are not as many layouts as images.
@@ -116,7 +116,7 @@ class Tracker(ABC):
         """The adapter's folder, with its card; only W&B keeps it."""
 
     def logged(self) -> set[tuple[int, str]] | None:
-        """(step, key) of all scalars and pictures of this run that earlier starts left on the disk; None: cannot be told.
+        """(step, key) of all scalars and images of this run that earlier starts left on the disk; None: cannot be told.
 
         To be asked before anything is logged. Who asks logs nothing again: what is there already then stays visible.
         """
@@ -135,7 +135,7 @@ class NullTracker(Tracker):
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         pass
 
-    def pictures(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
+    def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
         pass
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -191,8 +191,8 @@ class WandbTracker(Tracker):
                 settings=settings,
             )
         except wandb.errors.Error as error:
-            cure = "set the tracker's mode to offline and upload later with `wandb sync`"
-            raise InputError(f"W&B did not start: {error}", where="tracker", cure=cure) from error
+            hint = "set the tracker's mode to offline and upload later with `wandb sync`"
+            raise InputError(f"W&B did not start: {error}", location="tracker", hint=hint) from error
         # W&B's own step only goes up, so that after a resume rows of a step already seen would be dropped in silence.
         # Each call below is therefore a row of its own, and `step`, a column of it, is the axis of all the others.
         self._run.define_metric("step", hidden=True)
@@ -214,25 +214,25 @@ class WandbTracker(Tracker):
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({"step": step, **{key: float(value) for key, value in scalars.items()}})
 
-    def pictures(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
+    def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
         _check_pairs(images, layouts)
         if not images:
             return
-        # One id a phrase for the whole run, so that a phrase keeps its colour. All pictures of a key share one table of
+        # One id a phrase for the whole run, so that a phrase keeps its colour. All images of a key share one table of
         # names (the last one logged wins), so each is given all of them.
         for layout in layouts:
             for box in layout.boxes:
                 self._classes.setdefault(box.phrase, len(self._classes))
-        # W&B shows a list of pictures of different sizes wrongly: one list for each size.
+        # W&B shows a list of images of different sizes wrongly: one list for each size.
         by_size: dict[tuple[int, int], list[Any]] = {}
         for image, layout in zip(images, layouts, strict=True):
-            by_size.setdefault(image.size, []).append(self._picture(image.convert("RGB"), layout))
+            by_size.setdefault(image.size, []).append(self._image(image.convert("RGB"), layout))
         row: dict[str, Any] = {"step": step}
         for (width, height), listed in by_size.items():
             row[key if len(by_size) == 1 else f"{key}_{width}x{height}"] = listed
         self._run.log(row)
 
-    def _picture(self, image: Image.Image, layout: Layout) -> Any:
+    def _image(self, image: Image.Image, layout: Layout) -> Any:
         names = {number: phrase for phrase, number in self._classes.items()}
         data = [
             {
@@ -270,7 +270,7 @@ class WandbTracker(Tracker):
 
 
 class TensorBoardTracker(Tracker):
-    """TensorBoard event files in `folder`/tensorboard/<run id>; the boxes are painted on the pictures.
+    """TensorBoard event files in `folder`/tensorboard/<run id>; the boxes are painted on the images.
 
     Args:
         folder: the output folder of the training.
@@ -288,8 +288,8 @@ class TensorBoardTracker(Tracker):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            cure = "uv pip install mmdit-lora[tensorboard]  (or choose the tracker wandb or none)"
-            raise InputError("the tensorboard package is not installed", where="tracker", cure=cure) from error
+            hint = "uv pip install mmdit-lora[tensorboard]  (or choose the tracker wandb or none)"
+            raise InputError("the tensorboard package is not installed", location="tracker", hint=hint) from error
 
         self._make_writer = SummaryWriter
         root = Path(folder) / "tensorboard"
@@ -329,7 +329,7 @@ class TensorBoardTracker(Tracker):
             writer.add_scalar(key, float(value), global_step=step)
         writer.flush()  # a killed run keeps what it logged
 
-    def pictures(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
+    def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
         _check_pairs(images, layouts)
         import numpy as np
 
@@ -390,7 +390,7 @@ def make_tracker(
         return TensorBoardTracker(folder=folder, run_name=run_name, run_id=run_id, config=config)
     if tracker == "wandb":
         return WandbTracker(project=project, run_name=run_name, mode=mode, folder=folder, run_id=run_id, config=config)
-    raise InputError(f"unknown tracker {tracker!r}", where="tracker", cure=f"choose one of {', '.join(TRACKERS)}")
+    raise InputError(f"unknown tracker {tracker!r}", location="tracker", hint=f"choose one of {', '.join(TRACKERS)}")
 
 
 def _plain(value: Any) -> Any:
@@ -407,7 +407,9 @@ def _wandb_mode(mode: str | None) -> str:
 
     mode = mode or os.environ.get("WANDB_MODE") or None
     if mode is not None and mode not in WANDB_MODES:
-        raise InputError(f"unknown W&B mode {mode!r}", where="tracker", cure=f"choose one of {', '.join(WANDB_MODES)}")
+        raise InputError(
+            f"unknown W&B mode {mode!r}", location="tracker", hint=f"choose one of {', '.join(WANDB_MODES)}"
+        )
     if mode in ("offline", "disabled"):
         return mode
     try:  # never ask for a key: a training run in the background would wait for the answer for ever
@@ -417,8 +419,8 @@ def _wandb_mode(mode: str | None) -> str:
     if mode is None:
         return "online" if known else "offline"
     if not known:
-        cure = "run `wandb login`, set WANDB_API_KEY, or set the tracker's mode to offline"
-        raise InputError("W&B is to be online, but there is no API key", where="tracker", cure=cure)
+        hint = "run `wandb login`, set WANDB_API_KEY, or set the tracker's mode to offline"
+        raise InputError("W&B is to be online, but there is no API key", location="tracker", hint=hint)
     return mode
 
 

@@ -61,7 +61,7 @@ def set_trainable(model: nn.Module, config: Config) -> TrainableReport:
     parts = config.stream.parts if config.method == "layout_stream" else []
     for part in parts:
         if not any("layout" in name and part in name for name, _ in model.named_parameters()):
-            raise InputError(f"{part!r} is in no name of the layout stream", where="stream.parts")
+            raise InputError(f"{part!r} is in no name of the layout stream", location="stream.parts")
     for name, parameter in model.named_parameters():
         chosen = not parts or any(part in name for part in parts)
         parameter.requires_grad_(config.method == "full" or ("layout" in name and chosen))
@@ -106,12 +106,12 @@ def refuse_frozen(model: nn.Module, report: TrainableReport) -> None:
     strange = [name for name in now if adapter and "lora_" not in name]
     if sum(now.values()) == report.trainable_params and not strange:
         return
-    cure = "freeze the base first and add the adapter after it: what is frozen later takes the adapter with it"
+    hint = "freeze the base first and add the adapter after it: what is frozen later takes the adapter with it"
     if not now:
-        raise InputError("everything is frozen: nothing would train", where="targets", cure=cure)
+        raise InputError("everything is frozen: nothing would train", location="targets", hint=hint)
     raise InputError(
         f"{sum(now.values()):,} parameters would train, not the {report.trainable_params:,} that were set to"
         + (f", among them {strange[0]}" if strange else ""),
-        where="targets",
-        cure=cure,
+        location="targets",
+        hint=hint,
     )

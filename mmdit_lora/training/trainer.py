@@ -14,13 +14,13 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, prune_checkpoints, trainable_parameters
-from mmdit_lora.training.full_disk import told_when_full
+from mmdit_lora.training.full_disk import disk_full_as_error
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
-from mmdit_lora.training.loop import Progress, Witness, train_loop
+from mmdit_lora.training.loop import OnStep, Progress, train_loop
 from mmdit_lora.training.preflight import Preflight, preflight
 from mmdit_lora.training.prior_preservation import without_adapter
 from mmdit_lora.training.result import save_result
-from mmdit_lora.training.resumable_tracker import with_journal
+from mmdit_lora.training.resumable_tracker import resumable
 from mmdit_lora.training.run_dir import CHECKPOINTS, CONFIG, REPORT, run_folder
 from mmdit_lora.training.setup import AVERAGE, Run, prepare_run, settle
 from mmdit_lora.training.sharding import parted, whole
@@ -47,7 +47,7 @@ def train(
     *,
     resume: bool = False,
     on_progress: Progress | None = None,
-    witness: Witness | None = None,
+    on_step: OnStep | None = None,
     on_preflight: Callable[[Preflight], None] | None = None,
 ) -> TrainResult:
     """Train what `config.method` names, and leave `<output_dir>/adapter` (or `base`) and `report.json`.
@@ -61,18 +61,18 @@ def train(
         InputError: the base, the data, the machine or the output folder do not allow the run; nothing is written then.
         Diverged, Interrupted: see `train_loop`. DiskFull: the last checkpoint is whole.
     """
-    with run_folder(config, resume=resume), told_when_full(Path(config.output_dir)):
+    with run_folder(config, resume=resume), disk_full_as_error(Path(config.output_dir)):
         run = prepare_run(config, resume=resume)
         found = checkpoints(run.folder / CHECKPOINTS) if resume else []
         looked = preflight(run, checkpoint=found[-1] if found else None, costly=config.train.preflight)
         if run.accelerator.is_main_process and on_preflight is not None:
             on_preflight(looked)
         looked.refuse_failed()
-        return _train(run, found[-1] if found else None, resume, on_progress or (lambda *_: None), witness)
+        return _train(run, found[-1] if found else None, resume, on_progress or (lambda *_: None), on_step)
 
 
 def _train(
-    run: Run, checkpoint: Checkpoint | None, resume: bool, on_progress: Progress, witness: Witness | None
+    run: Run, checkpoint: Checkpoint | None, resume: bool, on_progress: Progress, on_step: OnStep | None
 ) -> TrainResult:
     config, main = run.config, run.accelerator.is_main_process
     if main:
@@ -83,7 +83,7 @@ def _train(
         alone = nullcontext() if run.start is None else without_adapter(run.pipe.transformer)
         with alone:
             found = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
-        run.base_losses = found.per_picture
+        run.base_losses = found.per_image
     parted(run.pipe.transformer)
     if checkpoint is not None:
         run.load(checkpoint)
@@ -92,7 +92,7 @@ def _train(
     tracker = _make_tracker(run, resume) if main else None
     run.state.tracker_run_id = tracker.run_id if tracker else None
     try:
-        train_loop(run, tracker, on_progress, witness)
+        train_loop(run, tracker, on_progress, on_step)
         _choose_weights(run)
         comparison = _compare(run, tracker) if main or run.is_sharded else None
         trained = trainable_parameters(run.bare_model)
@@ -129,8 +129,8 @@ def _choose_weights(run: Run) -> None:
         if not found:
             raise InputError(
                 f"is best, and the checkpoint of the best step, {best}, is gone",
-                where="train.final",
-                cure="set it to last",
+                location="train.final",
+                hint="set it to last",
             )
         found[0].state()  # whole, or refused
         found[0].load_weights(run.bare_model)
@@ -164,7 +164,7 @@ def _make_tracker(run: Run, resume: bool) -> Tracker:
         folder=run.folder,
         config=run.config.model_dump(mode="json") | {"fingerprints": run.fingerprints},
     )
-    return with_journal(
+    return resumable(
         run.folder,
         tracking.tracker,
         lambda run_id: make(run_id=run_id),
@@ -190,7 +190,7 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "seconds": run.seconds,
         "trainable_params": run.trainable.trainable_params,
         "total_params": run.trainable.total_params,
-        "pictures": len(run.examples.records),
+        "images": len(run.examples.records),
         "buckets": run.examples.bucket_counts(),
         **run.data_losses[0],
         "cache": None if (store := run.examples.encoder.store) is None else store.cache.stats.to_dict(),

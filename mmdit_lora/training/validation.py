@@ -13,7 +13,7 @@ from torch import nn
 
 from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.evaluation import measure, readable
-from mmdit_lora.pipelines import paint
+from mmdit_lora.pipelines import generate
 from mmdit_lora.pipelines.texts import quiet_texts
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
 from mmdit_lora.training.run_dir import SAMPLES
@@ -44,20 +44,20 @@ def shown_weights(run: Run) -> Iterator[None]:
 
 
 def validate(run: Run) -> PairedLoss | None:
-    """The held-out loss against the base's; None where no picture is held out."""
+    """The held-out loss against the base's; None where no image is held out."""
     if run.held_out is None or run.base_losses is None:
         return None
     with shown_weights(run):
         # Not through DDP's wrapper: only the main process comes here, and the wrapper would wait for the others.
         now = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
-    return compare_losses(run.base_losses, now.per_picture)
+    return compare_losses(run.base_losses, now.per_image)
 
 
 def watch(run: Run, tracker: Tracker) -> float | None:
     """Validate, paint, log. On the main process.
 
     Returns:
-        How good it is, higher is better: the pictures' mIoU where it was measured, else minus the held-out loss; None
+        How good it is, higher is better: the images' mIoU where it was measured, else minus the held-out loss; None
         where neither was.
     """
     settings, step = run.config.train, run.state.step
@@ -68,7 +68,7 @@ def watch(run: Run, tracker: Tracker) -> float | None:
         if run.held_out is not None and run.base_losses is not None and _due(step, settings.validate_every, last):
             device = run.accelerator.device
             now = held_out_losses(run.pipe.transformer, run.held_out, device)
-            loss = compare_losses(run.base_losses, now.per_picture)
+            loss = compare_losses(run.base_losses, now.per_image)
             run.compared = step, loss
             scalars |= {"held_out/loss": loss.trained, "held_out/loss_minus_base": loss.difference}
             scalars |= {f"held_out/loss_t{n}": value for n, value in enumerate(now.by_time())}
@@ -105,7 +105,7 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 def _show(run: Run, tracker: Tracker) -> dict[str, float]:
-    """Paint the first held-out layouts at their pictures' size, always from the same noise.
+    """Paint the first held-out layouts at their images' size, always from the same noise.
 
     Returns:
         Where the reader can judge them, their fidelity. Images that hold NaN or infinity are not written; a warning says so.
@@ -118,18 +118,18 @@ def _show(run: Run, tracker: Tracker) -> dict[str, float]:
     with run.accelerator.autocast(), torch.no_grad(), quiet_texts(run.pipe):
         sizes = [source.size_of(index) for index in range(len(layouts))]
         try:
-            pictures = paint(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
+            images = generate(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
         except NonFiniteError as error:  # of what was trained so far: the run is not at fault for a look at it
             logger.warning("no samples of step %d: %s", run.state.step, error)
             return {}
     colors = phrase_colors(layouts)
-    boxed = [draw_boxes(picture, layout, colors=colors) for picture, layout in zip(pictures, layouts, strict=True)]
+    boxed = [draw_boxes(image, layout, colors=colors) for image, layout in zip(images, layouts, strict=True)]
     if run.accelerator.is_main_process:
         save_png(contact_sheet(boxed), run.folder / SAMPLES / f"step_{run.state.step:07d}.png")
-    tracker.pictures(run.state.step, "samples", pictures, layouts)
+    tracker.log_images(run.state.step, "samples", images, layouts)
     if not readable(layouts):
         return {}
-    found = measure(pictures, layouts).to_dict()
+    found = measure(images, layouts).to_dict()
     fidelity = {name: float(value) for name, value in found.items() if name != "boxes"}
-    run.fidelity = {"step": run.state.step, "pictures": len(pictures), "values": fidelity}
+    run.fidelity = {"step": run.state.step, "images": len(images), "values": fidelity}
     return {f"fidelity/{name}": value for name, value in fidelity.items()}

@@ -184,7 +184,7 @@ def _same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor],
 
 LEAST, MOST = 4, 40  # steps of each half, where nobody says how many
 
-Tell = Callable[[str, int, int, dict[str, float]], None]  # what runs, steps done, of how many, scalars
+OnProgress = Callable[[str, int, int, dict[str, float]], None]  # what runs, steps done, of how many, scalars
 
 
 @dataclass(frozen=True)
@@ -229,17 +229,19 @@ class _Enough(Exception):
     """Ends a run as a crash would: after a step, with nothing saved of it."""
 
 
-def verify_resume(config: Config, *, steps: int | None = None, kills: int = 2, tell: Tell | None = None) -> Verdict:
+def verify_resume(
+    config: Config, *, steps: int | None = None, kills: int = 2, tell: OnProgress | None = None
+) -> Verdict:
     """Train 2N steps of `config` undisturbed, N + N, and with kills; compare steps, checkpoints and results.
 
     Batch, optimizer, precision, moving average, data, base and cache are the config's; what the encoders make goes to its
     cache as in any run. Of the rest, only lengths change: `max_steps` is 2N, warm-up and the steps between validations and
-    pictures are cut to fit in, two pictures are painted each time, `early_stop` and `preflight` are off, and no tracker is told.
+    images are cut to fit in, two images are painted each time, `early_stop` and `preflight` are off, and no tracker is told.
 
     Args:
         steps: N; None = enough to cross the warm-up and an epoch's end, where that takes at most `MOST`.
         kills: how many, at moments drawn from the config's seed.
-        tell: called as it goes on.
+        on_progress: called as it goes on.
 
     Raises:
         InputError: the config allows no run. Stopped: a run ended by itself, for another reason.
@@ -248,8 +250,8 @@ def verify_resume(config: Config, *, steps: int | None = None, kills: int = 2, t
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         raise InputError(
             "is for one process",
-            where="verify-resume",
-            cure="run it without torchrun: the processes of a run draw alike",
+            location="verify-resume",
+            hint="run it without torchrun: the processes of a run draw alike",
         )
     config = Config.model_validate(config.model_dump(mode="json"))  # as the killed process reads it from a file
     records, batch = len(read_data(config).records), config.train.batch_size * config.train.gradient_accumulation
@@ -306,7 +308,7 @@ def _crossings(config: Config, steps: int, records: int, batch: int) -> tuple[li
     if train.validate_every:
         crossed.append(f"validations every {train.validate_every} steps")
     if train.sample_every:
-        crossed.append(f"pictures every {train.sample_every} steps")
+        crossed.append(f"images every {train.sample_every} steps")
     return crossed, not_crossed
 
 
@@ -332,18 +334,18 @@ def _shortened(config: Config, steps: int, folder: Path, *, checkpoint_every: in
     )
 
 
-def _run(config: Config, tell: Tell, name: str, *, resume: bool = False, until: int | None = None) -> list[Row]:
+def _run(config: Config, tell: OnProgress, name: str, *, resume: bool = False, until: int | None = None) -> list[Row]:
     """Train in this process; the steps that were done."""
     rows: list[Row] = []
 
-    def witness(record: StepRecord) -> None:
+    def on_step(record: StepRecord) -> None:
         rows.append(row_of(record))
         tell(name, record.step, config.train.max_steps, {"loss": record.loss})
         if record.step == until:
             raise _Enough
 
     try:
-        train(config, resume=resume, witness=witness)
+        train(config, resume=resume, on_step=on_step)
     except _Enough:
         pass
     except Interrupted as error:
@@ -354,12 +356,14 @@ def _run(config: Config, tell: Tell, name: str, *, resume: bool = False, until: 
     return rows
 
 
-def _halves(config: Config, steps: int, tell: Tell) -> list[Row]:
+def _halves(config: Config, steps: int, tell: OnProgress) -> list[Row]:
     """The step after the checkpoint is done twice: what is not in the checkpoint must not matter."""
     return _run(config, tell, "to be resumed", until=steps + 1) + _run(config, tell, "resumed", resume=True)
 
 
-def _killed(config: Config, steps: int, kills: int, pace: float, folder: Path, at: list[int], tell: Tell) -> list[Row]:
+def _killed(
+    config: Config, steps: int, kills: int, pace: float, folder: Path, at: list[int], tell: OnProgress
+) -> list[Row]:
     """Train in a process that is killed `kills` times.
 
     Args:
@@ -417,7 +421,7 @@ def main(config: str, rows: str, threads: str) -> int:
             file.write(json.dumps(row_of(record)) + "\n")
 
         try:
-            train(load_config(config), resume=True, witness=note)
+            train(load_config(config), resume=True, on_step=note)
         except (InputError, Stopped) as error:
             print(error, file=sys.stderr)
             return 1

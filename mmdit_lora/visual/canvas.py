@@ -1,4 +1,4 @@
-"""What figures are made of: text that is measured and wrapped, pictures that are fitted, stacked and set in rows.
+"""What figures are made of: text that is measured and wrapped, images that are fitted, stacked and set in rows.
 
 All sizes are in pixels. Everything is drawn on white.
 """
@@ -17,7 +17,7 @@ Rgb = tuple[int, int, int]
 WHITE: Rgb = (255, 255, 255)
 INK: Rgb = (28, 32, 38)
 HALO: Rgb = (20, 22, 26)
-TINY = 128  # pictures up to this side are enlarged by whole numbers without smoothing, so that one sees their pixels
+TINY = 128  # images up to this side are enlarged by whole numbers without smoothing, so that one sees their pixels
 _FALLBACK_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSans-Regular.ttf",
@@ -41,7 +41,7 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
-    """RGB, the longer side `side`; a tiny picture by the largest whole number that fits, its pixels kept square."""
+    """RGB, the longer side `side`; a tiny image by the largest whole number that fits, its pixels kept square."""
     image, longest = image.convert("RGB"), max(image.size)
     if longest <= min(TINY, side):
         factor = side // longest
@@ -180,7 +180,7 @@ def legend(entries: Sequence[Entry], width: int, sizes: range) -> Image.Image:
     """`entries` in as many columns as fit, at the first of the font `sizes` at which none is cut, or the last.
 
     More than 4 entries get the first size at which two columns fit, if there is one: the legend is not to outgrow the
-    picture.
+    image.
     """
     pad, marked = 6, any(entry.mark for entry in entries)
 
@@ -222,7 +222,7 @@ def ink_on(color: Rgb) -> Rgb:
 
 
 def cell_width(images: Sequence[Image.Image], columns: int, room: int, gap: int) -> int:
-    """Width of a cell so that the columns fill about `room`; a multiple of the picture's own size if that is tiny."""
+    """Width of a cell so that the columns fill about `room`; a multiple of the image's own size if that is tiny."""
     cell = max(96, min(384, room // columns - gap))
     longest = max(max(image.size) for image in images)
     return longest * max(1, round(cell / longest)) if longest <= TINY else cell

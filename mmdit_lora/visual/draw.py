@@ -1,4 +1,4 @@
-"""Pictures for people: boxes drawn on pictures, contact sheets, and the before/after figure.
+"""Images for people: boxes drawn on images, contact sheets, and the before/after figure.
 
 All sizes are in pixels of the figure. Rectangles are (left, top, right, bottom), right and bottom exclusive.
 """
@@ -51,7 +51,7 @@ Rect = tuple[int, int, int, int]
 _MARK = "mmdit_lora"  # a text of a PNG
 
 # Okabe and Ito's palette: told apart with every common colour blindness. Its black is left out: halos are dark. Those that
-# show on both light and dark pictures come first.
+# show on both light and dark images come first.
 PALETTE: tuple[Rgb, ...] = (
     (230, 159, 0),
     (86, 180, 233),
@@ -70,9 +70,9 @@ OTHERS: Rgb = (150, 150, 150)
 _DISTINCT = 64  # colours of a run's phrases; the next ones begin again
 GREY, FAINT, PALE = (104, 112, 122), (214, 219, 225), (246, 247, 249)
 SMALLEST = 13  # font size of a phrase in the figure
-MAX_LABELS = 6  # more phrases than this on one picture hide it: the boxes get numbers, the phrases a legend
+MAX_LABELS = 6  # more phrases than this on one image hide it: the boxes get numbers, the phrases a legend
 MAX_NUMBERS = (
-    100  # more boxes of different phrases get no numbers: they would hide the picture, and their legend all else
+    100  # more boxes of different phrases get no numbers: they would hide the image, and their legend all else
 )
 MAX_ENTRIES = len(PALETTE + MORE_COLORS)  # lines of a legend of phrases
 
@@ -85,14 +85,14 @@ def draw_boxes(
     labels: bool = True,
     colors: Mapping[str, Rgb] | None = None,
 ) -> Image.Image:
-    """The picture, enlarged, with its boxes and their phrases drawn on it.
+    """The image, enlarged, with its boxes and their phrases drawn on it.
 
     Args:
         image: any mode and size.
         layout: its boxes are drawn in the order given, each in the colour `box_color(index)`; their lines are thinner
             where there are more than 6.
-        scale_to: a picture whose longer side is shorter is enlarged to it; one of at most 128 px by the largest whole
-            number that fits, so that its pixels stay squares. A larger picture keeps its size.
+        scale_to: an image whose longer side is shorter is enlarged to it; one of at most 128 px by the largest whole
+            number that fits, so that its pixels stay squares. A larger image keeps its size.
         labels: draw the phrases. With more than 6 boxes, or where tags would cover one another, boxes get numbers and
             the phrases stand in a legend below, which makes the result taller; the width never changes. If at most
             two thirds of more than 6 phrases are distinct, boxes get no numbers but the colour of their phrase, and
@@ -102,7 +102,7 @@ def draw_boxes(
             one colour in all of them. None = by the place of the box in its layout.
 
     Returns:
-        A new RGB picture; its top left part is the enlarged picture.
+        A new RGB image; its top left part is the enlarged image.
     """
     canvas = enlarge(image, scale_to)
     rects = [_to_pixels(box.xyxy, canvas.size) for box in layout.boxes]
@@ -140,30 +140,30 @@ def contact_sheet(
     title: str | None = None,
     cell: int = 256,
 ) -> Image.Image:
-    """A grid of pictures on white, row by row.
+    """A grid of images on white, row by row.
 
     Args:
         images: at least one; each is fitted into the width of a cell, whatever its size.
-        layouts: one a picture; its boxes are drawn on it, a phrase in one colour over the whole sheet.
+        layouts: one an image; its boxes are drawn on it, a phrase in one colour over the whole sheet.
         columns: default: as many as make the grid about as wide as high, and at most 5 in one row alone.
-        captions: one a picture; wrapped below it, at most 3 lines.
+        captions: one an image; wrapped below it, at most 3 lines.
         title: above the grid.
-        cell: width of a cell; the longer side of a picture.
+        cell: width of a cell; the longer side of an image.
 
     Raises:
-        ValueError: there is no picture, or not as many layouts or captions as pictures.
+        ValueError: there is no image, or not as many layouts or captions as images.
     """
     if not images:
-        raise ValueError("a contact sheet needs at least one picture")
-    same_length("pictures", images, layouts=layouts, captions=captions)
+        raise ValueError("a contact sheet needs at least one image")
+    same_length("images", images, layouts=layouts, captions=captions)
     colors = phrase_colors(layouts or ())
     columns = columns or (len(images) if len(images) <= 5 else math.ceil(math.sqrt(len(images))))
     cells = []
     for index, image in enumerate(images):
-        picture = fit(image, cell)
-        parts = [picture]
+        fitted = fit(image, cell)
+        parts = [fitted]
         if layouts:
-            parts = [draw_boxes(picture, layouts[index], scale_to=max(picture.size), colors=colors)]
+            parts = [draw_boxes(fitted, layouts[index], scale_to=max(fitted.size), colors=colors)]
         if captions:
             parts += [blank(cell, 6), paragraph(captions[index], cell, 14, GREY, max_lines=3)]
         cells.append(stack(parts, align="centre", width=cell))
@@ -188,20 +188,20 @@ def before_after(
 ) -> Image.Image:
     """The figure of what the adapter does: one column a layout; rows: the layout, before, after, and the ground truth.
 
-    The requested boxes are outlined on every picture. Made for 5 to 8 columns, which give about 2000 px of width.
+    The requested boxes are outlined on every image. Made for 5 to 8 columns, which give about 2000 px of width.
 
     Args:
         layouts: one a column, at least one.
-        before: pictures of the base, one a column.
-        after: pictures with the adapter, one a column.
+        before: images of the base, one a column.
+        after: images with the adapter, one a column.
         truth: optional ground truth, one a column; a row below.
         title: above the figure.
         before_label: left of its row; what precedes a colon is set large, what follows it small below.
         after_label: likewise.
-        scores: mean IoU of each picture, (before, after), printed under the pictures, their means under the row labels.
+        scores: mean IoU of each image, (before, after), printed under the images, their means under the row labels.
 
     Raises:
-        ValueError: there is no layout, or not one picture and score for each.
+        ValueError: there is no layout, or not one image and score for each.
     """
     if not layouts:
         raise ValueError("the figure needs at least one layout")
@@ -218,7 +218,7 @@ def before_after(
     rows: list[tuple[str, Sequence[Image.Image], Sequence[float] | None]]
     rows = [(before_label, before, scores and scores[0]), (after_label, after, scores and scores[1])]
     if truth is not None:
-        rows.append(("truth: the picture of the data set", truth, None))
+        rows.append(("truth: the image of the data set", truth, None))
     for label, images, row_scores in rows:
         drawn = [
             draw_boxes(fit(image, cell), layout, scale_to=1, labels=False, colors=colors)
@@ -469,18 +469,18 @@ def _common(a: Rect, b: Rect) -> int:
 
 def _band(
     label: str,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     gutter: int,
     gap: int,
     cell: int,
     scores: Sequence[float] | None = None,
     best: Sequence[float] | None = None,
 ) -> Image.Image:
-    """One row of the figure: its label, `gutter` wide, and its pictures in cells with their scores, the best ones dark."""
-    height = max(picture.height for picture in pictures)
+    """One row of the figure: its label, `gutter` wide, and its images in cells with their scores, the best ones dark."""
+    height = max(image.height for image in images)
     cells = []
-    for column, picture in enumerate(pictures):
-        parts = [stack([picture], align="centre", width=cell, height=height)]
+    for column, image in enumerate(images):
+        parts = [stack([image], align="centre", width=cell, height=height)]
         if scores is not None:
             color = INK if best is None or scores[column] >= best[column] else GREY
             parts.append(paragraph(f"IoU {two_digits(scores[column])}", cell, 24, color, centre=True, top=10))

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.hub import read_base_config
 from mmdit_lora.models import FAMILIES, Family, LayoutModelMixin, family_of
 from mmdit_lora.models.families import stream_changes
-from mmdit_lora.models.hub import read_base_config
 
 DEFAULT_SIDE = 1024
 _CURE = "give a pipeline folder, its transformer folder, a hub id, or a --family without a base"
@@ -43,7 +43,7 @@ class PlannedBase:
 
     @property
     def default_side(self) -> int:
-        """Side in pixels of the pictures that the base was made for, as far as its config says so."""
+        """Side in pixels of the images that the base was made for, as far as its config says so."""
         cells = self.arguments.get("sample_size")
         return cells * self.vae_scale_factor if isinstance(cells, int) else DEFAULT_SIDE
 
@@ -56,10 +56,10 @@ class PlannedBase:
         try:
             return self.family.transformer(**self.arguments)
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise InputError(f"its transformer's config makes no model: {error}", where=self.name) from error
+            raise InputError(f"its transformer's config makes no model: {error}", location=self.name) from error
 
     def latent_side(self, model: LayoutModelMixin, side: int) -> int:
-        """Latent cells along the side of a square picture of `side` pixels.
+        """Latent cells along the side of a square image of `side` pixels.
 
         Raises:
             InputError: no multiple of what an image token covers, or more than there are position embeddings for.
@@ -67,7 +67,7 @@ class PlannedBase:
         try:
             model.check_side(side, self.vae_scale_factor)
         except InputError as error:
-            raise InputError(error.what, where="--resolution", cure=error.cure) from None
+            raise InputError(error.what, location="--resolution", hint=error.hint) from None
         return side // self.vae_scale_factor
 
 
@@ -83,14 +83,14 @@ def preset_base(preset: str, options: Mapping[str, Any]) -> PlannedBase:
     presets = {name: family for family in FAMILIES.values() for name in family.presets}
     if preset not in presets:
         near = difflib.get_close_matches(preset, presets, n=1)
-        cure = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(presets)}"
-        raise InputError(f"is {preset!r}, which is not known", where="--family", cure=cure)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(presets)}"
+        raise InputError(f"is {preset!r}, which is not known", location="--family", hint=hint)
     family = presets[preset]
     arguments = dict(family.presets[preset])
     return PlannedBase(preset, family, _with_options(preset, family, arguments, options), family.vae_scale_factor)
 
 
-def open_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
+def load_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
     """A base on disk (pipeline or transformer folder) or on the hub, of which only the transformer's config is fetched.
 
     Args:
@@ -101,7 +101,7 @@ def open_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
     """
     folder = Path(base)
     config = _read_folder(folder) if folder.exists() else _fetch(base)
-    family = family_of(config, where=base)
+    family = family_of(config, location=base)
     known = inspect.signature(family.transformer.__init__).parameters
     arguments = {key: value for key, value in config.items() if key in known}
     has_stream = config["_class_name"] == family.transformer.__name__
@@ -118,8 +118,8 @@ def _with_options(
         options,
         has_stream=has_stream,
         base=base,
-        where=STREAM_OPTIONS,
-        cure="leave it out",
+        location=STREAM_OPTIONS,
+        hint="leave it out",
     )
     return arguments | changes
 
@@ -128,7 +128,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     for file in (folder / "transformer" / "config.json", folder / "config.json"):
         if file.is_file():
             return read_base_config(file)
-    raise InputError("has neither transformer/config.json nor config.json", where=str(folder), cure=_CURE)
+    raise InputError("has neither transformer/config.json nor config.json", location=str(folder), hint=_CURE)
 
 
 def _fetch(base: str) -> dict[str, Any]:
@@ -137,7 +137,9 @@ def _fetch(base: str) -> dict[str, Any]:
     except Exception as error:  # the hub's client and its HTTP library raise types of their own
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"is no folder, and as a hub id its transformer/config.json cannot be had ({first})", where=base, cure=_CURE
+            f"is no folder, and as a hub id its transformer/config.json cannot be had ({first})",
+            location=base,
+            hint=_CURE,
         ) from error
     return read_base_config(Path(file))
 

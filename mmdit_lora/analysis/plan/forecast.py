@@ -31,9 +31,9 @@ class Setup:
     """How one would train.
 
     Args:
-        resolution: side of the pictures in pixels.
-        boxes: of a picture.
-        batch: pictures of a step.
+        resolution: side of the images in pixels.
+        boxes: of an image.
+        batch: images of a step.
         dtype: "bf16", "fp16" or "fp32", of the frozen weights and of autocast; what trains is kept in fp32.
         text_tokens: of a caption.
         checkpoint_every: gradient checkpointing of every k-th block; 0 = none.
@@ -130,7 +130,7 @@ def set_for(model: Any, method: Method, rank: int) -> Parameters:
 def empty_batch(model: Any, setup: Setup, latents: int, slots: int) -> Batch:
     """A batch of the right shapes, its values whatever memory holds."""
     size = setup.batch
-    picture = (size, model.latent_channels, latents, latents)
+    image = (size, model.latent_channels, latents, latents)
     phrase = (model.phrase_tokens,) if model.phrase_tokens else ()
     layout = LayoutInputs(
         boxes=torch.empty(size, slots, 4),
@@ -138,8 +138,8 @@ def empty_batch(model: Any, setup: Setup, latents: int, slots: int) -> Batch:
         mask=torch.ones(size, slots, dtype=torch.bool),
     )
     return Batch(
-        x0=torch.empty(picture),
-        noise=torch.empty(picture),
+        x0=torch.empty(image),
+        noise=torch.empty(image),
         t=torch.empty(size),
         prompt_embeds=torch.empty(size, setup.text_tokens, model.config.joint_attention_dim),
         pooled=torch.empty(size, model.config.pooled_projection_dim),
@@ -151,7 +151,7 @@ def _slots(model: Any, boxes: int) -> int:
     slots = model.config.layout_slots
     if slots is not None and boxes > slots:
         raise InputError(
-            f"is {boxes}, and this base takes {slots}", where="--boxes", cure=f"give at most {slots} boxes"
+            f"is {boxes}, and this base takes {slots}", location="--boxes", hint=f"give at most {slots} boxes"
         )
     return slots or boxes
 

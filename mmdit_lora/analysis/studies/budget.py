@@ -64,8 +64,8 @@ def spend(budget: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     if level < 1 or abs(left) > TOLERANCE * budget:
         raise InputError(
             f"gives a budget of {budget:,} parameters, which {len(shapes)} linears cannot have: {budget - left:,} is nearest",
-            where="lora.r",
-            cure="give a smaller rank" if level == levels[-1] else "give a larger rank",
+            location="lora.r",
+            hint="give a smaller rank" if level == levels[-1] else "give a larger rank",
         )
     return ranks
 

@@ -18,7 +18,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         f"Base {escape_markdown(', '.join(asked['bases']) or asked['config']['base'])}; seeds {', '.join(map(str, asked['seeds']))}; "
         f"{asked['config']['train']['max_steps']} steps of {asked['config']['train']['batch_size']}; at most "
-        f"{asked['pictures']} held-out layouts are painted. All runs together took {results['wall_seconds'] / 60:.0f} minutes "
+        f"{asked['images']} held-out layouts are painted. All runs together took {results['wall_seconds'] / 60:.0f} minutes "
         f"({_machine(results['machine'])}).",
         "",
         "![plot](study.png)",

@@ -14,13 +14,15 @@ from mmdit_lora.analysis.studies.worker import FIGURES, run_alone, run_arm
 from mmdit_lora.errors import InputError
 from mmdit_lora.json_files import read_object
 
-Tell = Callable[[str, int, int, dict[str, Any]], None]  # setting and seed, done, of how many, figures
+OnProgress = Callable[[str, int, int, dict[str, Any]], None]  # setting and seed, done, of how many, figures
 Figures = dict[str, Any]
 
 _EXTENSIONS, _FACTOR = 2, 3.0  # how often, and by how much, a scan goes on beyond a best rate at its end
 
 
-def run_all(setup: Setup, arms: Sequence[Arm], tell: Tell | None = None, *, isolate: bool = True) -> list[Figures]:
+def run_all(
+    setup: Setup, arms: Sequence[Arm], tell: OnProgress | None = None, *, isolate: bool = True
+) -> list[Figures]:
     """The figures of every arm, in order.
 
     Args:
@@ -46,11 +48,11 @@ def run_all(setup: Setup, arms: Sequence[Arm], tell: Tell | None = None, *, isol
 
 def read_figures(path: Path) -> Figures:
     """What `run_arm` wrote."""
-    return read_object(path, what="file of figures", cure="remove it: the run is done again")
+    return read_object(path, what="file of figures", hint="remove it: the run is done again")
 
 
 def scan_rates(
-    setup: Setup, scans: Sequence[Scan], tell: Tell | None = None, *, isolate: bool = True
+    setup: Setup, scans: Sequence[Scan], tell: OnProgress | None = None, *, isolate: bool = True
 ) -> tuple[dict[str, float], dict[str, list[dict[str, float]]]]:
     """The learning rate of each kind with the lowest held-out loss, and all that were tried.
 
@@ -85,8 +87,8 @@ def scan_rates(
         if not math.isfinite(losses[best]):
             raise InputError(
                 f"diverges for {scan.kind} at all of {', '.join(f'{rate:g}' for rate in sorted(losses))}",
-                where="train.learning_rate",
-                cure="give a lower one: the rates that are tried are around it",
+                location="train.learning_rate",
+                hint="give a lower one: the rates that are tried are around it",
             )
         chosen[scan.kind] = best
         tried[scan.kind] = [{"learning_rate": rate, "loss_minus_base": losses[rate]} for rate in sorted(losses)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmdit_lora.config.loading import Config
 
-QUICK_STEPS, QUICK_PICTURES = 3, 4
+QUICK_STEPS, QUICK_IMAGES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Setup:
     Args:
         config: an ordinary training config; every run is a variation of it.
         seeds: one run a setting for each.
-        pictures: held-out layouts that are painted for fidelity, the first ones.
+        images: held-out layouts that are painted for fidelity, the first ones.
         quick: two settings and a few steps, to see that all works.
         old: data set of the base's old domain, where forgetting is measured; None = not measured.
         bases: for the intrinsic dimension, from small to large; empty = that of the config.
@@ -29,7 +29,7 @@ class Setup:
     config: Config
     out: Path
     seeds: tuple[int, ...] = (0, 1, 2)
-    pictures: int = 64
+    images: int = 64
     quick: bool = False
     old: str | None = None
     bases: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Setup:
             "study": self.name,
             "config": config,
             "seeds": list(self.seeds),
-            "pictures": self.pictures,
+            "images": self.images,
             "quick": self.quick,
             "old": self.old,
             "bases": list(self.bases),
@@ -77,7 +77,7 @@ class Arm:
         return f"{plain}_seed{self.seed}"
 
     def config(self, setup: Setup) -> Config:
-        """Of its training: pictures and validation come at the end, and what is encoded is shared by all runs."""
+        """Of its training: images and validation come at the end, and what is encoded is shared by all runs."""
         values = setup.config.model_dump(mode="json")
         steps = setup.config.train.max_steps
         changes = {

@@ -19,7 +19,7 @@ from mmdit_lora.analysis.studies.intrinsic import IntrinsicDimensionStudy
 from mmdit_lora.analysis.studies.methods import MethodsStudy
 from mmdit_lora.analysis.studies.rank import RankStudy
 from mmdit_lora.analysis.studies.report import markdown
-from mmdit_lora.analysis.studies.runs import Tell, read_figures, run_all, scan_rates
+from mmdit_lora.analysis.studies.runs import OnProgress, read_figures, run_all, scan_rates
 from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup
 from mmdit_lora.analysis.studies.statistics import plain
 from mmdit_lora.analysis.studies.table import Decided, Table
@@ -31,7 +31,7 @@ from mmdit_lora.outputs import check_open_folder, open_folder
 from mmdit_lora.training.load_base import open_encoders
 from mmdit_lora.training.setup import read_data
 
-_BY_PICTURE = ("ious", "old_ious", "loss_minus_base", "old_losses")  # these stay in the runs' own files
+_BY_IMAGE = ("ious", "old_ious", "loss_minus_base", "old_losses")  # these stay in the runs' own files
 PLAN, RESULTS, PLOT, PAGE, VERDICT = "plan.json", "study.json", "study.png", "study.md", "verdict.json"
 _WRITTEN = (PLAN, RESULTS, PLOT, PAGE, VERDICT, "runs/", "cache/")
 
@@ -56,12 +56,14 @@ STUDIES: dict[str, Study] = {
 }
 
 
-def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isolate: bool = True) -> dict[str, Any]:
+def run_study(
+    setup: Setup, *, command: str = "", tell: OnProgress | None = None, isolate: bool = True
+) -> dict[str, Any]:
     """Run what is not yet there of a study, and write `plan.json`, `study.json`, `study.png`, `study.md`, `verdict.json`.
 
     Args:
         command: how it was started, for the record.
-        tell: called after every run. isolate: see `run_all`.
+        on_progress: called after every run. isolate: see `run_all`.
 
     Returns:
         What `study.json` holds.
@@ -80,7 +82,7 @@ def run_study(setup: Setup, *, command: str = "", tell: Tell | None = None, isol
         table = Table(runs)
         decided, extra = study.conclude(setup, table)
         study.draw(setup, table, extra, out / PLOT)
-        kept = [{key: value for key, value in run.items() if key not in _BY_PICTURE} for run in runs]
+        kept = [{key: value for key, value in run.items() if key not in _BY_IMAGE} for run in runs]
         scanned = [read_figures(path)["seconds"] for path in (out / "runs").glob("scan*/figures.json")]
         results = plain(
             {
@@ -126,7 +128,7 @@ def _look(setup: Setup, study: Study) -> list[Scan]:
     """
     if not read_data(setup.config).held_out:
         raise InputError(
-            "holds nothing out", where="data", cure="give data.validation or a data.validation_share above 0"
+            "holds nothing out", location="data", hint="give data.validation or a data.validation_share above 0"
         )
     if setup.old is not None:
         read_dataset(setup.old)
@@ -149,13 +151,13 @@ def _claim_folder(setup: Setup, study: Study) -> None:
     wanted = json.loads(json.dumps(setup.to_dict() | {"claims": claims}))
     if path.is_file():
         if (
-            there := read_object(path, what="plan of a study", cure="give another --out, or remove this one")
+            there := read_object(path, what="plan of a study", hint="give another --out, or remove this one")
         ) != wanted:
             keys = [key for key in wanted if there.get(key) != wanted[key]]
             raise InputError(
                 f"holds a study that was asked for otherwise (other: {', '.join(keys)})",
-                where=str(setup.out),
-                cure="give another --out, or start it again as it was",
+                location=str(setup.out),
+                hint="give another --out, or start it again as it was",
             )
         return
     write_json(path, wanted)

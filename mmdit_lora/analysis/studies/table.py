@@ -40,7 +40,7 @@ class Table:
         return [run for run in self.runs if run["setting"] == setting]
 
     def values(self, setting: str, measure: Measure) -> Array | None:
-        """(S, P), higher is better: mean IoU of each picture, or held-out loss below the base's (of the old domain: minus
+        """(S, P), higher is better: mean IoU of each image, or held-out loss below the base's (of the old domain: minus
         the loss); None where not measured."""
         rows = [run.get(_KEYS.get(measure, measure)) for run in self.of(setting)]
         if not rows or any(row is None for row in rows):
@@ -48,7 +48,7 @@ class Table:
         return np.array(rows, dtype=np.float64) * (-1 if measure in _KEYS else 1)
 
     def gains(self, setting: str, measure: Measure, base: str = BASE) -> Array | None:
-        """(S, P), paired by picture: `values` minus the base's."""
+        """(S, P), paired by image: `values` minus the base's."""
         own = self.values(setting, measure)
         if measure == "loss" or own is None:
             return own
@@ -57,7 +57,7 @@ class Table:
 
     @property
     def main(self) -> Measure:
-        """What claims are decided on: pictures where they can be read, else the held-out loss."""
+        """What claims are decided on: images where they can be read, else the held-out loss."""
         return "ious" if all(run["ious"] is not None for run in self.runs) else "loss"
 
     @property
@@ -76,7 +76,7 @@ class Table:
         return None if values is None else mean_interval(values)
 
     def gain(self, setting: str, measure: Measure) -> Interval | None:
-        """Over the base, paired by picture; None for the base itself."""
+        """Over the base, paired by image; None for the base itself."""
         base = next((name for name in self.bases if setting.startswith(name.removesuffix(BASE))), None)
         if base is None or setting == base:
             return None

@@ -24,13 +24,13 @@ from mmdit_lora.data.cache import DiskCache
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import NonFiniteError, Stopped
-from mmdit_lora.evaluation.detectors.shapes import per_picture, readable, summarise
+from mmdit_lora.evaluation.detectors.shapes import per_image, readable, summarise
 from mmdit_lora.files import write_json
-from mmdit_lora.pipelines import LayoutPipeline, PaintSettings, paint
+from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.training.encoding import Encoder, EncodingStore
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.held_out import held_out_losses
-from mmdit_lora.training.load_base import DTYPES, open_base
+from mmdit_lora.training.load_base import DTYPES, load_base
 from mmdit_lora.training.run_dir import CHECKPOINTS
 from mmdit_lora.training.setup import read_data, run_buckets
 from mmdit_lora.training.stopping import Diverged, Interrupted
@@ -52,7 +52,7 @@ def run_arm(setup: Setup, arm: Arm) -> None:
     before, start = _memory(), time.perf_counter()
     figures: dict[str, Any] = {"setting": arm.setting, "seed": arm.seed, "base": config.base, "resumed": resumed}
     if arm.changes is None:
-        pipe, _ = open_base(config, DTYPES[config.train.mixed_precision])
+        pipe, _ = load_base(config, DTYPES[config.train.mixed_precision])
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         figures |= {"trainable_params": 0, "bytes": 0, "learning_rate": None, "loss_minus_base": None}
     else:
@@ -80,10 +80,10 @@ def run_arm(setup: Setup, arm: Arm) -> None:
     if arm.trial:
         figures |= {"fidelity": None, "ious": None}
     else:
-        figures |= _fidelity(pipe, config, read_data(config).held_out, setup.pictures, "")
+        figures |= _fidelity(pipe, config, read_data(config).held_out, setup.images, "")
     if setup.old is not None and not arm.trial:
         old = read_dataset(setup.old)
-        figures |= _fidelity(pipe, config, old, setup.pictures, "old_")
+        figures |= _fidelity(pipe, config, old, setup.images, "old_")
         figures["old_losses"] = _losses(pipe, config, old)
     figures["seconds"] = round(time.perf_counter() - start, 2)
     write_json(folder / FIGURES, figures)
@@ -116,7 +116,7 @@ def run_alone(setup: Setup, arm: Arm) -> None:
 def _fidelity(
     pipe: LayoutPipeline, config: Config, records: Sequence[Record], count: int, prefix: str
 ) -> dict[str, Any]:
-    """Fidelity over boxes, and each picture's mean IoU; None where the reader does not know the phrases."""
+    """Fidelity over boxes, and each image's mean IoU; None where the reader does not know the phrases."""
     chosen = [records[index] for index in range(min(count, len(records)))]
     none = {f"{prefix}fidelity": None, f"{prefix}ious": None}
     if not readable(record.layout for record in chosen):
@@ -125,7 +125,7 @@ def _fidelity(
     side = config.data.resolution or pipe.default_side
     layouts = [prepare(record.load(), record.layout, (side, side))[1] for record in chosen]
     layouts = [layout for layout in layouts if layout.boxes]
-    settings = PaintSettings(
+    settings = SamplingConfig(
         steps=sample.steps,
         guidance_scale=sample.guidance_scale,
         layout_scale=sample.layout_scale,
@@ -133,8 +133,8 @@ def _fidelity(
         size=(side, side),
     )
     with torch.no_grad():
-        pictures = paint(pipe, layouts, settings, seed=sample.seed)
-    readings = per_picture(pictures, layouts)
+        images = generate(pipe, layouts, settings, seed=sample.seed)
+    readings = per_image(images, layouts)
     return {
         f"{prefix}fidelity": summarise([box for boxes in readings for box in boxes]).to_dict(),
         f"{prefix}ious": [float(np.mean([box.iou for box in boxes])) for boxes in readings],
@@ -142,12 +142,12 @@ def _fidelity(
 
 
 def _losses(pipe: LayoutPipeline, config: Config, records: Sequence[Record]) -> list[float]:
-    """Loss of each picture, at times and noises that are the same for every run, whatever its seed."""
+    """Loss of each image, at times and noises that are the same for every run, whatever its seed."""
     store = None if config.data.cache is None else EncodingStore(DiskCache(config.data.cache), pipe, config.base)
     slots = pipe.transformer.config.layout_slots
     examples = Examples(records, Encoder(pipe, store), config, buckets=run_buckets(config, pipe), slots=slots)
     found = held_out_losses(pipe.transformer, examples, pipe.device)
-    return [float(loss) for loss in found.per_picture]
+    return [float(loss) for loss in found.per_image]
 
 
 def _memory() -> int:

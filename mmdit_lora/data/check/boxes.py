@@ -12,7 +12,7 @@ from mmdit_lora.data.check.findings import EXAMPLES_KEPT, Corners, Example, Find
 from mmdit_lora.data.records import Record
 from mmdit_lora.layout import Box
 
-TINY = 0.01  # of the picture's side
+TINY = 0.01  # of the image's side
 SAME_IOU = 0.95
 
 
@@ -43,7 +43,7 @@ def _tiny(records: Sequence[Record], total: int) -> list[Finding]:
     found.sort(key=lambda pair: pair[0])
     return finding(
         "tiny-boxes",
-        "{n} of {total} boxes are less than 1 % of the picture wide or high",
+        "{n} of {total} boxes are less than 1 % of the image wide or high",
         "remove them: they are smaller than what the model can draw",
         [shown for _, shown in found],
         total=total,
@@ -58,8 +58,8 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
     count: Counter[str] = Counter()
 
     def note(found: list[Example], record: Record, text: str, boxes: list[int]) -> None:
-        """Of a picture with hundreds of boxes in one place a few tell it all; all pairs would fill the memory."""
-        if len(found) < EXAMPLES_KEPT or found[-1].where != record.where:
+        """Of an image with hundreds of boxes in one place a few tell it all; all pairs would fill the memory."""
+        if len(found) < EXAMPLES_KEPT or found[-1].location != record.location:
             found.append(example(record, text, boxes))
 
     for record in records:
@@ -84,7 +84,7 @@ def _twice(records: Sequence[Record], total: int) -> list[Finding]:
     return [
         *finding(
             "duplicate-boxes",
-            "{n} boxes repeat another one of their picture, phrase and all",
+            "{n} boxes repeat another one of their image, phrase and all",
             "remove the second",
             equal,
             total=total,

@@ -1,4 +1,4 @@
-"""Histograms as inline SVG, and pictures with their boxes drawn as data URLs: what a page needs without a network."""
+"""Histograms as inline SVG, and images with their boxes drawn as data URLs: what a page needs without a network."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def rows(counts: Mapping[str, int], *, shown: int = 12) -> str:
 
 
 def heat(centers: Sequence[tuple[float, float]], *, cells: int = 12) -> str:
-    """Where the centers of boxes, (x, y) in [0, 1], lie in their pictures: darker is more."""
+    """Where the centers of boxes, (x, y) in [0, 1], lie in their images: darker is more."""
     if not centers:
         return ""
     counts: dict[tuple[int, int], int] = {}
@@ -93,7 +93,7 @@ def by_powers(values: Sequence[float]) -> dict[str, int]:
 
 
 def thumbnail(example: Example) -> str | None:
-    """A data URL of the example's picture with its boxes; None where it cannot be shown."""
+    """A data URL of the example's image with its boxes; None where it cannot be shown."""
     if example.image is None:
         return None
     try:
@@ -119,7 +119,7 @@ def thumbnail(example: Example) -> str | None:
 def _with_margin(
     image: Image.Image, boxes: Sequence[tuple[float, float, float, float]]
 ) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """On a canvas that shows boxes beyond the picture, up to half a side; and (left, top, width, height) of the picture."""
+    """On a canvas that shows boxes beyond the image, up to half a side; and (left, top, width, height) of the image."""
     xs, ys = [v for box in boxes for v in box[0::2]], [v for box in boxes for v in box[1::2]]
     left, right = (round(min(max(v, 0), 0.5) * image.width) for v in (-min(xs, default=0), max(xs, default=1) - 1))
     top, bottom = (round(min(max(v, 0), 0.5) * image.height) for v in (-min(ys, default=0), max(ys, default=1) - 1))

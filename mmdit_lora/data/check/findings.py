@@ -12,7 +12,7 @@ from mmdit_lora.data.records import Record
 Severity = Literal["error", "warning"]
 Corners = tuple[float, float, float, float]
 
-_DRAWN = 300  # boxes of one picture: of more nothing is seen
+_DRAWN = 300  # boxes of one image: of more nothing is seen
 EXAMPLES_KEPT = 12  # of one finding: what a page can show and a person looks at
 
 
@@ -21,14 +21,14 @@ class Example:
     """One place where something was found.
 
     Args:
-        where: `file:line` of the record.
+        location: `file:line` of the record.
         text: what is wrong there.
-        image: the picture, to be drawn; None where there is none to see.
+        image: the image, to be drawn; None where there is none to see.
         at_fault, others: boxes, xyxy in [0, 1] (at fault perhaps beyond), drawn strongly and faintly.
-        record: whose picture it is, where that is no file of its own.
+        record: whose image it is, where that is no file of its own.
     """
 
-    where: str
+    location: str
     text: str
     image: Path | None = None
     at_fault: tuple[Corners, ...] = ()
@@ -37,7 +37,12 @@ class Example:
 
     def to_dict(self) -> dict[str, Any]:
         image = None if self.image is None else str(self.image)
-        return {"where": self.where, "text": self.text, "image": image, "boxes": [list(box) for box in self.at_fault]}
+        return {
+            "where": self.location,
+            "text": self.text,
+            "image": image,
+            "boxes": [list(box) for box in self.at_fault],
+        }
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Finding:
     name: str
     severity: Severity
     message: str
-    cure: str
+    hint: str
     count: int
     total: int
     unit: str
@@ -74,7 +79,7 @@ class Finding:
             "total": self.total,
             "unit": self.unit,
             "message": self.message,
-            "cure": self.cure,
+            "cure": self.hint,
             "examples": [example.to_dict() for example in self.examples],
             "places": list(self.places),
         }
@@ -84,7 +89,7 @@ def example(record: Record, text: str, boxes: Sequence[int] = ()) -> Example:
     """An example of a record, the boxes of these indices at fault."""
     every, chosen = record.layout.boxes, set(boxes)
     return Example(
-        where=record.where,
+        location=record.location,
         text=text,
         image=record.image,
         record=record,
@@ -96,7 +101,7 @@ def example(record: Record, text: str, boxes: Sequence[int] = ()) -> Example:
 def finding(
     name: str,
     message: str,
-    cure: str,
+    hint: str,
     examples: Iterable[Example],
     *,
     total: int,
@@ -112,5 +117,5 @@ def finding(
         return []
     text = message.replace("{n}", str(number)).replace("{total}", str(total))
     kept = tuple(found[:EXAMPLES_KEPT])
-    places = tuple(dict.fromkeys(one.where for one in found))
-    return [Finding(name, severity, text, cure, number, total, unit, kept, places, tuple(lines))]
+    places = tuple(dict.fromkeys(one.location for one in found))
+    return [Finding(name, severity, text, hint, number, total, unit, kept, places, tuple(lines))]

@@ -22,14 +22,14 @@ def page(report: CheckReport, *, title: str, boxes: Sequence[Box]) -> str:
         boxes: all boxes of the set, for the histograms.
     """
     examples = [example for found in report.findings for example in found.examples]
-    # Large pictures are warned of when they are opened, and have a finding of their own.
+    # Large images are warned of when they are opened, and have a finding of their own.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        pictures = dict(zip(map(id, examples), pool.map(thumbnail, examples), strict=True))
+        images = dict(zip(map(id, examples), pool.map(thumbnail, examples), strict=True))
     errors = [found for found in report.findings if found.severity == "error"]
     mild = [found for found in report.findings if found.severity != "error"]
     state = "bad" if errors else "mild" if mild else "good"
     verdict = _verdict(len(errors), len(mild))
-    sections = "".join(_section(n, found, pictures) for n, found in enumerate(report.findings))
+    sections = "".join(_section(n, found, images) for n, found in enumerate(report.findings))
     notes = "".join(
         f"<li>{escape(note)}</li>"
         for note in (*report.notes, *(f"{n} {w} left out" for w, n in report.left_out.items()))
@@ -56,12 +56,12 @@ def _verdict(errors: int, warnings: int) -> str:
 def _figures(report: CheckReport) -> str:
     per = report.boxes / report.records if report.records else 0
     shown = (
-        (f"{report.pictures:,}", "pictures"),
+        (f"{report.images:,}", "images"),
         (f"{report.records:,}", "layouts"),
         (f"{report.boxes:,}", "boxes"),
         (f"{per:.1f}", "boxes a layout"),
         (f"{report.phrases:,}", "distinct phrases"),
-        (f"{len(report.image_sizes):,}", "picture sizes"),
+        (f"{len(report.image_sizes):,}", "image sizes"),
     )
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in shown)
 
@@ -80,12 +80,12 @@ def _contents(findings: Sequence[Finding]) -> str:
 def _charts(report: CheckReport, boxes: Sequence[Box]) -> str:
     shown = (
         ("Phrases, by boxes", rows(report.phrase_counts)),
-        ("Picture sizes", rows({size.replace("x", " x "): n for size, n in report.image_sizes.items()})),
-        ("Sizes in training, by pictures", rows({size.replace("x", " x "): n for size, n in report.buckets.items()})),
-        ("Boxes a layout", columns(_filled(report.boxes_per_picture))),
-        ("Area of boxes, up to this share of the picture", columns(by_powers([box.area for box in boxes]))),
+        ("ImageFacts sizes", rows({size.replace("x", " x "): n for size, n in report.image_sizes.items()})),
+        ("Sizes in training, by images", rows({size.replace("x", " x "): n for size, n in report.buckets.items()})),
+        ("Boxes a layout", columns(_filled(report.boxes_per_image))),
+        ("Area of boxes, up to this share of the image", columns(by_powers([box.area for box in boxes]))),
         ("Shorter side of boxes, up to this share", columns(by_powers([min(box.width, box.height) for box in boxes]))),
-        ("Centers of boxes in their pictures", heat([_center(box) for box in boxes])),
+        ("Centers of boxes in their images", heat([_center(box) for box in boxes])),
     )
     cards = "".join(f"<figure><figcaption>{name}</figcaption>{chart}</figure>" for name, chart in shown if chart)
     return f'<div class="charts">{cards}</div>'
@@ -106,9 +106,9 @@ def _filled(counts: dict[int, int]) -> dict[str, int]:
     return filled
 
 
-def _section(place: int, found: Finding, pictures: dict[int, str | None]) -> str:
+def _section(place: int, found: Finding, images: dict[int, str | None]) -> str:
     number = 0 if not found.total else min(found.count / found.total, 1)
-    shown = "".join(_example(example, pictures[id(example)]) for example in found.examples)
+    shown = "".join(_example(example, images[id(example)]) for example in found.examples)
     more = found.count - len(found.examples)
     rest = (
         f'<p class="of">The first {len(found.examples)} are shown; check.json lists every place.</p>'
@@ -119,17 +119,17 @@ def _section(place: int, found: Finding, pictures: dict[int, str | None]) -> str
         f'<section id="{found.name}-{place}"><h3><span class="badge {found.severity}">{found.severity}</span> {found.name}'
         f'<span class="of">{found.count:,} of {found.total:,} {found.unit}</span></h3>'
         f'<div class="share"><i style="width:{max(number * 100, 0.5):.1f}%"></i></div>'
-        f"<p>{escape(found.message)}</p><p><b>To mend it:</b> {escape(found.cure)}</p>"
+        f"<p>{escape(found.message)}</p><p><b>To mend it:</b> {escape(found.hint)}</p>"
         f'<div class="gallery">{shown}</div>{rest}</section>'
     )
 
 
-def _example(example: Example, picture: str | None) -> str:
-    where = escape("/".join(example.where.rsplit("/", 2)[-2:]))
+def _example(example: Example, source: str | None) -> str:
+    location = escape("/".join(example.location.rsplit("/", 2)[-2:]))
     image = (
-        f'<img src="{picture}" alt="{escape(example.text, quote=True)}">'
-        if picture
-        else '<div class="none">no picture to show</div>'
+        f'<img src="{source}" alt="{escape(example.text, quote=True)}">'
+        if source
+        else '<div class="none">no source to show</div>'
     )
     name = f"<b>{escape(example.image.name)}</b> " if example.image else ""
-    return f"<figure>{image}<figcaption>{name}{escape(example.text)}<small>{where}</small></figcaption></figure>"
+    return f"<figure>{image}<figcaption>{name}{escape(example.text)}<small>{location}</small></figcaption></figure>"

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdit_lora.data.check.pictures import look_at
+from mmdit_lora.data.check.images import look_at
 from mmdit_lora.data.images import opened
 from mmdit_lora.data.records import Record
 from mmdit_lora.files import require_file
@@ -15,10 +15,10 @@ HEADERS = 1000  # read before a run: some tenths of a second
 
 
 def quick_check(records: Sequence[Record]) -> None:
-    """Look at every file's size and at `HEADERS` pictures' headers, evenly spread over the set. Nothing is decoded.
+    """Look at every file's size and at `HEADERS` images' headers, evenly spread over the set. Nothing is decoded.
 
     Raises:
-        InputError: the first file that is empty, declares more pixels than is safe, or is no picture; with its record.
+        InputError: the first file that is empty, declares more pixels than is safe, or is no image; with its record.
     """
     first: dict[Path, Record] = {}
     for record in records:
@@ -32,7 +32,7 @@ def quick_check(records: Sequence[Record]) -> None:
 
 def _looks_right(record: Record, *, header: bool) -> bool:
     try:
-        if require_file(record.image, what="picture").stat().st_size == 0:
+        if require_file(record.image, what="image").stat().st_size == 0:
             return False
         if header:
             with warnings.catch_warnings(action="ignore"), opened(record.image):

@@ -18,7 +18,7 @@ _PLAIN = Reading("xyxy", "relative")
 
 def as_written(records: Iterable[Record]) -> list[Written]:
     """For readers that convert: the boxes of their records, which are relative xyxy."""
-    return [Written(r.where, r.image, _PLAIN, tuple(box.xyxy for box in r.layout.boxes)) for r in records]
+    return [Written(r.location, r.image, _PLAIN, tuple(box.xyxy for box in r.layout.boxes)) for r in records]
 
 
 def corners_of(line: Written, reading: Reading | None = None) -> list[Corners]:
@@ -31,15 +31,15 @@ def corners_of(line: Written, reading: Reading | None = None) -> list[Corners]:
 
 
 def fits(four: Corners) -> bool:
-    """Whether relative xyxy lies in the picture (or is clipped to it), and is neither inverted nor empty."""
+    """Whether relative xyxy lies in the image (or is clipped to it), and is neither inverted nor empty."""
     left, top, right, bottom = four
     return min(four) >= -EDGE_SHARE and max(four) <= 1 + EDGE_SHARE and left < right and top < bottom
 
 
 def reading_findings(lines: Sequence[Written], found: Evidence | None) -> list[Finding]:
-    """Whether another reading explains the boxes better than the declared one, and sizes that are not the pictures'.
+    """Whether another reading explains the boxes better than the declared one, and sizes that are not the images'.
 
-    In xyxy the right and lower corners reach the far sides of the pictures; sizes added to left and top seldom pass 1.
+    In xyxy the right and lower corners reach the far sides of the images; sizes added to left and top seldom pass 1.
 
     Args:
         found: the boxes of the lines under each reading (`set_evidence`).
@@ -55,17 +55,17 @@ def _format(lines: Sequence[Written], found: Evidence | None) -> list[Finding]:
         better = found.proposed[0]
         names = " or ".join(found.name(reading) for reading in found.proposed)
         message = f"{wrong} of {total} boxes are wrong as {said.order}, {found.wrong[better]} as {names}: the boxes are probably {names}"
-        cure = f"look at the boxes below; {found.hint}"
+        hint = f"look at the boxes below; {found.hint}"
     elif said.order == "xyxy" and not wrong and not found.wrong[Reading("xywh", said.unit)] and _enough(lines):
         better = Reading("xywh", said.unit)
         message = f"all {total} boxes would be right as xywh too, which is rare for xyxy: check bbox_format"
-        cure = "look at the boxes below; set bbox_format on the lines or in the config if another reading is right"
+        hint = "look at the boxes below; set bbox_format on the lines or in the config if another reading is right"
     else:
         return []
     ordered = sorted(lines, key=lambda line: all(map(fits, corners_of(line))))
     examples = [
         Example(
-            line.where,
+            line.location,
             f"red as {found.name(said)}, blue as {found.name(better)}: {_few(line)}",
             line.image,
             tuple(corners_of(line)),
@@ -75,7 +75,7 @@ def _format(lines: Sequence[Written], found: Evidence | None) -> list[Finding]:
         if line.numbers
     ]
     message = f"{message} ({found.line})"
-    return finding("box-format", message, cure, examples, total=total, unit="boxes", count=wrong or total)
+    return finding("box-format", message, hint, examples, total=total, unit="boxes", count=wrong or total)
 
 
 def _enough(lines: Sequence[Written]) -> bool:
@@ -89,12 +89,12 @@ def _sizes(lines: Sequence[Written]) -> list[Finding]:
         if line.declared and line.size and line.declared != line.size:
             turned = "; the sides are swapped, as EXIF rotation does" if line.declared == line.size[::-1] else ""
             said, has = (f"{w:g} x {h:g}" for w, h in (line.declared, line.size))
-            text = f"declared {said}, the picture has {has} upright{turned}"
-            examples.append(Example(line.where, text, line.image))
+            text = f"declared {said}, the image has {has} upright{turned}"
+            examples.append(Example(line.location, text, line.image))
     return finding(
         "declared-size",
-        "{n} lines declare another size than their picture has",
-        "check that each line belongs to its picture, and to this size of it: boxes in pixels would be wrong",
+        "{n} lines declare another size than their image has",
+        "check that each line belongs to its image, and to this size of it: boxes in pixels would be wrong",
         examples,
         total=len(lines),
         unit="records",

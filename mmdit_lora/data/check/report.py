@@ -12,7 +12,7 @@ from mmdit_lora.boxes import BBOX_UNITS, EDGE_RULE, Evidence
 from mmdit_lora.data.buckets import MIN_VISIBLE, Buckets, size_counts
 from mmdit_lora.data.check.boxes import TINY, box_findings
 from mmdit_lora.data.check.findings import Example, Finding, finding
-from mmdit_lora.data.check.pictures import look_at_all, picture_findings
+from mmdit_lora.data.check.images import image_findings, look_at_all
 from mmdit_lora.data.check.readings import (
     Written,
     as_written,
@@ -34,13 +34,13 @@ class CheckReport:
     """Plain data; `to_dict` is what `data check --json` prints and `check.json` holds.
 
     Args:
-        records: lines that could be read. pictures: distinct files among them.
-        image_sizes: "WIDTHxHEIGHT" -> how many pictures, the most frequent first.
-        buckets: "WIDTHxHEIGHT" of training pictures -> how many, likewise; empty where there is one size, or none is known.
-        boxes_per_picture: number of boxes -> how many records.
+        records: lines that could be read. images: distinct files among them.
+        image_sizes: "WIDTHxHEIGHT" -> how many images, the most frequent first.
+        buckets: "WIDTHxHEIGHT" of training images -> how many, likewise; empty where there is one size, or none is known.
+        boxes_per_image: number of boxes -> how many records.
         phrase_counts: phrase -> how many boxes, the most frequent first.
         tiny_boxes: boxes less than 1 % of a side wide or high.
-        duplicate_records: lines that repeat an earlier one. duplicate_pictures: files with the bytes of another one.
+        duplicate_records: lines that repeat an earlier one. duplicate_images: files with the bytes of another one.
         extra_columns: column that means nothing here -> in how many lines.
         left_out: what a converting reader left out, by reason.
         findings: the errors first, then the warnings, each with its examples.
@@ -50,17 +50,17 @@ class CheckReport:
     """
 
     records: int
-    pictures: int
+    images: int
     boxes: int
     phrases: int
     image_sizes: dict[str, int]
     buckets: dict[str, int]
-    boxes_per_picture: dict[int, int]
+    boxes_per_image: dict[int, int]
     phrase_counts: dict[str, int] = field(repr=False)
     tiny_boxes: int
     undecodable_images: int
     duplicate_records: int
-    duplicate_pictures: int
+    duplicate_images: int
     extra_columns: dict[str, int]
     left_out: dict[str, int]
     findings: list[Finding]
@@ -92,32 +92,32 @@ def check_dataset(
     batch: int = 1,
     min_visible: float = MIN_VISIBLE,
 ) -> CheckReport:
-    """Look at every record and decode every picture once.
+    """Look at every record and decode every image once.
 
     Args:
         errors: what the reader could not read (`scan_dataset`).
         left_out: what it left out, by reason (`read_format`). warnings: what disagreed in the set (`read_format`).
         written: the boxes as they stand in the file (`read_written`); None = those of the records.
-        against: records of another set, whose pictures this one must not hold.
+        against: records of another set, whose images this one must not hold.
         tokens: how texts are counted (`clip_tokens`); None = estimated.
         buckets, batch, min_visible: see `size_findings`.
     """
     records = list(records)
-    pictures = look_at_all(records)
+    images = look_at_all(records)
     lines = as_written(records) if written is None else written
-    trained = {} if buckets is None or buckets.is_single else trained_sizes(pictures, buckets)[0]
+    trained = {} if buckets is None or buckets.is_single else trained_sizes(images, buckets)[0]
     evidence = set_evidence(lines)
     extra = Counter(column for record in records for column in record.extra)
     found = [
-        *_reader_findings(errors, len(records) + len(errors), {line.where: line for line in lines}),
-        *picture_findings(pictures),
+        *_reader_findings(errors, len(records) + len(errors), {line.location: line for line in lines}),
+        *image_findings(images),
         *reading_findings(lines, evidence),
         *_column_findings(extra, len(records)),
         *box_findings(records),
-        *size_findings(records, pictures, buckets=buckets, batch=batch, min_visible=min_visible),
+        *size_findings(records, images, buckets=buckets, batch=batch, min_visible=min_visible),
         *text_findings(records, tokens or clip_tokens(None)),
-        *set_findings(records, pictures),
-        *(leak_findings(pictures, others) if (others := look_at_all(against)) else ()),
+        *set_findings(records, images),
+        *(leak_findings(images, others) if (others := look_at_all(against)) else ()),
     ]
     found.sort(key=lambda f: f.severity != "error")
     wrong = [line for f in found if f.severity == "error" for line in (f.lines or (f.message,))]
@@ -127,17 +127,17 @@ def check_dataset(
     boxes = [box for record in records for box in record.layout.boxes]
     return CheckReport(
         records=len(records),
-        pictures=len(pictures),
+        images=len(images),
         boxes=len(boxes),
         phrases=len({box.phrase for box in boxes}),
-        image_sizes=dict(Counter(f"{p.size[0]}x{p.size[1]}" for p in pictures if p.size and not p.error).most_common()),
+        image_sizes=dict(Counter(f"{p.size[0]}x{p.size[1]}" for p in images if p.size and not p.error).most_common()),
         buckets=size_counts(list(trained.values())),
-        boxes_per_picture=dict(sorted(Counter(len(record.layout.boxes) for record in records).items())),
+        boxes_per_image=dict(sorted(Counter(len(record.layout.boxes) for record in records).items())),
         phrase_counts=dict(Counter(box.phrase for box in boxes).most_common()),
         tiny_boxes=sum(box.width < TINY or box.height < TINY for box in boxes),
-        undecodable_images=sum(p.error is not None for p in pictures),
+        undecodable_images=sum(p.error is not None for p in images),
         duplicate_records=count.get("duplicate-records", 0),
-        duplicate_pictures=count.get("duplicate-pictures", 0),
+        duplicate_images=count.get("duplicate-images", 0),
         extra_columns=dict(extra),
         left_out=dict(left_out or {}),
         findings=found,
@@ -167,21 +167,21 @@ _REFUSED = (
     ),
     (
         "outside-boxes",
-        ("leaves the picture", "outside the picture"),
-        "{n} lines hold a box outside its picture",
+        ("leaves the image", "outside the image"),
+        "{n} lines hold a box outside its image",
         f"correct it, or declare its units: bbox_units is one of {', '.join(BBOX_UNITS)} ({EDGE_RULE})",
     ),
     (
         "wrong-size",
         ("(upright)",),
-        "{n} annotations declare another size than their picture has",
+        "{n} annotations declare another size than their image has",
         "annotate it as it is",
     ),
     ("empty-phrases", ("the phrase is",), "{n} lines hold an empty phrase", "give each box a phrase"),
     (
-        "missing-pictures",
+        "missing-images",
         ("does not exist",),
-        "{n} lines name a picture that does not exist",
+        "{n} lines name an image that does not exist",
         "restore it, or remove them",
     ),
     ("unreadable-lines", ("",), "{n} lines cannot be read", "mend them as the messages say, or remove them"),
@@ -194,11 +194,11 @@ def _reader_findings(errors: Sequence[InputError], total: int, lines: Mapping[st
         by_name[next(name for name, parts, *_ in _REFUSED if any(part in error.what for part in parts))].append(error)
     return [
         one
-        for name, _, message, cure in _REFUSED
+        for name, _, message, hint in _REFUSED
         for one in finding(
             name,
             message,
-            cure,
+            hint,
             [_refused(error, lines) for error in by_name[name]],
             total=total,
             unit="records",
@@ -210,13 +210,13 @@ def _reader_findings(errors: Sequence[InputError], total: int, lines: Mapping[st
 
 def _refused(error: InputError, lines: Mapping[str, Written]) -> Example:
     """What a reader refused, with the boxes that are wrong as the line declares them, where its numbers can be read."""
-    where = error.where or ""
-    line = lines.get(where.split(": ")[0])
+    location = error.location or ""
+    line = lines.get(location.split(": ")[0])
     if line is None:
-        return Example(where, error.what)
+        return Example(location, error.what)
     corners = corners_of(line)
     wrong = tuple(four for four in corners if not fits(four))
-    return Example(where, error.what, line.image, wrong, tuple(four for four in corners if fits(four)))
+    return Example(location, error.what, line.image, wrong, tuple(four for four in corners if fits(four)))
 
 
 def _column_findings(extra: Counter[str], total: int) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""What training makes of the pictures' sizes: boxes cut off, pictures enlarged, buckets with too few of them."""
+"""What training makes of the images' sizes: boxes cut off, images enlarged, buckets with too few of them."""
 
 from __future__ import annotations
 
@@ -8,56 +8,58 @@ from pathlib import Path
 
 from mmdit_lora.data.buckets import MIN_VISIBLE, Buckets, Size, size_counts
 from mmdit_lora.data.check.findings import Example, Finding, example, finding
-from mmdit_lora.data.check.pictures import Picture
+from mmdit_lora.data.check.images import ImageFacts
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 
 
-def trained_sizes(pictures: Sequence[Picture], buckets: Buckets) -> tuple[dict[Path, Size], list[tuple[Picture, str]]]:
-    """Picture -> (height, width) that it is trained at, and those that have none, with the reason."""
+def trained_sizes(
+    images: Sequence[ImageFacts], buckets: Buckets
+) -> tuple[dict[Path, Size], list[tuple[ImageFacts, str]]]:
+    """ImageFacts -> (height, width) that it is trained at, and those that have none, with the reason."""
     sizes, without = {}, []
-    for picture in pictures:
-        if picture.error is None and picture.size is not None:
-            width, height = picture.size
+    for image in images:
+        if image.error is None and image.size is not None:
+            width, height = image.size
             try:
-                sizes[picture.record.image] = buckets.of((height, width))
+                sizes[image.record.image] = buckets.of((height, width))
             except InputError as error:
-                without.append((picture, error.what))
+                without.append((image, error.what))
     return sizes, without
 
 
 def size_findings(
     records: Sequence[Record],
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFacts],
     *,
     buckets: Buckets | None,
     batch: int = 1,
     min_visible: float = MIN_VISIBLE,
 ) -> list[Finding]:
-    """Warnings of sizes, and an error where a picture fits no bucket.
+    """Warnings of sizes, and an error where an image fits no bucket.
 
     Args:
-        buckets: the sizes of the training pictures; None = a square crop is judged at each picture's own size.
-        batch: pictures of a training step, which are of one bucket.
+        buckets: the sizes of the training images; None = a square crop is judged at each image's own size.
+        batch: images of a training step, which are of one bucket.
         min_visible: a box of which the crop leaves a smaller share is lost.
     """
-    own = {p.record.image: p.size for p in pictures if p.size is not None}
+    own = {p.record.image: p.size for p in images if p.size is not None}
     if buckets is None:
         return _cropped(records, own, lambda size, _: (min(size),) * 2, min_visible, square=True)
-    sizes, without = trained_sizes(pictures, buckets)
+    sizes, without = trained_sizes(images, buckets)
     return [
         *finding(
             "no-bucket",
-            "{n} pictures are smaller than an image token, and fit no bucket",
+            "{n} images are smaller than an image token, and fit no bucket",
             "leave them out, or set data.buckets.upscale: true",
             [example(p.record, what) for p, what in without],
-            total=len(pictures),
-            unit="pictures",
+            total=len(images),
+            unit="images",
             severity="error",
-            lines=[str(InputError(what, where=p.record.where)) for p, what in without],
+            lines=[str(InputError(what, location=p.record.location)) for p, what in without],
         ),
-        *_enlarged(pictures, sizes),
-        *_reduced(pictures, sizes, buckets),
+        *_enlarged(images, sizes),
+        *_reduced(images, sizes, buckets),
         *(() if buckets.is_single else _sparse(records, sizes, batch)),
         *_cropped(
             records, own, lambda size, path: sizes.get(path, size[::-1]), min_visible, square=_are_square(buckets)
@@ -65,46 +67,46 @@ def size_findings(
     ]
 
 
-def _enlarged(pictures: Sequence[Picture], sizes: Mapping[Path, Size]) -> list[Finding]:
+def _enlarged(images: Sequence[ImageFacts], sizes: Mapping[Path, Size]) -> list[Finding]:
     found = []
-    for picture in pictures:
-        size = sizes.get(picture.record.image)
-        if size is not None and picture.size is not None:
-            scale = max(size[1] / picture.size[0], size[0] / picture.size[1])
+    for image in images:
+        size = sizes.get(image.record.image)
+        if size is not None and image.size is not None:
+            scale = max(size[1] / image.size[0], size[0] / image.size[1])
             if scale > 1:
-                found.append((scale, picture, size))
+                found.append((scale, image, size))
     found.sort(key=lambda item: -item[0])
     smallest = min((min(p.size) for _, p, _ in found if p.size), default=0)
     return finding(
-        "small-pictures",
-        "{n} of {total} pictures are smaller than the size they are trained at and are scaled up, which blurs them",
+        "small-images",
+        "{n} of {total} images are smaller than the size they are trained at and are scaled up, which blurs them",
         f"leave them out, train at {smallest // 16 * 16} pixels, or use data.buckets, which enlarge none",
         [
             example(p.record, f"{p.size[0]} x {p.size[1]} pixels, trained at {size[1]} x {size[0]}")
             for _, p, size in found
             if p.size
         ],
-        total=len(pictures),
-        unit="pictures",
+        total=len(images),
+        unit="images",
     )
 
 
-def _reduced(pictures: Sequence[Picture], sizes: Mapping[Path, Size], buckets: Buckets) -> list[Finding]:
-    """Pictures that are smaller than every bucket of their shape."""
+def _reduced(images: Sequence[ImageFacts], sizes: Mapping[Path, Size], buckets: Buckets) -> list[Finding]:
+    """Images that are smaller than every bucket of their shape."""
     regular = {size for each in buckets.sizes for size in each}
-    small = [p for p in pictures if sizes.get(p.record.image, next(iter(regular))) not in regular]
+    small = [p for p in images if sizes.get(p.record.image, next(iter(regular))) not in regular]
     small.sort(key=lambda p: p.size or (0, 0))
     return finding(
         "below-buckets",
-        "{n} of {total} pictures are smaller than every bucket of their shape and get a smaller size of their own",
+        "{n} of {total} images are smaller than every bucket of their shape and get a smaller size of their own",
         "add a lower data.buckets.resolutions for them, or leave them out",
         [
             example(p.record, "{} x {} pixels, trained at {} x {}".format(*p.size, *sizes[p.record.image][::-1]))
             for p in small
             if p.size
         ],
-        total=len(pictures),
-        unit="pictures",
+        total=len(images),
+        unit="images",
     )
 
 
@@ -115,7 +117,7 @@ def _sparse(records: Sequence[Record], sizes: Mapping[Path, Size], batch: int) -
     shown = [Example(name, f"{name}: {count} records") for name, count in counts.items()]
     return finding(
         "sparse-buckets",
-        f"{{n}} of {{total}} buckets hold fewer records than a batch of {batch}: their batches repeat pictures",
+        f"{{n}} of {{total}} buckets hold fewer records than a batch of {batch}: their batches repeat images",
         "fewer data.buckets.ratios or resolutions, or a smaller batch",
         shown,
         total=len(Counter(of)),
@@ -144,18 +146,18 @@ def _cropped(
             if max(across, 0) * max(down, 0) < (min_visible - 1e-9) * box.area:  # exactly this share is kept
                 lost.append(n)
         if lost:
-            what = f"{len(lost)} of {len(record.layout.boxes)} boxes, picture of {width} x {height} pixels"
+            what = f"{len(lost)} of {len(record.layout.boxes)} boxes, image of {width} x {height} pixels"
             found.append((len(lost), example(record, what, lost)))
     found.sort(key=lambda pair: -pair[0])
-    cure = (
-        "Give data.buckets.ratios, cut the pictures square around what matters, or train with crop: random"
+    hint = (
+        "Give data.buckets.ratios, cut the images square around what matters, or train with crop: random"
         if square
-        else "Add a ratio to data.buckets.ratios that is nearer to these pictures"
+        else "Add a ratio to data.buckets.ratios that is nearer to these images"
     )
     return finding(
         "cropped-boxes",
         f"{{n}} of {{total}} boxes, in {len(found)} records, are lost to the {'square center' if square else 'center'} crop",
-        f"they are dropped with their phrase where less than {min_visible:.0%} is left; captions still name them. {cure}",
+        f"they are dropped with their phrase where less than {min_visible:.0%} is left; captions still name them. {hint}",
         [shown for _, shown in found],
         total=total,
         unit="boxes",
@@ -163,10 +165,10 @@ def _cropped(
     )
 
 
-def _kept(picture: Size, size: Size) -> list[tuple[float, float]]:
-    """What the center crop to `size` keeps of a picture, each side as a range in [0, 1]; whole pixels, as in transforms.py."""
-    scale = max(side / length for side, length in zip(size, picture, strict=True))
-    resized = [max(side, round(length * scale)) for side, length in zip(size, picture, strict=True)]
+def _kept(image: Size, size: Size) -> list[tuple[float, float]]:
+    """What the center crop to `size` keeps of an image, each side as a range in [0, 1]; whole pixels, as in transforms.py."""
+    scale = max(side / length for side, length in zip(size, image, strict=True))
+    resized = [max(side, round(length * scale)) for side, length in zip(size, image, strict=True)]
     return [
         ((length - side) // 2 / length, ((length - side) // 2 + side) / length)
         for side, length in zip(size, resized, strict=True)

@@ -46,8 +46,8 @@ def clip_tokens(base: str | Path | None) -> TokenCount:
     except (OSError, ValueError) as error:
         raise InputError(
             f"has no tokenizer that loads ({str(error).splitlines()[0]})",
-            where=str(base),
-            cure="give a pipeline folder or hub id that holds `tokenizer`, or leave --base away",
+            location=str(base),
+            hint="give a pipeline folder or hub id that holds `tokenizer`, or leave --base away",
         ) from None
     limit = tokenizer.model_max_length if tokenizer.model_max_length < 100_000 else CLIP_TOKENS
     # The warning about a sequence beyond the limit would come for the very texts that are looked for.
@@ -191,7 +191,7 @@ def _uneven(records: Sequence[Record], boxes: int) -> list[Finding]:
     return finding(
         "label-imbalance",
         f"{many} boxes say {most!r}, {few} say {least!r}: {many / few:.1f} times as many",
-        "add pictures of the rare ones, or repeat their lines",
+        "add images of the rare ones, or repeat their lines",
         rare,
         total=boxes,
         unit="boxes",

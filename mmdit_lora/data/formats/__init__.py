@@ -1,7 +1,7 @@
 """Anyone's boxes in, and out again: `FORMATS` lists what is known; `read_format` and `write_format` are all that is called.
 
 A format is a file of this package (or a few of one kind share a file) and a line in `FORMATS`. Its reader yields one call a
-record; its boxes leave `Context.box` as relative xyxy, clipped to the picture. The order of the numbers and their unit are
+record; its boxes leave `Context.box` as relative xyxy, clipped to the image. The order of the numbers and their unit are
 known by the format, or declared by the caller; nothing is guessed.
 """
 
@@ -19,7 +19,7 @@ from mmdit_lora.data.formats.coco import read_coco, write_coco
 from mmdit_lora.data.formats.common import (
     DEFAULT_CAPTION,
     Context,
-    MissingPictureError,
+    MissingImageError,
     Reads,
     Sample,
     check_caption,
@@ -110,7 +110,7 @@ FORMATS: dict[str, Format] = {
     ),
     "openimages": Format(
         read_open_images,
-        "Open Images: *-annotations-bbox.csv, class-descriptions*.csv, pictures `<ImageID>.jpg`",
+        "Open Images: *-annotations-bbox.csv, class-descriptions*.csv, images `<ImageID>.jpg`",
         "x, x, y, y relative",
         classes=True,
     ),
@@ -128,69 +128,69 @@ FORMATS: dict[str, Format] = {
     ),
     "simpletuner": Format(
         read_simpletuner,
-        "SimpleTuner: a .bbox (JSON, JSON lines, YOLO lines) beside each picture, captions in .txt",
+        "SimpleTuner: a .bbox (JSON, JSON lines, YOLO lines) beside each image, captions in .txt",
         "xyxy relative; YOLO lines cxcywh relative",
         write_simpletuner,
         takes=("images",),
     ),
     "comfyui": Format(
         read_comfyui,
-        "ComfyUI bounding boxes: a .json beside each picture, captions in .txt",
+        "ComfyUI bounding boxes: a .json beside each image, captions in .txt",
         "xywh in pixels",
         takes=("images",),
     ),
     "layoutsam": Format(
         read_layout_sam,
-        "LayoutSAM: train/*.parquet; SA-1B's pictures with --images",
+        "LayoutSAM: train/*.parquet; SA-1B's images with --images",
         "xyxy in pixels of the stated size",
         takes=("split", "images", "detailed"),
     ),
     "layoutsam-eval": Format(
         read_layout_sam_eval,
-        "LayoutSAM-eval: *.parquet, which hold the pictures",
+        "LayoutSAM-eval: *.parquet, which hold the images",
         "xyxy in pixels of the stated size",
         takes=("split", "detailed"),
     ),
     "denselayout": Format(
         read_dense_layout,
-        "DenseLayout: *.parquet or json; pictures in them, or `<id>.jpg` with --images",
+        "DenseLayout: *.parquet or json; images in them, or `<id>.jpg` with --images",
         "xyxy in pixels of the stated size",
         takes=("split", "images", "detailed"),
     ),
     "sacap": Format(
         read_sacap,
-        "SACap-1M, SACap-eval: *.parquet; SA-1B's pictures and json files with --images",
+        "SACap-1M, SACap-eval: *.parquet; SA-1B's images and json files with --images",
         "xywh in pixels, or masks, of SA-1B's json",
         takes=("split", "images", "detailed"),
     ),
     "overlaybench": Format(
         read_overlay_bench,
-        "OverLayBench: *.parquet; pictures in them, or `<image_id>.*` with --images",
+        "OverLayBench: *.parquet; images in them, or `<image_id>.*` with --images",
         "xyxy on a square of 1024 pixels",
         takes=("split", "images", "detailed"),
     ),
     "cocomig": Format(
         read_coco_mig,
-        "COCO-MIG: mig_bench_anno.yaml; COCO's pictures with --images",
+        "COCO-MIG: mig_bench_anno.yaml; COCO's images with --images",
         "xyxy relative",
         takes=("images",),
     ),
     "grit": Format(
         read_grit,
-        "GRIT: *.parquet or json; pictures `<key>.jpg` with --images",
+        "GRIT: *.parquet or json; images `<key>.jpg` with --images",
         "xyxy relative",
         takes=("split", "images", "detailed"),
     ),
     "hico": Format(read_hico, "HiCo: *.json", "xyxy in pixels of the stated size"),
-    "gligen": Format(read_gligen, "GLIGEN: *.tsv, which hold the pictures", "xywh in pixels", takes=("split",)),
+    "gligen": Format(read_gligen, "GLIGEN: *.tsv, which hold the images", "xywh in pixels", takes=("split",)),
     "instancediffusion": Format(
         read_instance_diffusion,
-        "InstanceDiffusion: *.json or a .txt that lists them; pictures in them, or with --images",
+        "InstanceDiffusion: *.json or a .txt that lists them; images in them, or with --images",
         "xywh in pixels of the stated size",
         takes=("split", "images", "detailed"),
     ),
     "flickr30k": Format(
-        read_flickr30k, "Flickr30k Entities: Sentences, Annotations; pictures", "xyxy in pixels, counted from 1"
+        read_flickr30k, "Flickr30k Entities: Sentences, Annotations; images", "xyxy in pixels, counted from 1"
     ),
     "eligen": Format(read_eligen, "EliGen: metadata.json, masks", "masks: the box around each", takes=("images",)),
 }
@@ -213,7 +213,7 @@ class Source:
     notes: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    # Holds the folder of pictures that lay inside other files, as long as the records may be used.
+    # Holds the folder of images that lay inside other files, as long as the records may be used.
     _context: Context | None = field(default=None, repr=False)
 
 
@@ -222,8 +222,8 @@ def find_format(name: str, *, option: str = "--from") -> Format:
     if name in FORMATS:
         return FORMATS[name]
     near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.4)
-    cure = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"unknown format {name!r}", where=option, cure=f"{cure}known formats: {', '.join(FORMATS)}")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(f"unknown format {name!r}", location=option, hint=f"{hint}known formats: {', '.join(FORMATS)}")
 
 
 _OPTIONS = {"split": "--split", "images": "--images", "detailed": "--detailed", "bbox": "--bbox-format, --bbox-units"}
@@ -244,19 +244,19 @@ def read_format(
     skip_missing: bool = False,
     collect_errors: bool = False,
 ) -> Source:
-    """Read a data set of another format. Empty boxes, and pictures that have no box, are left out and counted.
+    """Read a data set of another format. Empty boxes, and images that have no box, are left out and counted.
 
     Args:
         name: a key of `FORMATS`.
         split: a part of the source, where it has such.
-        images: folder of the pictures, where they lie elsewhere than the annotations.
-        caption: template of the captions; `{phrases}` are the distinct phrases of the picture, in their order. None: the
+        images: folder of the images, where they lie elsewhere than the annotations.
+        caption: template of the captions; `{phrases}` are the distinct phrases of the image, in their order. None: the
             set's own captions, and "a photo of {phrases}" for records that have none.
         captions: captions from beside the set (see `Captions`); they go before all others.
         phrases: class name -> phrase.
         detailed: take the longer of two descriptions of a box, where a set has both.
         bbox_format, bbox_units: the convention, for formats that do not know it.
-        skip_missing: leave records out whose picture is not there.
+        skip_missing: leave records out whose image is not there.
         collect_errors: return the errors of single records instead of raising them together.
 
     Raises:
@@ -267,9 +267,9 @@ def read_format(
     given = {"split": split, "images": images, "detailed": detailed or None, "bbox": bbox_format or bbox_units}
     for option, value in given.items():
         if value is not None and option not in kind.takes:
-            raise InputError(f"means nothing for {name}", where=_OPTIONS[option], cure="leave it away")
+            raise InputError(f"means nothing for {name}", location=_OPTIONS[option], hint="leave it away")
     if split is not None and Path(src).is_file() and name != "cvat":
-        raise InputError("is one file: it has no splits", where=str(src), cure="leave --split away")
+        raise InputError("is one file: it has no splits", location=str(src), hint="leave --split away")
     template = DEFAULT_CAPTION if caption is None else caption
     check_caption(template)
     context = Context(Path(src), split, images, detailed, bbox_format, bbox_units)
@@ -282,30 +282,30 @@ def read_format(
         try:
             sample = read()
             if not sample.things and kind.read is not None:
-                context.leave_out("pictures without a box")
+                context.leave_out("images without a box")
                 continue
             beside = sidecar.get(sample.image) if sidecar else None
             boxes = _boxes(sample, phrases, lower=kind.classes)
             own = sample.caption if caption is None else None
             made = template.format(phrases=", ".join(dict.fromkeys(box.phrase for box in boxes)))
             text = next(choice for choice in (beside, own, made) if choice is not None)
-            layout = _layout(text, boxes, sample.where)
+            layout = _layout(text, boxes, sample.location)
         except InputError as error:
-            if skip_missing and isinstance(error, MissingPictureError):
-                context.leave_out("records whose picture is not there")
+            if skip_missing and isinstance(error, MissingImageError):
+                context.leave_out("records whose image is not there")
                 continue
             errors.append(error)
             continue
         names.update(thing for thing, _ in sample.things)
-        records.append(Record(image=sample.image, layout=layout, where=sample.where))
+        records.append(Record(image=sample.image, layout=layout, location=sample.location))
     if errors and not collect_errors:
         found = hint(set_evidence(_own_written(context))) if kind.read is None and _of_boxes(errors) else None
-        raise several(errors, where=str(src), hint=found)
+        raise several(errors, location=str(src), hint=found)
     if not records and not errors:
-        raise InputError("holds no picture with a box", where=str(src))
+        raise InputError("holds no image with a box", location=str(src))
     for key in phrases:
         if key not in names and not errors:
-            raise unknown_key(key, sorted(names), where="--map")
+            raise unknown_key(key, sorted(names), location="--map")
     return Source(
         records, dict(context.left_out), errors, context.notes, context.remarks, context.warnings.lines(), context
     )
@@ -323,7 +323,7 @@ def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]
     write = find_format(name, option="--to").write
     if write is None:
         writable = ", ".join(key for key, value in FORMATS.items() if value.write)
-        raise InputError(f"{name} is read, not written", where="--to", cure=f"give one of {writable}")
+        raise InputError(f"{name} is read, not written", location="--to", hint=f"give one of {writable}")
     with new_folder(out, verb="data convert") as folder:
         for part, items in parts.items():
             (folder / part).mkdir(exist_ok=True)
@@ -331,11 +331,11 @@ def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]
     return Path(out).resolve()
 
 
-def _layout(caption: str, boxes: tuple[Box, ...], where: str) -> Layout:
+def _layout(caption: str, boxes: tuple[Box, ...], location: str) -> Layout:
     try:
         return Layout(caption=caption, boxes=boxes)
     except InputError as error:
-        raise error.at(where) from None
+        raise error.at(location) from None
 
 
 def _of_boxes(errors: Iterable[InputError]) -> bool:
@@ -363,7 +363,7 @@ def _own_format(context: Context) -> Reads:
 
 def _as_sample(record: Record) -> Sample:
     things = [(box.phrase, box.xyxy) for box in record.layout.boxes]
-    return Sample(record.image, record.where, things, record.layout.caption)
+    return Sample(record.image, record.location, things, record.layout.caption)
 
 
 def _raise(error: InputError) -> Sample:
@@ -382,12 +382,12 @@ def _boxes(sample: Sample, phrases: Mapping[str, str], *, lower: bool) -> tuple[
     try:
         check_count(len(sample.things))
     except InputError as error:
-        raise error.at(sample.where) from None
+        raise error.at(sample.location) from None
     for index, (name, xyxy) in enumerate(sample.things):
         try:
             boxes.append(Box(xyxy=xyxy, phrase=phrases.get(name, name.lower() if lower else name)))
         except InputError as error:
-            raise error.at(f"{sample.where}: box {index}") from None
+            raise error.at(f"{sample.location}: box {index}") from None
     return tuple(boxes)
 
 

@@ -17,7 +17,7 @@ SIDECAR = "captions.jsonl"
 
 
 class Captions:
-    """Captions by the file name of the picture, or by the end of its path.
+    """Captions by the file name of the image, or by the end of its path.
 
     `path` is a folder with `<stem>.txt` files, a `.json` object {file name or stem: caption}, or a `.jsonl` file of
     {"file_name": ..., "caption": ...}.
@@ -33,24 +33,24 @@ class Captions:
             return
         if not path.is_file():
             raise InputError(
-                "no such file or folder", where=str(path), cure="give captions as .jsonl, .json or a folder of .txt"
+                "no such file or folder", location=str(path), hint="give captions as .jsonl, .json or a folder of .txt"
             )
         if path.suffix == ".jsonl":
-            for where, row in read_json_records(path, what="file of captions"):
+            for location, row in read_json_records(path, what="file of captions"):
                 if isinstance(row, InputError):
                     raise row
-                name = text(need(row, "file_name", where), "file_name", where)
-                self._table[name] = text(need(row, "caption", where), "the caption", where)
+                name = text(need(row, "file_name", location), "file_name", location)
+                self._table[name] = text(need(row, "caption", location), "the caption", location)
             return
         data = read_json(path)
         if not isinstance(data, Mapping):
             raise InputError(
-                f"holds {type(data).__name__}", where=str(path), cure="give an object {file name: caption}"
+                f"holds {type(data).__name__}", location=str(path), hint="give an object {file name: caption}"
             )
         self._table = {name: text(value, "the caption", f"{path}: {name}") for name, value in data.items()}
 
     def get(self, image: Path) -> str | None:
-        """The caption of a picture; None where there is none."""
+        """The caption of an image; None where there is none."""
         if self.path.is_dir():
             file = self.path / f"{image.stem}.txt"
             return (read_text(file).strip() or None) if file.exists() else None
@@ -59,6 +59,6 @@ class Captions:
 
 
 def write_sidecar(folder: Path, items: Iterable[Item]) -> None:
-    """Write the captions of items, with the names under which their pictures are written."""
+    """Write the captions of items, with the names under which their images are written."""
     lines = [json_text({"file_name": name, "caption": layout.caption}) for name, _, layout in items]
     (folder / SIDECAR).write_text("\n".join(lines) + "\n", encoding="utf-8")

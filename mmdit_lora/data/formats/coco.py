@@ -1,4 +1,4 @@
-"""COCO: annotations/instances_*.json, captions_*.json, and pictures in folders. Boxes are xywh in pixels, counted from 0.
+"""COCO: annotations/instances_*.json, captions_*.json, and images in folders. Boxes are xywh in pixels, counted from 0.
 
 Source of the format: the COCO site's "Data format" page; `iscrowd` annotations cover many objects and are left out.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from mmdit_lora.data.formats.common import (
     XYXY,
     Context,
-    Pictures,
+    ImageFinder,
     Reads,
     Sample,
     items_of,
@@ -23,7 +23,7 @@ from mmdit_lora.data.formats.common import (
     need,
     number,
     points_box,
-    put_picture,
+    put_image,
     size_of,
     text,
 )
@@ -37,7 +37,7 @@ from mmdit_lora.json_files import read_json
 def read_coco(context: Context) -> Reads:
     """Records of a COCO folder, or of one instances file.
 
-    The caption is the first of a picture's in captions_*.json; without such a file there is none. Boxes come from `bbox`,
+    The caption is the first of an image's in captions_*.json; without such a file there is none. Boxes come from `bbox`,
     else from `segmentation` (polygons; RLE with pycocotools).
 
     Raises:
@@ -45,11 +45,11 @@ def read_coco(context: Context) -> Reads:
     """
     for path in _instance_files(context):
         said = read_instances(path)
-        pictures = Pictures(*_roots(context, path))
-        for image, where, own in said.images:
-            yield partial(_sample, image, where, own, said, pictures, context)
-        for annotation, where in said.strays:
-            yield partial(_stray, annotation, where, len(said.images))
+        images = ImageFinder(*_roots(context, path))
+        for image, location, own in said.images:
+            yield partial(_sample, image, location, own, said, images, context)
+        for annotation, location in said.strays:
+            yield partial(_stray, annotation, location, len(said.images))
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Instances:
     captions: dict[Any, str]
     strays: list[tuple[Any, str]]
 
-    def category(self, annotation: Any, where: str) -> int | str:
+    def category(self, annotation: Any, location: str) -> int | str:
         """The annotation's category id. Raises `InputError` where no category has it."""
-        category = need(annotation, "category_id", where)
+        category = need(annotation, "category_id", location)
         if not isinstance(category, int | str) or category not in self.names:
-            raise InputError(f"category_id is {shown(category)}, which no category has", where=where)
+            raise InputError(f"category_id is {shown(category)}, which no category has", location=location)
         return category
 
 
@@ -84,23 +84,23 @@ def read_instances(path: Path) -> Instances:
     names = {
         key_of(c, "id", w): text(need(c, "name", w), "name", w) for c, w in _placed(categories, path, "categories")
     }
-    for image, where in _placed(images, path, "images"):
-        key_of(image, "id", where)
+    for image, location in _placed(images, path, "images"):
+        key_of(image, "id", location)
     by_image: defaultdict[Any, list[tuple[Any, str]]] = defaultdict(list)
-    for annotation, where in _placed(annotations, path, "annotations"):
+    for annotation, location in _placed(annotations, path, "annotations"):
         image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
-        by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, where))
-    placed = [(image, where, by_image.pop(image["id"], [])) for image, where in _placed(images, path, "images")]
+        by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, location))
+    placed = [(image, location, by_image.pop(image["id"], [])) for image, location in _placed(images, path, "images")]
     return Instances(placed, names, _captions(path), [strays[0] for strays in by_image.values()])
 
 
-def annotation_box(annotation: Any, size: tuple[int, int], where: str) -> Any:
+def annotation_box(annotation: Any, size: tuple[int, int], location: str) -> Any:
     """xywh in pixels: the annotation's `bbox`, else around its `segmentation`. Raises `InputError` where it has neither.
 
     Args:
-        size: (width, height) of its picture in pixels.
+        size: (width, height) of its image in pixels.
     """
-    return annotation.get("bbox") or _around(annotation.get("segmentation"), size, where)
+    return annotation.get("bbox") or _around(annotation.get("segmentation"), size, location)
 
 
 def write_coco(folder: Path, items: Iterable[Item]) -> None:
@@ -109,8 +109,8 @@ def write_coco(folder: Path, items: Iterable[Item]) -> None:
     annotations: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     categories: dict[str, int] = {}
-    for index, (name, picture, layout) in enumerate(items, start=1):
-        width, height = put_picture(picture, folder / "images" / name)
+    for index, (name, image, layout) in enumerate(items, start=1):
+        width, height = put_image(image, folder / "images" / name)
         images.append({"id": index, "file_name": name, "width": width, "height": height})
         captions.append({"id": index, "image_id": index, "caption": layout.caption})
         for box in layout.boxes:
@@ -140,7 +140,7 @@ def _instance_files(context: Context) -> list[Path]:
     if src.is_file():
         return [src]
     if not src.is_dir():
-        raise InputError("no such folder or file", where=str(src), cure="give a COCO folder, or an instances_*.json")
+        raise InputError("no such folder or file", location=str(src), hint="give a COCO folder, or an instances_*.json")
     found = sorted((src / "annotations").glob("instances_*.json"))
     splits = {path.stem.removeprefix("instances_"): path for path in found}
     if not splits:  # as Roboflow exports it
@@ -150,20 +150,20 @@ def _instance_files(context: Context) -> list[Path]:
     if not splits:
         raise InputError(
             "holds no annotations/instances_*.json",
-            where=str(src),
-            cure="give the annotation file itself, and --images",
+            location=str(src),
+            hint="give the annotation file itself, and --images",
         )
     if split is None:
         if len(splits) > 1:
             context.remarks.append(f"all splits were read; --split takes {', '.join(splits)}")
         return list(splits.values())
     if split not in splits:
-        raise unknown_key(split, splits, where="--split")
+        raise unknown_key(split, splits, location="--split")
     return [splits[split]]
 
 
 def _roots(context: Context, path: Path) -> list[Path]:
-    """Where the pictures of an instances file may lie, the likeliest first."""
+    """Where the images of an instances file may lie, the likeliest first."""
     if context.images:
         return [context.images]
     split = path.stem.removeprefix("instances_")
@@ -173,13 +173,15 @@ def _roots(context: Context, path: Path) -> list[Path]:
 
 
 def _captions(path: Path) -> dict[Any, str]:
-    """Picture id -> its first caption, from the captions file beside an instances file."""
+    """Image id -> its first caption, from the captions file beside an instances file."""
     file = path.with_name(path.name.replace("instances_", "captions_"))
     captions: dict[Any, str] = {}
     if file == path or not file.exists():
         return captions
-    for item, where in _placed(items_of(read_json(file), "annotations", str(file)), file, "annotations"):
-        captions.setdefault(key_of(item, "image_id", where), text(need(item, "caption", where), "the caption", where))
+    for item, location in _placed(items_of(read_json(file), "annotations", str(file)), file, "annotations"):
+        captions.setdefault(
+            key_of(item, "image_id", location), text(need(item, "caption", location), "the caption", location)
+        )
     return captions
 
 
@@ -187,21 +189,21 @@ def _placed(items: list[Any], path: Path, key: str) -> Iterable[tuple[Any, str]]
     return ((item, f"{path}: {key}[{index}]") for index, item in enumerate(items))
 
 
-def _stray(annotation: Any, where: str, known: int) -> Sample:
-    found = need(annotation, "image_id", where)
-    raise InputError(f"image_id is {shown(found)}, and none of the {known} images has that id", where=where)
+def _stray(annotation: Any, location: str, known: int) -> Sample:
+    found = need(annotation, "image_id", location)
+    raise InputError(f"image_id is {shown(found)}, and none of the {known} images has that id", location=location)
 
 
 def _sample(
     image: Any,
-    where: str,
+    location: str,
     annotations: list[tuple[Any, str]],
     said: Instances,
-    pictures: Pictures,
+    images: ImageFinder,
     context: Context,
 ) -> Sample:
-    file = pictures.find(text(need(image, "file_name", where), "file_name", where), where)
-    size = size_of(file, where, (image.get("width"), image.get("height")))
+    file = images.find(text(need(image, "file_name", location), "file_name", location), location)
+    size = size_of(file, location, (image.get("width"), image.get("height")))
     things = []
     for annotation, place in annotations:
         if annotation.get("iscrowd"):
@@ -211,53 +213,53 @@ def _sample(
         xyxy = context.box(annotation_box(annotation, size, place), "xywh", place, unit="pixel", size=size)
         if xyxy is not None:
             things.append((said.names[category], xyxy))
-    return Sample(file, where, things, said.captions.get(image["id"]))
+    return Sample(file, location, things, said.captions.get(image["id"]))
 
 
-def _around(segmentation: Any, size: tuple[int, int], where: str) -> XYXY:
+def _around(segmentation: Any, size: tuple[int, int], location: str) -> XYXY:
     """xywh in pixels of polygons [[x, y, x, y, ...], ...] or of an RLE {"size", "counts"}."""
     if isinstance(segmentation, Mapping):
-        return rle_box(segmentation, size, where)
+        return rle_box(segmentation, size, location)
     if not isinstance(segmentation, list) or not all(isinstance(p, list) and len(p) >= 6 for p in segmentation):
-        raise InputError("has neither bbox nor segmentation", where=where)
-    numbers = [[number(v, where) for v in polygon] for polygon in segmentation]
+        raise InputError("has neither bbox nor segmentation", location=location)
+    numbers = [[number(v, location) for v in polygon] for polygon in segmentation]
     points = [point for polygon in numbers for point in zip(polygon[::2], polygon[1::2], strict=False)]
     if not points:
-        raise InputError("has neither bbox nor segmentation", where=where)
+        raise InputError("has neither bbox nor segmentation", location=location)
     left, top, right, bottom = points_box(points)
     return left, top, right - left, bottom - top
 
 
-def rle_box(rle: Any, size: tuple[int, int], where: str) -> XYXY:
+def rle_box(rle: Any, size: tuple[int, int], location: str) -> XYXY:
     """xywh in pixels around a mask in COCO's run lengths, compressed or not.
 
     Args:
-        size: (width, height) of its picture in pixels.
+        size: (width, height) of its image in pixels.
 
     Raises:
         InputError: it is no such mask, of another size, or pycocotools is not installed.
     """
-    stated = need(rle, "size", where)
+    stated = need(rle, "size", location)
     if stated != [size[1], size[0]] or any(isinstance(side, bool) for side in stated):
         raise InputError(
-            f"the size of its mask is {shown(stated)}, and the picture has {size[1]} x {size[0]} (height, width)",
-            where=where,
-            cure="make the mask of the picture's size",
+            f"the size of its mask is {shown(stated)}, and the image has {size[1]} x {size[0]} (height, width)",
+            location=location,
+            hint="make the mask of the image's size",
         )
-    counts, pixels = need(rle, "counts", where), size[0] * size[1]
+    counts, pixels = need(rle, "counts", location), size[0] * size[1]
     if isinstance(counts, list):
         whole = all(type(run) is int and 0 <= run <= pixels for run in counts)
         if not whole or sum(counts) != pixels:
             raise InputError(
                 f"the runs of its mask are {shown(counts)}",
-                where=where,
-                cure=f"give whole numbers, 0 or more, whose sum is height x width, {pixels:,}",
+                location=location,
+                hint=f"give whole numbers, 0 or more, whose sum is height x width, {pixels:,}",
             )
-    mask = import_or_explain("pycocotools.mask", where)
+    mask = import_or_explain("pycocotools.mask", location)
     try:
         packed = mask.frPyObjects(dict(rle), size[1], size[0]) if isinstance(counts, list) else dict(rle)
-        mask.decode(packed)  # refuses runs that leave the picture
+        mask.decode(packed)  # refuses runs that leave the image
         left, top, across, down = (float(v) for v in mask.toBbox(packed))
     except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"its segmentation is no RLE ({error})", where=where) from None
+        raise InputError(f"its segmentation is no RLE ({error})", location=location) from None
     return left, top, across, down

@@ -1,4 +1,4 @@
-"""What the readers and writers of all formats share: conversion of boxes, clipping, pictures that lie elsewhere, counters."""
+"""What the readers and writers of all formats share: conversion of boxes, clipping, images that lie elsewhere, counters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mmdit_lora.errors import InputError, shown
 
 DEFAULT_CAPTION = "a photo of {phrases}"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
-# The upright box around a turned one or an ellipse may leave the picture where the shape itself does not.
+# The upright box around a turned one or an ellipse may leave the image where the shape itself does not.
 _AROUND = 0.25  # of the side
 _TEXT_LIMIT = 256 * 2**20
 
@@ -37,8 +37,8 @@ Convention = Literal["xyxy", "xywh", "cxcywh", "xxyy"]
 Unit = Literal["relative", "pixel", "percent", "permille"]
 
 
-class MissingPictureError(InputError):
-    """A record whose picture is not there (`--skip-missing` leaves such records out)."""
+class MissingImageError(InputError):
+    """A record whose image is not there (`--skip-missing` leaves such records out)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sample:
     """
 
     image: Path
-    where: str
+    location: str
     things: Sequence[tuple[str, XYXY]]
     caption: str | None = None
 
@@ -83,30 +83,30 @@ class Context:
     unpacked_count: int = 0
 
     @cached_property
-    def pictures(self) -> Pictures:
-        """Where pictures are looked for: `--images` if given, else the source's folder."""
-        return Pictures(self.images or (self.src if self.src.is_dir() else self.src.parent))
+    def image_finder(self) -> ImageFinder:
+        """Where images are looked for: `--images` if given, else the source's folder."""
+        return ImageFinder(self.images or (self.src if self.src.is_dir() else self.src.parent))
 
     @cached_property
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """For pictures that lie inside other files; goes when the set is no longer used."""
+        """For images that lie inside other files; goes when the set is no longer used."""
         return tempfile.TemporaryDirectory(prefix="mmdit-lora-")
 
-    def unpacked(self, data: Any, stem: str, where: str) -> Path:
-        """A file of the bytes of a picture.
+    def unpacked(self, data: Any, stem: str, location: str) -> Path:
+        """A file of the bytes of an image.
 
         Raises:
-            InputError: these are no bytes of a picture.
+            InputError: these are no bytes of an image.
         """
         if isinstance(data, Mapping):  # as the Hugging Face image feature has it
             data = data.get("bytes")
         if not isinstance(data, bytes):
-            raise InputError(f"its picture is {type(data).__name__}, not bytes", where=where)
+            raise InputError(f"its image is {type(data).__name__}, not bytes", location=location)
         try:
             with opened(data) as image:
                 suffix = (image.format or "png").lower()
         except InputError as error:
-            raise InputError(f"its picture cannot be read: it {error.what}", where=where, cure=error.cure) from None
+            raise InputError(f"its image cannot be read: it {error.what}", location=location, hint=error.hint) from None
         suffix = "jpg" if suffix == "jpeg" else suffix
         self.unpacked_count += 1
         path = Path(self.scratch.name) / f"{flat(stem)}.{suffix}"
@@ -122,29 +122,29 @@ class Context:
         self,
         value: Any,
         convention: Convention,
-        where: str,
+        location: str,
         *,
         unit: Unit = "relative",
         size: tuple[int, int] | None = None,
         image: Path | None = None,
         around: bool = False,
     ) -> XYXY | None:
-        """The box as relative xyxy, clipped to the picture (which is counted); None, and counted, where nothing is left of it.
+        """The box as relative xyxy, clipped to the image (which is counted); None, and counted, where nothing is left of it.
 
         Args:
             value: four numbers in the order that `convention` says ("xxyy": left, right, top, bottom).
-            size: (width, height) of the picture, for boxes in pixels; for others, where it is at hand.
-            image: the picture, whose size is read where it decides whether a relative box is clipped.
-            around: whether the box is that around another shape, which may leave the picture by up to a quarter.
+            size: (width, height) of the image, for boxes in pixels; for others, where it is at hand.
+            image: the image, whose size is read where it decides whether a relative box is clipped.
+            around: whether the box is that around another shape, which may leave the image by up to a quarter.
 
         Raises:
-            InputError: not four finite numbers, inverted, or outside the picture by more than `EDGE_RULE` says.
+            InputError: not four finite numbers, inverted, or outside the image by more than `EDGE_RULE` says.
         """
-        a, b, c, d = four(value, where)
+        a, b, c, d = four(value, location)
         left, top, right, bottom = corners((a, b, c, d), convention)
         if right < left or bottom < top:
             raise InputError(
-                f"the box {[a, b, c, d]} is inverted as {convention}", where=where, cure="swap min and max"
+                f"the box {[a, b, c, d]} is inverted as {convention}", location=location, hint="swap min and max"
             )
         if right == left or bottom == top:
             self.leave_out("boxes without area")
@@ -153,29 +153,29 @@ class Context:
         xyxy = left / width, top / height, right / width, bottom / height
         by = max(overshoot(xyxy))
         if size is None and image is not None and not within_edge(xyxy, None) and by <= _AROUND:
-            size = size_of(image, where)
+            size = size_of(image, location)
         if not within_edge(xyxy, size) and not (around and by <= _AROUND):
             sides = f"of {width} x {height} pixels" if unit == "pixel" else f"(sides from 0 to {width})"
             raise InputError(
-                f"the box {[round(v, 3) for v in (a, b, c, d)]} leaves the picture {sides}",
-                where=where,
-                cure=f"check that the annotation belongs to this picture, and to this size of it ({EDGE_RULE})",
+                f"the box {[round(v, 3) for v in (a, b, c, d)]} leaves the image {sides}",
+                location=location,
+                hint=f"check that the annotation belongs to this image, and to this size of it ({EDGE_RULE})",
             )
         x0, y0, x1, y1 = clip_box(xyxy)
         if x0 < x1 and y0 < y1:
-            self.warnings.clipped(by, where)
+            self.warnings.clipped(by, location)
             return (x0, y0, x1, y1)
-        self.leave_out("boxes outside their picture")
+        self.leave_out("boxes outside their image")
         return None
 
 
-class Pictures:
-    """Finds pictures below folders by the names that annotations give, which are often stale paths of other machines."""
+class ImageFinder:
+    """Finds images below folders by the names that annotations give, which are often stale paths of other machines."""
 
     def __init__(self, *roots: Path) -> None:
         self.roots = roots
 
-    def find(self, name: str, where: str) -> Path:
+    def find(self, name: str, location: str) -> Path:
         """The file of that relative path; else of that file name, with any suffix, anywhere below the folders.
 
         Raises:
@@ -193,16 +193,16 @@ class Pictures:
         found = self._below.get(last) or self._below.get(Path(last).stem) or []
         if len(found) > 1:
             raise InputError(
-                f"its picture {last!r} exists {len(found)} times ({found[0]}, {found[1]})",
-                where=where,
-                cure="give the folder that is meant with --images",
+                f"its image {last!r} exists {len(found)} times ({found[0]}, {found[1]})",
+                location=location,
+                hint="give the folder that is meant with --images",
             )
         if not found:
             roots = ", ".join(str(root) for root in self.roots)
-            raise MissingPictureError(
-                f"its picture {shown(name)} is not below {roots}",
-                where=where,
-                cure="give the pictures' folder with --images, or leave such records out with --skip-missing",
+            raise MissingImageError(
+                f"its image {shown(name)} is not below {roots}",
+                location=location,
+                hint="give the images' folder with --images, or leave such records out with --skip-missing",
             )
         return found[0]
 
@@ -226,54 +226,54 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def four(value: Any, where: str) -> tuple[float, float, float, float]:
+def four(value: Any, location: str) -> tuple[float, float, float, float]:
     """Four finite numbers. Raises `InputError` for anything else."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != 4:
-        raise InputError(f"the box is {shown(value)}", where=where, cure="give four numbers")
-    a, b, c, d = (number(v, where) for v in value)
+        raise InputError(f"the box is {shown(value)}", location=location, hint="give four numbers")
+    a, b, c, d = (number(v, location) for v in value)
     return a, b, c, d
 
 
-def number(value: Any, where: str) -> float:
+def number(value: Any, location: str) -> float:
     """A finite number, from a number or its text. Raises `InputError` for anything else."""
     try:
         result = math.nan if isinstance(value, bool) or value is None else float(value)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{shown(value)} is no finite number", where=where, cure="give a number")
+        raise InputError(f"{shown(value)} is no finite number", location=location, hint="give a number")
     return result
 
 
-def text(value: Any, what: str, where: str) -> str:
+def text(value: Any, what: str, location: str) -> str:
     """A text that is not blank, stripped. Raises `InputError` for anything else."""
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{what} is {shown(value)}", where=where, cure="give a text")
+        raise InputError(f"{what} is {shown(value)}", location=location, hint="give a text")
     return value.strip()
 
 
-def need(row: Any, key: str, where: str) -> Any:
+def need(row: Any, key: str, location: str) -> Any:
     """`row[key]`. Raises `InputError` where `row` is no object or has no such key, saying what it has."""
     if not isinstance(row, Mapping):
-        raise InputError(f"is {type(row).__name__}, not an object with {key!r}", where=where)
+        raise InputError(f"is {type(row).__name__}, not an object with {key!r}", location=location)
     if row.get(key) is None:
-        raise InputError(f"{key!r} is missing (found: {', '.join(map(str, row)) or 'nothing'})", where=where)
+        raise InputError(f"{key!r} is missing (found: {', '.join(map(str, row)) or 'nothing'})", location=location)
     return row[key]
 
 
-def items_of(row: Any, key: str, where: str) -> list[Any]:
+def items_of(row: Any, key: str, location: str) -> list[Any]:
     """`row[key]`, a list. Raises `InputError` where it is none."""
-    value = need(row, key, where)
+    value = need(row, key, location)
     if not isinstance(value, list):
-        raise InputError(f"{key} is {type(value).__name__}, not a list", where=where)
+        raise InputError(f"{key} is {type(value).__name__}, not a list", location=location)
     return value
 
 
-def key_of(row: Any, key: str, where: str) -> int | str:
+def key_of(row: Any, key: str, location: str) -> int | str:
     """`row[key]`, a number or a text that identifies something. Raises `InputError` for anything else."""
-    value = need(row, key, where)
+    value = need(row, key, location)
     if not isinstance(value, int | str):
-        raise InputError(f"{key} is {type(value).__name__}, not a number", where=where)
+        raise InputError(f"{key} is {type(value).__name__}, not a number", location=location)
     return value
 
 
@@ -283,27 +283,27 @@ def points_box(points: Sequence[Sequence[float]]) -> XYXY:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def size_of(image: Path, where: str, said: tuple[Any, Any] | None = None) -> tuple[int, int]:
-    """(width, height) of the upright picture in pixels.
+def size_of(image: Path, location: str, said: tuple[Any, Any] | None = None) -> tuple[int, int]:
+    """(width, height) of the upright image in pixels.
 
     Args:
         said: the size that the annotation states. 0 and None state nothing (some tools write 0 x 0).
 
     Raises:
-        InputError: no readable picture, or one of another size than was said.
+        InputError: no readable image, or one of another size than was said.
     """
     try:
         size = image_size(image)
     except InputError as error:
-        raise error.at(where) from None
+        raise error.at(location) from None
     if said is not None and None not in said:
-        width, height = (number(v, where) for v in said)
+        width, height = (number(v, location) for v in said)
         if 0 not in (width, height) and (width, height) != size:
             raise InputError(
-                f"says {width:g} x {height:g} pixels, the picture has {size[0]} x {size[1]} (upright)"
+                f"says {width:g} x {height:g} pixels, the image has {size[0]} x {size[1]} (upright)"
                 f"{': width and height are swapped' if (height, width) == size else ''}",
-                where=where,
-                cure="annotate the picture as it is, or remove the size if the boxes are right",
+                location=location,
+                hint="annotate the image as it is, or remove the size if the boxes are right",
             )
     return size
 
@@ -316,12 +316,12 @@ def read_text(path: Path, *, limit: int = _TEXT_LIMIT) -> str:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file of at most 64 MiB. Raises `InputError` with file and line."""
     text = read_text(path, limit=64 * 2**20)
-    return construct(lambda: getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text), where=str(path))
+    return construct(lambda: getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text), location=str(path))
 
 
-def require_folder(src: Path, cure: str) -> None:
+def require_folder(src: Path, hint: str) -> None:
     if not src.is_dir():
-        raise InputError("no such folder", where=str(src), cure=cure)
+        raise InputError("no such folder", location=str(src), hint=hint)
 
 
 def check_caption(template: str) -> None:
@@ -330,36 +330,38 @@ def check_caption(template: str) -> None:
     Raises:
         InputError: another placeholder, or a brace alone.
     """
-    cure = "the one placeholder is {phrases}; write {{ and }} for braces"
+    hint = "the one placeholder is {phrases}; write {{ and }} for braces"
     try:
         fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise InputError(f"the caption template {template!r} is wrong: {error}", where="--caption", cure=cure) from None
+        raise InputError(
+            f"the caption template {template!r} is wrong: {error}", location="--caption", hint=hint
+        ) from None
     for name, spec, how in fields:
         if name != "phrases" or spec or how:
-            raise InputError(f"the caption template has the placeholder {{{name}}}", where="--caption", cure=cure)
+            raise InputError(f"the caption template has the placeholder {{{name}}}", location="--caption", hint=hint)
     if not template.strip():
-        raise InputError("the caption template is empty", where="--caption", cure=cure)
+        raise InputError("the caption template is empty", location="--caption", hint=hint)
 
 
 def flat(name: str) -> str:
     """A file name without folders."""
-    return "_".join(PurePosixPath(name.replace("\\", "/")).parts).replace("/", "_").lstrip("._") or "picture"
+    return "_".join(PurePosixPath(name.replace("\\", "/")).parts).replace("/", "_").lstrip("._") or "image"
 
 
-def put_picture(picture: Image.Image | Path, target: Path) -> tuple[int, int]:
-    """Copy or save a picture, after decoding it, so that no damaged one is passed on; (width, height), upright."""
+def put_image(image: Image.Image | Path, target: Path) -> tuple[int, int]:
+    """Copy or save an image, after decoding it, so that no damaged one is passed on; (width, height), upright."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(picture, Path):
-        size = load_image(picture).size
-        shutil.copyfile(picture, target)
+    if isinstance(image, Path):
+        size = load_image(image).size
+        shutil.copyfile(image, target)
         return size
-    picture.save(target)
-    return picture.size
+    image.save(target)
+    return image.size
 
 
 def unique(items: Iterable[Item], kind: str) -> list[Item]:
-    """The items, for formats that hold one layout a picture.
+    """The items, for formats that hold one layout an image.
 
     Raises:
         InputError: a name stands twice.
@@ -368,33 +370,33 @@ def unique(items: Iterable[Item], kind: str) -> list[Item]:
     for name, count in Counter(item[0] for item in items).items():
         if count > 1:
             raise InputError(
-                f"{kind} holds one layout a picture, and {name!r} has {count}", cure="use --to jsonl or coco"
+                f"{kind} holds one layout an image, and {name!r} has {count}", hint="use --to jsonl or coco"
             )
     return items
 
 
-def stated_size(image: Path, said: tuple[Any, Any], where: str) -> tuple[int, int]:
+def stated_size(image: Path, said: tuple[Any, Any], location: str) -> tuple[int, int]:
     """The size (width, height) that boxes in pixels refer to, where a set is often kept at another size than it was annotated.
 
     Raises:
-        InputError: no size, no readable picture, or one of another shape (by more than two pixels' worth of rounding).
+        InputError: no size, no readable image, or one of another shape (by more than two pixels' worth of rounding).
     """
-    width, height = (number(v, f"{where}: size") for v in said)
+    width, height = (number(v, f"{location}: size") for v in said)
     if width <= 0 or height <= 0:
         raise InputError(
-            f"says {width:g} x {height:g} pixels", where=where, cure="give the size that the boxes refer to"
+            f"says {width:g} x {height:g} pixels", location=location, hint="give the size that the boxes refer to"
         )
-    real = size_of(image, where)
+    real = size_of(image, location)
     if abs(real[0] * height - real[1] * width) > 2 * max(width, height, *real):
         raise InputError(
-            f"says {width:g} x {height:g} pixels, the picture has {real[0]} x {real[1]} (upright), another shape",
-            where=where,
-            cure="check that the annotation belongs to this picture",
+            f"says {width:g} x {height:g} pixels, the image has {real[0]} x {real[1]} (upright), another shape",
+            location=location,
+            hint="check that the annotation belongs to this image",
         )
     return int(width), int(height)
 
 
-def spoken(short: Any, long: Any, detailed: bool, where: str) -> str:
+def spoken(short: Any, long: Any, detailed: bool, location: str) -> str:
     """The one of two descriptions of a box that is wanted; the other where that is missing.
 
     Raises:
@@ -402,4 +404,4 @@ def spoken(short: Any, long: Any, detailed: bool, where: str) -> str:
     """
     first, second = (long, short) if detailed else (short, long)
     chosen = next((t for t in (first, second) if isinstance(t, str) and t.strip()), first)
-    return text(chosen, "the description", where)
+    return text(chosen, "the description", location)

@@ -13,8 +13,8 @@ from typing import Any
 from mmdit_lora.data.formats.common import (
     XYXY,
     Context,
-    MissingPictureError,
-    Pictures,
+    ImageFinder,
+    MissingImageError,
     Reads,
     Sample,
     is_file,
@@ -40,24 +40,26 @@ Things = list[tuple[str, XYXY]]
 def read_grit(context: Context) -> Reads:
     """GRIT (parquet, or the json files that img2dataset writes): `noun_chunks` [[start, end, x0, y0, x1, y1, score], ...].
 
-    The phrase is `caption[start:end]`; with `detailed` `ref_exps`, the longer expressions, are taken. Pictures are
+    The phrase is `caption[start:end]`; with `detailed` `ref_exps`, the longer expressions, are taken. Images are
     `<key>.jpg` below `--images`.
     """
     return each(rows(table_files(context, ".parquet", ".jsonl", ".json")), partial(_grit, context=context))
 
 
-def _grit(row: Any, where: str, context: Context) -> Sample:
-    caption = need(row, "caption", where)
-    image = context.pictures.find(str(row.get("key") or need(row, "id", where)), where)
+def _grit(row: Any, location: str, context: Context) -> Sample:
+    caption = need(row, "caption", location)
+    image = context.image_finder.find(str(row.get("key") or need(row, "id", location)), location)
     column = "ref_exps" if context.detailed else "noun_chunks"
     things: Things = []
-    for index, chunk in enumerate(items_of(row, column, where)):
-        place = f"{where}: {column}[{index}]"
+    for index, chunk in enumerate(items_of(row, column, location)):
+        place = f"{location}: {column}[{index}]"
         if not isinstance(chunk, list) or len(chunk) not in (6, 7):
-            raise InputError(f"is {shown(chunk)}", where=place, cure="a chunk is [start, end, x0, y0, x1, y1, score]")
+            raise InputError(
+                f"is {shown(chunk)}", location=place, hint="a chunk is [start, end, x0, y0, x1, y1, score]"
+            )
         phrase = _span(caption, chunk[0], chunk[1], place)
         _add(things, phrase, context.box(chunk[2:6], "xyxy", place, image=image))
-    return Sample(image, where, things, text(caption, "the caption", where))
+    return Sample(image, location, things, text(caption, "the caption", location))
 
 
 def read_hico(context: Context) -> Reads:
@@ -66,7 +68,7 @@ def read_hico(context: Context) -> Reads:
     `list_bbox_info` holds [text, [x0, y0, x1, y1]] or [text, x0, y0, x1, y1]: pixels of `img_size` {H, W}.
     """
     table = rows(table_files(context, ".json", ".jsonl"))
-    return each(((where, _hico_object(row)) for where, row in table), partial(_hico, context=context))
+    return each(((location, _hico_object(row)) for location, row in table), partial(_hico, context=context))
 
 
 _HICO = ("base_info", "caption", "obj_nums", "img_size", "path_img", "list_bbox_info")
@@ -76,19 +78,19 @@ def _hico_object(row: Any) -> Any:
     return dict(zip(_HICO, row, strict=False)) if isinstance(row, list) and len(row) >= len(_HICO) else row
 
 
-def _hico(row: Any, where: str, context: Context) -> Sample:
-    image = context.pictures.find(text(need(row, "path_img", where), "path_img", where), where)
-    said = need(row, "img_size", where)
-    size = stated_size(image, (need(said, "W", where), need(said, "H", where)), where)
+def _hico(row: Any, location: str, context: Context) -> Sample:
+    image = context.image_finder.find(text(need(row, "path_img", location), "path_img", location), location)
+    said = need(row, "img_size", location)
+    size = stated_size(image, (need(said, "W", location), need(said, "H", location)), location)
     things: Things = []
-    for index, entry in enumerate(items_of(row, "list_bbox_info", where)):
-        place = f"{where}: list_bbox_info[{index}]"
+    for index, entry in enumerate(items_of(row, "list_bbox_info", location)):
+        place = f"{location}: list_bbox_info[{index}]"
         if not isinstance(entry, list) or len(entry) not in (2, 5):
-            raise InputError(f"is {shown(entry)}", where=place, cure="write [text, [x0, y0, x1, y1]]")
+            raise InputError(f"is {shown(entry)}", location=place, hint="write [text, [x0, y0, x1, y1]]")
         corners = entry[1] if len(entry) == 2 else entry[1:]
         phrase = text(entry[0], "the text", place)
         _add(things, phrase, context.box(corners, "xyxy", place, unit="pixel", size=size))
-    return Sample(image, where, things, text(need(row, "caption", where), "the caption", where))
+    return Sample(image, location, things, text(need(row, "caption", location), "the caption", location))
 
 
 def read_gligen(context: Context) -> Reads:
@@ -101,28 +103,28 @@ def read_gligen(context: Context) -> Reads:
     return each(table, partial(_gligen, context=context))
 
 
-def _gligen(row: Any, where: str, context: Context) -> Sample:
-    data = parse_json(need(row, "json", where), where=where)
-    caption = text(need(data, "caption", where), "the caption", where)
-    image = _base64_picture(data, str(data.get("data_id", row["key"])), where, context)
-    size = size_of(image, where)
+def _gligen(row: Any, location: str, context: Context) -> Sample:
+    data = parse_json(need(row, "json", location), location=location)
+    caption = text(need(data, "caption", location), "the caption", location)
+    image = _base64_image(data, str(data.get("data_id", row["key"])), location, context)
+    size = size_of(image, location)
     things: Things = []
-    for index, anno in enumerate(items_of(data, "annos", where)):
-        place = f"{where}: annos[{index}]"
+    for index, anno in enumerate(items_of(data, "annos", location)):
+        place = f"{location}: annos[{index}]"
         spans = need(anno, "tokens_positive", place)
         spans = [spans] if isinstance(spans, list) and spans and not isinstance(spans[0], list) else spans
         if not isinstance(spans, list) or not spans or not all(isinstance(s, list) and len(s) == 2 for s in spans):
-            raise InputError(f"tokens_positive is {shown(spans)}", where=place, cure="write [[start, end], ...]")
+            raise InputError(f"tokens_positive is {shown(spans)}", location=place, hint="write [[start, end], ...]")
         phrase = " ".join(_span(data["caption"], start, end, place) for start, end in spans)
         _add(things, phrase, context.box(need(anno, "bbox", place), "xywh", place, unit="pixel", size=size))
-    return Sample(image, where, things, caption)
+    return Sample(image, location, things, caption)
 
 
 def read_instance_diffusion(context: Context) -> Reads:
     """InstanceDiffusion: json files (or a .txt that lists them): {caption, width, height, image (base64), annos}.
 
     An entry of `annos` has `bbox` (xywh in pixels), `category_name` and `caption` (taken with `detailed`). Without `image`,
-    as in the inference json, the picture has the json's stem or `file_name`, below `--images`.
+    as in the inference json, the image has the json's stem or `file_name`, below `--images`.
     """
     src = context.src
     if src.suffix == ".txt" and src.is_file():
@@ -134,36 +136,36 @@ def read_instance_diffusion(context: Context) -> Reads:
         yield partial(_instances, path, context)
 
 
-def _listed_instances(name: str, where: str, context: Context) -> Sample:
+def _listed_instances(name: str, location: str, context: Context) -> Sample:
     folder = context.src.parent
     # Lists often hold paths of another machine: then the file of that name beside the list is meant.
     path = next(
-        (p for p in (_below(folder, name, where), folder / PureWindowsPath(name).name) if p and is_file(p)), None
+        (p for p in (_below(folder, name, location), folder / PureWindowsPath(name).name) if p and is_file(p)), None
     )
     if path is None:
-        raise InputError(f"names {name!r}, which does not exist", where=where)
+        raise InputError(f"names {name!r}, which does not exist", location=location)
     return _instances(path, context)
 
 
 def _instances(path: Path, context: Context) -> Sample:
-    data, where = read_json(path), str(path)
-    caption = text(need(data, "caption", where), "the caption", where)
+    data, location = read_json(path), str(path)
+    caption = text(need(data, "caption", location), "the caption", location)
     if data.get("image"):
-        image = _base64_picture(data, path.stem, where, context)
+        image = _base64_image(data, path.stem, location, context)
     else:
-        image = context.pictures.find(str(data.get("file_name") or path.stem), where)
-    size = stated_size(image, (need(data, "width", where), need(data, "height", where)), where)
+        image = context.image_finder.find(str(data.get("file_name") or path.stem), location)
+    size = stated_size(image, (need(data, "width", location), need(data, "height", location)), location)
     things: Things = []
-    for index, anno in enumerate(items_of(data, "annos", where)):
-        place = f"{where}: annos[{index}]"
+    for index, anno in enumerate(items_of(data, "annos", location)):
+        place = f"{location}: annos[{index}]"
         box = context.box(need(anno, "bbox", place), "xywh", place, unit="pixel", size=size)
         _add(things, spoken(anno.get("category_name"), anno.get("caption"), context.detailed, place), box)
-    return Sample(image, where, things, caption)
+    return Sample(image, location, things, caption)
 
 
-def _below(folder: Path, name: str, where: str) -> Path | None:
+def _below(folder: Path, name: str, location: str) -> Path | None:
     try:
-        return inside(folder, name, where=where)
+        return inside(folder, name, location=location)
     except InputError:
         return None
 
@@ -172,25 +174,25 @@ _ENTITY = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
 
 
 def read_flickr30k(context: Context) -> Reads:
-    """Flickr30k Entities: Sentences/<id>.txt, Annotations/<id>.xml, pictures `<id>.jpg`; splits are train.txt and so on.
+    """Flickr30k Entities: Sentences/<id>.txt, Annotations/<id>.xml, images `<id>.jpg`; splits are train.txt and so on.
 
     The caption is the first of the five sentences; its phrases are given the boxes of their chain. Boxes are xyxy in
     pixels, counted from 1, as in VOC (its own tools subtract 1).
 
     Raises:
-        InputError: a folder or the split is missing. A record: its xml, sentence or picture is wrong.
+        InputError: a folder or the split is missing. A record: its xml, sentence or image is wrong.
     """
     src, split = context.src, context.split
     for name in ("Sentences", "Annotations"):
         if not (src / name).is_dir():
-            raise InputError(f"has no folder {name}", where=str(src))
+            raise InputError(f"has no folder {name}", location=str(src))
     if split is not None:
         listing = src / f"{split}.txt"
         if not listing.is_file():
-            raise InputError(f"has no {split}.txt", where=str(src), cure="leave --split away")
+            raise InputError(f"has no {split}.txt", location=str(src), hint="leave --split away")
         stems = read_text(listing).split()
         for stem in stems:
-            inside(src, stem, where=str(listing), what="picture")
+            inside(src, stem, location=str(listing), what="image")
     else:
         stems = sorted(path.stem for path in (src / "Sentences").glob("*.txt"))
     for stem in stems:
@@ -199,11 +201,11 @@ def read_flickr30k(context: Context) -> Reads:
 
 def _flickr30k(stem: str, context: Context) -> Sample:
     file, path = context.src / "Sentences" / f"{stem}.txt", context.src / "Annotations" / f"{stem}.xml"
-    where = f"{file}:1"
+    location = f"{file}:1"
     sentence = read_text(file).split("\n")[0].strip()
     root = parse_xml(path)
-    image = context.pictures.find(f"{stem}.jpg", where)
-    size = size_of(image, where)
+    image = context.image_finder.find(f"{stem}.jpg", location)
+    size = size_of(image, location)
     chains: defaultdict[str, list[XYXY]] = defaultdict(list)
     for index, item in enumerate(root.findall("object"), start=1):
         box = item.find("bndbox")
@@ -218,7 +220,7 @@ def _flickr30k(stem: str, context: Context) -> Sample:
     left = sum(chain not in chains for chain, _ in _ENTITY.findall(sentence))
     context.left_out.update({"phrases without a box": left} if left else {})
     things = [(phrase, box) for chain, phrase in _ENTITY.findall(sentence) for box in chains.get(chain, [])]
-    return Sample(image, where, things, text(_ENTITY.sub(r"\2", sentence), "the sentence", where))
+    return Sample(image, location, things, text(_ENTITY.sub(r"\2", sentence), "the sentence", location))
 
 
 def read_eligen(context: Context) -> Reads:
@@ -231,31 +233,31 @@ def read_eligen(context: Context) -> Reads:
         src if src.is_file() else next((p for p in (src / "metadata.json", src / "metadata.jsonl") if p.is_file()), src)
     )
     if path == src and not src.is_file():
-        raise InputError("has no metadata.json", where=str(src))
-    files = Pictures(*([context.images] if context.images else []), path.parent)
+        raise InputError("has no metadata.json", location=str(src))
+    files = ImageFinder(*([context.images] if context.images else []), path.parent)
     return each(rows([path]), partial(_eligen, files=files, context=context))
 
 
-def _eligen(row: Any, where: str, files: Pictures, context: Context) -> Sample:
-    image = files.find(text(need(row, "image", where), "image", where), where)
-    prompts, masks = (items_of(row, f"eligen_entity_{key}", where) for key in ("prompts", "masks"))
+def _eligen(row: Any, location: str, files: ImageFinder, context: Context) -> Sample:
+    image = files.find(text(need(row, "image", location), "image", location), location)
+    prompts, masks = (items_of(row, f"eligen_entity_{key}", location) for key in ("prompts", "masks"))
     if len(prompts) != len(masks):
-        raise InputError(f"{len(prompts)} prompts and {len(masks)} masks", where=where)
+        raise InputError(f"{len(prompts)} prompts and {len(masks)} masks", location=location)
     things: Things = []
     for index, (prompt, name) in enumerate(zip(prompts, masks, strict=True)):
-        place = f"{where}: eligen_entity_masks[{index}]"
+        place = f"{location}: eligen_entity_masks[{index}]"
         try:
             mask = load_image(files.find(text(name, "the mask", place), place)).convert("L")
-        except MissingPictureError as error:
-            raise InputError(error.what, where=place) from None
+        except MissingImageError as error:
+            raise InputError(error.what, location=place) from None
         around = mask.point(lambda value: 255 if value > 127 else 0).getbbox()
         if around is None:
             context.leave_out("empty masks")
             continue
-        phrase = text(prompt, "the prompt", f"{where}: eligen_entity_prompts[{index}]")
+        phrase = text(prompt, "the prompt", f"{location}: eligen_entity_prompts[{index}]")
         _add(things, phrase, context.box(around, "xyxy", place, unit="pixel", size=mask.size))
     caption = row.get("prompt")
-    return Sample(image, where, things, text(caption, "the prompt", where) if caption else None)
+    return Sample(image, location, things, text(caption, "the prompt", location) if caption else None)
 
 
 def _add(things: Things, phrase: str, box: XYXY | None) -> None:
@@ -263,17 +265,17 @@ def _add(things: Things, phrase: str, box: XYXY | None) -> None:
         things.append((phrase, box))
 
 
-def _span(caption: Any, start: Any, end: Any, where: str) -> str:
+def _span(caption: Any, start: Any, end: Any, location: str) -> str:
     """The text between two places of a caption. Raises `InputError` where there is none."""
-    first, last = number(start, where), number(end, where)
+    first, last = number(start, location), number(end, location)
     if not isinstance(caption, str) or not 0 <= first < last <= len(caption):
-        raise InputError(f"the span {start}:{end} is not in the caption", where=where)
-    return text(caption[int(first) : int(last)], "the span", where)
+        raise InputError(f"the span {start}:{end} is not in the caption", location=location)
+    return text(caption[int(first) : int(last)], "the span", location)
 
 
-def _base64_picture(data: Mapping[str, Any], stem: str, where: str, context: Context) -> Path:
+def _base64_image(data: Mapping[str, Any], stem: str, location: str, context: Context) -> Path:
     try:
-        content = base64.b64decode(text(need(data, "image", where), "image", where), validate=True)
+        content = base64.b64decode(text(need(data, "image", location), "image", location), validate=True)
     except ValueError as error:  # binascii.Error is one
-        raise InputError(f"its picture is no base64 ({error})", where=where) from None
-    return context.unpacked(content, stem, where)
+        raise InputError(f"its image is no base64 ({error})", location=location) from None
+    return context.unpacked(content, stem, location)

@@ -38,54 +38,54 @@ def read_hugging_face(context: Context) -> Reads:
     if context.bbox_format is None or context.bbox_units is None:
         raise InputError(
             f"does not say how its boxes are written. {_evidence(context, paths)}",
-            where=str(context.src),
-            cure="declare both --bbox-format and --bbox-units",
+            location=str(context.src),
+            hint="declare both --bbox-format and --bbox-units",
         )
     for path in paths:
         yield from each(rows([path]), partial(_sample, names=names[path], context=context))
 
 
-def _sample(row: Any, where: str, names: list[str], context: Context) -> Sample:
-    image = context.unpacked(need(row, "image", where), _stem(row), where)
-    size = size_of(image, where)
+def _sample(row: Any, location: str, names: list[str], context: Context) -> Sample:
+    image = context.unpacked(need(row, "image", location), _stem(row), location)
+    size = size_of(image, location)
     convention, unit = cast("Convention", context.bbox_format), cast("Unit", context.bbox_units)
     things = []
-    for index, (value, label) in enumerate(_objects(row, where)):
-        place = f"{where}: objects[{index}]"
+    for index, (value, label) in enumerate(_objects(row, location)):
+        place = f"{location}: objects[{index}]"
         box = context.box(value, convention, place, unit=unit, size=size)
         phrase = text(_named(label, names, place), "the phrase", place)
         if box is not None:
             things.append((phrase, box))
     caption = next((row[key] for key in _CAPTIONS if row.get(key)), None)
-    return Sample(image, where, things, text(caption, "the caption", where) if caption is not None else None)
+    return Sample(image, location, things, text(caption, "the caption", location) if caption is not None else None)
 
 
-def _objects(row: Any, where: str) -> Iterator[tuple[Any, Any]]:
+def _objects(row: Any, location: str) -> Iterator[tuple[Any, Any]]:
     """(box, phrase or class) from a struct of lists, or from a list of structs."""
-    found = need(row, "objects", where)
+    found = need(row, "objects", location)
     if isinstance(found, list):
         for index, entry in enumerate(found):
-            place = f"{where}: objects[{index}]"
+            place = f"{location}: objects[{index}]"
             yield need(entry, "bbox", place), need(entry, _phrase_key(entry, place), place)
         return
-    boxes, labels = need(found, "bbox", where), need(found, _phrase_key(found, where), where)
+    boxes, labels = need(found, "bbox", location), need(found, _phrase_key(found, location), location)
     if not isinstance(boxes, list) or not isinstance(labels, list) or len(boxes) != len(labels):
-        raise InputError("objects has not as many phrases as boxes", where=where)
+        raise InputError("objects has not as many phrases as boxes", location=location)
     yield from zip(boxes, labels, strict=True)
 
 
-def _phrase_key(found: Any, where: str) -> str:
+def _phrase_key(found: Any, location: str) -> str:
     keys = [key for key in _PHRASES if isinstance(found, Mapping) and found.get(key) is not None]
     if not keys:
-        raise InputError(f"objects has none of {', '.join(_PHRASES)}", where=where)
+        raise InputError(f"objects has none of {', '.join(_PHRASES)}", location=location)
     return keys[0]
 
 
-def _named(label: Any, names: list[str], where: str) -> Any:
+def _named(label: Any, names: list[str], location: str) -> Any:
     if not isinstance(label, int):
         return label
     if not 0 <= label < len(names):
-        raise InputError(f"class {label} has no name (the file names {len(names)})", where=where)
+        raise InputError(f"class {label} has no name (the file names {len(names)})", location=location)
     return names[label]
 
 
@@ -94,7 +94,7 @@ def _class_names(path: Path) -> list[str]:
     try:
         return class_names(parquet.read_schema(path).metadata)
     except (OSError, ValueError) as error:
-        raise InputError(f"is no readable parquet file ({str(error).splitlines()[0]})", where=str(path)) from None
+        raise InputError(f"is no readable parquet file ({str(error).splitlines()[0]})", location=str(path)) from None
 
 
 def _label_names(feature: Any) -> list[str]:
@@ -111,16 +111,16 @@ def _label_names(feature: Any) -> list[str]:
 def _stem(row: Any) -> str:
     image = row.get("image")
     name = image.get("path") if isinstance(image, Mapping) else None
-    return Path(name).stem if isinstance(name, str) and name else str(row.get("image_id", "picture"))
+    return Path(name).stem if isinstance(name, str) and name else str(row.get("image_id", "image"))
 
 
 def _evidence(context: Context, paths: list[Path]) -> str:
-    """For each reading the share of boxes that it makes wrong: inverted, or outside the picture."""
+    """For each reading the share of boxes that it makes wrong: inverted, or outside the image."""
     sets = []
-    for where, row in islice(rows(paths), _LOOKED_AT):
+    for location, row in islice(rows(paths), _LOOKED_AT):
         if isinstance(row, Mapping) and row.get("image") is not None and row.get("objects") is not None:
-            size = size_of(context.unpacked(row["image"], _stem(row), where), where)
-            sets.append(Boxed([four for value, _ in _objects(row, where) if (four := four_numbers(value))], size))
+            size = size_of(context.unpacked(row["image"], _stem(row), location), location)
+            sets.append(Boxed([four for value, _ in _objects(row, location) if (four := four_numbers(value))], size))
     found = evidence(sets, READINGS[0])
     if found is None:
         return "There is no box to judge by."
@@ -129,7 +129,7 @@ def _evidence(context: Context, paths: list[Path]) -> str:
     return f"Of {found.total} boxes, each reading makes wrong: {shares}"
 
 
-def line_of(row: Mapping[str, Any], names: list[str], where: str) -> dict[str, Any]:
+def line_of(row: Mapping[str, Any], names: list[str], location: str) -> dict[str, Any]:
     """`caption` and `objects` of a row as a line of metadata.jsonl has them; its boxes' numbers as they stand.
 
     Args:
@@ -138,14 +138,14 @@ def line_of(row: Mapping[str, Any], names: list[str], where: str) -> dict[str, A
     Raises:
         InputError: a column is missing, or wrong, with `where`.
     """
-    pairs = list(_objects(row, where))
+    pairs = list(_objects(row, location))
     caption = next((row[key] for key in _CAPTIONS if row.get(key)), "")
-    phrases = [_named(label, names, f"{where}: objects[{index}]") for index, (_, label) in enumerate(pairs)]
+    phrases = [_named(label, names, f"{location}: objects[{index}]") for index, (_, label) in enumerate(pairs)]
     return {"caption": caption, "objects": {"bbox": [box for box, _ in pairs], "phrase": phrases}}
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
     """The names of the classes, from the metadata of a parquet file's schema. Raises `ValueError` where that is no JSON."""
-    told = parse_object(decode_text((metadata or {}).get(b"huggingface", b"{}"), where=_KEY), where=_KEY)
+    told = parse_object(decode_text((metadata or {}).get(b"huggingface", b"{}"), location=_KEY), location=_KEY)
     features = (told.get("info") or {}).get("features") or {}
     return _label_names(features.get("objects"))

@@ -16,12 +16,12 @@ from mmdit_lora.files import require_file
 from mmdit_lora.json_files import JSON_LIMIT, read_json
 from mmdit_lora.layout import read_json_records
 
-_LONGEST_FIELD = 256 * 2**20  # characters; pictures in base64
+_LONGEST_FIELD = 256 * 2**20  # characters; images in base64
 
 Row = tuple[str, Any]  # (where, content or the error of that row)
 
 
-def import_or_explain(module: str, where: str) -> Any:
+def import_or_explain(module: str, location: str) -> Any:
     """A module of the extra `formats`. Raises `InputError` that says how to install it."""
     try:
         return importlib.import_module(module)
@@ -29,8 +29,8 @@ def import_or_explain(module: str, where: str) -> Any:
         package = module.split(".")[0]
         raise InputError(
             f"needs {package} to be read",
-            where=where,
-            cure=f"install it: `uv sync --extra formats`, or `pip install {package}`",
+            location=location,
+            hint=f"install it: `uv sync --extra formats`, or `pip install {package}`",
         ) from None
 
 
@@ -46,12 +46,12 @@ def table_files(context: Context, *suffixes: str) -> list[Path]:
     if src.is_file():
         return [src]
     if not src.is_dir():
-        raise InputError("no such folder or file", where=str(src), cure=f"give a file: {', '.join(suffixes)}")
+        raise InputError("no such folder or file", location=str(src), hint=f"give a file: {', '.join(suffixes)}")
     files = sorted(path for path in src.rglob("*") if path.suffix in suffixes and path.is_file())
-    # Of one kind, the first that there is: SA-1B, say, has a json file of its own beside each picture.
+    # Of one kind, the first that there is: SA-1B, say, has a json file of its own beside each image.
     found = next((some for suffix in suffixes if (some := [path for path in files if path.suffix == suffix])), [])
     if not found:
-        raise InputError(f"holds no file of {', '.join(suffixes)}", where=str(src))
+        raise InputError(f"holds no file of {', '.join(suffixes)}", location=str(src))
     if split is None:
         return found
     of_split = [
@@ -60,7 +60,7 @@ def table_files(context: Context, *suffixes: str) -> list[Path]:
         if any(p == split or p.startswith((f"{split}-", f"{split}.")) for p in path.relative_to(src).parts)
     ]
     if not of_split:
-        raise unknown_key(split, [path.relative_to(src).as_posix() for path in found], where="--split")
+        raise unknown_key(split, [path.relative_to(src).as_posix() for path in found], location="--split")
     return of_split
 
 
@@ -71,7 +71,7 @@ def rows(paths: Iterable[Path], *, header: list[str] | None = None, without: Col
 
     Args:
         header: names of the columns of csv and tsv files that do not begin with them.
-        without: columns of parquet files that are not read (pictures, where only the boxes are wanted).
+        without: columns of parquet files that are not read (images, where only the boxes are wanted).
 
     Raises:
         InputError: a file cannot be read at all.
@@ -85,15 +85,15 @@ def rows(paths: Iterable[Path], *, header: list[str] | None = None, without: Col
 
 def each(table: Iterable[Row], parse: Callable[[Any, str], Sample]) -> Reads:
     """The reads of rows: `parse(row, where)`, or the row's error."""
-    return (partial(_one, where, row, parse) for where, row in table)
+    return (partial(_one, location, row, parse) for location, row in table)
 
 
-def _one(where: str, row: Any, parse: Callable[[Any, str], Sample]) -> Sample:
+def _one(location: str, row: Any, parse: Callable[[Any, str], Sample]) -> Sample:
     if isinstance(row, InputError):
         raise row
     if not isinstance(row, Mapping):
-        raise InputError(f"is {type(row).__name__}, not an object", where=where)
-    return parse(row, where)
+        raise InputError(f"is {type(row).__name__}, not an object", location=location)
+    return parse(row, location)
 
 
 def _parquet(path: Path, without: Collection[str]) -> Iterator[Row]:
@@ -102,12 +102,12 @@ def _parquet(path: Path, without: Collection[str]) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name not in without] if without else None
-            for batch in file.iter_batches(batch_size=64, columns=columns):  # rows may hold whole pictures
+            for batch in file.iter_batches(batch_size=64, columns=columns):  # rows may hold whole images
                 for row in batch.to_pylist():
                     yield f"{path}: row {index}", row
                     index += 1
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these
-        raise InputError(f"is no readable parquet file ({str(error).splitlines()[0]})", where=str(path)) from None
+        raise InputError(f"is no readable parquet file ({str(error).splitlines()[0]})", location=str(path)) from None
 
 
 def _lines(path: Path, _: list[str] | None) -> Iterator[Row]:
@@ -136,18 +136,18 @@ def _separated(path: Path, header: list[str] | None, *, delimiter: str) -> Itera
                 reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
             for values in reader:
                 line = reader.line_num
-                where = f"{path}:{line}"
+                location = f"{path}:{line}"
                 if not values:
                     continue
                 if names is None:
                     names = [name.strip() for name in values]
                 elif len(values) != len(names):
                     what = f"has {len(values)} columns, not {len(names)} ({', '.join(names)})"
-                    yield where, InputError(what, where=where)
+                    yield location, InputError(what, location=location)
                 else:
-                    yield where, dict(zip(names, values, strict=True))
+                    yield location, dict(zip(names, values, strict=True))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"is no table of UTF-8 text ({error})", where=f"{path}:{line + 1}") from None
+        raise InputError(f"is no table of UTF-8 text ({error})", location=f"{path}:{line + 1}") from None
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {

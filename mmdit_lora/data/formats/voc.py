@@ -1,4 +1,4 @@
-"""Pascal VOC: JPEGImages, Annotations (one XML a picture) and, where there are any, splits in ImageSets/Main.
+"""Pascal VOC: JPEGImages, Annotations (one XML an image) and, where there are any, splits in ImageSets/Main.
 
 VOC counts pixels from 1 and includes the last one, so a box covers xmin - 1 .. xmax. Many tools that write VOC count from
 0, and their sets give themselves away by a 0 somewhere: then nothing is subtracted.
@@ -16,12 +16,12 @@ from mmdit_lora.data.formats.captions import write_sidecar
 from mmdit_lora.data.formats.common import (
     SUFFIXES,
     Context,
-    MissingPictureError,
+    MissingImageError,
     Reads,
     Sample,
     flat,
     is_file,
-    put_picture,
+    put_image,
     require_folder,
     size_of,
     unique,
@@ -37,11 +37,11 @@ _ZERO = re.compile(r"<[xy]min>\s*0+(\.0*)?\s*</")
 def read_voc(context: Context) -> Reads:
     """Records of a VOC folder, in the order of their names, or of the lines of a split.
 
-    What disagrees and yet can be read (names, extensions, missing sizes, pictures without annotation) is warned of.
+    What disagrees and yet can be read (names, extensions, missing sizes, images without annotation) is warned of.
 
     Raises:
         InputError: the folder or the split does not exist. A record: an XML file is damaged, has a DTD, or names no
-            picture or a picture of another size.
+            image or an image of another size.
     """
     src, split = context.src, context.split
     annotations, splits = _annotations(src, context.images), _splits(src)
@@ -66,13 +66,13 @@ def write_voc(folder: Path, items: Iterable[Item]) -> None:
     Coordinates are floats, so that nothing is rounded. The classes are the phrases.
 
     Raises:
-        InputError: a picture has several layouts, or a box is less than a pixel wide or high, which VOC cannot hold.
+        InputError: an image has several layouts, or a box is less than a pixel wide or high, which VOC cannot hold.
     """
     stems, named = [], []
     for name in ("Annotations", "JPEGImages"):
         (folder / name).mkdir(parents=True)
-    for name, picture, layout in unique(((flat(n), p, layout) for n, p, layout in items), "VOC"):
-        width, height = put_picture(picture, folder / "JPEGImages" / name)
+    for name, image, layout in unique(((flat(n), p, layout) for n, p, layout in items), "VOC"):
+        width, height = put_image(image, folder / "JPEGImages" / name)
         root = Element("annotation")
         SubElement(root, "filename").text = name
         size = SubElement(root, "size")
@@ -83,7 +83,7 @@ def write_voc(folder: Path, items: Iterable[Item]) -> None:
             if x1 - x0 <= 1 or y1 - y0 <= 1:
                 raise InputError(
                     f"a box of {x1 - x0:.3g} x {y1 - y0:.3g} pixels in {name!r} is too small for VOC",
-                    cure="use --to coco",
+                    hint="use --to coco",
                 )
             item = SubElement(root, "object")
             SubElement(item, "name").text = box.phrase
@@ -93,10 +93,10 @@ def write_voc(folder: Path, items: Iterable[Item]) -> None:
         stem = Path(name).stem
         if stem in stems:
             raise InputError(
-                f"VOC names pictures by their stem, and {stem!r} stands twice", cure="use --to jsonl or coco"
+                f"VOC names images by their stem, and {stem!r} stands twice", hint="use --to jsonl or coco"
             )
         stems.append(stem)
-        named.append((name, picture, layout))
+        named.append((name, image, layout))
         indent(root)
         ElementTree(root).write(folder / "Annotations" / f"{stem}.xml", encoding="utf-8")
     write_sidecar(folder, named)
@@ -107,11 +107,11 @@ def _annotations(src: Path, images: Path | None) -> list[Path]:
     for name in ("Annotations", "JPEGImages"):
         if not (src / name).is_dir() and not (name == "JPEGImages" and images):
             raise InputError(
-                f"has no folder {name}", where=str(src), cure="a VOC folder holds JPEGImages and Annotations"
+                f"has no folder {name}", location=str(src), hint="a VOC folder holds JPEGImages and Annotations"
             )
     found = sorted((src / "Annotations").glob("*.xml"))
     if not found:
-        raise InputError("holds no .xml file", where=str(src / "Annotations"))
+        raise InputError("holds no .xml file", location=str(src / "Annotations"))
     return found
 
 
@@ -131,28 +131,28 @@ def _splits(src: Path) -> dict[str, Path]:
 def _of_split(src: Path, split: str, splits: Mapping[str, Path]) -> Iterator[Path]:
     if split not in splits:
         if not splits:
-            raise InputError("has no splits (ImageSets/Main)", where=str(src), cure="leave --split away")
-        raise unknown_key(split, sorted(splits), where="--split")
+            raise InputError("has no splits (ImageSets/Main)", location=str(src), hint="leave --split away")
+        raise unknown_key(split, sorted(splits), location="--split")
     file = splits[split]
     for number, line in read_lines(file, what="list of a split"):
         stem, *member = line.split()
-        if member == ["-1"]:  # the lists of one class say for every picture whether it is in
+        if member == ["-1"]:  # the lists of one class say for every image whether it is in
             continue
         path = src / "Annotations" / f"{stem}.xml"
         if PureWindowsPath(stem).name != stem or not path.is_file():
-            raise InputError(f"names {stem!r}, which has no annotation", where=f"{file}:{number}")
+            raise InputError(f"names {stem!r}, which has no annotation", location=f"{file}:{number}")
         yield path
 
 
 def _sample(path: Path, context: Context, from_zero: bool, taken: dict[Path, Path]) -> Sample:
     root = parse_xml(path)
     if root.tag != "annotation":
-        raise InputError(f"its root is <{root.tag}>, not <annotation>", where=str(path))
-    image = _picture(root, path, context)
+        raise InputError(f"its root is <{root.tag}>, not <annotation>", location=str(path))
+    image = _image(root, path, context)
     first = taken.setdefault(image, path)
     if first != path:
         what = f"annotates {image.name}, as {first.name} does; both were read, each as a layout of its own"
-        context.warnings.add("annotations of a picture that has one already", str(path), what)
+        context.warnings.add("annotations of an image that has one already", str(path), what)
     said = _said_size(root, path)
     size = size_of(image, str(path), said)
     if said is None or 0 in said:
@@ -161,62 +161,62 @@ def _sample(path: Path, context: Context, from_zero: bool, taken: dict[Path, Pat
         context.warnings.add("annotations that state no size", str(path), what)
     things = []
     for number, item in enumerate(root.findall("object"), start=1):
-        where = f"{path}: object {number}"
+        location = f"{path}: object {number}"
         name = (item.findtext("name") or "").strip()
         if not name:
-            raise InputError("has no <name>", where=where)
+            raise InputError("has no <name>", location=location)
         box = item.find("bndbox")
         if box is None:
-            raise InputError("has no <bndbox>", where=where)
-        left, top, right, bottom = (child_number(box, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax"))
+            raise InputError("has no <bndbox>", location=location)
+        left, top, right, bottom = (child_number(box, tag, location) for tag in ("xmin", "ymin", "xmax", "ymax"))
         if right == left or bottom == top:  # before the shift, which would make a pixel of it
             context.leave_out("boxes without area")
             continue
         shift = 0 if from_zero or right < left or bottom < top else 1
-        xyxy = context.box((left - shift, top - shift, right, bottom), "xyxy", where, unit="pixel", size=size)
+        xyxy = context.box((left - shift, top - shift, right, bottom), "xyxy", location, unit="pixel", size=size)
         if xyxy is not None:
             things.append((name, xyxy))
     return Sample(image, str(path), things)
 
 
-def _picture(root: Element, path: Path, context: Context) -> Path:
+def _image(root: Element, path: Path, context: Context) -> Path:
     """The file beside the annotation's own name; else the one that it names (which tools often leave stale)."""
     folder = context.images or context.src / "JPEGImages"
     named = PureWindowsPath((root.findtext("filename") or "").strip()).name
     candidates = [f"{path.stem}{suffix}" for suffix in SUFFIXES]
-    if named:  # of two pictures of one stem, the one that is named
+    if named:  # of two images of one stem, the one that is named
         candidates.insert(0 if PureWindowsPath(named).stem == path.stem else len(candidates), named)
     found = next((name for name in candidates if is_file(folder / name)), None)
     if found is None:
-        raise MissingPictureError(
-            f"its picture {named or path.stem + '.jpg'!r} is not in {folder.name}",
-            where=str(path),
-            cure="add it, or leave such records out with --skip-missing",
+        raise MissingImageError(
+            f"its image {named or path.stem + '.jpg'!r} is not in {folder.name}",
+            location=str(path),
+            hint="add it, or leave such records out with --skip-missing",
         )
     if named not in ("", found, path.stem):
         if PureWindowsPath(named).stem == path.stem:
             kind, why = "annotations that name another extension", "which is not there"
         else:
-            kind = "annotations that name another picture"
+            kind = "annotations that name another image"
             why = f"which {'is there too' if is_file(folder / named) else 'is not there'}"
         context.warnings.add(kind, str(path), f"its <filename> is {named!r}, {why}; {found} was taken")
     elif found == named and PureWindowsPath(named).stem != path.stem:
-        what = f"no picture has its own name; the one of its <filename> was taken, {found}"
-        context.warnings.add("annotations that are not named as their picture", str(path), what)
+        what = f"no image has its own name; the one of its <filename> was taken, {found}"
+        context.warnings.add("annotations that are not named as their image", str(path), what)
     return folder / found
 
 
 def _warn_of_leftovers(
     annotations: list[Path], splits: Mapping[str, Path], context: Context, taken: Mapping[Path, Path]
 ) -> None:
-    """Warn of pictures that no annotation took, and of names in ImageSets that have no annotation."""
+    """Warn of images that no annotation took, and of names in ImageSets that have no annotation."""
     stems = {path.stem for path in annotations}
-    # The picture of an annotation that could not be read is not without one.
+    # The image of an annotation that could not be read is not without one.
     unread = stems - {path.stem for path in taken.values()}
     folder = context.images or context.src / "JPEGImages"
-    for picture in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if picture.suffix in SUFFIXES and picture not in taken and picture.stem not in unread:
-            context.warnings.add("pictures without annotation", str(picture), "has no annotation; it was left out")
+    for image in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if image.suffix in SUFFIXES and image not in taken and image.stem not in unread:
+            context.warnings.add("images without annotation", str(image), "has no annotation; it was left out")
     for file in (splits[name] for name in sorted(splits)):
         for number, line in read_lines(file, what="list of a split"):
             stem, *member = line.split() or [""]
@@ -229,5 +229,5 @@ def _said_size(root: Element, path: Path) -> tuple[float, float] | None:
     element = root.find("size")
     if element is None:
         return None
-    where = f"{path}: size"
-    return child_number(element, "width", where), child_number(element, "height", where)
+    location = f"{path}: size"
+    return child_number(element, "width", location), child_number(element, "height", location)

@@ -24,7 +24,7 @@ def read_xml(path: Path) -> str:
     """
     content = read_bytes(path, what="annotation file", limit=_LIMIT)
     if content.startswith(_BOMS):
-        return decode_text(content, where=str(path))
+        return decode_text(content, location=str(path))
     for encoding, start in (("utf-16-le", b"<\0"), ("utf-16-be", b"\0<")):
         if content.startswith(start):
             return _decoded(content, encoding, path)
@@ -32,7 +32,7 @@ def read_xml(path: Path) -> str:
     name = declared[1].decode() if declared else "utf-8"
     # A declaration that could be read byte by byte is of no wide encoding: such files were saved anew by another tool.
     if name.lower().replace("_", "-") in ("utf-8", "utf8") or name.lower().startswith(("utf-16", "utf-32", "ucs")):
-        return decode_text(content, where=str(path))
+        return decode_text(content, location=str(path))
     return _decoded(content, name, path)
 
 
@@ -41,12 +41,14 @@ def _decoded(content: bytes, encoding: str, path: Path) -> str:
         return content.decode(encoding)
     except LookupError:  # unknown, or no encoding of texts
         raise InputError(
-            f"declares the encoding {encoding!r}, which is not known", where=str(path), cure="save it as UTF-8"
+            f"declares the encoding {encoding!r}, which is not known", location=str(path), hint="save it as UTF-8"
         ) from None
     except ValueError as error:
         reason = getattr(error, "reason", error)
         raise InputError(
-            f"is not in {encoding}, the encoding that it declares ({reason})", where=str(path), cure="save it as UTF-8"
+            f"is not in {encoding}, the encoding that it declares ({reason})",
+            location=str(path),
+            hint="save it as UTF-8",
         ) from None
 
 
@@ -64,7 +66,7 @@ def parse_xml(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
 
     def refuse(*_: object) -> None:
-        raise InputError("has a DTD (<!DOCTYPE ...>)", where=f"{path}:{parser.CurrentLineNumber}", cure="remove it")
+        raise InputError("has a DTD (<!DOCTYPE ...>)", location=f"{path}:{parser.CurrentLineNumber}", hint="remove it")
 
     parser.StartDoctypeDeclHandler = refuse
     text = read_xml(path)
@@ -72,27 +74,27 @@ def parse_xml(path: Path) -> Element:
         parser.Parse(text, True)  # of a text, whatever it declares
         return builder.close()
     except expat.ExpatError as error:
-        raise InputError(f"is not XML: {expat.ErrorString(error.code)}", where=f"{path}:{error.lineno}") from None
+        raise InputError(f"is not XML: {expat.ErrorString(error.code)}", location=f"{path}:{error.lineno}") from None
     except UnicodeEncodeError:  # half a character, which some encodings let through
-        raise InputError("holds half a character", where=str(path), cure="save it as UTF-8") from None
+        raise InputError("holds half a character", location=str(path), hint="save it as UTF-8") from None
 
 
-def child_number(element: Element, tag: str, where: str) -> float:
+def child_number(element: Element, tag: str, location: str) -> float:
     """The finite number in a child element. Raises `InputError` where there is none."""
     value = element.findtext(tag)
     if value is None:
-        raise InputError(f"<{tag}> is missing", where=where, cure="give a number")
+        raise InputError(f"<{tag}> is missing", location=location, hint="give a number")
     try:
-        return number(value, where)
+        return number(value, location)
     except InputError:
-        raise InputError(f"<{tag}> is {value!r}", where=where, cure="give a number") from None
+        raise InputError(f"<{tag}> is {value!r}", location=location, hint="give a number") from None
 
 
-def attribute_number(element: Element, name: str, where: str) -> float:
+def attribute_number(element: Element, name: str, location: str) -> float:
     """The finite number in an attribute. Raises `InputError` where there is none."""
     try:
-        return number(element.get(name), where)
+        return number(element.get(name), location)
     except InputError:
         raise InputError(
-            f"{name} of <{element.tag}> is {element.get(name)!r}", where=where, cure="give a number"
+            f"{name} of <{element.tag}> is {element.get(name)!r}", location=location, hint="give a number"
         ) from None

@@ -1,6 +1,6 @@
 """YOLO (Ultralytics): images/**/x.jpg with labels/**/x.txt, names in data.yaml or classes.txt.
 
-A line of a label file is `class cx cy w h`, relative to the picture, perhaps with a confidence, or
+A line of a label file is `class cx cy w h`, relative to the image, perhaps with a confidence, or
 `class x y x y x y ...`, a polygon. Source of the format: Ultralytics' pages on detection and segmentation data sets.
 """
 
@@ -21,7 +21,7 @@ from mmdit_lora.data.formats.common import (
     Sample,
     number,
     points_box,
-    put_picture,
+    put_image,
     read_text,
     read_yaml,
     require_folder,
@@ -36,30 +36,30 @@ _NAME_FILES = ("classes.txt", "obj.names", "names.txt")
 
 
 def read_yolo(context: Context) -> Reads:
-    """Records of a YOLO folder: every picture below a folder `images` (or any picture, where there is no such folder).
+    """Records of a YOLO folder: every image below a folder `images` (or any image, where there is no such folder).
 
     Raises:
-        InputError: no pictures, no names of the classes. A record: a line of its label file is wrong.
+        InputError: no images, no names of the classes. A record: a line of its label file is wrong.
     """
     src = context.src
     require_folder(src, "give the folder that holds data.yaml, images and labels")
     names = class_names(src)
     root = context.images or src
-    pictures = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    in_images = [path for path in pictures if "images" in path.relative_to(root).parts[:-1]]
-    pictures = in_images or pictures
-    if not pictures:
-        raise InputError("holds no picture", where=str(root))
+    images = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    in_images = [path for path in images if "images" in path.relative_to(root).parts[:-1]]
+    images = in_images or images
+    if not images:
+        raise InputError("holds no image", location=str(root))
     if context.split is not None:
-        found = {part for path in pictures for part in path.relative_to(root).parts[:-1]} - {"images"}
+        found = {part for path in images for part in path.relative_to(root).parts[:-1]} - {"images"}
         if context.split not in found:
             raise InputError(
-                f"has no folder of pictures {context.split!r}",
-                where=str(root),
-                cure=f"--split takes {', '.join(sorted(found))}" if found else "leave --split away",
+                f"has no folder of images {context.split!r}",
+                location=str(root),
+                hint=f"--split takes {', '.join(sorted(found))}" if found else "leave --split away",
             )
-        pictures = [path for path in pictures if context.split in path.relative_to(root).parts[:-1]]
-    for path in pictures:
+        images = [path for path in images if context.split in path.relative_to(root).parts[:-1]]
+    for path in images:
         yield partial(_sample, path, _label_file(path, root, src), names, context)
 
 
@@ -67,12 +67,12 @@ def write_yolo(folder: Path, items: Iterable[Item]) -> None:
     """Write images/, labels/, data.yaml and `captions.jsonl`. The classes are the phrases; coordinates keep all digits.
 
     Raises:
-        InputError: a picture has several layouts, or two pictures differ in the suffix alone.
+        InputError: an image has several layouts, or two images differ in the suffix alone.
     """
     classes: dict[str, int] = {}
     items = unique(items, "YOLO")
-    for name, picture, layout in items:
-        put_picture(picture, folder / "images" / name)
+    for name, image, layout in items:
+        put_image(image, folder / "images" / name)
         lines = []
         for box in layout.boxes:
             left, top, right, bottom = box.xyxy
@@ -81,7 +81,7 @@ def write_yolo(folder: Path, items: Iterable[Item]) -> None:
         label = (folder / "labels" / name).with_suffix(".txt")
         if label.exists():
             raise InputError(
-                f"YOLO names labels by the picture's stem, and {label.stem!r} stands twice", cure="use --to jsonl"
+                f"YOLO names labels by the image's stem, and {label.stem!r} stands twice", hint="use --to jsonl"
             )
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text("".join(lines), encoding="utf-8")
@@ -103,12 +103,14 @@ def class_names(src: Path) -> dict[int, str]:
         if path.is_file():
             return dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
     raise InputError(
-        "names no classes", where=str(src), cure=f"add data.yaml with `names`, or {_NAME_FILES[0]} with a name a line"
+        "names no classes",
+        location=str(src),
+        hint=f"add data.yaml with `names`, or {_NAME_FILES[0]} with a name a line",
     )
 
 
 def class_line(
-    line: str, names: Mapping[int, str], where: str, context: Context, image: Path
+    line: str, names: Mapping[int, str], location: str, context: Context, image: Path
 ) -> tuple[str, XYXY] | None:
     """(class name, relative xyxy) of a line of a label file; None, and counted, where the box is empty.
 
@@ -118,15 +120,19 @@ def class_line(
     first, *rest = line.split()
     index = int(first) if first.isdecimal() and len(first) <= _MOST_DIGITS else None
     if index is None or index not in names:
-        raise InputError(f"class {shown(first)} has no name", where=where, cure=f"the {len(names)} names count from 0")
-    values = [number(value, where) for value in rest]
+        raise InputError(
+            f"class {shown(first)} has no name", location=location, hint=f"the {len(names)} names count from 0"
+        )
+    values = [number(value, location) for value in rest]
     if len(values) in (4, 5):
-        box = context.box(values[:4], "cxcywh", where, image=image)
+        box = context.box(values[:4], "cxcywh", location, image=image)
     elif len(values) >= 6 and len(values) % 2 == 0:
         points = list(zip(values[::2], values[1::2], strict=True))
-        box = context.box(points_box(points), "xyxy", where, image=image)
+        box = context.box(points_box(points), "xyxy", location, image=image)
     else:
-        raise InputError(f"has {len(values)} numbers after the class", where=where, cure="write `class cx cy w h`")
+        raise InputError(
+            f"has {len(values)} numbers after the class", location=location, hint="write `class cx cy w h`"
+        )
     return None if box is None else (names[index], box)
 
 
@@ -135,30 +141,30 @@ def _yaml_names(path: Path) -> dict[int, str]:
     names = data.get("names") if isinstance(data, Mapping) else None
     pairs = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(pairs, Mapping) or not pairs:
-        raise InputError("has no `names`", where=str(path), cure="list the classes: `names: [cat, dog]`")
+        raise InputError("has no `names`", location=str(path), hint="list the classes: `names: [cat, dog]`")
     for index, name in pairs.items():
         if not isinstance(index, int) or not isinstance(name, str | int) or not str(name).strip():
             raise InputError(
-                f"names holds {shown(index)}: {shown(name)}", where=str(path), cure="give a number and a name each"
+                f"names holds {shown(index)}: {shown(name)}", location=str(path), hint="give a number and a name each"
             )
     return {index: str(name).strip() for index, name in pairs.items()}
 
 
-def _label_file(picture: Path, root: Path, src: Path) -> Path:
-    """Where the last folder `images` of a picture's path is `labels`; else beside the picture."""
-    parts = list(picture.relative_to(root).with_suffix(".txt").parts)
+def _label_file(image: Path, root: Path, src: Path) -> Path:
+    """Where the last folder `images` of an image's path is `labels`; else beside the image."""
+    parts = list(image.relative_to(root).with_suffix(".txt").parts)
     if "images" in parts[:-1]:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
         return src.joinpath(*parts)
     below = src.joinpath("labels", *parts)
-    return below if below.is_file() else picture.with_suffix(".txt")
+    return below if below.is_file() else image.with_suffix(".txt")
 
 
-def _sample(picture: Path, label: Path, names: Mapping[int, str], context: Context) -> Sample:
+def _sample(image: Path, label: Path, names: Mapping[int, str], context: Context) -> Sample:
     things = []
-    if label.exists():  # a picture without one is a picture without objects
+    if label.exists():  # an image without one is an image without objects
         for line_number, line in read_lines(label, what="label file"):
-            thing = class_line(line, names, f"{label}:{line_number}", context, picture)
+            thing = class_line(line, names, f"{label}:{line_number}", context, image)
             if thing is not None:
                 things.append(thing)
-    return Sample(picture, str(label), things)
+    return Sample(image, str(label), things)

@@ -83,7 +83,7 @@ def sample_dataset(
     """(records, how many there are): a data set folder's all, of shards at most `most`, evenly spread.
 
     Args:
-        tell: called with lines for people, as of `read_dataset`.
+        on_progress: called with lines for people, as of `read_dataset`.
 
     Raises:
         InputError: as of `read_dataset` and `open_shards`.

@@ -1,4 +1,4 @@
-"""Reading ahead on threads: while a step computes, the pictures of the next ones come from their store."""
+"""Reading ahead on threads: while a step computes, the images of the next ones come from their store."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mmdit_lora.data.shards.records import ShardRecord
 
 
 def held(record: Record) -> Record:
-    """The record with its picture's bytes in memory, where they lie in a shard: read once, however often it is asked."""
+    """The record with its image's bytes in memory, where they lie in a shard: read once, however often it is asked."""
     if not isinstance(record, ShardRecord):
         return record
     data = record.read_bytes()
     return replace(record, read=lambda: data)
 
 
-class ReadAhead:
+class Prefetcher:
     """Records of a set by index, those that were announced already on their way.
 
     What a record raises is raised where it is taken, and nowhere else.

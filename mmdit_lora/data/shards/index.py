@@ -24,16 +24,16 @@ SUFFIX = ".index.safetensors"
 _MOST_HEADER = 10**6  # bytes
 _UNUSABLE = (InputError, OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeError, RecursionError)
 # Places are counted in tar's blocks of 512 bytes, so that 32 bits reach 2 TB. `content` and `meta` are XXH3 (64 bits) of the
-# picture's file and of what says the layout; `boxes` is how many the latter has.
+# image's file and of what says the layout; `boxes` is how many the latter has.
 _FIELDS = [
-    *((name, "<u4") for name in ("picture", "picture_bytes", "json", "json_bytes", "text", "text_bytes")),
+    *((name, "<u4") for name in ("image", "image_bytes", "json", "json_bytes", "text", "text_bytes")),
     *((name, "<u4") for name in ("width", "height", "boxes")),
     *((name, "<u8") for name in ("content", "meta")),
 ]
 
 
 def row_type(longest_name: int) -> np.dtype:
-    """The type of a row; `name` is the picture's member name as UTF-8, padded."""
+    """The type of a row; `name` is the image's member name as UTF-8, padded."""
     return np.dtype([*_FIELDS, ("name", f"S{max(1, longest_name)}")])
 
 

@@ -79,13 +79,13 @@ class ParquetPart:
             if column not in self._columns:
                 raise InputError(
                     f"has no column {column!r}",
-                    where=self.name,
-                    cure="its columns are image, caption and objects {bbox, phrase}",
+                    location=self.name,
+                    hint="its columns are image, caption and objects {bbox, phrase}",
                 )
         groups_of = [footer.row_group(n) for n in range(footer.num_row_groups)]
         self._sizes = tuple(group.num_rows for group in groups_of)
         if not sum(self._sizes):
-            raise InputError("holds no row", where=self.name)
+            raise InputError("holds no row", location=self.name)
         self._starts = np.cumsum([0, *self._sizes])
         # What is known without reading the rows: where they begin, and how long each group is.
         known = [Path(self.name).name, stored.size, [(group.num_rows, group.total_byte_size) for group in groups_of]]
@@ -101,7 +101,7 @@ class ParquetPart:
 
     @property
     def content(self) -> np.ndarray:
-        """Not of the pictures, which are not read: of the shard and the row's number."""
+        """Not of the images, which are not read: of the shard and the row's number."""
         with np.errstate(over="ignore"):  # splitmix64, a public-domain mixer by Sebastiano Vigna
             z = np.uint64(self._digest) + np.arange(1, len(self) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -132,7 +132,7 @@ class ParquetPart:
         return int(self._starts[-1])
 
     def record(self, index: int) -> ShardRecord:
-        where = f"{self.name}: row {index}"
+        location = f"{self.name}: row {index}"
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         table = self._groups.get(self, group)
         (row,) = table.slice(index - int(self._starts[group]), 1).to_pylist()
@@ -141,7 +141,7 @@ class ParquetPart:
         if not isinstance(content, bytes) or not content:
             what = "its image holds no bytes"
             raise InputError(
-                what, where=where, cure="embed the pictures, as `datasets` does with push_to_hub or to_parquet"
+                what, location=location, hint="embed the images, as `datasets` does with push_to_hub or to_parquet"
             )
         path = image.get("path") if isinstance(image, Mapping) else None
         name = Path(path).name if isinstance(path, str) else ""
@@ -149,14 +149,18 @@ class ParquetPart:
         clipped: Clipped = []
         conventions = {key: row[key] for key in ("bbox_format", "bbox_units") if row.get(key) is not None}
         try:
-            line = {**line_of(row, self._names, where), **conventions}
+            line = {**line_of(row, self._names, location), **conventions}
             layout = self._read_line(line, partial(image_size, content), clipped=clipped)
         except InputError as error:
-            raise error if (error.where or "").startswith(where) else error.at(where) from None
+            raise error if (error.location or "").startswith(location) else error.at(location) from None
         for by, place in clipped:
-            self._edges.add(by, f"{where}: {place}")
+            self._edges.add(by, f"{location}: {place}")
         return ShardRecord(
-            image=Path(self.name) / str(index) / name, layout=layout, where=where, read=lambda: content, pixels=None
+            image=Path(self.name) / str(index) / name,
+            layout=layout,
+            location=location,
+            read=lambda: content,
+            pixels=None,
         )
 
     def read_group(self, group: int) -> Any:

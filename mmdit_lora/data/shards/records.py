@@ -29,7 +29,7 @@ class ShardRecord(Record):
     """A record in a shard. `image` is a name to show (`folder/shard.tar/key.jpg`), not a file; `where` is `shard.tar:key`.
 
     Args:
-        read: the picture's bytes. pixels: (width, height) of the upright picture; None = its header is read.
+        read: the image's bytes. pixels: (width, height) of the upright image; None = its header is read.
     """
 
     read: Callable[[], bytes] = field(default=_nothing, repr=False, compare=False)
@@ -39,7 +39,7 @@ class ShardRecord(Record):
         try:
             return self.read()
         except InputError as error:
-            raise InputError(error.what, where=self.where, cure=error.cure) from None
+            raise InputError(error.what, location=self.location, hint=error.hint) from None
 
     def source(self) -> bytes:
         return self.read_bytes()
@@ -48,7 +48,7 @@ class ShardRecord(Record):
         try:
             return load_image(self.read_bytes())
         except InputError as error:
-            raise error if error.where else error.at(self.where) from None
+            raise error if error.location else error.at(self.location) from None
 
     def size(self) -> tuple[int, int]:
         if self.pixels is not None:
@@ -56,7 +56,7 @@ class ShardRecord(Record):
         try:
             return image_size(self.read_bytes())
         except InputError as error:
-            raise error if error.where else error.at(self.where) from None
+            raise error if error.location else error.at(self.location) from None
 
 
 class Part(Protocol):
@@ -68,7 +68,7 @@ class Part(Protocol):
     def is_remote(self) -> bool: ...
     @property
     def content(self) -> np.ndarray:
-        """uint64 hashes of the pictures' files."""
+        """uint64 hashes of the images' files."""
 
     @property
     def meta(self) -> np.ndarray:
@@ -80,7 +80,7 @@ class Part(Protocol):
 
     @property
     def pixels(self) -> np.ndarray | None:
-        """(records, 2): width and height of the upright pictures; None likewise."""
+        """(records, 2): width and height of the upright images; None likewise."""
 
     @property
     def blocks(self) -> Sequence[int]:
@@ -160,21 +160,21 @@ class ShardedRecords(_Places):
         return tuple(size for part in self.parts for size in part.blocks) if _needs_blocks(self.parts) else None
 
     def pixels(self) -> np.ndarray:
-        """(records, 2) uint32: width and height of every upright picture, 0 where that is not known; nothing is read."""
+        """(records, 2) uint32: width and height of every upright image, 0 where that is not known; nothing is read."""
         sides = [np.zeros((len(part), 2)) if part.pixels is None else part.pixels for part in self.parts]
         return np.concatenate([of_part.astype(np.uint32) for of_part in sides])
 
     def fingerprint(self) -> str:
-        """sha256 over the hashes of all pictures and layouts, in order; the same wherever the shards lie and are cut."""
+        """sha256 over the hashes of all images and layouts, in order; the same wherever the shards lie and are cut."""
         digest = hashlib.sha256(b"shards")
         for part in self.parts:
             digest.update(np.stack([part.content, part.meta], axis=1).astype("<u8").tobytes())
         return digest.hexdigest()
 
     def split(self, share: float) -> tuple[Subset, Subset]:
-        """(training, held out): a picture's side depends on its bytes, so that copies, and sets that grow, keep their sides.
+        """(training, held out): an image's side depends on its bytes, so that copies, and sets that grow, keep their sides.
 
-        At most `MOST_HELD_OUT` pictures (and their copies) are held out.
+        At most `MOST_HELD_OUT` images (and their copies) are held out.
 
         Raises:
             InputError: a side would be empty although `share` is above 0.
@@ -188,9 +188,9 @@ class ShardedRecords(_Places):
         held = np.flatnonzero(content <= distinct[count - 1])
         if len(held) == len(content):
             raise InputError(
-                f"{len(distinct)} pictures are too few to hold out a share of {share}",
-                where="data.validation_share",
-                cure="set it to 0, or give more pictures",
+                f"{len(distinct)} images are too few to hold out a share of {share}",
+                location="data.validation_share",
+                hint="set it to 0, or give more images",
             )
         return Subset(self, held, without=True), Subset(self, held, without=False)
 

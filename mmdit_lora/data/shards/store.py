@@ -39,12 +39,12 @@ def expand(path: str, suffix: str) -> list[str]:
     if not names:
         raise InputError(
             f"there is no {suffix} file",
-            where=path,
-            cure="name a folder, a glob or a pattern such as set-{000..009}.tar",
+            location=path,
+            hint="name a folder, a glob or a pattern such as set-{000..009}.tar",
         )
     doubled = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if doubled is not None:
-        raise InputError(f"the pattern names {doubled} twice", where=path)
+        raise InputError(f"the pattern names {doubled} twice", location=path)
     return names
 
 
@@ -78,8 +78,8 @@ class Stored:
             what = (
                 "the store answers with the whole file, not with the part that was asked for" if whole else "is cut off"
             )
-            cure = "use a store that knows ranged reads" if whole else "restore the file"
-            raise InputError(what, where=self.name, cure=cure)
+            hint = "use a store that knows ranged reads" if whole else "restore the file"
+            raise InputError(what, location=self.name, hint=hint)
         return data
 
     def neighbour(self, suffix: str) -> bytes:
@@ -119,7 +119,7 @@ def retried(call: Callable[[], Result], name: str, *, tries: int = _TRIES) -> Re
             error = _real(error)
             if attempt == tries or isinstance(error, _FINAL):
                 what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
-                raise InputError(what, where=name) from None
+                raise InputError(what, location=name) from None
             time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 
@@ -144,7 +144,7 @@ def find(name: str) -> Stored:
     fs, inner = _file_system(name)
     info = retried(lambda: fs.info(inner), name)
     if info.get("size") is None:
-        raise InputError("the store does not say how large it is", where=name)
+        raise InputError("the store does not say how large it is", location=name)
     known = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
     stamp = next((str(info[key]) for key in known if info.get(key)), "")
     return Stored(name, int(info["size"]), stamp, fs, inner)
@@ -160,10 +160,10 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise
     except Exception as error:  # whatever the drivers and their libraries raise: many connect, or open a file, at once
         driver = _DRIVERS.get(protocol)
-        cure = "see that the address is right and can be reached"
+        hint = "see that the address is right and can be reached"
         if isinstance(error, ImportError | ValueError):
-            cure = f"install its driver: `pip install {driver}`" if driver else "see fsspec's list of protocols"
-        raise InputError(f"{protocol}:// cannot be opened ({_reason(error)})", where=url, cure=cure) from None
+            hint = f"install its driver: `pip install {driver}`" if driver else "see fsspec's list of protocols"
+        raise InputError(f"{protocol}:// cannot be opened ({_reason(error)})", location=url, hint=hint) from None
 
 
 def _listed(path: str, suffix: str) -> list[str]:
@@ -186,8 +186,8 @@ def _braces(path: str) -> list[str]:
     if named > MOST_SHARDS:
         raise InputError(
             f"the pattern names {named:,} files, and at most {MOST_SHARDS:,} shards are read",
-            where=path,
-            cure="name those that are there, or write fewer and larger ones",
+            location=path,
+            hint="name those that are there, or write fewer and larger ones",
         )
     return ["".join(chosen) for chosen in product(*choices)]
 
@@ -198,7 +198,7 @@ def _choices(inside: str, path: str) -> Sequence[str]:
         return inside.split(",")
     first, last = int(numbers[1]), int(numbers[2])
     if first > last:
-        raise InputError(f"the range {{{inside}}} goes backwards", where=path)
+        raise InputError(f"the range {{{inside}}} goes backwards", location=path)
     if last - first >= MOST_SHARDS:
         return range(first, last + 1)  # type: ignore[return-value]  # to be counted alone
     return [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]

@@ -1,6 +1,6 @@
 """Tar shards: members of one key are one record (the convention of the package webdataset, its page "The WebDataset format").
 
-    000001.jpg     the picture (jpg, jpeg, png, webp)
+    000001.jpg     the image (jpg, jpeg, png, webp)
     000001.json    {"caption": "...", "objects": {"bbox": [...], "phrase": [...]}}, as a line of metadata.jsonl without file_name
     000001.txt     the caption, where the json has none
 
@@ -28,7 +28,7 @@ from mmdit_lora.files import decode_text, inside
 from mmdit_lora.json_files import parse_json
 from mmdit_lora.layout import Clipped, Layout
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -43,7 +43,7 @@ Keyed = tuple[str, dict[str, _Member]]
 
 
 def scan(shard: Stored, *, bbox_format: str, bbox_units: str, edges: EdgeCount) -> np.ndarray:
-    """The rows of a shard's index, in the order of its keys' first members. Every layout and every picture's header is read.
+    """The rows of a shard's index, in the order of its keys' first members. Every layout and every image's header is read.
 
     Args:
         edges: counts the boxes that were clipped.
@@ -62,9 +62,9 @@ def scan(shard: Stored, *, bbox_format: str, bbox_units: str, edges: EdgeCount) 
         for by, place in clipped:
             edges.add(by, f"{shard.name}:{key}: {place}")
     if errors:
-        raise several(errors, where=shard.name)
+        raise several(errors, location=shard.name)
     if not rows:
-        raise InputError("holds no record", where=shard.name, cure=f"a record is KEY.{PICTURES[0]} and KEY.json")
+        raise InputError("holds no record", location=shard.name, hint=f"a record is KEY.{IMAGES[0]} and KEY.json")
     names = max(len(row[-1]) for row in rows)
     return np.array(rows, dtype=row_type(names))
 
@@ -88,11 +88,11 @@ def read_layout(
 ) -> tuple[Layout, tuple[str, ...]]:
     """Layout and ignored keys of a record's json and txt. Raises `InputError` without place."""
     if data is None:
-        raise InputError("has no .json", cure="each picture has its layout beside it, under the same key")
-    parsed = parse_json(decode_text(data, where="its .json"), where="its .json")
+        raise InputError("has no .json", hint="each image has its layout beside it, under the same key")
+    parsed = parse_json(decode_text(data, location="its .json"), location="its .json")
     if isinstance(parsed, dict):
         if parsed.get("caption") is None and caption is not None:
-            parsed["caption"] = decode_text(caption, where="its .txt").strip()
+            parsed["caption"] = decode_text(caption, location="its .txt").strip()
         extra = tuple(str(key) for key in parsed if key not in COLUMNS)
     else:
         extra = ()
@@ -110,12 +110,12 @@ def digest(*parts: bytes) -> int:
 
 
 def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str, clipped: Clipped) -> tuple[Any, ...]:
-    picture, layout, caption = (members.get(kind) for kind in ("picture", "json", "txt"))
-    if picture is None:
-        raise InputError("has no picture", cure=f"give it one: {', '.join(PICTURES)}")
-    if not picture.content:
-        raise InputError("its picture is empty, 0 bytes")
-    size = image_size(picture.content)
+    image, layout, caption = (members.get(kind) for kind in ("image", "json", "txt"))
+    if image is None:
+        raise InputError("has no image", hint=f"give it one: {', '.join(IMAGES)}")
+    if not image.content:
+        raise InputError("its image is empty, 0 bytes")
+    size = image_size(image.content)
     found, _ = read_layout(
         layout.content if layout else None,
         caption.content if caption else None,
@@ -127,17 +127,17 @@ def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str, clipped
     assert layout is not None
     text = caption or _Member("", 0, b"")
     return (
-        picture.block,
-        len(picture.content),
+        image.block,
+        len(image.content),
         layout.block,
         len(layout.content),
         text.block,
         len(text.content),
         *size,
         len(found.boxes),
-        digest(picture.content),
+        digest(image.content),
         digest(layout.content, text.content),
-        picture.name.encode("utf-8", "surrogateescape"),
+        image.name.encode("utf-8", "surrogateescape"),
     )
 
 
@@ -147,12 +147,12 @@ def _records(shard: Stored) -> Iterator[Keyed]:
     current: dict[str, _Member] = {}
     last = None
     for member in _members(shard):
-        inside(".", member.name, where=shard.name, what="member")
+        inside(".", member.name, location=shard.name, what="member")
         folder, slash, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")
         key, ending = f"{folder}{slash}{stem}", ending.lower()
-        kind = "picture" if ending in PICTURES else ending
-        if kind not in ("picture", "json", "txt"):
+        kind = "image" if ending in IMAGES else ending
+        if kind not in ("image", "json", "txt"):
             continue
         if key != last:
             if last is not None:
@@ -161,12 +161,12 @@ def _records(shard: Stored) -> Iterator[Keyed]:
             if key in seen:
                 raise InputError(
                     "its members are not together, or the key comes twice",
-                    where=f"{shard.name}:{key}",
-                    cure="write each record's members one after the other, under a key of its own",
+                    location=f"{shard.name}:{key}",
+                    hint="write each record's members one after the other, under a key of its own",
                 )
             seen.add(key)
         if kind in current:
-            raise InputError(f"has two members that are its {kind}", where=f"{shard.name}:{key}")
+            raise InputError(f"has two members that are its {kind}", location=f"{shard.name}:{key}")
         current[kind] = member
     if last is not None:
         yield last, current
@@ -187,23 +187,27 @@ def _members_of(file: BinaryIO, shard: Stored) -> Iterator[_Member]:
                 if info.size > MOST_BYTES:
                     raise InputError(
                         f"has {info.size:,} bytes, and a member at most {MOST_BYTES:,}",
-                        where=f"{shard.name}:{info.name}",
+                        location=f"{shard.name}:{info.name}",
                     )
                 handle = tar.extractfile(info)
                 assert handle is not None
                 content = handle.read()
                 if len(content) != info.size:
-                    raise InputError("is cut off", where=f"{shard.name}:{info.name}", cure="restore the shard")
+                    raise InputError("is cut off", location=f"{shard.name}:{info.name}", hint="restore the shard")
                 yield _Member(info.name, info.offset_data // _BLOCK, content)
             end = tar.offset
     except OSError as error:  # the store fails while it is read
-        raise InputError(f"cannot be read ({error})", where=shard.name) from None
+        raise InputError(f"cannot be read ({error})", location=shard.name) from None
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
-            f"is no whole tar file ({error})", where=shard.name, cure="restore the shard; compressed ones are not read"
+            f"is no whole tar file ({error})",
+            location=shard.name,
+            hint="restore the shard; compressed ones are not read",
         ) from None
     if shard.size < end + _BLOCK:
-        raise InputError("is cut off: its end-of-archive mark is missing", where=shard.name, cure="restore the shard")
+        raise InputError(
+            "is cut off: its end-of-archive mark is missing", location=shard.name, hint="restore the shard"
+        )
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> int:

@@ -87,12 +87,12 @@ class TarPart:
     def record(self, index: int) -> ShardRecord:
         row = self.rows[index]
         member = bytes(row["name"]).decode()
-        inside(".", member, where=self.name, what="member")  # an index may have been written by anyone
+        inside(".", member, location=self.name, what="member")  # an index may have been written by anyone
         folder, slash, base = member.rpartition("/")
-        where = f"{self.name}:{folder}{slash}{base.partition('.')[0]}"
+        location = f"{self.name}:{folder}{slash}{base.partition('.')[0]}"
         places = {
             kind: (int(row[kind]) * _BLOCK, int(row[f"{kind}_bytes"]))
-            for kind in ("json", "text", "picture")
+            for kind in ("json", "text", "image")
             if row[f"{kind}_bytes"]
         }
         wanted, pixels = int(row["content"]), (int(row["width"]), int(row["height"]))
@@ -104,38 +104,38 @@ class TarPart:
                 data, text or None, lambda: pixels, bbox_format=self._bbox_format, bbox_units=self._bbox_units
             )
         except InputError as error:
-            raise InputError(error.what, where=where, cure=error.cure) from None
-        kept = held.get("picture")
-        start, length = places["picture"]
+            raise InputError(error.what, location=location, hint=error.hint) from None
+        kept = held.get("image")
+        start, length = places["image"]
 
         def read() -> bytes:
-            picture = kept if kept is not None else self.stored.read(start, length)
-            self._verify(wanted, picture)
-            return picture
+            image = kept if kept is not None else self.stored.read(start, length)
+            self._verify(wanted, image)
+            return image
 
         return ShardRecord(
             image=Path(self.name) / member,
             layout=layout,
-            where=where,
+            location=location,
             extra=extra,
             read=read,
             pixels=pixels,
         )
 
     def _read_together(self, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-        """The texts of a record; of a remote one its picture too where that costs no second request."""
-        wanted = places if self.is_remote else {kind: place for kind, place in places.items() if kind != "picture"}
+        """The texts of a record; of a remote one its image too where that costs no second request."""
+        wanted = places if self.is_remote else {kind: place for kind, place in places.items() if kind != "image"}
         first = min(start for start, _ in wanted.values())
         last = max(start + length for start, length in wanted.values())
         if last - first > sum(length for _, length in wanted.values()) + _NEAR:
-            wanted = {kind: place for kind, place in wanted.items() if kind != "picture"}
+            wanted = {kind: place for kind, place in wanted.items() if kind != "image"}
             return {kind: self.stored.read(*place) for kind, place in wanted.items()}
         together = self.stored.read(first, last - first)
         return {kind: together[start - first : start - first + length] for kind, (start, length) in wanted.items()}
 
     def _verify(self, wanted: int, *parts: bytes) -> None:
         if digest(*parts) != wanted:
-            cure = "start again, and the index is made anew; do not change shards during a run"
+            hint = "start again, and the index is made anew; do not change shards during a run"
             if self.is_remote:
-                cure = "store the shard together with the index that `data shard` wrote beside it, or without any"
-            raise InputError("is not what it was when the shard's index was made", cure=cure)
+                hint = "store the shard together with the index that `data shard` wrote beside it, or without any"
+            raise InputError("is not what it was when the shard's index was made", hint=hint)

@@ -15,7 +15,7 @@ from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Record, layout_columns
 from mmdit_lora.data.shards.index import SUFFIX, row_type, save_index
 from mmdit_lora.data.shards.store import find
-from mmdit_lora.data.shards.tar import PICTURES, add_member, digest
+from mmdit_lora.data.shards.tar import IMAGES, add_member, digest
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text
 from mmdit_lora.layout import Layout
@@ -38,30 +38,30 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
         self._rows: list[tuple[Any, ...]] = []
 
-    def add(self, picture: bytes, ending: str, layout: Layout, *, file_name: str | None = None) -> None:
+    def add(self, image: bytes, ending: str, layout: Layout, *, file_name: str | None = None) -> None:
         """Append a record; its key is its number.
 
         Args:
-            picture: the content of a file of `PICTURES`, `ending` without dot. file_name: kept in the json, for people.
+            image: the content of a file of `IMAGES`, `ending` without dot. file_name: kept in the json, for people.
 
         Raises:
-            InputError: `picture` is none, without place.
+            InputError: `image` is none, without place.
         """
-        width, height = image_size(picture)
+        width, height = image_size(image)
         named = {} if file_name is None else {"file_name": file_name}
         text = json_text({**named, **layout_columns(layout)}).encode()
-        if self._tar is not None and self._tar.offset + len(picture) + len(text) + 4096 > self.size:
+        if self._tar is not None and self._tar.offset + len(image) + len(text) + 4096 > self.size:
             self._finish()
         if self._tar is None:
             self._tar = tarfile.open(self._path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in _finish
         key = f"{self.records:09d}"
-        first = add_member(self._tar, f"{key}.{ending}", picture)
+        first = add_member(self._tar, f"{key}.{ending}", image)
         second = add_member(self._tar, f"{key}.json", text)
         self._rows.append(
             (
-                *(first, len(picture), second, len(text), 0, 0),
+                *(first, len(image), second, len(text), 0, 0),
                 *(width, height, len(layout.boxes)),
-                *(digest(picture), digest(text, b"")),
+                *(digest(image), digest(text, b"")),
                 f"{key}.{ending}".encode(),
             )
         )
@@ -88,32 +88,32 @@ class ShardWriter:
 def write_shards(out: str | Path, records: Iterable[Record], *, size: int) -> ShardWriter:
     """Write records as tar shards with indices into the folder `out`: all of them, or nothing.
 
-    A picture's file is taken as it is (of an ending that is not one of `PICTURES`: as PNG), and decoded once, so that no
+    An image's file is taken as it is (of an ending that is not one of `IMAGES`: as PNG), and decoded once, so that no
     damaged one is passed on.
 
     Returns:
         The closed writer, for its counts.
 
     Raises:
-        InputError: `out` holds something else than earlier shards, or a picture cannot be read.
+        InputError: `out` holds something else than earlier shards, or an image cannot be read.
     """
     with new_folder(out, verb="data shard") as folder:
         writer = ShardWriter(folder, size=size)
         for record in records:
-            writer.add(*_picture(record), record.layout, file_name=record.name)
+            writer.add(*_image(record), record.layout, file_name=record.name)
         if not writer.records:
-            raise InputError("there is no picture to write", cure="a data set holds at least one picture")
+            raise InputError("there is no image to write", hint="a data set holds at least one image")
         writer.close()
     return writer
 
 
-def _picture(record: Record) -> tuple[bytes, str]:
+def _image(record: Record) -> tuple[bytes, str]:
     content, ending = record.read_bytes(), record.image.suffix.lower().lstrip(".")
     try:
         image = load_image(content)
     except InputError as error:
-        raise error.at(record.where) from None
-    if ending in PICTURES:
+        raise error.at(record.location) from None
+    if ending in IMAGES:
         return content, ending
     target = BytesIO()
     image.save(target, format="PNG")

@@ -97,17 +97,19 @@ def _open(plugins: dict[str, Plugin], spec: str, what: str, device: str | None, 
     if kind not in plugins:
         error = unknown_key(kind, plugins)
         forms = ", ".join(plugin.form for plugin in plugins.values())
-        raise InputError(f"no such {what}: {kind!r}", where=spec or None, cure=f"{error.cure}; the forms are {forms}")
+        raise InputError(
+            f"no such {what}: {kind!r}", location=spec or None, hint=f"{error.hint}; the forms are {forms}"
+        )
     given: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise InputError(f"the option {part!r} is not of the form key=value", where=spec)
+            raise InputError(f"the option {part!r} is not of the form key=value", location=spec)
         if given.setdefault(key, value) != value:
-            raise InputError(f"gives {shown(key)} two values", where=spec, cure="keep one of the two")
+            raise InputError(f"gives {shown(key)} two values", location=spec, hint="keep one of the two")
     plugin = plugins[kind]
     module = import_module(f"{__name__}.{plugin.module}")
-    parsed = parse_options(getattr(module, plugin.options), {**given, **options}, where=spec)
+    parsed = parse_options(getattr(module, plugin.options), {**given, **options}, location=spec)
     opener: Callable[..., Any] = getattr(module, plugin.opener)
     return opener(target or None, parsed, spec=spec, device=device)
 

@@ -19,10 +19,10 @@ from mmdit_lora.layout import Layout
 
 @dataclass(frozen=True)
 class Detection:
-    """One object seen in a picture.
+    """One object seen in an image.
 
     Args:
-        xyxy: (left, top, right, bottom), relative to the picture.
+        xyxy: (left, top, right, bottom), relative to the image.
         label: what it is taken for; matched with phrases.
         score: in [0, 1]; 1 from a detector that has no doubts.
         color, shape: None where the detector tells none, or where the object has none of those it knows.
@@ -36,7 +36,7 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects in pictures. Classes may inherit the methods that have bodies here.
+    """Finds objects in images. Classes may inherit the methods that have bodies here.
 
     Attributes:
         name: the spec that opens it, without options.
@@ -49,14 +49,14 @@ class Detector(Protocol):
     by_label: bool
     attributes: bool
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
-        """The objects of each picture, the surest first.
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+        """The objects of each image, the surest first.
 
         Args:
-            layouts: one a picture. Open-vocabulary detectors look for its phrases; others ignore it.
+            layouts: one an image. Open-vocabulary detectors look for its phrases; others ignore it.
 
         Raises:
-            ValueError: not as many pictures as layouts.
+            ValueError: not as many images as layouts.
             InputError: a phrase that this detector cannot look for (see `knows`).
         """
         ...
@@ -97,13 +97,13 @@ class DetectorOptions(Options):
         le=1,
         description="of detections with one label that overlap by more than this IoU, the surest",
     )
-    batch_size: int = Field(default=8, ge=1, description="pictures at once")
+    batch_size: int = Field(default=8, ge=1, description="images at once")
 
 
 T = TypeVar("T", bound=Options)
 
 
-def parse_options(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
+def parse_options(kind: type[T], values: Mapping[str, Any], *, location: str) -> T:
     """Options of `kind` from text or values.
 
     Raises:
@@ -111,7 +111,7 @@ def parse_options(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """
     for key in values:
         if key not in kind.model_fields:
-            raise unknown_key(key, kind.model_fields, where=where)
+            raise unknown_key(key, kind.model_fields, location=location)
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
@@ -119,8 +119,8 @@ def parse_options(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
         key = str(first["loc"][0])
         raise InputError(
             f"{key} is {shown(values[key])}: {first['msg'].lower()}",
-            where=where,
-            cure=f"{key}: {kind.model_fields[key].description}",
+            location=location,
+            hint=f"{key}: {kind.model_fields[key].description}",
         ) from None
 
 
@@ -147,20 +147,20 @@ def place_of(part: tuple[str, ...], whole: tuple[str, ...]) -> int | None:
     return next((place for place in places if whole[place : place + len(part)] == part), None)
 
 
-def same_number(pictures: Sequence[Any], layouts: Sequence[Any]) -> None:
+def same_number(images: Sequence[Any], layouts: Sequence[Any]) -> None:
     """Raises ValueError unless there are as many of both."""
-    if len(pictures) != len(layouts):
-        raise ValueError(f"{len(pictures)} pictures, but {len(layouts)} layouts")
+    if len(images) != len(layouts):
+        raise ValueError(f"{len(images)} images, but {len(layouts)} layouts")
 
 
 def clipped(xyxy: Sequence[float]) -> tuple[float, float, float, float] | None:
-    """A box cut to the picture; None: nothing of it is left, or a number is not finite."""
+    """A box cut to the image; None: nothing of it is left, or a number is not finite."""
     left, top, right, bottom = (min(max(float(value), 0.0), 1.0) for value in xyxy)
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Indices of pictures in batches of one size each: a padded picture would be read otherwise than one alone."""
+    """Indices of images in batches of one size each: a padded image would be read otherwise than one alone."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
         groups.setdefault(size, []).append(index)
@@ -210,22 +210,24 @@ def model_folder(source: str | None, *, spec: str, example: str) -> Path:
         return f"`hf download {hub_id} --local-dir {local}`, then {kind}:{local}"
 
     if not source:
-        raise InputError("names no weights", where=spec, cure=f"get some: {get(example)}")
+        raise InputError("names no weights", location=spec, hint=f"get some: {get(example)}")
     folder = Path(source)
     if not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-            raise InputError(f"no such folder {source!r}", where=spec, cure=f"get weights: {get(example)}")
-        folder = _from_hub(source, spec=spec, cure=f"where there is a connection: {get(source)}")
+            raise InputError(f"no such folder {source!r}", location=spec, hint=f"get weights: {get(example)}")
+        folder = _from_hub(source, spec=spec, hint=f"where there is a connection: {get(source)}")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json", where=spec, cure=f"give a model's folder: {get(example)}")
+        raise InputError(f"{folder} holds no config.json", location=spec, hint=f"give a model's folder: {get(example)}")
     if not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{folder} holds no safetensors; pickles are not read, as they may run code", where=spec, cure=get(example)
+            f"{folder} holds no safetensors; pickles are not read, as they may run code",
+            location=spec,
+            hint=get(example),
         )
     return folder
 
 
-def _from_hub(source: str, *, spec: str, cure: str) -> Path:
+def _from_hub(source: str, *, spec: str, hint: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -233,7 +235,9 @@ def _from_hub(source: str, *, spec: str, cure: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(_WANTED)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"no folder {source!r}, and not had from the hub ({reason})", where=spec, cure=cure) from None
+        raise InputError(
+            f"no folder {source!r}, and not had from the hub ({reason})", location=spec, hint=hint
+        ) from None
 
 
 def part_of(load: Callable[..., Any], folder: Path, *, spec: str, **options: Any) -> Any:
@@ -250,10 +254,10 @@ def part_of(load: Callable[..., Any], folder: Path, *, spec: str, **options: Any
         return load(folder, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        cure = "get the model's folder anew"
+        hint = "get the model's folder anew"
         if "trust_remote_code" in str(error):
-            cure = "a model with code of its own is not run here; a judge may be served and asked as openai:URL#MODEL"
-        raise InputError(f"{folder} does not load: {reason}", where=spec, cure=cure) from None
+            hint = "a model with code of its own is not run here; a judge may be served and asked as openai:URL#MODEL"
+        raise InputError(f"{folder} does not load: {reason}", location=spec, hint=hint) from None
 
 
 def load_whole(load: Callable[..., Any], folder: Path, *, spec: str, **options: Any) -> Any:
@@ -267,8 +271,8 @@ def load_whole(load: Callable[..., Any], folder: Path, *, spec: str, **options: 
     if wrong:
         raise InputError(
             f"{folder} lacks weights of {type(model).__name__}, or has them in other shapes: {listed(wrong)}",
-            where=spec,
-            cure="get the model's folder anew",
+            location=spec,
+            hint="get the model's folder anew",
         )
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Judges: models that answer yes-or-no questions about crops of pictures, as LayoutSAM-Eval asks them of colour, texture
+"""Judges: models that answer yes-or-no questions about crops of images, as LayoutSAM-Eval asks them of colour, texture
 and shape (CreatiLayout, arXiv 2412.03859)."""
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from mmdit_lora.evaluation.detectors.common import (
 from mmdit_lora.json_files import parse_json
 from mmdit_lora.layout import Layout
 
-QUESTION = "Does this picture show {phrase}? Answer with yes or no only."
+QUESTION = "Does this image show {phrase}? Answer with yes or no only."
 EXAMPLE = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
 _LONGEST = 2**24  # bytes of a server's answer
 
 
 class Judge(Protocol):
-    """Answers questions about pictures. `name` is the spec that opens it, without options."""
+    """Answers questions about images. `name` is the spec that opens it, without options."""
 
     name: str
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
-        """Answers to each picture's questions: True for yes, False for no, None for neither.
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+        """Answers to each image's questions: True for yes, False for no, None for neither.
 
         Args:
-            questions: one list a picture; they are put as they are, so they should ask for yes or no.
+            questions: one list an image; they are put as they are, so they should ask for yes or no.
 
         Raises:
-            ValueError: not as many lists as pictures.
+            ValueError: not as many lists as images.
             InputError: the model cannot be reached or refuses.
         """
         ...
@@ -74,7 +74,7 @@ def yes_or_no(answer: str) -> bool | None:
     return found[0] == "yes" if len(set(found)) == 1 else None
 
 
-def crops(picture: Image.Image, layout: Layout, *, margin: float = 0.0, least: int = 32) -> list[Image.Image]:
+def crops(image: Image.Image, layout: Layout, *, margin: float = 0.0, least: int = 32) -> list[Image.Image]:
     """What stands in each box of a layout, in its order.
 
     Args:
@@ -85,11 +85,11 @@ def crops(picture: Image.Image, layout: Layout, *, margin: float = 0.0, least: i
     for box in layout.boxes:
         left, top, right, bottom = box.xyxy
         dx, dy = margin * box.width, margin * box.height
-        x0 = min(int(max(left - dx, 0) * picture.width), picture.width - 1)
-        y0 = min(int(max(top - dy, 0) * picture.height), picture.height - 1)
-        x1 = max(round(min(right + dx, 1) * picture.width), x0 + 1)
-        y1 = max(round(min(bottom + dy, 1) * picture.height), y0 + 1)
-        crop = picture.crop((x0, y0, x1, y1))
+        x0 = min(int(max(left - dx, 0) * image.width), image.width - 1)
+        y0 = min(int(max(top - dy, 0) * image.height), image.height - 1)
+        x1 = max(round(min(right + dx, 1) * image.width), x0 + 1)
+        y1 = max(round(min(bottom + dy, 1) * image.height), y0 + 1)
+        crop = image.crop((x0, y0, x1, y1))
         scale = least / min(crop.size)
         if scale > 1:
             crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.BICUBIC)
@@ -115,7 +115,7 @@ class TransformersJudge:
         self.processor = part_of(transformers.AutoProcessor.from_pretrained, folder, spec=spec)
         if not getattr(self.processor, "chat_template", None):
             raise InputError(
-                f"{folder} has no chat template", where=spec, cure=f"take a model tuned for chats, as {EXAMPLE}"
+                f"{folder} has no chat template", location=spec, hint=f"take a model tuned for chats, as {EXAMPLE}"
             )
         self.processor.tokenizer.padding_side = "left"  # answers are appended on the right
         if self.processor.tokenizer.pad_token is None:
@@ -130,9 +130,9 @@ class TransformersJudge:
     def fingerprint(self) -> str:
         return digest("transformers judge", self._version, self._weights, self.options.model_dump())
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
         """As `Judge.ask`."""
-        return _one_by_one(pictures, questions, self._answers)
+        return _one_by_one(images, questions, self._answers)
 
     def _answers(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[bool | None]:
         import torch
@@ -149,7 +149,7 @@ class TransformersJudge:
             twice = begin is not None and texts[0].startswith(begin)  # the template has written it already
             inputs = self.processor(
                 text=texts,
-                images=[[picture.convert("RGB")] for picture, _ in part],
+                images=[[image.convert("RGB")] for image, _ in part],
                 padding=True,
                 return_tensors="pt",
                 **({"add_special_tokens": False} if twice else {}),
@@ -174,7 +174,7 @@ class EndpointOptions(Options):
 
 
 class EndpointJudge:
-    """A server that speaks OpenAI's chat form (vLLM, llama.cpp, Ollama, LM Studio ...). Pictures travel in the request as PNG.
+    """A server that speaks OpenAI's chat form (vLLM, llama.cpp, Ollama, LM Studio ...). Images travel in the request as PNG.
 
     Nothing but the URL given is asked. A server that does not answer, or answers 429 or 5xx, is asked three times in
     all. The fingerprint holds the URL, the model's name and the options: a server that changes its weights behind the
@@ -188,15 +188,15 @@ class EndpointJudge:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname or not model:
             raise InputError(
                 f"{target!r} is not URL#MODEL",
-                where=spec,
-                cure="write for example openai:http://localhost:8000/v1#MODEL",
+                location=spec,
+                hint="write for example openai:http://localhost:8000/v1#MODEL",
             )
         self.name, self.options, self.url, self.model = spec.partition("?")[0], options, url.rstrip("/"), model
         self._spec, self._wait = spec, wait
         self._headers = {"Content-Type": "application/json"}
         if options.key_env is not None:
             if options.key_env not in os.environ:
-                raise InputError(f"the environment variable {options.key_env} is not set", where=spec)
+                raise InputError(f"the environment variable {options.key_env} is not set", location=spec)
             self._headers["Authorization"] = f"Bearer {os.environ[options.key_env]}"
         # A proxy of the environment cannot know this machine's own servers.
         local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
@@ -206,23 +206,23 @@ class EndpointJudge:
         decides = self.options.model_dump(include={"max_tokens"})
         return digest("openai judge", self.url, self.model, decides)
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
         """As `Judge.ask`."""
-        return _one_by_one(pictures, questions, self._answers)
+        return _one_by_one(images, questions, self._answers)
 
     def _answers(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[bool | None]:
         with ThreadPoolExecutor(self.options.workers) as pool:
-            asked = [pool.submit(self._answer, picture, question) for picture, question in pairs]
+            asked = [pool.submit(self._answer, image, question) for image, question in pairs]
             try:
                 return [answer.result() for answer in asked]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _answer(self, picture: Image.Image, question: str) -> bool | None:
+    def _answer(self, image: Image.Image, question: str) -> bool | None:
         held = io.BytesIO()
-        picture.convert("RGB").save(held, "PNG")
-        image = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+        image.convert("RGB").save(held, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
         reply = self._post(
             {
                 "model": self.model,
@@ -230,7 +230,7 @@ class EndpointJudge:
                     {
                         "role": "user",
                         "content": [
-                            {"type": "image_url", "image_url": {"url": image}},
+                            {"type": "image_url", "image_url": {"url": url}},
                             {"type": "text", "text": question},
                         ],
                     }
@@ -250,7 +250,7 @@ class EndpointJudge:
         for left in reversed(range(self.tries)):
             try:
                 with self._opener.open(request, timeout=self.options.timeout) as answer:
-                    return parse_json(answer.read(_LONGEST).decode(), where="its answer")
+                    return parse_json(answer.read(_LONGEST).decode(), location="its answer")
             except urllib.error.HTTPError as error:
                 text = error.read(400).decode(errors="replace").strip()
                 if not left or (error.code != 429 and error.code < 500):
@@ -266,8 +266,8 @@ class EndpointJudge:
     def _error(self, what: str) -> InputError:
         return InputError(
             f"{self.url} {what}",
-            where=self._spec,
-            cure=f"start a server there that offers {self.model}, for example `vllm serve {self.model} --port "
+            location=self._spec,
+            hint=f"start a server there that offers {self.model}, for example `vllm serve {self.model} --port "
             f"{urlsplit(self.url).port or 80}`, or give another URL#MODEL",
         )
 
@@ -285,15 +285,13 @@ def open_endpoint(target: str | None, options: EndpointOptions, *, spec: str, de
 
 
 def _one_by_one(
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     questions: Sequence[Sequence[str]],
     answers: Callable[[Sequence[tuple[Image.Image, str]]], list[bool | None]],
 ) -> list[list[bool | None]]:
-    """All pairs of picture and question through `answers`, and back into one list a picture."""
-    if len(pictures) != len(questions):
-        raise ValueError(f"{len(pictures)} pictures, but questions for {len(questions)}")
-    flat = answers(
-        [(picture, question) for picture, asked in zip(pictures, questions, strict=True) for question in asked]
-    )
+    """All pairs of image and question through `answers`, and back into one list an image."""
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images, but questions for {len(questions)}")
+    flat = answers([(image, question) for image, asked in zip(images, questions, strict=True) for question in asked])
     rest = iter(flat)
     return [[next(rest) for _ in asked] for asked in questions]

@@ -1,4 +1,4 @@
-"""Is a detector or judge worth asking? It is tried on pictures whose truth is known, before it judges others."""
+"""Is a detector or judge worth asking? It is tried on images whose truth is known, before it judges others."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SelfTest:
     """A detector on ground truth.
 
     Args:
-        true: on the pictures' own layouts. shuffled: on those of other pictures.
+        true: on the images' own layouts. shuffled: on those of other images.
         margin: true recall minus shuffled recall.
         slope: how much of the IoU is lost where the boxes are shifted by 10 % of their sides, as a share of what a perfect
             detector loses: 1 sees every shift, 0 none. Normal errors of 2, 5 and 8 % of the sides at every edge give 0.81,
@@ -61,7 +61,7 @@ class SelfTest:
 
     detector: str
     fingerprint: str
-    pictures: int
+    images: int
     true: Found
     shuffled: Found
     margin: float
@@ -78,42 +78,42 @@ class SelfTest:
         line = (
             f"{self.detector}: {self.verdict} (recall {found.recall:.3f}, {other.recall:.3f} on shuffled layouts; precision "
             f"{found.precision:.3f}; mIoU of boxes met {found.miou:.3f}; labels right {found.label_agreement:.3f}; "
-            f"slope {self.slope:.2f}; {found.boxes} boxes of {self.pictures} pictures)"
+            f"slope {self.slope:.2f}; {found.boxes} boxes of {self.images} images)"
         )
         return line + "".join(f"\n  {reason}" for reason in self.reasons)
 
 
-def self_test(detector: Detector, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> SelfTest:
-    """Try a detector on ground-truth pictures.
+def self_test(detector: Detector, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> SelfTest:
+    """Try a detector on ground-truth images.
 
     trusted: recall >= 0.8, precision >= 0.5, mIoU of the boxes met >= 0.75, labels right >= 0.8, recall at least 0.3
     above that on shuffled layouts, slope >= 0.4. useless: any of recall < 0.2, labels right < 0.2, that margin < 0.1,
     slope < 0.1. weak: what is between. (`TRUSTED`, `USELESS`.)
 
     Args:
-        pictures, layouts: at least two pictures, of different layouts. Each layout is also put to the picture before it,
+        images, layouts: at least two images, of different layouts. Each layout is also put to the image before it,
             and open-vocabulary detectors look for its phrases there.
 
     Raises:
-        ValueError: not as many pictures as layouts.
-        InputError: fewer than two pictures, or no box whose phrase the detector knows.
+        ValueError: not as many images as layouts.
+        InputError: fewer than two images, or no box whose phrase the detector knows.
     """
-    same_number(pictures, layouts)
-    if len(pictures) < 2:
-        raise InputError(f"a self-test of {len(pictures)} pictures", cure="give at least two, to shuffle their layouts")
+    same_number(images, layouts)
+    if len(images) < 2:
+        raise InputError(f"a self-test of {len(images)} images", hint="give at least two, to shuffle their layouts")
     known = known_layouts(detector, layouts)
     unknown = sum(len(layout.boxes) for layout in layouts) - sum(len(layout.boxes) for layout in known)
     if not any(layout.boxes for layout in known):
-        raise InputError(f"{detector.name} knows none of the phrases", cure="give pictures of what it can look for")
+        raise InputError(f"{detector.name} knows none of the phrases", hint="give images of what it can look for")
     moved = [*known[1:], *known[:1]]
-    seen = detector.detect(pictures, known)
-    true, shuffled = _found(detector, seen, known), _found(detector, detector.detect(pictures, moved), moved)
+    seen = detector.detect(images, known)
+    true, shuffled = _found(detector, seen, known), _found(detector, detector.detect(images, moved), moved)
     figures = {**asdict(true), "margin": true.recall - shuffled.recall, "slope": _slope(detector, seen, known)}
     verdict, reasons = _verdict(figures, TRUSTED, USELESS)
     return SelfTest(
         detector=detector.name,
         fingerprint=detector.fingerprint(),
-        pictures=len(pictures),
+        images=len(images),
         true=true,
         shuffled=shuffled,
         margin=figures["margin"],
@@ -168,7 +168,7 @@ def _slope(detector: Detector, seen: Sequence[Sequence[Detection]], layouts: Seq
 
 
 def shifted(layout: Layout, share: float) -> Layout:
-    """A layout whose boxes are moved by `share` of their sides, each way to where the picture has more room; what would
+    """A layout whose boxes are moved by `share` of their sides, each way to where the image has more room; what would
     leave it is cut off."""
     boxes = []
     for box in layout.boxes:
@@ -213,7 +213,7 @@ class JudgeTest:
 
 def self_test_judge(
     judge: Judge,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     layouts: Sequence[Layout],
     *,
     question: str = QUESTION,
@@ -229,17 +229,17 @@ def self_test_judge(
         question: with `{phrase}` in it. limit: the most boxes asked about; they are taken evenly from all.
 
     Raises:
-        ValueError: not as many pictures as layouts.
+        ValueError: not as many images as layouts.
         InputError: no boxes, or only one phrase in all layouts; or the judge cannot be asked.
     """
-    same_number(pictures, layouts)
+    same_number(images, layouts)
     boxes = [
         (crop, box.phrase)
-        for p, layout in zip(pictures, layouts, strict=True)
+        for p, layout in zip(images, layouts, strict=True)
         for crop, box in zip(crops(p, layout), layout.boxes, strict=True)
     ]
     if len({words(phrase) for _, phrase in boxes}) < 2:
-        raise InputError("a judge is tested with at least two different phrases", cure="give more pictures with boxes")
+        raise InputError("a judge is tested with at least two different phrases", hint="give more images with boxes")
     if len(boxes) > limit:
         boxes = [boxes[index * len(boxes) // limit] for index in range(limit)]
     phrases = list(dict.fromkeys(box.phrase for layout in layouts for box in layout.boxes))

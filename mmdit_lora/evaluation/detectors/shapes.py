@@ -32,7 +32,7 @@ Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 
 _CELLS = 32  # a side of a shape's drawing
-_BLURS = (0.0, 0.5, 0.9)  # px, standard deviation: pictures from a VAE are not as sharp as drawn ones
+_BLURS = (0.0, 0.5, 0.9)  # px, standard deviation: images from a VAE are not as sharp as drawn ones
 _FIRST_BLUR = 1  # the index of the one that all shapes are tried under
 _WEAK = 0.1  # weight of "no ink here" where another object's ink may hide ours
 
@@ -189,7 +189,7 @@ def _templates() -> tuple[Floats, Floats, Floats]:
 # An orthonormal basis of the plane across the grey axis.
 _CHROMA = np.array([[1, -1, 0], [1, 1, -2]], np.float32).T / np.sqrt(np.array([2, 6], np.float32))
 _PALETTE = np.array(list(COLORS.values()), np.float32) @ _CHROMA  # (C, 2)
-_LONGEST = 128  # larger pictures are averaged down to at most this: the fit is finer than a pixel, so little is lost
+_LONGEST = 128  # larger images are averaged down to at most this: the fit is finer than a pixel, so little is lost
 _TINT = 40.0  # chroma below this may be a tinted background
 _INK = 0.5  # coverage from which a pixel belongs to an object
 _SPECK = 12.0  # px of ink; less is no object
@@ -204,21 +204,21 @@ _SHAPED = 0.6  # below this the ink has none of the shapes
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: the picture's index, its box relative to the picture, indices of its colour and its shape (None: no
+    """One object: the image's index, its box relative to the image, indices of its colour and its shape (None: no
     shape fits), and its ink in px."""
 
-    picture: int
+    image: int
     xyxy: tuple[float, float, float, float]
     color: int
     shape: int | None
     ink: float
 
 
-def read(pictures: NDArray[np.uint8]) -> list[Thing]:
-    """The objects of pictures of one size, (B, H, W, 3), largest first."""
-    height, width = pictures.shape[1:3]
+def read(images: NDArray[np.uint8]) -> list[Thing]:
+    """The objects of images of one size, (B, H, W, 3), largest first."""
+    height, width = images.shape[1:3]
     step = max(1, min(-(-max(height, width) // _LONGEST), height, width))
-    chroma = _chroma(pictures, step)
+    chroma = _chroma(images, step)
     labels, colors = _segment(chroma)
     fits = _fit(chroma, labels, colors, np.arange(1, len(colors)))
     colors, fits = _part(chroma, labels, colors, fits)
@@ -228,21 +228,21 @@ def read(pictures: NDArray[np.uint8]) -> list[Thing]:
         left, top, right, bottom = np.clip(np.array(fit.box) / scale, 0, 1).tolist()
         if right > left and bottom > top:
             shape = fit.shape if fit.score >= _SHAPED else None
-            things.append(Thing(fit.picture, (left, top, right, bottom), int(colors[label]), shape, fit.ink))
+            things.append(Thing(fit.image, (left, top, right, bottom), int(colors[label]), shape, fit.ink))
     return sorted(things, key=lambda thing: -thing.ink)
 
 
-def _chroma(pictures: NDArray[np.uint8], step: int) -> Floats:
+def _chroma(images: NDArray[np.uint8], step: int) -> Floats:
     """(B, H, W, 3) uint8 -> (B, H // step, W // step, 2): mean chroma less the background's tint."""
-    chroma: Floats = (pictures.astype(np.float32) @ _CHROMA).astype(np.float32)
+    chroma: Floats = (images.astype(np.float32) @ _CHROMA).astype(np.float32)
     if step > 1:
         height, width = chroma.shape[1] // step, chroma.shape[2] // step
         chroma = chroma[:, : height * step, : width * step]
         chroma = chroma.reshape(-1, height, step, width, step, 2).mean(axis=(2, 4))
-    for picture in chroma:
-        plain = picture[(picture**2).sum(-1) < _TINT**2]
-        if len(plain) > picture[..., 0].size // 8:
-            picture -= np.median(plain, axis=0)
+    for image in chroma:
+        plain = image[(image**2).sum(-1) < _TINT**2]
+        if len(plain) > image[..., 0].size // 8:
+            image -= np.median(plain, axis=0)
     return chroma
 
 
@@ -265,7 +265,7 @@ def _segment(chroma: Floats) -> tuple[Ints, Ints]:
     return _drop_specks(labels, np.array(colors, np.int32), solid)
 
 
-_FLAT = np.zeros((3, 3, 3), bool)  # neighbours within one picture, by sides
+_FLAT = np.zeros((3, 3, 3), bool)  # neighbours within one image, by sides
 _FLAT[1] = ndimage.generate_binary_structure(2, 1)
 _AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
 _BESIDE = [(dy, dx) for dy, dx in _AROUND if not (dy and dx)]
@@ -297,7 +297,7 @@ def _drop_specks(labels: Ints, colors: Ints, ink: Floats) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True)
 class _Fit:
-    picture: int
+    image: int
     box: tuple[float, ...]  # px
     shape: int
     score: float
@@ -336,7 +336,7 @@ def _fit(chroma: Floats, labels: Ints, colors: Ints, which: NDArray[np.integer])
     vectors = _inks(chroma, labels, colors)
     near, other = _territories(labels)
     slices = ndimage.find_objects(labels, max_label=len(colors) - 1)
-    spans = np.array([[(s.start, s.stop) for s in slices[label - 1]] for label in which])  # (n, 3, 2): picture, y, x
+    spans = np.array([[(s.start, s.stop) for s in slices[label - 1]] for label in which])  # (n, 3, 2): image, y, x
     sides = spans[:, 1:, 1] - spans[:, 1:, 0]
     # Thin tips lie outside of the component, further out the longer the object is.
     extents = -(-(sides + 2 * (_REACH + sides // 6)) // 8) * 8
@@ -344,15 +344,15 @@ def _fit(chroma: Floats, labels: Ints, colors: Ints, which: NDArray[np.integer])
     for size in np.unique(extents, axis=0):
         group = np.flatnonzero((extents == size).all(1))
         for part in np.array_split(group, -(-len(group) * int(size.prod()) // 15_000)):  # what the CPU's caches hold
-            pictures, corner = spans[part, 0, 0], spans[part, 1:].sum(2) // 2 - size // 2
-            patch = _patch(chroma, near, other, vectors, which[part], pictures, corner, size)
+            images, corner = spans[part, 0, 0], spans[part, 1:].sum(2) // 2 - size // 2
+            patch = _patch(chroma, near, other, vectors, which[part], images, corner, size)
             boxes, shapes, scores = fit_patches(patch)
             mask = spans[part][:, [2, 1, 2, 1], [0, 0, 1, 1]].astype(np.float32)
             boxes = np.where((scores >= _SHAPED)[:, None], boxes + np.tile(corner[:, ::-1], 2), mask)
             ink = np.where(patch.ground, np.clip(patch.own, 0, 1), 0).sum((1, 2))
             for i, label in enumerate(which[part]):
                 box = tuple(boxes[i].tolist())
-                out[int(label)] = _Fit(int(pictures[i]), box, int(shapes[i]), float(scores[i]), float(ink[i]))
+                out[int(label)] = _Fit(int(images[i]), box, int(shapes[i]), float(scores[i]), float(ink[i]))
     return {label: out[label] for label in map(int, which)}
 
 
@@ -362,7 +362,7 @@ def _patch(
     other: Ints,
     vectors: Floats,
     which: NDArray,
-    pictures: NDArray,
+    images: NDArray,
     corner: NDArray,
     size: NDArray,
 ) -> Patch:
@@ -370,7 +370,7 @@ def _patch(
     height, width = near.shape[1:]
     y, x = (corner[:, i, None] + np.arange(size[i]) for i in (0, 1))
     exists = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    at = pictures[:, None, None], y.clip(0, height - 1)[:, :, None], x.clip(0, width - 1)[:, None, :]
+    at = images[:, None, None], y.clip(0, height - 1)[:, :, None], x.clip(0, width - 1)[:, None, :]
     pixel, me = chroma[at], which[:, None, None]
     nearest, second = near[at], other[at]
     rival = np.where((nearest == me) | (nearest == 0), second, nearest)
@@ -400,10 +400,10 @@ def _part(chroma: Floats, labels: Ints, colors: Ints, fits: dict[int, _Fit]) -> 
     """
     trial, trial_colors, cuts = labels.copy(), list(colors), {}
     for label, fit in fits.items():
-        seen = labels[fit.picture] == label
+        seen = labels[fit.image] == label
         if fit.score < _GOOD and (parts := _cut(seen)) is not None:
             names = np.arange(parts.max()) + len(trial_colors)
-            trial[fit.picture][seen] = names[parts[seen] - 1]
+            trial[fit.image][seen] = names[parts[seen] - 1]
             trial_colors += [colors[label]] * len(names)
             cuts[label] = names
     if not cuts:
@@ -444,7 +444,7 @@ def _cut(seen: Bools) -> Ints | None:
     return parts if smallest >= _SPECK and seam <= _NECK * (number - 1) * np.sqrt(smallest) else None
 
 
-Pictures = NDArray[np.uint8] | Sequence[Image.Image]
+ImageFinder = NDArray[np.uint8] | Sequence[Image.Image]
 
 _COLOR_NAMES = tuple(COLORS)
 
@@ -469,8 +469,8 @@ def readable(layouts: Iterable[Layout]) -> bool:
     return bool(phrases) and all(phrase_attributes(phrase) is not None for phrase in phrases)
 
 
-def measure(images: Pictures, layouts: Sequence[Layout]) -> Fidelity:
-    """Fidelity of pictures to layouts, over all boxes of all pictures.
+def measure(images: ImageFinder, layouts: Sequence[Layout]) -> Fidelity:
+    """Fidelity of images to layouts, over all boxes of all images.
 
     Args:
         images: PIL images, or (B, H, W, 3) uint8.
@@ -479,43 +479,43 @@ def measure(images: Pictures, layouts: Sequence[Layout]) -> Fidelity:
         ValueError: not as many images as layouts.
         InputError: no boxes at all, or a phrase that the reader does not know.
     """
-    return summarise([box for boxes in per_picture(images, layouts) for box in boxes])
+    return summarise([box for boxes in per_image(images, layouts) for box in boxes])
 
 
 def summarise(boxes: Sequence[BoxMatch]) -> Fidelity:
-    """The means over `boxes` (of all pictures, or of a bootstrap sample of them).
+    """The means over `boxes` (of all images, or of a bootstrap sample of them).
 
     Raises:
         InputError: there are none.
     """
     if not boxes:
-        raise InputError("these layouts hold no boxes: there is nothing to measure", cure="give layouts with boxes")
+        raise InputError("these layouts hold no boxes: there is nothing to measure", hint="give layouts with boxes")
     table = np.array([(box.iou, box.iou >= 0.5, bool(box.color), bool(box.shape)) for box in boxes], dtype=np.float64)
     miou, iou50, color_acc, shape_acc = table.mean(axis=0).tolist()
     return Fidelity(miou=miou, iou50=iou50, color_acc=color_acc, shape_acc=shape_acc, boxes=len(boxes))
 
 
-def per_picture(images: Pictures, layouts: Sequence[Layout]) -> list[list[BoxMatch]]:
-    """One reading per box, per picture, in the layout's order. Arguments and errors as in `measure` (no boxes are fine)."""
+def per_image(images: ImageFinder, layouts: Sequence[Layout]) -> list[list[BoxMatch]]:
+    """One reading per box, per image, in the layout's order. Arguments and errors as in `measure` (no boxes are fine)."""
     if len(images) != len(layouts):
         raise ValueError(f"{len(images)} images, but {len(layouts)} layouts")
     return [_match(seen, layout) for seen, layout in zip(detect_all(images), layouts, strict=True)]
 
 
 def detect(image: Image.Image | NDArray[np.uint8]) -> list[Detection]:
-    """The objects of one picture (PIL, or (H, W, 3) uint8), largest first."""
+    """The objects of one image (PIL, or (H, W, 3) uint8), largest first."""
     return detect_all([image] if isinstance(image, Image.Image) else np.asarray(image)[None])[0]
 
 
-def detect_all(images: Pictures) -> list[list[Detection]]:
-    """The objects of every picture, largest first. Pictures of one size are read together, which is many times faster.
+def detect_all(images: ImageFinder) -> list[list[Detection]]:
+    """The objects of every image, largest first. Images of one size are read together, which is many times faster.
 
     Raises:
         ValueError: an array is not (B, H, W, 3) uint8.
     """
     if isinstance(images, np.ndarray):
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"pictures are {images.dtype} {images.shape}, not uint8 (B, H, W, 3)")
+            raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 (B, H, W, 3)")
         arrays = list(images)
     else:
         arrays = [np.asarray(image.convert("RGB")) for image in images]
@@ -529,7 +529,7 @@ def detect_all(images: Pictures) -> list[list[Detection]]:
             for thing in read(np.stack([arrays[index] for index in part])):
                 color, shape = _COLOR_NAMES[thing.color], None if thing.shape is None else SHAPES[thing.shape]
                 label = f"{color} {shape or 'thing'}"
-                out[part[thing.picture]].append(Detection(thing.xyxy, label, color=color, shape=shape))
+                out[part[thing.image]].append(Detection(thing.xyxy, label, color=color, shape=shape))
     return out
 
 
@@ -539,8 +539,8 @@ def _match(seen: list[Detection], layout: Layout) -> list[BoxMatch]:
         if phrase_attributes(box.phrase) is None:
             raise InputError(
                 f"the reader does not know the phrase {box.phrase!r}",
-                where=f"boxes[{index}]",
-                cure=f"it reads phrases like 'a red circle': {', '.join(COLORS)}; {', '.join(SHAPES)}",
+                location=f"boxes[{index}]",
+                hint=f"it reads phrases like 'a red circle': {', '.join(COLORS)}; {', '.join(SHAPES)}",
             )
     return match(seen, layout, by_label=False, attributes=True)
 
@@ -552,18 +552,18 @@ class Shapes(Detector):
     by_label = False
     attributes = True
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         """As `Detector.detect`, but the largest first: all are as sure."""
-        same_number(pictures, layouts)
+        same_number(images, layouts)
         strange = sorted({box.phrase for layout in layouts for box in layout.boxes if not self.knows(box.phrase)})
         if strange:
             raise InputError(
                 f"the exact reader does not know {listed(map(repr, strange))}",
-                where=self.name,
-                cure=f"it reads phrases like 'a red circle' ({', '.join(COLORS)}; {', '.join(SHAPES)}); for others take "
+                location=self.name,
+                hint=f"it reads phrases like 'a red circle' ({', '.join(COLORS)}; {', '.join(SHAPES)}); for others take "
                 "another detector",
             )
-        return reader.detect_all(pictures)
+        return reader.detect_all(images)
 
     def knows(self, phrase: str) -> bool:
         return phrase_attributes(phrase) is not None
@@ -576,5 +576,5 @@ class Shapes(Detector):
 def open_shapes(target: str | None, options: Options, *, spec: str, device: str | None) -> Shapes:  # noqa: ARG001
     """Raises InputError where something is given to it: it takes nothing."""
     if target is not None:
-        raise InputError(f"takes nothing, and {target!r} is given", where=spec, cure="write `shapes`")
+        raise InputError(f"takes nothing, and {target!r} is given", location=spec, hint="write `shapes`")
     return Shapes()

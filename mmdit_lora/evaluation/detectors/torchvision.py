@@ -85,22 +85,22 @@ class Torchvision(Detector):
         return digest("torchvision", torchvision.__version__, self._identity, self.classes, self.options.model_dump())
 
     @torch.inference_mode()
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
-        same_number(pictures, layouts)
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+        same_number(images, layouts)
         strange = sorted({box.phrase for layout in layouts for box in layout.boxes if not self.knows(box.phrase)})
         if strange and not self.options.ignore_unknown:
             labels = [label for label in self.classes if label not in _NO_OBJECT]
             raise InputError(
                 f"none of its {len(labels)} classes is named by {listed(map(repr, strange))}",
-                where=self.name,
-                cure=f"its classes are {listed(labels)}; take an open-vocabulary detector (grounding-dino, owlv2), or "
+                location=self.name,
+                hint=f"its classes are {listed(labels)}; take an open-vocabulary detector (grounding-dino, owlv2), or "
                 "leave such boxes out with ?ignore_unknown=true",
             )
-        out: list[list[Detection]] = [[] for _ in pictures]
-        for indices in batches([picture.size for picture in pictures], self.options.batch_size):
-            inputs = [pil_to_tensor(pictures[index].convert("RGB")).to(self.device) / 255 for index in indices]
+        out: list[list[Detection]] = [[] for _ in images]
+        for indices in batches([image.size for image in images], self.options.batch_size):
+            inputs = [pil_to_tensor(images[index].convert("RGB")).to(self.device) / 255 for index in indices]
             for index, found in zip(indices, self.model(inputs), strict=True):
-                out[index] = self._detections(found, pictures[index].size)
+                out[index] = self._detections(found, images[index].size)
         return out
 
     def _detections(self, found: dict[str, torch.Tensor], size: tuple[int, int]) -> list[Detection]:
@@ -131,18 +131,18 @@ def open_torchvision(target: str | None, options: TorchvisionOptions, *, spec: s
     known = torchvision.models.list_models(module=torchvision.models.detection)
     if name not in known:
         raise (
-            unknown_key(name, known, where=spec)
+            unknown_key(name, known, location=spec)
             if name
-            else InputError("names no model", where=spec, cure=f"write for example torchvision:{EXAMPLE}=COCO_V1")
+            else InputError("names no model", location=spec, hint=f"write for example torchvision:{EXAMPLE}=COCO_V1")
         )
     published = torchvision.models.get_model_weights(name)
     names = [entry.name for entry in published]
     if not weights:
-        raise InputError("names no weights", where=spec, cure=_how_to_get(name, names))
+        raise InputError("names no weights", location=spec, hint=_how_to_get(name, names))
     if weights in names:
-        state, classes, identity = _published(published[weights], spec=spec, cure=_how_to_get(name, names))
+        state, classes, identity = _published(published[weights], spec=spec, hint=_how_to_get(name, names))
     else:
-        state, classes, identity = _from_file(Path(weights), spec=spec, cure=_how_to_get(name, names))
+        state, classes, identity = _from_file(Path(weights), spec=spec, hint=_how_to_get(name, names))
         classes = classes or list(published.DEFAULT.meta["categories"])
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=len(classes))
     try:
@@ -151,41 +151,41 @@ def open_torchvision(target: str | None, options: TorchvisionOptions, *, spec: s
         first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
         raise InputError(
             f"{weights} does not fit a {name} of {len(classes)} classes: {first[:200]}",
-            where=spec,
-            cure="give the file of that model; of other classes than COCO's, its header says `classes`, a JSON list with "
+            location=spec,
+            hint="give the file of that model; of other classes than COCO's, its header says `classes`, a JSON list with "
             "the background first",
         ) from None
     opened = f"torchvision:{name}={weights}"
     return Torchvision(model, classes, options, name=opened, identity=[name, identity], device=default_device(device))
 
 
-def _published(entry: Any, *, spec: str, cure: str) -> tuple[dict[str, torch.Tensor], list[str], Any]:
+def _published(entry: Any, *, spec: str, hint: str) -> tuple[dict[str, torch.Tensor], list[str], Any]:
     try:
         state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError) as error:  # no connection, or not the file whose hash its name holds
-        raise InputError(f"{entry} could not be had ({error})", where=spec, cure=cure) from None
+        raise InputError(f"{entry} could not be had ({error})", location=spec, hint=hint) from None
     return state, list(entry.meta["categories"]), entry.url.rpartition("/")[2]
 
 
-def _from_file(file: Path, *, spec: str, cure: str) -> tuple[dict[str, torch.Tensor], list[str], Any]:
+def _from_file(file: Path, *, spec: str, hint: str) -> tuple[dict[str, torch.Tensor], list[str], Any]:
     if not file.is_file():
-        raise InputError(f"no such file {str(file)!r}", where=spec, cure=cure)
+        raise InputError(f"no such file {str(file)!r}", location=spec, hint=hint)
     if file.suffix != ".safetensors":
-        raise InputError(f"{file} is no .safetensors file; pickles may run code", where=spec, cure=cure)
+        raise InputError(f"{file} is no .safetensors file; pickles may run code", location=spec, hint=hint)
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        classes = parse_json(header.get("classes", "[]"), where=str(file))
+        classes = parse_json(header.get("classes", "[]"), location=str(file))
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is not a whole safetensors file: {error}", where=spec, cure=cure) from None
+        raise InputError(f"{file} is not a whole safetensors file: {error}", location=spec, hint=hint) from None
     except ValueError:
         classes = None
     if not isinstance(classes, list) or not all(isinstance(label, str) for label in classes):
         raise InputError(
             f"the header of {file} has `classes` that are no JSON list of names",
-            where=spec,
-            cure='write them as ["__background__", "dog", "cat"]',
+            location=spec,
+            hint='write them as ["__background__", "dog", "cat"]',
         )
     return state, classes, digest_of_files(file)[0][1]
 

@@ -60,8 +60,8 @@ class ZeroShot(Detector):
         if kind not in self.model_types:
             raise InputError(
                 f"{folder} is a {kind}, not a {' or '.join(self.model_types)}",
-                where=spec,
-                cure=f"give for example {self.example}",
+                location=spec,
+                hint=f"give for example {self.example}",
             )
         load = transformers.AutoModelForZeroShotObjectDetection.from_pretrained
         self.model = load_whole(load, folder, spec=spec, dtype=torch.float32).to(self.device)
@@ -77,16 +77,16 @@ class ZeroShot(Detector):
         return digest(self.example, transformers.__version__, self._weights, self.options.model_dump())
 
     @torch.inference_mode()
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         """As `Detector.detect`. One proposal stands for one phrase; a phrase asked for twice is looked for once."""
-        same_number(pictures, layouts)
+        same_number(images, layouts)
         phrases = [list(dict.fromkeys(box.phrase for box in layout.boxes)) for layout in layouts]
         queries = [(index, part) for index, asked in enumerate(phrases) for part in self._parts(asked)]
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pictures]
-        names: list[list[str]] = [[] for _ in pictures]
-        for rows in batches([pictures[index].size for index, _ in queries], self.options.batch_size):
-            images = [pictures[queries[row][0]].convert("RGB") for row in rows]
-            answers = self._scores(images, [queries[row][1] for row in rows])
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in images]
+        names: list[list[str]] = [[] for _ in images]
+        for rows in batches([images[index].size for index, _ in queries], self.options.batch_size):
+            batch = [images[queries[row][0]].convert("RGB") for row in rows]
+            answers = self._scores(batch, [queries[row][1] for row in rows])
             for row, (scores, boxes) in zip(rows, answers, strict=True):
                 index, asked = queries[row]
                 best, label = scores.max(dim=1)
@@ -114,7 +114,7 @@ class ZeroShot(Detector):
         raise NotImplementedError
 
     def _scores(self, images: list[Image.Image], phrases: list[list[str]]) -> list[tuple[Tensor, Tensor]]:
-        """Of pictures of one size: (proposals, phrases) in [0, 1], and (proposals, 4) cxcywh relative to the picture."""
+        """Of images of one size: (proposals, phrases) in [0, 1], and (proposals, 4) cxcywh relative to the image."""
         raise NotImplementedError
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ class GroundingDino(ZeroShot):
 class Owlv2(ZeroShot):
     """OWLv2 (Minderer et al., arXiv 2306.09683), and OWL-ViT.
 
-    Its text encoder reads 16 tokens; a longer phrase is cut there. OWLv2 pads a picture to a square below and to the
+    Its text encoder reads 16 tokens; a longer phrase is cut there. OWLv2 pads an image to a square below and to the
     right, and its boxes are relative to that square.
     """
 

@@ -27,7 +27,7 @@ PROTOCOLS: dict[str, PublishedProtocol] = {
 def find_protocol(name: str, *, option: str = "--protocol") -> PublishedProtocol:
     """The protocol of that name. Raises `InputError` that names the nearest one."""
     if name not in PROTOCOLS:
-        raise unknown_key(name, PROTOCOLS, where=option)
+        raise unknown_key(name, PROTOCOLS, location=option)
     return PROTOCOLS[name]
 
 

@@ -1,11 +1,11 @@
-"""COCO layouts: AP and AR of a detector on the painted pictures against the boxes that were asked for, by pycocotools.
+"""COCO layouts: AP and AR of a detector on the painted images against the boxes that were asked for, by pycocotools.
 
-Which pictures and boxes: the filter of CreatiLayout for COCO 2017, as its author and a user who got the paper's counts state it
+Which images and boxes: the filter of CreatiLayout for COCO 2017, as its author and a user who got the paper's counts state it
 (github.com/HuiZhang0812/CreatiLayout, issue 9):
 
-    1. no picture with a crowd (`iscrowd`), none with more than 3 persons (counted before the next step)
-    2. boxes of less than 2 % of the picture's area are left out
-    3. pictures with 2 to 10 boxes remain (the paper: 61,002 of train, 2,565 of val)
+    1. no image with a crowd (`iscrowd`), none with more than 3 persons (counted before the next step)
+    2. boxes of less than 2 % of the image's area are left out
+    3. images with 2 to 10 boxes remain (the paper: 61,002 of train, 2,565 of val)
 
 AP, AR: COCO's own definitions (cocodataset.org, "Detection Evaluation"; pycocotools.cocoeval), on the boxes that remain.
 """
@@ -32,7 +32,7 @@ from mmdit_lora.evaluation.protocols.common import (
 )
 from mmdit_lora.files import write_json
 
-SMALLEST = 0.02  # of the picture's area
+SMALLEST = 0.02  # of the image's area
 BOXES = (2, 10)
 PERSONS = 3
 
@@ -50,22 +50,22 @@ class CocoLayout(PublishedProtocol):
         "ap_small": "of things below 32 x 32 pixels",
         "ap_medium": "of things up to 96 x 96 pixels",
         "ap_large": "of larger ones",
-        "ar_1": "average recall with one detection a picture",
+        "ar_1": "average recall with one detection an image",
         "ar_10": "with ten",
         "ar_100": "with a hundred",
     }
     deviations = (
         "things that were left out by the filter are no ground truth: a detector that sees them painted is charged",
-        "published figures differ in detector and selection of pictures; each row says which, where it is known",
+        "published figures differ in detector and selection of images; each row says which, where it is known",
     )
 
     def read(self, path: str | Path) -> list[Case]:
         """An instances file, or a COCO folder whose `annotations` holds exactly one; the caption is the first of its captions."""
         path = _instances_file(Path(path))
         said = read_instances(path)
-        for _, where in said.strays:
-            raise InputError("its image_id is that of no image", where=where)
-        cases = [_case(image, where, own, said, path) for image, where, own in said.images]
+        for _, location in said.strays:
+            raise InputError("its image_id is that of no image", location=location)
+        cases = [_case(image, location, own, said, path) for image, location, own in said.images]
         return checked([case for case in cases if case is not None], path)
 
     def score(self, cases: Sequence[Case], seen: Sequence[Seen]) -> dict[str, float]:
@@ -95,14 +95,14 @@ def _instances_file(path: Path) -> Path:
     found = sorted((path / "annotations").glob("instances_*.json")) if path.is_dir() else []
     if len(found) != 1:
         what = f"holds {len(found)} annotations/instances_*.json" if path.is_dir() else "no such file or folder"
-        raise InputError(what, where=str(path), cure="give the instances file itself, e.g. instances_val2017.json")
+        raise InputError(what, location=str(path), hint="give the instances file itself, e.g. instances_val2017.json")
     return found[0]
 
 
-def _case(image: Any, where: str, own: list[tuple[Any, str]], said: Instances, path: Path) -> Case | None:
-    """The picture's case, or None where the filter leaves it out."""
-    size = stated_size(image, where)
-    file = text(need(image, "file_name", where), "file_name", where)
+def _case(image: Any, location: str, own: list[tuple[Any, str]], said: Instances, path: Path) -> Case | None:
+    """The image's case, or None where the filter leaves it out."""
+    size = stated_size(image, location)
+    file = text(need(image, "file_name", location), "file_name", location)
     if any(annotation.get("iscrowd") for annotation, _ in own):
         return None
     things: list[Thing] = []
@@ -142,7 +142,7 @@ def _case(image: Any, where: str, own: list[tuple[Any, str]], said: Instances, p
     }
     stem = Path(file).stem
     return Case(
-        str(image["id"]), layout_of(caption, things, where), size, tuple(things), (file,), (stem,), where, extra
+        str(image["id"]), layout_of(caption, things, location), size, tuple(things), (file,), (stem,), location, extra
     )
 
 

@@ -8,8 +8,8 @@ non-maximum suppression at 0.8), and c whether at least a fifth of its pixels ha
     it is met          if v >= 0.5 and c
     it adds to mIoU    v if v < 0.5, v if v >= 0.5 and c, and 0 if v >= 0.5 and not c
 
-I-SR is the share of things that are met, SR that of pictures whose things are all met, mIoU the mean over things: each over
-all pictures and for pictures with two things (L2) to six (L6).
+I-SR is the share of things that are met, SR that of images whose things are all met, mIoU the mean over things: each over
+all images and for images with two things (L2) to six (L6).
 
 The authors take the pixels of a thing from a SAM mask made from the box that was asked for. Here they are all pixels of that
 box, background included, so the colour test is a proxy of theirs. `Seen.measured` holds the share; whoever has masks puts
@@ -48,7 +48,7 @@ from mmdit_lora.files import write_json
 MET = 0.5  # IoU from which on the position is right (--miou_threshold)
 SAME = 0.8  # IoU above which two detections of a noun are one thing (NMS_THRESHOLD)
 COLORED = 0.2  # share of a thing's pixels that must have its colour
-SIDE = 512  # pictures are brought to this size before their colours are read
+SIDE = 512  # images are brought to this size before their colours are read
 # OpenCV's 8-bit HSV (H in half degrees, 0 to 180; S, V to 255), both ends included: `color_dict` of eval_mig.py.
 HSV: dict[str, tuple[tuple[tuple[int, int, int], tuple[int, int, int]], ...]] = {
     "red": (((0, 50, 70), (9, 255, 255)), ((159, 50, 70), (180, 255, 255))),
@@ -69,7 +69,7 @@ class CocoMig(PublishedProtocol):
     title = "COCO-MIG"
     source = "github.com/LeyRio/MIG_Bench 063ec45, eval_mig.py; arXiv 2402.05408"
     metrics = {  # noqa: RUF012
-        "sr": "share of pictures of which every thing is met",
+        "sr": "share of images of which every thing is met",
         "isr": f"share of things that are met: IoU >= {MET:g} and the right colour",
         "miou": f"mean over things of the IoU, 0 where the place is right (IoU >= {MET:g}) and the colour wrong",
     }
@@ -93,9 +93,9 @@ class CocoMig(PublishedProtocol):
         yaml = path if path.suffix in (".yaml", ".yml") else folder / "mig_bench_anno.yaml"
         if not yaml.is_file():
             raise InputError(
-                "no such file", where=str(yaml), cure="give the folder bench_file of github.com/limuloo/MIGC"
+                "no such file", location=str(yaml), hint="give the folder bench_file of github.com/limuloo/MIGC"
             )
-        entries = {prompt: (entry, where) for prompt, entry, where in coco_mig_prompts(yaml)}
+        entries = {prompt: (entry, location) for prompt, entry, location in coco_mig_prompts(yaml)}
         if not listing.is_file():
             return checked([_case(prompt, *found, yaml) for prompt, found in entries.items()], path)
         cases = []
@@ -103,17 +103,17 @@ class CocoMig(PublishedProtocol):
             if not line.strip():
                 continue
             if line not in entries:
-                raise InputError(f"{yaml.name} has no prompt {line!r}", where=f"{listing}:{number}")
+                raise InputError(f"{yaml.name} has no prompt {line!r}", location=f"{listing}:{number}")
             cases.append(_case(line, *entries[line], yaml))
         return checked(cases, path)
 
-    def key(self, picture: PurePath) -> str:
-        """The COCO id at the end of the name, behind the last "_"; MIGC's drawn layouts (anno_*) are none of the pictures."""
-        return "" if picture.name.startswith("anno_") else picture.stem.split("_")[-1]
+    def key(self, image: PurePath) -> str:
+        """The COCO id at the end of the name, behind the last "_"; MIGC's drawn layouts (anno_*) are none of the images."""
+        return "" if image.name.startswith("anno_") else image.stem.split("_")[-1]
 
-    def measure(self, case: Case, picture: Image.Image) -> dict[str, float]:
+    def measure(self, case: Case, image: Image.Image) -> dict[str, float]:
         """The share of the pixels of each box that has its colour."""
-        hsv = opencv_hsv(np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
+        hsv = opencv_hsv(np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
         return {thing.key: _color_share(hsv, thing) for thing in case.things}
 
     def score(self, cases: Sequence[Case], seen: Sequence[Seen]) -> dict[str, float]:
@@ -130,7 +130,7 @@ class CocoMig(PublishedProtocol):
         return out
 
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
-        """metric_<name>.json with eval_mig.py's keys, its spelling included; null for a level without pictures."""
+        """metric_<name>.json with eval_mig.py's keys, its spelling included; null for a level without images."""
         scores = self.score(cases, seen)
         result: dict[str, object] = {}
         names = (("sr", "sucess_ratio", "success_level_ratio"), ("isr", "inst_sucess_ratio", "inst_level_sucess_ratio"))
@@ -195,17 +195,17 @@ def _color_and_noun(phrase: str) -> tuple[str, str]:
     return words[1] if len(words) > 1 else "", " ".join(words[2:])
 
 
-def _case(prompt: str, entry: object, where: str, path: Path) -> Case:
-    id_ = str(need(entry, "coco_id", where))
+def _case(prompt: str, entry: object, location: str, path: Path) -> Case:
+    id_ = str(need(entry, "coco_id", location))
     things = []
-    for index, said in enumerate(coco_mig_boxes(entry, where)):
+    for index, said in enumerate(coco_mig_boxes(entry, location)):
         color, noun = _color_and_noun(said.short)
         if color not in HSV or not noun:
             raise InputError(
                 f"the phrase {said.short!r} is not 'a COLOUR THING'",
-                where=said.where,
-                cure=f"colours: {', '.join(HSV)}",
+                location=said.location,
+                hint=f"colours: {', '.join(HSV)}",
             )
         things.append(Thing(raw_box(said, path, "relative", (1, 1)), noun, said.short, key=str(index)))
     name = f"{prompt}_{id_}.png"
-    return Case(id_, layout_of(prompt, things, where), (SIDE, SIDE), tuple(things), (name,), (id_,), where)
+    return Case(id_, layout_of(prompt, things, location), (SIDE, SIDE), tuple(things), (name,), (id_,), location)

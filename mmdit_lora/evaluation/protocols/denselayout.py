@@ -54,14 +54,14 @@ class DenseLayout(PublishedProtocol):
     deviations = (
         "the paper detects with Grounding DINO Swin-T (box threshold 0.35, text threshold 0.25), one prompt a category, "
         "and asks MiniCPM-V-2.6 (seed 42)",
-        "a picture that is missing stops the scoring; the authors' script leaves it out of the mean",
+        "an image that is missing stops the scoring; the authors' script leaves it out of the mean",
     )
 
     def read(self, path: str | Path) -> list[Case]:
         """Rows of *.parquet (or .jsonl, .json): id, prompt, width, height, annos [{bbox, category_name, caption}]."""
         path = Path(path)
         table = rows(table_files(Context(path), ".parquet", ".jsonl", ".json"), without=("image",))
-        return checked([_case(row, where, path) for where, row in table], path)
+        return checked([_case(row, location, path) for location, row in table], path)
 
     def questions(self, case: Case, seen: Seen = Seen()) -> list[Question]:  # noqa: B008
         """Three for each box that counts and has a description beyond its category; about the detection, cut out."""
@@ -88,7 +88,7 @@ class DenseLayout(PublishedProtocol):
         return {key: share(sum(one[name] for one in sums), boxes) for key, name in keys.items()}
 
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
-        """lgs_score_detailed.json (sums by picture) and lgs_score.txt, as score_LGS.py writes them."""
+        """lgs_score_detailed.json (sums by image) and lgs_score.txt, as score_LGS.py writes them."""
         sums = {f"{case.id}.jpg": _sums(case, one) for case, one in paired(cases, seen)}
         boxes = sum(int(one["box_count"]) for one in sums.values())
         lines = [f"dense instance score: {boxes} boxes"]
@@ -112,15 +112,15 @@ def _sums(case: Case, seen: Seen) -> dict[str, float]:
     return sums
 
 
-def _case(row: Any, where: str, path: Path) -> Case:
+def _case(row: Any, location: str, path: Path) -> Case:
     if isinstance(row, InputError):
         raise row
-    size = stated_size(row, where)
+    size = stated_size(row, location)
     things = []
-    for index, said in enumerate(dense_layout_boxes(row, where)):
-        label = text(said.short, "category_name", said.where)
+    for index, said in enumerate(dense_layout_boxes(row, location)):
+        label = text(said.short, "category_name", said.location)
         detail = said.spoken(True)  # what InstanceAssemble paints: `caption`
         things.append(Thing(raw_box(said, path, "pixel", size), label, detail, detail, str(index)))
-    id_ = str(key_of(row, "id", where))
-    caption = text(need(row, "prompt", where), "prompt", where)
-    return Case(id_, layout_of(caption, things, where), size, tuple(things), (f"{id_}.jpg",), (id_,), where)
+    id_ = str(key_of(row, "id", location))
+    caption = text(need(row, "prompt", location), "prompt", location)
+    return Case(id_, layout_of(caption, things, location), size, tuple(things), (f"{id_}.jpg",), (id_,), location)

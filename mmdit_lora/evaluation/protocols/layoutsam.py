@@ -1,8 +1,8 @@
 """LayoutSAM-Eval: is each thing in its box, and are its colour, texture and shape as described? Asked of a VLM.
 
 Source: github.com/HuiZhang0812/CreatiLayout, 860d8bd, score_layoutsam_benchmark.py and dataset/layoutsam_benchmark.py
-(paper: arXiv 2412.03859). Each box is cut out of the picture and asked about; an attribute is asked about only where the
-thing is there. The scores are sums over all boxes of all pictures, divided by their number.
+(paper: arXiv 2412.03859). Each box is cut out of the image and asked about; an attribute is asked about only where the
+thing is there. The scores are sums over all boxes of all images, divided by their number.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LayoutSamEval(PublishedProtocol):
         """Rows of *.parquet (or .jsonl, .json): global_caption, bbox_list, region_captions, detail_region_captions, ..."""
         path = Path(path)
         table = rows(table_files(Context(path), ".parquet", ".jsonl", ".json"), without=("image",))
-        return checked([_case(row, where, path) for where, row in table], path)
+        return checked([_case(row, location, path) for location, row in table], path)
 
     def questions(self, case: Case, seen: Seen = Seen()) -> list[Question]:  # noqa: ARG002, B008
         """Four a box, about the box cut out; a "/" in a description is left away, as in the authors' code."""
@@ -80,8 +80,8 @@ class LayoutSamEval(PublishedProtocol):
         return {key: share(sum(one[f"score_{key}"] for one in counts), boxes) for key in self.metrics}
 
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
-        """minicpm-vqa.json (counts by picture) and minicpm-vqa-score.txt, as score_layoutsam_benchmark.py writes them."""
-        counts = {PurePath(case.pictures[0]).name: _counts(case, one) for case, one in paired(cases, seen)}
+        """minicpm-vqa.json (counts by image) and minicpm-vqa-score.txt, as score_layoutsam_benchmark.py writes them."""
+        counts = {PurePath(case.images[0]).name: _counts(case, one) for case, one in paired(cases, seen)}
         stats = {
             name: {k: v if k == "bbox_count" else float(v) for k, v in one.items()} for name, one in counts.items()
         }
@@ -103,17 +103,17 @@ def _counts(case: Case, seen: Seen) -> dict[str, int]:
     return counts | {f"score_{kind}": sum(yes(seen, f"{key}: {kind}") for key in there) for kind in ATTRIBUTES}
 
 
-def _case(row: Any, where: str, path: Path) -> Case:
+def _case(row: Any, location: str, path: Path) -> Case:
     if isinstance(row, InputError):
         raise row
-    size = stated_size(row, where)
+    size = stated_size(row, location)
     things = []
-    for index, said in enumerate(layout_sam_eval_boxes(row, where)):
+    for index, said in enumerate(layout_sam_eval_boxes(row, location)):
         # Three decimals, as the authors' BboxDataset rounds them before anything is painted or cut out.
         x0, y0, x1, y1 = (round(v, 3) for v in raw_box(said, path, "pixel", size))
         phrase, detail = said.spoken(False), said.spoken(True)
         things.append(Thing((x0, y0, x1, y1), phrase, phrase, detail, str(index)))
-    name = text(need(row, "file_name", where), "file_name", where)
-    caption = text(need(row, "global_caption", where), "global_caption", where)
+    name = text(need(row, "file_name", location), "file_name", location)
+    caption = text(need(row, "global_caption", location), "global_caption", location)
     stem = PurePath(name).stem
-    return Case(stem, layout_of(caption, things, where), size, tuple(things), (name,), (stem,), where)
+    return Case(stem, layout_of(caption, things, location), size, tuple(things), (name,), (stem,), location)

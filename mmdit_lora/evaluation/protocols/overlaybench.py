@@ -5,12 +5,12 @@ Source: github.com/mlpc-ucsd/OverLayBench, 67073aa, overlaybenchpytools/utils.py
 - Boxes lie on a square of 1024 pixels and are whole numbers.
 - Per category, asked boxes and found ones are paired greedily: the pair of the highest IoU first, each box once, pairs of
   IoU 0 too while both sides last. An asked box that is left is paired with [0, 0, 0, 0].
-- mIoU: mean over pictures of the mean over asked boxes.
+- mIoU: mean over images of the mean over asked boxes.
 - O-mIoU: for each pair of `valid_overlap`, the IoU of the asked boxes' intersection with the found boxes'; mean over pairs,
-  then over pictures.
+  then over images.
 - SR_E, SR_R: share of all instances, and of all relations, of which the judge says yes.
 
-Each for all pictures and for those of each split (simple, medium, hard; the paper calls them simple, regular, complex).
+Each for all images and for those of each split (simple, medium, hard; the paper calls them simple, regular, complex).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class OverLayBench(PublishedProtocol):
     title = "OverLayBench"
     source = "github.com/mlpc-ucsd/OverLayBench 67073aa, overlaybenchpytools; arXiv 2509.19282"
     metrics = {  # noqa: RUF012
-        "miou": "mean over pictures of the mean IoU of asked boxes with the found ones of their category, paired greedily",
+        "miou": "mean over images of the mean IoU of asked boxes with the found ones of their category, paired greedily",
         "o_miou": "the same for the intersections of the pairs that the set lists as overlapping",
         "sr_e": "share of instances that are as described, by the judge",
         "sr_r": "share of relations that are as described, by the judge",
@@ -64,7 +64,7 @@ class OverLayBench(PublishedProtocol):
     deviations = (
         "the authors have Qwen2.5-VL-32B list the boxes of each category; here any detector does",
         "the judge is asked for yes or no once an instance and once a relation, by the authors' rules; they ask for all of a "
-        "picture in one JSON answer",
+        "image in one JSON answer",
         "two asked boxes that are equal keep their own pairs; the authors' code takes the first one's for both",
     )
 
@@ -74,27 +74,27 @@ class OverLayBench(PublishedProtocol):
         cases = []
         for file in table_files(Context(path), ".parquet", ".jsonl"):
             split = next((split for split in SPLITS if file.name.startswith(split)), "")
-            cases += [_case(row, where, file, split) for where, row in rows([file], without=("image",))]
+            cases += [_case(row, location, file, split) for location, row in rows([file], without=("image",))]
         counts = Counter(case.extra["image_id"] for case in cases)
         for index, case in enumerate(
             cases
-        ):  # a picture outside its split's folder is known by its name, where that is enough
+        ):  # an image outside its split's folder is known by its name, where that is enough
             if counts[case.extra["image_id"]] == 1:
                 cases[index] = replace(case, keys=tuple(dict.fromkeys((case.id, case.extra["image_id"]))))
         return checked(cases, path)
 
-    def key(self, picture: PurePath) -> str:
-        """`split/id` of EXP/split/seed/id.png, `id` of a picture elsewhere."""
-        split = picture.parts[-3] if len(picture.parts) >= 3 else ""
-        return f"{split}/{picture.stem}" if split in SPLITS else picture.stem
+    def key(self, image: PurePath) -> str:
+        """`split/id` of EXP/split/seed/id.png, `id` of an image elsewhere."""
+        split = image.parts[-3] if len(image.parts) >= 3 else ""
+        return f"{split}/{image.stem}" if split in SPLITS else image.stem
 
     def questions(self, case: Case, seen: Seen = Seen()) -> list[Question]:  # noqa: ARG002, B008
-        """One an instance and one a relation, about the whole picture, by the rules of the authors' prompts."""
+        """One an instance and one a relation, about the whole image, by the rules of the authors' prompts."""
         out = []
         boxes = {thing.key: list(_whole(thing.xyxy, truncate=True)) for thing in case.things}
         for thing in case.things:
             asked = (
-                f"Here are an instance's name, its bounding box [x1, y1, x2, y2] on a picture of {OVERLAY_SIDE} x "
+                f"Here are an instance's name, its bounding box [x1, y1, x2, y2] on an image of {OVERLAY_SIDE} x "
                 f'{OVERLAY_SIDE} pixels and its description: "{thing.key}", {boxes[thing.key]}, "{thing.detail}". Does the '
                 "instance visually match its description? If it is clearly generated and not corrupted, and the key "
                 "attributes of the description are present, answer Yes. If it is missing, corrupted, or the key attributes "
@@ -103,18 +103,18 @@ class OverLayBench(PublishedProtocol):
             out.append(Question(f"entity: {thing.key}", asked))
         for pair, relation in case.extra["relations"].items():
             asked = (
-                f"Here are the instances of a picture with their bounding boxes [x1, y1, x2, y2] on {OVERLAY_SIDE} x "
+                f"Here are the instances of an image with their bounding boxes [x1, y1, x2, y2] on {OVERLAY_SIDE} x "
                 f'{OVERLAY_SIDE} pixels: {boxes}. Does the relationship of {pair} match the description "{relation}"? For '
                 "proximity (near, beside, close to, next to), it matches if both are generated well (not corrupted or fused "
                 "into one) and their boxes are close. For directions and positions (behind, in front of), check strictly "
-                "that the arrangement in the picture matches, because boxes alone are not enough. How well the boxes are "
+                "that the arrangement in the image matches, because boxes alone are not enough. How well the boxes are "
                 "aligned does not matter. Strictly answer Yes or No."
             )
             out.append(Question(f"relation: {pair}", asked))
         return out
 
     def score(self, cases: Sequence[Case], seen: Sequence[Seen]) -> dict[str, float]:
-        """mIoU and O-mIoU where a detector looked, SR_E and SR_R where a judge was asked; of all pictures and by split."""
+        """mIoU and O-mIoU where a detector looked, SR_E and SR_R where a judge was asked; of all images and by split."""
         pairs = paired(cases, seen)
         out = _scores(pairs)
         for split in SPLITS:
@@ -125,11 +125,11 @@ class OverLayBench(PublishedProtocol):
     def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
         """baseline_bbox_predictions.json, entity_VQA.json and relation_VQA.json as meter.py writes them, in `split/seed/`.
 
-        Seeds are the folders that the pictures lay in; pictures that lay in none have none.
+        Seeds are the folders that the images lay in; images that lay in none have none.
         """
         folders: dict[Path, dict[str, dict[str, Any]]] = {}
         for case, one in paired(cases, seen):
-            split, parts = case.extra["split"], PurePath(one.picture).parts
+            split, parts = case.extra["split"], PurePath(one.image).parts
             seed = parts[-2] if len(parts) > 1 else ""
             files = folders.setdefault(Path(out) / split / seed, {})
             image_id = case.extra["image_id"]
@@ -219,36 +219,36 @@ def _intersection(a: Whole, b: Whole) -> Whole:
     return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
 
 
-def _case(row: Any, where: str, path: Path, split: str) -> Case:
+def _case(row: Any, location: str, path: Path, split: str) -> Case:
     if isinstance(row, InputError):
         raise row
-    annotation = overlay_bench_annotation(row, where)
+    annotation = overlay_bench_annotation(row, location)
     size = (OVERLAY_SIDE, OVERLAY_SIDE)
     things = []
-    for name, said in overlay_bench_boxes(annotation, where).items():
-        label, detail = text(said.short, "category", said.where), said.spoken(True)
+    for name, said in overlay_bench_boxes(annotation, location).items():
+        label, detail = text(said.short, "category", said.location), said.spoken(True)
         things.append(Thing(raw_box(said, path, "pixel", size), label, detail, detail, name))
     relations = annotation.get("relations") or {}
     if not isinstance(relations, Mapping):
-        raise InputError(f"relations is {type(relations).__name__}, not an object", where=where)
+        raise InputError(f"relations is {type(relations).__name__}, not an object", location=location)
     overlaps = []
-    for index, entry in enumerate(items_of(annotation, "valid_overlap", f"{where}: annotation")):
-        place = f"{where}: valid_overlap[{index}]"
+    for index, entry in enumerate(items_of(annotation, "valid_overlap", f"{location}: annotation")):
+        place = f"{location}: valid_overlap[{index}]"
         pair = need(entry, "overlap_box", place)
         if not isinstance(pair, list | tuple) or len(pair) < 2 or not all(_place(v, things) for v in pair[:2]):
-            raise InputError(f"overlap_box is {shown(pair)}, not two places among {len(things)} boxes", where=place)
+            raise InputError(f"overlap_box is {shown(pair)}, not two places among {len(things)} boxes", location=place)
         overlaps.append((pair[0], pair[1]))
-    image_id = str(key_of(row, "image_id", where))
+    image_id = str(key_of(row, "image_id", location))
     extra = {
         "split": split,
         "image_id": image_id,
         "relations": {str(pair): relation for pair, relation in relations.items()},
         "overlaps": tuple(overlaps),
     }
-    caption = text(need(annotation, "caption", where), "caption", where)
+    caption = text(need(annotation, "caption", location), "caption", location)
     id_ = f"{split}/{image_id}" if split else image_id
     names = (f"{split}/SEED/{image_id}.png", f"{image_id}.png") if split else (f"{image_id}.png",)
-    return Case(id_, layout_of(caption, things, where), size, tuple(things), names, (id_,), where, extra)
+    return Case(id_, layout_of(caption, things, location), size, tuple(things), names, (id_,), location, extra)
 
 
 def _place(value: object, things: Sequence[Thing]) -> bool:

@@ -47,16 +47,16 @@ def published(protocol: str, path: str | Path = PUBLISHED) -> list[Row]:
     data = read_json(Path(path))
     tables = need(data, "protocols", str(path))
     if protocol not in tables:
-        raise unknown_key(protocol, tables, where=str(path))
+        raise unknown_key(protocol, tables, location=str(path))
     rows = []
     for index, entry in enumerate(items_of(tables, protocol, str(path))):
         place = f"{path}: {protocol}[{index}]"
         kind = text(need(entry, "kind", place), "kind", place)
         if kind not in KINDS:
-            raise InputError(f"kind is {shown(kind)}", where=place, cure=f"one of {', '.join(KINDS)}")
+            raise InputError(f"kind is {shown(kind)}", location=place, hint=f"one of {', '.join(KINDS)}")
         metrics = need(entry, "metrics", place)
         if not isinstance(metrics, Mapping):
-            raise InputError(f"metrics is {type(metrics).__name__}, not an object", where=place)
+            raise InputError(f"metrics is {type(metrics).__name__}, not an object", location=place)
         figures = {str(key): number(value, f"{place}: {key}") for key, value in metrics.items()}
         method, source = (text(need(entry, key, place), key, place) for key in ("method", "source"))
         rows.append(Row(method, figures, source, kind, str(entry.get("note") or "")))

@@ -1,4 +1,4 @@
-"""Every picture decoded once, in parallel: what its file says, what it is, and a fingerprint of what it shows."""
+"""Every image decoded once, in parallel: what its file says, what it is, and a fingerprint of what it shows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import require_file
 
-_THUMB = 16  # side of the picture that near duplicates are compared by
+_THUMB = 16  # side of the image that near duplicates are compared by
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFacts:
     """What is known of one file.
 
     Args:
@@ -56,8 +56,8 @@ class Picture:
         return self.thumb is not None
 
 
-def look_at_all(records: Iterable[Record], *, workers: int | None = None) -> list[Picture]:
-    """The distinct pictures of the records, in the order of their first record.
+def look_at_all(records: Iterable[Record], *, workers: int | None = None) -> list[ImageFacts]:
+    """The distinct images of the records, in the order of their first record.
 
     Args:
         workers: threads (Pillow decodes outside Python's lock); None = one a core, at most 8, so that memory is bounded.
@@ -71,28 +71,28 @@ def look_at_all(records: Iterable[Record], *, workers: int | None = None) -> lis
         return list(pool.map(look_at, first.values()))
 
 
-def look_at(record: Record) -> Picture:
-    """One picture. Nothing is raised: what is wrong is in the answer."""
+def look_at(record: Record) -> ImageFacts:
+    """One image. Nothing is raised: what is wrong is in the answer."""
     import imagehash
 
     try:
         source = record.source()
-        if not (source if isinstance(source, bytes) else require_file(source, what="picture").stat().st_size):
+        if not (source if isinstance(source, bytes) else require_file(source, what="image").stat().st_size):
             error = InputError(
-                "is an empty file of 0 bytes", where=str(record.image), cure="restore it, or leave it out"
+                "is an empty file of 0 bytes", location=str(record.image), hint="restore it, or leave it out"
             )
-            return Picture(record, error=error.at(record.where), kind="empty-file")
+            return ImageFacts(record, error=error.at(record.location), kind="empty-file")
         head = _head(record, source)
         image = load_image(source)
     except InputError as error:
         kind = "decompression-bomb" if isinstance(error, TooManyPixels) else "undecodable"
-        placed = error if error.where == record.where else error.at(record.where)
-        return Picture(record, error=placed, kind=kind)
+        placed = error if error.location == record.location else error.at(record.location)
+        return ImageFacts(record, error=placed, kind=kind)
     except OSError as problem:
-        unread = InputError(f"cannot be read ({problem})", where=str(record.image))
-        return Picture(record, error=unread.at(record.where), kind="undecodable")
+        unread = InputError(f"cannot be read ({problem})", location=str(record.image))
+        return ImageFacts(record, error=unread.at(record.location), kind="undecodable")
     bits = imagehash.phash(image).hash.flatten()
-    return Picture(
+    return ImageFacts(
         record,
         size=image.size,
         mode=head.mode,
@@ -105,79 +105,79 @@ def look_at(record: Record) -> Picture:
     )
 
 
-def _head(record: Record, source: Path | bytes) -> Picture:
+def _head(record: Record, source: Path | bytes) -> ImageFacts:
     """What the header alone says. A damaged one is left to `load_image`, which says it in one way."""
     try:
         with opened(source) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             size = image.size if orientation < 5 else image.size[::-1]
             frames = getattr(image, "n_frames", 1)
-            return Picture(record, size, image.mode, orientation, frames, image.has_transparency_data)
+            return ImageFacts(record, size, image.mode, orientation, frames, image.has_transparency_data)
     except Exception:  # Pillow's plug-ins raise many kinds for damaged files
-        return Picture(record)
+        return ImageFacts(record)
 
 
-def picture_findings(pictures: Sequence[Picture]) -> list[Finding]:
+def image_findings(images: Sequence[ImageFacts]) -> list[Finding]:
     """Files that cannot be decoded (errors), and those that are not what they look like (warnings)."""
-    total = len(pictures)
+    total = len(images)
     found: list[Finding] = []
-    for kind, message, cure in _BROKEN:
-        bad = [p for p in pictures if p.error is not None and p.kind == kind]
+    for kind, message, hint in _BROKEN:
+        bad = [p for p in images if p.error is not None and p.kind == kind]
         found += finding(
             kind,
             message,
-            cure,
+            hint,
             [example(p.record, p.error.what) for p in bad if p.error],
             total=total,
-            unit="pictures",
+            unit="images",
             severity="error",
             lines=[str(p.error) for p in bad],
         )
-    usable = [p for p in pictures if p.error is None]
+    usable = [p for p in images if p.error is None]
 
-    def some(name: str, chosen: Iterable[Picture], message: str, cure: str, text: str) -> None:
+    def some(name: str, chosen: Iterable[ImageFacts], message: str, hint: str, text: str) -> None:
         examples = [example(p.record, text.format(p=p)) for p in chosen]
-        found.extend(finding(name, message, cure, examples, total=total, unit="pictures"))
+        found.extend(finding(name, message, hint, examples, total=total, unit="images"))
 
     some(
         "exif-rotation",
         [p for p in usable if p.orientation not in (0, 1)],
-        "{n} pictures are stored turned (EXIF orientation)",
-        "they are turned upright here: check on the pictures below that the boxes were drawn on upright ones",
+        "{n} images are stored turned (EXIF orientation)",
+        "they are turned upright here: check on the images below that the boxes were drawn on upright ones",
         "EXIF orientation {p.orientation}",
     )
     some(
         "cmyk",
         [p for p in usable if p.mode == "CMYK"],
-        "{n} pictures are CMYK: converted without a colour profile, colours shift",
+        "{n} images are CMYK: converted without a colour profile, colours shift",
         "convert them to sRGB with their profile",
         "mode {p.mode}",
     )
     some(
         "palette-transparency",
         [p for p in usable if p.mode in ("P", "PA") and p.transparency],
-        "{n} pictures have a palette with transparency: what is transparent becomes white",
+        "{n} images have a palette with transparency: what is transparent becomes white",
         "put them on the background that you want to be learnt",
         "mode {p.mode} with transparency",
     )
     some(
         "transparency",
         [p for p in usable if p.mode not in ("P", "PA") and p.transparency],
-        "{n} pictures are transparent: what is transparent becomes white",
+        "{n} images are transparent: what is transparent becomes white",
         "put them on the background that you want to be learnt",
         "mode {p.mode}",
     )
     some(
         "16-bit",
         [p for p in usable if p.mode.startswith("I") or p.mode == "F"],
-        "{n} pictures have more than 8 bits a channel: scaled to 8",
-        "check on the pictures below that they are not dark or clipped",
+        "{n} images have more than 8 bits a channel: scaled to 8",
+        "check on the images below that they are not dark or clipped",
         "mode {p.mode}",
     )
     some(
         "animated",
         [p for p in usable if p.frames > 1],
-        "{n} pictures are animated: only the first frame is used",
+        "{n} images are animated: only the first frame is used",
         "save the frame that the boxes were drawn on",
         "{p.frames} frames",
     )
@@ -185,11 +185,11 @@ def picture_findings(pictures: Sequence[Picture]) -> list[Finding]:
 
 
 _BROKEN = (
-    ("empty-file", "{n} picture files hold 0 bytes", "restore them, or leave their lines out"),
+    ("empty-file", "{n} image files hold 0 bytes", "restore them, or leave their lines out"),
     (
         "decompression-bomb",
-        f"{{n}} pictures declare more than {MAX_PIXELS // 10**6} million pixels, which is not safe to decode",
+        f"{{n}} images declare more than {MAX_PIXELS // 10**6} million pixels, which is not safe to decode",
         "scale them down, or leave their lines out: nothing was decoded",
     ),
-    ("undecodable", "{n} pictures cannot be decoded", "restore the files, or leave their lines out"),
+    ("undecodable", "{n} images cannot be decoded", "restore the files, or leave their lines out"),
 )

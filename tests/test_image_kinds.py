@@ -1,4 +1,4 @@
-"""Pictures of every kind that data sets hold: the right pixels, upright and RGB, or one clear message."""
+"""Images of every kind that data sets hold: the right pixels, upright and RGB, or one clear message."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pixels(image: Image.Image) -> list[tuple[int, ...]]:
     return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]  # type: ignore[misc]
 
 
-# How a viewer must turn a picture that was stored with each orientation: the inverse of how it was stored.
+# How a viewer must turn an image that was stored with each orientation: the inverse of how it was stored.
 STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,7 +86,7 @@ def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(png((8, 4), 8, 0, b"not four rows of eight"))
     assert image_size(path) == (8, 4)
-    with pytest.raises(InputError, match="is no readable picture"):
+    with pytest.raises(InputError, match="is no readable image"):
         load_image(path)
 
 
@@ -137,7 +137,7 @@ def test_numbers_of_32_bits_are_refused_since_none_is_white(tmp_path: Path, mode
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
-def test_of_an_animation_the_first_frame_is_the_picture(tmp_path: Path, suffix: str) -> None:
+def test_of_an_animation_the_first_frame_is_the_image(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x.{suffix}"
     frames = [corners(), ImageOps.mirror(corners()), Image.new("RGB", (32, 16), "black")]
     frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))  # type: ignore[arg-type]
@@ -149,9 +149,9 @@ def test_of_an_animation_the_first_frame_is_the_picture(tmp_path: Path, suffix: 
 def test_no_bytes_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"")
     for read in (load_image, image_size):
-        with pytest.raises(InputError, match=r"x\.png: is no readable picture \(no picture format"):
+        with pytest.raises(InputError, match=r"x\.png: is no readable image \(no image format"):
             read(tmp_path / "x.png")
-        with pytest.raises(InputError, match=r"y\.png: no such picture"):
+        with pytest.raises(InputError, match=r"y\.png: no such image"):
             read(tmp_path / "y.png")
 
 
@@ -167,9 +167,9 @@ def test_20000_by_20000_declared_is_refused_in_little_memory(
     said = capsys.readouterr().err
     assert "metadata.jsonl:2" in said
     assert "declares more than 89,478,485 pixels" in said
-    assert "make the picture smaller" in said
+    assert "make the image smaller" in said
 
 
-def test_a_large_picture_below_the_limit_is_loaded(tmp_path: Path) -> None:
+def test_a_large_image_below_the_limit_is_loaded(tmp_path: Path) -> None:
     Image.new("1", (6000, 6000)).save(tmp_path / "x.png")
     assert load_image(tmp_path / "x.png").size == (6000, 6000)

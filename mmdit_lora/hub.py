@@ -15,7 +15,7 @@ from mmdit_lora.json_files import parse_object
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def local_copy(source: str | Path, *, where: str, allow: Sequence[str], ignore: Sequence[str] = ()) -> Path:
+def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignore: Sequence[str] = ()) -> Path:
     """`source` itself where it is there; else a hub id's files, downloaded or from the cache of huggingface_hub.
 
     Args:
@@ -36,7 +36,7 @@ def local_copy(source: str | Path, *, where: str, allow: Sequence[str], ignore: 
     repository = f"{owner}/{name}"
     if not _REPOSITORY.fullmatch(repository) or ".." in inside.split("/"):
         raise InputError(
-            "no such file or folder", where=f"{where} {clip(text)}", cure="give a path, or a hub id: OWNER/NAME"
+            "no such file or folder", location=f"{location} {clip(text)}", hint="give a path, or a hub id: OWNER/NAME"
         )
     from huggingface_hub import snapshot_download
 
@@ -47,18 +47,18 @@ def local_copy(source: str | Path, *, where: str, allow: Sequence[str], ignore: 
         folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub's client and its HTTP library raise types of their own
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        cure = f"`hf download {repository}` where there is a connection; `hf auth login` where it asks for a licence"
+        hint = f"`hf download {repository}` where there is a connection; `hf auth login` where it asks for a licence"
         raise InputError(
             f"is not here, and as a hub id it is neither in the cache nor to be had ({clip(first)})",
-            where=f"{where} {clip(text)}",
-            cure=cure,
+            location=f"{location} {clip(text)}",
+            hint=hint,
         ) from None
     if not (folder / inside).exists():
         held = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         raise InputError(
             f"{repository} holds no {inside}",
-            where=where,
-            cure=f"it holds {', '.join(held[:8])}" if held else f"`hf download {repository} {inside}` first",
+            location=location,
+            hint=f"it holds {', '.join(held[:8])}" if held else f"`hf download {repository} {inside}` first",
         )
     return folder / inside
 
@@ -72,8 +72,8 @@ def no_such_base(base: str) -> InputError:
         what += ", nor a hub id of this name that is cached or can be reached"
     return InputError(
         what,
-        where=base,
-        cure=f"did you mean {near}?"
+        location=base,
+        hint=f"did you mean {near}?"
         if near
         else "give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id",
     )
@@ -113,19 +113,19 @@ def check_base_folder(folder: Path) -> None:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        cure = "give a diffusers pipeline folder: model_index.json beside transformer/, vae/, text_encoder/, ..."
+        hint = "give a diffusers pipeline folder: model_index.json beside transformer/, vae/, text_encoder/, ..."
         if (folder / "adapter_config.json").is_file():
-            cure = "this is an adapter: give it as --adapter, and the base it was trained on as --base"
-        raise InputError("is not a base: it has no model_index.json", where=str(folder), cure=cure)
+            hint = "this is an adapter: give it as --adapter, and the base it was trained on as --base"
+        raise InputError("is not a base: it has no model_index.json", location=str(folder), hint=hint)
     content = read_base_config(index)
     if "_class_name" not in content:
-        raise InputError("is no pipeline description: it has no _class_name", where=str(index))
+        raise InputError("is no pipeline description: it has no _class_name", location=str(index))
     # transformers makes an empty tokenizer of a folder that is not there.
     parts = [part for part, source in content.items() if isinstance(source, list) and source and source[0] is not None]
     absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if absent:
         raise InputError(
-            f"lacks {', '.join(absent)}, which model_index.json names", where=str(folder), cure="copy it whole"
+            f"lacks {', '.join(absent)}, which model_index.json names", location=str(folder), hint="copy it whole"
         )
     for file in (file for part in parts for file in sorted((folder / part).iterdir())):
         if not file.is_dir():
@@ -144,7 +144,7 @@ def read_base_config(file: Path) -> dict[str, Any]:
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(
             "begins with a byte order mark, and diffusers reads a base's files as UTF-8 without one",
-            where=str(file),
-            cure="save it as UTF-8 without BOM",
+            location=str(file),
+            hint="save it as UTF-8 without BOM",
         )
-    return parse_object(decode_text(content, where=str(file)), where=str(file))
+    return parse_object(decode_text(content, location=str(file)), location=str(file))
