@@ -14,6 +14,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.lora import (
     add_layout_lora,
     default_lora_config,
+    describe_lora,
     load_adapter,
     lora_parameters,
     refuse_zero_gates,
@@ -243,3 +244,40 @@ def test_an_eval_model_does_not_drop_out_when_an_adapter_is_added(tiny_adapter: 
     assert torch.equal(velocity(model), velocity(model))
     model.train()
     assert not torch.equal(velocity(model), velocity(model))  # the dropout of the config is there
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "LoRA (r=16, alpha=32, dropout=0.1)"),
+        ({"lora_dropout": 0.0, "lora_alpha": 2.5}, "LoRA (r=16, alpha=2.5)"),
+        ({"use_dora": True, "use_rslora": True}, "DoRA (r=16, alpha=32, dropout=0.1, rank-stabilised)"),
+        (
+            {"rank_pattern": {"fc1": 4, "processor": 4, "fc2": 8}, "alpha_pattern": {"fc1": 8}},
+            "LoRA (r=16, alpha=32, dropout=0.1, r=4 on fc1, processor, r=8 on fc2, alpha=8 on fc1)",
+        ),
+        ({"target_modules": ["out_proj", "fc2"]}, "LoRA (r=16, alpha=32, dropout=0.1, on fc2, out_proj)"),
+        ({"target_modules": r".*fc\d"}, r"LoRA (r=16, alpha=32, dropout=0.1, on modules that match .*fc\d)"),
+        (
+            {"layers_to_transform": [0, 1], "exclude_modules": ["fc1"], "lora_bias": True},
+            "LoRA (r=16, alpha=32, dropout=0.1, layers [0, 1] only, not on fc1, with biases of its own)",
+        ),
+    ],
+)
+def test_what_an_adapter_is_says_every_setting_that_is_not_the_default(changes: dict[str, Any], expected: str) -> None:
+    config = default_lora_config().to_dict() | changes
+    config = peft.LoraConfig(
+        **{key: value for key, value in config.items() if key not in ("peft_type", "peft_version")}
+    )
+    assert describe_lora(config) == expected
+    assert describe_lora(config, lora_plus=16.0).startswith(expected[:4])
+    assert "LoRA+ 16" in describe_lora(config, lora_plus=16.0)
+
+
+def test_a_card_of_its_own_names_the_patterns(tmp_path: Path) -> None:
+    model = tiny_transformer()
+    config = default_lora_config()
+    config.rank_pattern = {"layout_processor.layout_mlp.fc1": 4}
+    add_layout_lora(model, config)
+    save_adapter(model, tmp_path / "adapter", metadata={"base": "tiny"})
+    assert "r=4 on layout_processor.layout_mlp.fc1" in (tmp_path / "adapter" / "README.md").read_text()

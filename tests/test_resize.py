@@ -97,6 +97,7 @@ def test_card_header_and_other_files_go_along(base: Path, tmp_path: Path) -> Non
     before, after = read_adapter_header(adapter), read_adapter_header(tmp_path / "smaller")
     assert {key: after[key] for key in ("base", "fingerprint")} == {key: before[key] for key in ("base", "fingerprint")}
     assert (after["r"], after["alpha"]) == (2, 4)
+    assert after["lora"].startswith("LoRA (r=2, alpha=4")
     assert after["resized"]["by"] == "rank 2"
     card = (tmp_path / "smaller" / "README.md").read_text()
     assert card.startswith("# A card\n\nText.\n")

@@ -25,6 +25,7 @@ from mmdit_lora.lora import (
     CONFIG_FILE,
     DIFFUSERS_FILE,
     WEIGHTS_FILE,
+    describe_lora,
     lora_state_dict,
     read_card,
     remove_adapter,
@@ -261,7 +262,8 @@ def _metadata(opened: OpenedAdapter, config: peft.LoraConfig, report: Resized, h
     }
     if report.fidelity is not None:
         resized["fidelity"] = report.fidelity
-    return {"base": opened.base} | opened.header | {"r": config.r, "alpha": config.lora_alpha, "resized": resized}
+    now = {"lora": describe_lora(config), "r": config.r, "alpha": config.lora_alpha, "resized": resized}
+    return {"base": opened.base} | opened.header | now
 
 
 def _card(adapter: Path, report: Resized, how: str) -> str:

@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mmdit_lora.errors import InputError, clip, shown
+from mmdit_lora.errors import InputError, clip, listed, shown
 from mmdit_lora.models.adapter_layers import (
     adapter_layers,
     check_adapter_name,
@@ -71,6 +71,36 @@ TARGETS = ("layout_mlp.fc1", "layout_mlp.fc2")
 def default_lora_config() -> peft.LoraConfig:
     """r = 16, alpha = 32, dropout 0.1, no bias, on every `layout_mlp.fc1` and `layout_mlp.fc2`."""
     return peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, bias="none", target_modules=list(TARGETS))
+
+
+def describe_lora(config: peft.LoraConfig, *, lora_plus: float = 1.0) -> str:
+    """What an adapter is, in one line for cards and headers: rank, alpha, and every setting that is not the default.
+
+    For example "LoRA (r=16, alpha=32, dropout=0.1)", or "DoRA (r=8, alpha=16, rank-stabilised, r=4 on fc1, on fc1, fc2)".
+
+    Args:
+        lora_plus: learning rate of the B factors over that of the A factors in training (LoRA+).
+    """
+    parts = [f"r={config.r}", f"alpha={config.lora_alpha:g}"]
+    parts += [f"dropout={config.lora_dropout:g}"] if config.lora_dropout else []
+    parts += ["rank-stabilised"] if config.use_rslora else []
+    parts += [f"LoRA+ {lora_plus:g}"] if lora_plus != 1.0 else []
+    for sign, patterns in (("r", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        by_value: dict[float, list[str]] = {}
+        for pattern, value in (patterns or {}).items():
+            by_value.setdefault(value, []).append(pattern)
+        parts += [f"{sign}={value:g} on {listed(names)}" for value, names in by_value.items()]
+    targets = config.target_modules
+    if isinstance(targets, str):
+        parts.append(f"on modules that match {clip(targets)}")
+    elif targets is not None and set(targets) != set(TARGETS):
+        parts.append(f"on {listed(sorted(targets))}")
+    if config.layers_to_transform is not None:
+        parts.append(f"layers {shown(config.layers_to_transform)} only")
+    if excluded := config.exclude_modules:
+        parts.append(f"not on {clip(excluded) if isinstance(excluded, str) else listed(sorted(excluded))}")
+    parts += ["with biases of its own"] if config.lora_bias else []
+    return f"{'DoRA' if config.use_dora else 'LoRA'} ({', '.join(parts)})"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from mmdit_lora.config.ranges import MAX_UPDATE
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.files import public_name, read_text
-from mmdit_lora.lora.inject import Undo, adapter_shapes, check_joins, find_targets, inject, with_adapter
+from mmdit_lora.lora.inject import (
+    Undo,
+    adapter_shapes,
+    check_joins,
+    describe_lora,
+    find_targets,
+    inject,
+    with_adapter,
+)
 from mmdit_lora.lora.known_bases import remember_base
 from mmdit_lora.lora.reading import (
     CONFIG_FILE,
@@ -133,12 +141,14 @@ def save_adapter(
         )
     remember_base(metadata.get("fingerprint"), metadata.get("base"))
     metadata = public_header(metadata)
-    config = stored_config(cast(Any, model).peft_config[adapter_name])
+    lora = cast(Any, model).peft_config[adapter_name]
+    config = stored_config(lora)
     config |= {"base_model_name_or_path": metadata.get("base"), "inference_mode": True}
     header = {HEADER_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}
     if card is None:
         card = (
-            f"# Layout LoRA\n\nAn adapter of the layout stream of `{metadata.get('base')}`, trained with mmdit-lora.\n"
+            f"# Layout LoRA\n\nA {describe_lora(lora)} of the layout stream of `{metadata.get('base')}`, trained with "
+            "mmdit-lora.\n"
         )
     with new_folder(folder, verb=verb) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

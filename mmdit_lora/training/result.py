@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mmdit_lora import __version__
 from mmdit_lora.config.loading import Config
-from mmdit_lora.lora import save_adapter
+from mmdit_lora.lora import describe_lora, save_adapter
 from mmdit_lora.outputs import new_folder
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.load_base import stored_dtype, stream_options
 from mmdit_lora.training.model_card import IMAGES, adapter_card
 from mmdit_lora.training.run_dir import SAMPLES, VERB
-from mmdit_lora.training.trainable import fold
+from mmdit_lora.training.trainable import fold, lora_config
 
 
 def save_result(
@@ -41,6 +41,7 @@ def save_result(
         "data_fingerprint": report["fingerprints"]["data"],
         **({"start": start} if (start := report["start"]) is not None else {}),
         "family": pipe.transformer.family,
+        "lora": describe_lora(lora_config(config.lora), lora_plus=config.train.lora_plus),
         "r": config.lora.r,
         "alpha": config.lora.alpha,
         "targets": config.lora.targets,
