@@ -42,7 +42,7 @@ from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, SamplingConfig, generate, load_pipeline, quiet
 from mmdit_lora.training.checkpoint import OptimizerState, load_optimizer
-from mmdit_lora.training.step import Batch, losses
+from mmdit_lora.training.step import Batch, flow_matching_loss
 from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
@@ -312,7 +312,7 @@ def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: 
         # First the details too, then mostly where things are decided: towards noise.
         t = sample_timesteps(batch, logit_mean=0.3 if step < 0.4 * steps else 1.2, generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
-        loss = losses(model, Batch(x0, noise, t, prompt, pooled, layouts)).mean()
+        loss = flow_matching_loss(model, Batch(x0, noise, t, prompt, pooled, layouts)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -30,7 +30,7 @@ from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.models import LayoutModelMixin
 from mmdit_lora.pipelines import SamplingConfig, load_pipeline
-from mmdit_lora.training.step import losses
+from mmdit_lora.training.step import flow_matching_loss
 from mmdit_lora.training.trainer import prepare_run, train
 from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
@@ -125,7 +125,7 @@ def seconds_per_step(work: Path) -> dict[str, Any]:
             size = run.config.train.batch_size
             batch = run.examples.training_batch(range(step * size, (step + 1) * size))
             start = time.perf_counter()
-            losses(run.model, batch).mean().backward()
+            flow_matching_loss(run.model, batch).mean().backward()
             run.optimizer.step()
             run.optimizer.zero_grad()
             if step >= WARM_UP_STEPS:

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmdit_lora.analysis.plan.bases import PlannedBase, preset_base
 from mmdit_lora.analysis.plan.forecast import DTYPES, Method, Setup, forecast, set_for
 from mmdit_lora.models import FAMILIES, LayoutInputs
-from mmdit_lora.training.step import Batch, losses
+from mmdit_lora.training.step import Batch, flow_matching_loss
 
 # 10 M parameters and more: a step holds 100 to 500 MB.
 _SD3: dict[str, Any] = {
@@ -104,7 +104,7 @@ def measured_peak(base: PlannedBase, setup: Setup, method: Method) -> int:
     def step() -> None:
         batch = random_batch(model, setup)
         with accelerator.autocast():
-            loss = losses(model, batch).mean()
+            loss = flow_matching_loss(model, batch).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -31,7 +31,7 @@ from mmdit_lora.training import trainer
 from mmdit_lora.training.loop import StepRecord
 from mmdit_lora.training.preflight import Preflight
 from mmdit_lora.training.setup import prepare_run
-from mmdit_lora.training.step import Objective, losses, predict
+from mmdit_lora.training.step import Objective, flow_matching_loss, predict
 from mmdit_lora.training.tracking import NullTracker
 from tests.test_layout_stream_method import stock_sd3
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer
@@ -355,7 +355,7 @@ def test_the_inside_of_boxes_weighs_what_is_set(places: dict[str, str], tmp_path
     phrases = batch.layout.phrase_embeds[:, :1].expand(-1, 2, -1)
     batch = type(batch)(**{**vars(batch), "layout": LayoutInputs(boxes, phrases, mask)})
     with torch.no_grad():
-        found = losses(model, batch, run.objective)
+        found = flow_matching_loss(model, batch, run.objective)
         error = (predict(model, batch) - (batch.noise - batch.x0)) ** 2
     assert error.shape[-2:] == (16, 16)
     weight = torch.ones(2, 16, 16)
@@ -365,7 +365,7 @@ def test_the_inside_of_boxes_weighs_what_is_set(places: dict[str, str], tmp_path
     by_hand = torch.stack([(w / w.mean() * e).mean() for w, e in zip(weight, error, strict=True)])
     torch.testing.assert_close(found, by_hand)
     with torch.no_grad():
-        assert not torch.allclose(found, losses(model, batch, Objective()))
+        assert not torch.allclose(found, flow_matching_loss(model, batch, Objective()))
 
 
 def first_losses(places: dict[str, str], out: Path, **changes: Any) -> tuple[Tensor, Tensor]:

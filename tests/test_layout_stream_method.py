@@ -17,7 +17,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.load_base import load_base
-from mmdit_lora.training.step import Objective, losses
+from mmdit_lora.training.step import Objective, flow_matching_loss
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer
@@ -105,7 +105,7 @@ def test_exactly_the_stream_trains_and_every_zero_gate_gets_a_gradient_at_once(
     assert run.trainable.trainable_params == sum(p.numel() for p in trainable_parameters(model).values())
 
     batch = run.examples.training_batch(range(3))
-    losses(run.model, batch).mean().backward()
+    flow_matching_loss(run.model, batch).mean().backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == trained
     gates = {key for key in trained if ".out_proj." in key}
@@ -113,7 +113,7 @@ def test_exactly_the_stream_trains_and_every_zero_gate_gets_a_gradient_at_once(
     assert {key for key, gradient in gradients.items() if gradient.any()} == gates  # the rest waits behind zeros
     run.optimizer.step()
     run.optimizer.zero_grad()
-    losses(run.model, batch).mean().backward()
+    flow_matching_loss(run.model, batch).mean().backward()
     reached = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached > gates
     assert any(key.startswith("layout_processor") for key in reached)
@@ -197,7 +197,9 @@ def test_embedded_guidance_reaches_a_distilled_base_and_is_refused_elsewhere(
     def loss(guidance: float) -> Tensor:
         config = stream_config(plain["single blocks"], data, tmp_path, flow={"guidance": guidance})
         run = prepare_run(config)
-        return losses(run.model, run.examples.training_batch(range(2)), Objective(guidance=config.flow.guidance))
+        return flow_matching_loss(
+            run.model, run.examples.training_batch(range(2)), Objective(guidance=config.flow.guidance)
+        )
 
     assert not torch.equal(loss(1.0), loss(3.5))
     with pytest.raises(InputError, match="not guidance-distilled"):

@@ -353,7 +353,7 @@ def test_want_of_memory_is_told_with_what_helps(
         raise torch.OutOfMemoryError("of the GPU")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "losses", burst)
+        patch.setattr(trial, "flow_matching_loss", burst)
         (failed,) = preflight.preflight(ready).failed
     assert failed.name == "memory"
     assert "gradient_checkpointing" in str(failed.hint)

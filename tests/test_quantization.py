@@ -17,7 +17,7 @@ from mmdit_lora.lora import base_fingerprint, load_adapter, merge_adapter, read_
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.load_base import NEVER_QUANTISED, check_quantization, load_base
-from mmdit_lora.training.step import losses
+from mmdit_lora.training.step import flow_matching_loss
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_layout_stream_method import stock_sd3, weights_of
 from tests.test_trainer import adapter_of, make_config
@@ -78,7 +78,7 @@ def test_gradients_reach_all_of_the_lora_and_nothing_else(int8_base: Path, data:
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert {name.split(".lora_")[0].rsplit(".", 2)[-2] for name in trained} == {"layout_mlp"}
     for step in range(2):
-        losses(run.model, run.examples.training_batch(range(3 * step, 3 * step + 3))).mean().backward()
+        flow_matching_loss(run.model, run.examples.training_batch(range(3 * step, 3 * step + 3))).mean().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert gradients.keys() == trained
         reached = {name for name, gradient in gradients.items() if gradient.any()}

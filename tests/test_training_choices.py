@@ -23,7 +23,7 @@ from mmdit_lora.flow import time_weight
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.held_out import HeldOutLosses, layout_matters
 from mmdit_lora.training.loop import StepRecord
-from mmdit_lora.training.step import losses
+from mmdit_lora.training.step import flow_matching_loss
 from mmdit_lora.training.stopping import Diverged, Interrupted
 from mmdit_lora.training.throughput import Throughput
 from mmdit_lora.training.trainer import prepare_run, train
@@ -228,7 +228,7 @@ def test_the_weighting_scales_each_samples_loss(base: Path, data: Path, tmp_path
     run.model.eval()
     batch = run.examples.training_batch(range(4))
     with torch.no_grad():
-        plain, weighted = losses(run.model, batch), losses(run.model, batch, run.objective)
+        plain, weighted = flow_matching_loss(run.model, batch), flow_matching_loss(run.model, batch, run.objective)
     torch.testing.assert_close(weighted, plain * time_weight(batch.t, "min_snr", gamma=2.0))
     assert not torch.equal(weighted, plain)
 
@@ -238,7 +238,7 @@ def test_the_weighting_scales_each_samples_loss(base: Path, data: Path, tmp_path
 
 def test_gradient_norms_of_blocks_are_parts_of_the_whole(base: Path, data: Path, tmp_path: Path) -> None:
     run = prepare_run(make_config(base, data, tmp_path))
-    losses(run.model, run.examples.training_batch(range(3))).mean().backward()
+    flow_matching_loss(run.model, run.examples.training_batch(range(3))).mean().backward()
     norms = gradient_norms(run.pipe.transformer)
     blocks = run.pipe.transformer.config.num_layers
     assert {f"grad_norm/transformer_blocks.{n:02d}" for n in range(blocks - 1)} < set(norms)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.models import LayoutInputs
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.step import Objective, losses
+from mmdit_lora.training.step import Objective, flow_matching_loss
 
 _MOST_IMAGES, _DRAWS, _PROBE_DRAWS = 64, 8, 2
 
@@ -68,7 +68,7 @@ def held_out_losses(
             batch = examples.held_out_batch(indices, draw)
             batch = replace(batch, layout=change(batch.layout))
             times[draw, indices] = batch.t
-            losses_[draw, indices] = losses(model, batch.to(device), objective).cpu()
+            losses_[draw, indices] = flow_matching_loss(model, batch.to(device), objective).cpu()
     model.train(was_training)
     return HeldOutLosses(losses_, times)
 

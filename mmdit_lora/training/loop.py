@@ -21,7 +21,7 @@ from mmdit_lora.training.prior_preservation import prior_losses
 from mmdit_lora.training.run_dir import CHECKPOINTS
 from mmdit_lora.training.setup import Run
 from mmdit_lora.training.sharding import whole
-from mmdit_lora.training.step import Batch, losses
+from mmdit_lora.training.step import Batch, flow_matching_loss
 from mmdit_lora.training.stopping import Diverged, Interrupted, caught_signals, check_losses
 from mmdit_lora.training.throughput import Throughput
 from mmdit_lora.training.tracking import NullTracker, Tracker
@@ -127,7 +127,7 @@ def _step(run: Run, meter: Throughput, *, with_norms: bool, with_samples: bool) 
         accelerator.sync_gradients = is_last  # by it DeepSpeed's engine, which steps within `backward`, knows when
         with meter.phase("compute"), nullcontext() if syncs else accelerator.no_sync(run.model):
             with accelerator.autocast():
-                found = losses(run.model, batch, run.objective)
+                found = flow_matching_loss(run.model, batch, run.objective)
             names = partial(_names, run, positions)
             check_losses(found.detach(), names, step=step, checkpoint=partial(_safe, run))
             accelerator.backward(found.mean() / settings.gradient_accumulation)
@@ -170,7 +170,7 @@ def _names(run: Run, positions: Sequence[int]) -> list[str]:
 def _once(run: Run, batch: Batch) -> None:
     """Forward and backward without a trace: no gradient is kept, and no other process is asked."""
     with run.accelerator.autocast():
-        loss = losses(run.pipe.transformer, batch, run.objective).mean()
+        loss = flow_matching_loss(run.pipe.transformer, batch, run.objective).mean()
     torch.autograd.grad(loss, list(trainable_parameters(run.pipe.transformer).values()), allow_unused=True)
 
 

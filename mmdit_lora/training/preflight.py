@@ -39,7 +39,7 @@ from mmdit_lora.pipelines.texts import long_texts
 from mmdit_lora.training.checkpoint import Checkpoint, trainable_parameters
 from mmdit_lora.training.run_dir import CHECKPOINTS
 from mmdit_lora.training.setup import Run
-from mmdit_lora.training.step import Batch, losses
+from mmdit_lora.training.step import Batch, flow_matching_loss
 from mmdit_lora.training.throughput import peak_memory
 
 CheckState = Literal["ok", "warning", "failed"]
@@ -438,7 +438,7 @@ def _backward(run: Run, positions: range, trial: Trial) -> _Pass:
     before = time.perf_counter()
     # Not through DDP's wrapper: its hooks stand still as long as it was not called, so no process waits for another.
     with run.accelerator.autocast():
-        found = losses(model, batch, run.objective)
+        found = flow_matching_loss(model, batch, run.objective)
     scale = _FP16_SCALE if settings.mixed_precision == "fp16" else 1.0
     (found.mean() * scale).backward()
     _wait(device)

@@ -24,7 +24,7 @@ from mmdit_lora.layout import Layout, read_layouts
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.pipelines.texts import quiet_texts
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.step import Batch, Objective, losses, predict
+from mmdit_lora.training.step import Batch, Objective, flow_matching_loss, predict
 from mmdit_lora.visual.draw import save_png
 
 FOLDER = "prior"
@@ -104,14 +104,14 @@ class Prior:
 
 
 def prior_losses(model: nn.Module, bare_model: Any, batch: Batch, objective: Objective) -> Tensor:
-    """How far the adapter moves the base's own predictions, (B,) fp32; as `losses`, with these for a target.
+    """How far the adapter moves the base's own predictions, (B,) fp32; as `flow_matching_loss`, with these for a target.
 
     Args:
         model: with its adapter, in Accelerate's wrapper or not. bare_model: the same without.
     """
     with torch.no_grad(), without_adapter(bare_model):
         target = predict(bare_model, batch, guidance=objective.guidance)
-    return losses(model, batch, objective, target=target.float())
+    return flow_matching_loss(model, batch, objective, target=target.float())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One training step, on one screen."""
+"""The batch and the loss of a training step."""
 
 from __future__ import annotations
 
@@ -77,14 +77,25 @@ def predict(model: nn.Module, batch: Batch, *, guidance: float = 1.0) -> Tensor:
     return family.as_latents(model(**inputs, layout=batch.layout).sample, height, width)
 
 
-def losses(model: nn.Module, batch: Batch, objective: Objective = _PLAIN, *, target: Tensor | None = None) -> Tensor:
-    """The rectified-flow loss of each sample, (B,) fp32.
+def flow_matching_loss(
+    transformer: nn.Module, batch: Batch, objective: Objective = _PLAIN, *, target: Tensor | None = None
+) -> Tensor:
+    """The rectified-flow loss of each sample (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
+
+    The transformer sees x_t = (1 - t) x0 + t noise and predicts the velocity noise - x0; the loss of a sample is the mean
+    squared error over its (C, h, w). `flow_matching_loss(...).mean().backward()` trains.
 
     Args:
-        model: see `predict`.
-        target: (B, C, h, w) velocity; None = that of the batch, noise - x_0.
+        transformer: a layout transformer of any family, with its adapter, in Accelerate's wrapper or not.
+        batch: x0 and noise (B, C, h, w), t (B,), prompt_embeds (B, S, E), pooled (B, P), B layouts; on the
+            transformer's device, of any floating dtype.
+        objective: weights inside boxes and over time, and the guidance a distilled transformer is told.
+        target: (B, C, h, w) velocity to predict; None = that of the batch, noise - x0.
+
+    Returns:
+        (B,), fp32.
     """
-    prediction = predict(model, batch, guidance=objective.guidance)
+    prediction = predict(transformer, batch, guidance=objective.guidance)
     if target is None:
         target = velocity(batch.x0, batch.noise)
     weight = None

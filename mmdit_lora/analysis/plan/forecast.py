@@ -14,7 +14,7 @@ from mmdit_lora.analysis.plan.trace import DeviceKind, OptimizerName, StepTrace,
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.models import LayoutInputs
-from mmdit_lora.training.step import Batch, losses
+from mmdit_lora.training.step import Batch, flow_matching_loss
 from mmdit_lora.training.trainable import set_trainable
 
 Method = Literal["lora", "layout_stream", "full"]
@@ -158,7 +158,7 @@ def _slots(model: Any, boxes: int) -> int:
 
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     """What the trainer differentiates."""
-    return losses(model, batch).mean()
+    return flow_matching_loss(model, batch).mean()
 
 
 def full_fine_tuning(base: PlannedBase, setup: Setup, forecasts: Sequence[Forecast]) -> dict[str, int]:
