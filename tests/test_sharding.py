@@ -54,7 +54,7 @@ def test_the_cluster_files_are_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "where"),
+    ("kind", "changes", "location"),
     [
         (DistributedType.DEEPSPEED, {"method": "full"}, "method"),
         (DistributedType.DEEPSPEED, {"prior": {"layouts": "old.jsonl"}}, "prior.layouts"),
@@ -78,7 +78,7 @@ def test_what_cannot_be_spread_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("zero", "where"),
+    ("zero", "location"),
     [
         ({"stage": 1}, "zero_stage"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer_device"),

@@ -122,7 +122,7 @@ def test_resume_with_another_config_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("change", "cure"),
+    ("change", "hint"),
     [
         ({"data": {"filter": {"max_boxes": 1}}}, "resume with data.filter.max_boxes=null"),
         ({"data": {"box_jitter": 0.1}}, "resume with data.box_jitter=0.0"),

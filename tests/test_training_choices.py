@@ -161,7 +161,7 @@ def test_lora_plus_gives_lora_b_its_own_rate(base: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "where"),
+    ("method", "settings", "location"),
     [
         ("layout_stream", {"lora_plus": 2.0}, "train.lora_plus"),
         ("lora", {"lora_plus": 2.0, "optimizer": "prodigy"}, "train.lora_plus"),

@@ -57,7 +57,7 @@ def check_only(config: Config, *, resume: bool, as_json: bool) -> None:
     except InputError as error:
         if as_json:
             found = f"{error.location}: {error.what}" if error.location else error.what
-            check = {"name": "set-up", "state": "failed", "found": found, "cure": error.hint, "seconds": 0.0}
+            check = {"name": "set-up", "state": "failed", "found": found, "hint": error.hint, "seconds": 0.0}
             emit({"ok": False, "checks": [check]})
         raise
     kept = checkpoints(run.folder / CHECKPOINTS) if resume else []
