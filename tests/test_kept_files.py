@@ -200,7 +200,7 @@ def test_damaged_digests_have_their_images_painted_again(
         painted.append(len(part))
         return [Image.new("RGB", (4, 4), (seed, 0, 0)) for _ in part]
 
-    monkeypatch.setattr("mmdit_lora.evaluation.image_cache.paint", generate)
+    monkeypatch.setattr("mmdit_lora.evaluation.image_cache.generate", generate)
     settings: Any = type("Settings", (), {"batch_size": 2})
     digests = tmp_path / "images" / "base" / "digests.json"
     for want in ([2, 1], [2, 1], [2, 1, 2, 1]):

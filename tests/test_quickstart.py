@@ -65,7 +65,7 @@ def test_quickstart_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "quickstart"
     assert main(["quickstart", "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["images"] >= 96
+    assert report["layouts"] >= 96
     assert report["adapter"]["miou"] - report["base"]["miou"] >= 0.15
     assert report["ground_truth"]["miou"] > report["adapter"]["miou"] > report["shuffled"]["miou"]
     assert report["old_domain"]["adapter"]["miou"] > 0.7

@@ -191,7 +191,7 @@ def evaluate(
             say(f"warning: {result.detector}")
         say(fidelity_table(report, f"{len(records)} layouts"))
         for group, sides in report["by_boxes"].items() if len(report["by_boxes"]) > 1 else ():
-            say(fidelity_table(sides, f"{group} boxes, {sides['images']} layouts"))
+            say(fidelity_table(sides, f"{group} boxes, {sides['layouts']} layouts"))
         say(f"look at {out / 'report.html'}")
         if as_json:
             emit(report)
@@ -284,7 +284,7 @@ def _write(out: Path, result: Evaluation, report: dict[str, Any]) -> None:
     from mmdit_lora.files import write_json, write_text
     from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
 
-    title = f"{Path(report['data']).name}, {report['images']} layouts"
+    title = f"{Path(report['data']).name}, {report['layouts']} layouts"
     colors = phrase_colors(result.layouts)
     for name, side in result.sides.items():
         if name == "shuffled":
@@ -371,7 +371,7 @@ def score_protocol(
         rows = beside(name, scores) if published and PUBLISHED.is_file() else []  # a wheel has no data folder
         report = _report(protocol, cases, seen) | {
             "annotations": str(annotations),
-            "images": str(images_dir),
+            "images_folder": str(images_dir),
             "detector": _named(detector) if protocol.detector != "unused" else None,
             "judge": _named(judge) if protocol.judge != "unused" else None,
             "scores": scores,

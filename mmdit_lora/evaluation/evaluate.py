@@ -87,7 +87,7 @@ class Evaluation:
         report["differences"] = self._differences(draws)
         report["by_boxes"] = {
             name: {
-                "images": len(rows),
+                "layouts": len(rows),
                 **{side: _figures([self.sides[side].judged[row] for row in rows]) for side in self.sides},
             }
             for name, rows in image_groups(self.layouts).items()
@@ -106,7 +106,7 @@ class Evaluation:
                 for name, places in groups.items()
             }
         report["detector"] = None if self.detector is None else self.detector.to_dict()
-        return report | {"images": len(self.layouts), "seed": self.seed, "settings": asdict(self.settings)}
+        return report | {"layouts": len(self.layouts), "seed": self.seed, "settings": asdict(self.settings)}
 
     def _differences(self, draws: Bootstrap) -> dict[str, Any]:
         """Of each painted side to the one that it is compared with, paired by images."""

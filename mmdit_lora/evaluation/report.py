@@ -89,7 +89,7 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:
-    lines = [f"{report['images']} layouts, seed {report['seed']}."]
+    lines = [f"{report['layouts']} layouts, seed {report['seed']}."]
     if (tested := report.get("detector")) is not None:
         found = tested["true"]
         lines.append(
@@ -143,8 +143,8 @@ def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _size(group: Mapping[str, Any]) -> str:
-    count, what = (group["images"], "image") if "images" in group else (group["boxes"], "box")
-    return f"{count} {what if count == 1 else {'image': 'images', 'box': 'boxes'}[what]}"
+    count, what = (group["layouts"], "layout") if "layouts" in group else (group["boxes"], "box")
+    return f"{count} {what if count == 1 else {'layout': 'layouts', 'box': 'boxes'}[what]}"
 
 
 def _phrases_shown(report: Mapping[str, Any]) -> str:
