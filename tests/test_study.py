@@ -32,12 +32,12 @@ from mmdit_lora.analysis.studies.statistics import (
     mean_interval,
 )
 from mmdit_lora.analysis.studies.study import STUDIES, run_study
+from mmdit_lora.analysis.studies.subspace import subspace_linears
 from mmdit_lora.analysis.studies.table import Table
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import add_layout_lora
-from mmdit_lora.lora.subspace import subspace_linears
 from mmdit_lora.training.stopping import Diverged
 from mmdit_lora.training.trainable import lora_config
 from tests.tiny import tiny_transformer

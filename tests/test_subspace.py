@@ -9,10 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from mmdit_lora.analysis.studies.ia3 import add_ia3, fold_ia3, ia3
+from mmdit_lora.analysis.studies.subspace import (
+    Fastfood,
+    add_subspace,
+    fold_subspace,
+    hadamard,
+    subspace,
+    subspace_linears,
+)
+from mmdit_lora.config.loading import load_config
 from mmdit_lora.errors import InputError
-from mmdit_lora.lora.ia3 import add_ia3, fold_ia3
-from mmdit_lora.lora.subspace import Fastfood, add_subspace, fold_subspace, hadamard, subspace_linears
 from mmdit_lora.training.checkpoint import trainable_parameters
+from mmdit_lora.training.trainable import FoldedMethod
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import make_config
 from tests.tiny import tiny_transformer, velocity
@@ -112,7 +121,7 @@ def test_each_weight_moves_by_about_a_step_whatever_the_dimension() -> None:
 
 @pytest.mark.parametrize(("dimension", "structured"), [(4, True), (10**9, False)])
 def test_a_dimension_that_cannot_be_is_refused(dimension: int, structured: bool) -> None:
-    with pytest.raises(InputError, match=r"subspace.dimension"):
+    with pytest.raises(InputError, match=r"dimension of the subspace"):
         add_subspace(tiny_transformer(), dimension, structured=structured, seed=0)
 
 
@@ -144,25 +153,26 @@ def test_ia3_scales_the_outputs_of_fc1_and_the_inputs_of_fc2() -> None:
 @pytest.mark.parametrize(
     ("method", "more", "numbers"),
     [
-        ("subspace", {"subspace": {"dimension": 20, "structured": True}}, 20),
-        ("ia3", {}, None),
-        ("layout_stream", {"stream": {"parts": ["layout_mlp."]}}, None),
+        (subspace(20, structured=True), {}, 20),
+        (ia3(), {}, None),
+        (None, {"stream": {"parts": ["layout_mlp."]}}, None),
     ],
 )
 def test_a_run_saves_a_plain_base_with_only_its_own_weights_changed(
-    base: Path, data: Path, tmp_path: Path, method: str, more: dict[str, Any], numbers: int | None
+    base: Path, data: Path, tmp_path: Path, method: FoldedMethod | None, more: dict[str, Any], numbers: int | None
 ) -> None:
     from safetensors.torch import load_file
 
-    config = make_config(base, data, tmp_path / "run", method=method, **more, train={"max_steps": 2})
-    result = train(config)
+    config = make_config(base, data, tmp_path / "run", method="layout_stream", **more, train={"max_steps": 2})
+    result = train(config, method=method)
     (was,), (now,) = [list((folder / "transformer").glob("*.safetensors")) for folder in (base, tmp_path / "run/base")]
     before, after = load_file(was), load_file(now)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all("layout" in name for name in changed)
-    if method != "subspace":
+    assert result.report["method"] == ("layout_stream" if method is None else method.name)
+    if numbers is None:
         assert all("layout_mlp." in name for name in changed)
     if numbers is not None:
         assert result.report["trainable_params"] == numbers
@@ -172,9 +182,10 @@ def test_a_run_saves_a_plain_base_with_only_its_own_weights_changed(
 
 
 def test_a_subspace_run_that_was_stopped_goes_on_to_the_same_weights(base: Path, data: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"method": "subspace", "subspace": {"dimension": 12}}
+    changes: dict[str, Any] = {"method": "layout_stream"}
+    method = subspace(12)
     steps = {"max_steps": 4, "checkpoint_every": 2}
-    train(make_config(base, data, tmp_path / "whole", **changes, train=steps))
+    train(make_config(base, data, tmp_path / "whole", **changes, train=steps), method=method)
 
     class Enough(Exception):
         pass
@@ -184,8 +195,8 @@ def test_a_subspace_run_that_was_stopped_goes_on_to_the_same_weights(base: Path,
             raise Enough
 
     with pytest.raises(Enough):
-        train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), on_step=stop)
-    train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), resume=True)
+        train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), on_step=stop, method=method)
+    train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), resume=True, method=method)
     files = [next((tmp_path / run / "base/transformer").glob("*.safetensors")) for run in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -201,3 +212,12 @@ def test_linears_that_nothing_reads_are_not_moved() -> None:
     assert "transformer_blocks.0.layout_stream.attn.add_q_proj" in names
     assert "transformer_blocks.2.layout_stream.attn.add_q_proj" not in names
     assert all(isinstance(linear, nn.Linear) and "layout" in name for name, linear in names.items())
+
+
+def test_a_config_that_names_a_study_s_method_is_refused_and_a_section_of_defaults_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("base: b\ndata: d\nsubspace: {dimension: 1000, structured: false, seed: null}\n")
+    assert load_config(file).method == "lora"
+    for method in ("ia3", "subspace"):
+        with pytest.raises(InputError, match=rf"method: is {method}, which only studies train(.|\n)*study methods"):
+            load_config(file, [f"method={method}"])

@@ -29,7 +29,6 @@ from mmdit_lora.config.schema import (
     SampleSection,
     Section,
     StreamSection,
-    SubspaceSection,
     TrackingSection,
     TrainSection,
     bounds,
@@ -229,6 +228,7 @@ def migrate(data: dict[str, Any], *, location: str) -> tuple[dict[str, Any], lis
 log = logging.getLogger(__name__)
 
 _MOST_BYTES = 2**20  # of a config file
+_STUDY_METHODS = ("ia3", "subspace")  # earlier versions offered them
 
 # Pydantic's words for these speak of Python, not of YAML.
 _MESSAGES = {
@@ -250,10 +250,9 @@ class Config(Section):
         default=VERSION, description="of the config's form; `train` reads earlier ones too", ge=1, le=1000
     )
     base: str = Field(description="what is adapted: a diffusers pipeline folder or a hub id", min_length=1)
-    method: Literal["lora", "layout_stream", "full", "ia3", "subspace"] = Field(
+    method: Literal["lora", "layout_stream", "full"] = Field(
         default="lora",
-        description="what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything); "
-        "to compare with: ia3 (factors at lora.targets) | subspace (random directions)",
+        description="what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything)",
     )
     output_dir: str = Field(
         default="outputs/run", description="where checkpoints, images and the adapter go", min_length=1
@@ -266,7 +265,6 @@ class Config(Section):
     stream: StreamSection = Field(
         default=StreamSection(), description="the layout stream of a base that has none; or a check of one that has it"
     )
-    subspace: SubspaceSection = Field(default=SubspaceSection(), description="random directions (method subspace)")
     flow: FlowSection = Field(default=FlowSection(), description="the rectified-flow objective")
     train: TrainSection = Field(default=TrainSection(), description="the training loop")
     prior: PriorSection = Field(default=PriorSection(), description="prior preservation (method lora)")
@@ -320,7 +318,6 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "lora": LoraSection,
     "stream": StreamSection,
-    "subspace": SubspaceSection,
     "flow": FlowSection,
     "train": TrainSection,
     "prior": PriorSection,
@@ -351,6 +348,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         log.warning("%s: %s", path, line)
     for override in overrides:
         _apply_override(data, places, override)
+    if data.get("method") in _STUDY_METHODS:
+        raise InputError(
+            f"is {data['method']}, which only studies train",
+            location=f"{_place(('method',), places, str(path))}: method",
+            hint="give lora, layout_stream or full; `mmdit-lora study methods` and `study intrinsic` compare with it",
+        )
+    data.pop("subspace", None)  # configs that earlier versions wrote hold its defaults
     _refuse_unknown_keys(data, places, str(path))
     try:
         return Config.model_validate(data)

@@ -257,14 +257,6 @@ class StreamSection(Section):
     )
 
 
-class SubspaceSection(Section):
-    dimension: int = Field(
-        default=1000, description="numbers that train; they move all linears of the stream", ge=1, le=1_000_000_000
-    )
-    structured: bool = Field(default=False, description="a learned scale for each block, counted in the dimension")
-    seed: int | None = Field(default=None, description="of the random directions; null = train.seed", ge=0, le=MAX_SEED)
-
-
 class FlowSection(Section):
     timesteps: Literal["logit_normal", "mode", "uniform"] = Field(
         default="logit_normal", description="how t is drawn in training: logit_normal | mode | uniform"

@@ -523,13 +523,14 @@ _ACT_THROUGH: tuple[tuple[tuple[str, ...], str, _Acts], ...] = (
     (("flow.mode_scale",), "flow.timesteps", lambda v: v == "mode"),
     (("flow.min_snr_gamma",), "flow.weighting", lambda v: v == "min_snr"),
     (
-        tuple(f"lora.{key}" for key in ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "rslora", "dora")),
+        tuple(
+            f"lora.{key}"
+            for key in ("r", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "rslora", "dora")
+        ),
         "method",
         lambda v: v == "lora",
     ),
-    (("lora.targets",), "method", lambda v: v in ("lora", "ia3")),
     (("lora.init",), "lora.start", lambda v: v is None),
-    (("subspace.dimension", "subspace.structured", "subspace.seed"), "method", lambda v: v == "subspace"),
     (("stream.parts",), "method", lambda v: v == "layout_stream"),
     (("prior.count", "prior.batch_size", "prior.weight"), "prior.layouts", lambda v: v is not None),
     (("tracking.project", "tracking.wandb_mode"), "tracking.tracker", lambda v: v == "wandb"),

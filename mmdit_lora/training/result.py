@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit_lora import __version__
 from mmdit_lora.config.loading import Config
@@ -18,20 +18,26 @@ from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.load_base import stored_dtype, stream_options
 from mmdit_lora.training.model_card import IMAGES, adapter_card
 from mmdit_lora.training.run_dir import SAMPLES, VERB
-from mmdit_lora.training.trainable import fold, lora_config
+from mmdit_lora.training.trainable import lora_config
 
 
 def save_result(
-    pipe: LayoutPipeline, config: Config, report: dict[str, Any], weights: dict[str, Tensor] | None = None
+    pipe: LayoutPipeline,
+    config: Config,
+    report: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
+    *,
+    fold: Callable[[nn.Module], dict[str, Tensor]] | None = None,
 ) -> Path:
     """Write `<output_dir>/adapter` (method lora) or `<output_dir>/base` (the others), all or nothing; returns it.
 
     Args:
         weights: of the trainable parameters, by name, where the model has only a part of each.
+        fold: of a `FoldedMethod`.
     """
     folder = Path(config.output_dir)
     if config.method != "lora":
-        folded = fold(pipe.transformer)
+        folded = fold(pipe.transformer) if fold is not None else None
         with new_folder(folder / "base", verb=VERB) as temporary, quiet():
             whole_base(pipe, config, folded).save_pretrained(temporary)
         return folder / "base"

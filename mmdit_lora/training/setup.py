@@ -44,7 +44,7 @@ from mmdit_lora.training.prior_preservation import FOLDER, Prior, generate_prior
 from mmdit_lora.training.run_dir import CHECKPOINTS, check_output
 from mmdit_lora.training.sharding import check_sharding, shards_parameters
 from mmdit_lora.training.step import Objective
-from mmdit_lora.training.trainable import TrainableReport, refuse_frozen, set_trainable
+from mmdit_lora.training.trainable import FoldedMethod, TrainableReport, refuse_frozen, set_trainable
 
 _OWN, _START = "default", "start"
 
@@ -273,6 +273,7 @@ class Run:
     data_losses: tuple[dict[str, Any], list[str]]
     average: EMA | None = None
     start: InitialAdapter | None = None  # the adapter that it began from
+    method: FoldedMethod | None = None  # instead of the config's
     prior: Prior | None = None
     prior_layouts: list[Layout] = field(default_factory=list)
     state: State = field(default_factory=State)
@@ -422,7 +423,7 @@ class Run:
         self.state = State(**saved["run"])
 
 
-def prepare_run(config: Config, *, resume: bool = False) -> Run:
+def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | None = None) -> Run:
     """Everything up to the first step; writes nothing. What `--check-only` does.
 
     Raises:
@@ -453,7 +454,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
     pipe.to(accelerator.device)
 
     torch.manual_seed(settings.seed)  # the adapter's initial weights
-    trainable = set_trainable(pipe.transformer, config)
+    trainable = set_trainable(pipe.transformer, config, method)
     start = _start(config, pipe, base_fingerprint, resume)
     if start is not None:
         fingerprints["start"] = start.fingerprint
@@ -491,6 +492,7 @@ def prepare_run(config: Config, *, resume: bool = False) -> Run:
         data_losses=(counts, [*warnings, *examples.bucket_warnings()]),
         average=average,
         start=start,
+        method=method,
         prior_layouts=layouts,
     )
 
@@ -500,7 +502,7 @@ def settle(run: Run) -> None:
     if run.config.method != "lora":
         for parameter in trainable_parameters(run.pipe.transformer).values():
             parameter.data = parameter.data.to(run.dtype)
-    if run.config.method == "subspace":  # the linears that it moved
+    if run.method is not None:  # the linears that it moved
         for name, parameter in run.pipe.transformer.named_parameters():
             if "layout" in name:
                 parameter.data = parameter.data.to(run.dtype)

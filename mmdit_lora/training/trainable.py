@@ -1,7 +1,8 @@
-"""What trains, by `method`: the adapter, the layout stream, everything, or what these are compared with."""
+"""What trains, by `method`: the adapter, the layout stream, or everything."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,6 @@ from mmdit_lora.config.loading import Config, LoraSection
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import add_layout_lora, refuse_zero_gates
 from mmdit_lora.lora.dropout import use_sample_dropout
-from mmdit_lora.lora.ia3 import add_ia3, fold_ia3
-from mmdit_lora.lora.subspace import add_subspace, fold_subspace
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,21 @@ class TrainableReport:
     trainable_params: int
     total_params: int
     details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FoldedMethod:
+    """A method that no config names, which moves frozen weights by parameters of its own: studies compare with such.
+
+    Args:
+        name: for the report.
+        add: freezes the model, adds the parameters that train, and returns one line that says what they are.
+        fold: writes what moved into the plain weights and takes the parameters off; name of parameter -> its new value, fp32.
+    """
+
+    name: str
+    add: Callable[[nn.Module, Config], str]
+    fold: Callable[[nn.Module], dict[str, Tensor]]
 
 
 def lora_config(section: LoraSection) -> peft.LoraConfig:
@@ -42,22 +56,27 @@ def lora_config(section: LoraSection) -> peft.LoraConfig:
     )
 
 
-def set_trainable(model: nn.Module, config: Config) -> TrainableReport:
+def set_trainable(model: nn.Module, config: Config, method: FoldedMethod | None = None) -> TrainableReport:
     """Freeze and unfreeze `model` for `config.method`; the method lora adds the adapter "default".
+
+    Args:
+        method: instead of the config's.
 
     Raises:
         InputError: a target or part that does not exist; or the gates of the layout stream are zero, so that nothing would
             train.
     """
     total = sum(p.numel() for p in model.parameters())
+    if method is not None:
+        what = method.add(model, config)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return TrainableReport(f"{what}: {trainable:,} of {total:,} parameters", trainable, total, {})
     if config.method == "lora":
         report = add_layout_lora(model, lora_config(config.lora))
         refuse_zero_gates(report)
         transformer: Any = model
         transformer.sample_keys = use_sample_dropout(model)
         return TrainableReport(str(report), report.trainable_params, total, report.to_dict())
-    if config.method in ("ia3", "subspace"):
-        return _set_folded(model, config, total)
     parts = config.stream.parts if config.method == "layout_stream" else []
     for part in parts:
         if not any("layout" in name and part in name for name, _ in model.named_parameters()):
@@ -71,28 +90,6 @@ def set_trainable(model: nn.Module, config: Config) -> TrainableReport:
     what = "everything" if config.method == "full" else "the layout stream"
     what += f", of it {', '.join(parts)}," if parts else ""
     return TrainableReport(f"{what} trains: {trainable:,} of {total:,} parameters", trainable, total, {})
-
-
-def fold(model: nn.Module) -> dict[str, Tensor]:
-    """After training, write what moved frozen weights (factors, random directions) into them, and take it off.
-
-    Returns:
-        Name of parameter -> its new value, fp32. Empty for methods that train weights themselves or an adapter.
-    """
-    return fold_ia3(model) | fold_subspace(model)
-
-
-def _set_folded(model: nn.Module, config: Config, total: int) -> TrainableReport:
-    if config.method == "ia3":
-        details = add_ia3(model, config.lora.targets)
-        what = f"a factor for each output or input of {details['linears']} linears trains"
-    else:
-        chosen = config.subspace
-        seed = config.train.seed if chosen.seed is None else chosen.seed
-        details = add_subspace(model, chosen.dimension, structured=chosen.structured, seed=seed)
-        what = f"{chosen.dimension:,} numbers move {details['weights']:,} weights"
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return TrainableReport(f"{what}: {trainable:,} of {total:,} parameters", trainable, total, {})
 
 
 def refuse_frozen(model: nn.Module, report: TrainableReport) -> None:

@@ -26,6 +26,7 @@ from mmdit_lora.training.setup import AVERAGE, Run, prepare_run, settle
 from mmdit_lora.training.sharding import parted, whole
 from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.tracking import Tracker, make_tracker
+from mmdit_lora.training.trainable import FoldedMethod
 from mmdit_lora.training.validation import validate
 
 __all__ = ["TrainResult", "prepare_run", "train"]
@@ -49,6 +50,7 @@ def train(
     on_progress: Progress | None = None,
     on_step: OnStep | None = None,
     on_preflight: Callable[[Preflight], None] | None = None,
+    method: FoldedMethod | None = None,
 ) -> TrainResult:
     """Train what `config.method` names, and leave `<output_dir>/adapter` (or `base`) and `report.json`.
 
@@ -56,13 +58,14 @@ def train(
         resume: go on from the newest checkpoint of `output_dir`; without one, start.
         on_progress, witness: see `train_loop`.
         on_preflight: called with what the look before the run found, in the main process.
+        method: instead of the config's, which must be layout_stream; for comparisons, see `FoldedMethod`.
 
     Raises:
         InputError: the base, the data, the machine or the output folder do not allow the run; nothing is written then.
         Diverged, Interrupted: see `train_loop`. DiskFull: the last checkpoint is whole.
     """
     with run_folder(config, resume=resume), disk_full_as_error(Path(config.output_dir)):
-        run = prepare_run(config, resume=resume)
+        run = prepare_run(config, resume=resume, method=method)
         found = checkpoints(run.folder / CHECKPOINTS) if resume else []
         looked = preflight(run, checkpoint=found[-1] if found else None, costly=config.train.preflight)
         if run.accelerator.is_main_process and on_preflight is not None:
@@ -101,7 +104,9 @@ def _train(
         run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         report = _report(run, comparison)
         if main:
-            result = save_result(run.pipe, config, report, weights)
+            result = save_result(
+                run.pipe, config, report, weights, fold=None if run.method is None else run.method.fold
+            )
             settle(run)
             write_json(run.folder / REPORT, report)
         if tracker is not None:
@@ -177,7 +182,7 @@ def _make_tracker(run: Run, resume: bool) -> Tracker:
 def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
     state = run.state
     return {
-        "method": run.config.method,
+        "method": run.config.method if run.method is None else run.method.name,
         "base": run.config.base,
         "family": run.pipe.transformer.family,
         "fingerprints": run.fingerprints,

@@ -18,8 +18,8 @@ import torch
 from mmdit_lora.analysis.studies.plots import Canvas
 from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup, scaled
 from mmdit_lora.analysis.studies.statistics import Curve, Interval, all_of, below, bootstrap_d90, log_ratio
+from mmdit_lora.analysis.studies.subspace import subspace, subspace_linears
 from mmdit_lora.analysis.studies.table import Decided, Table, measure_name
-from mmdit_lora.lora.subspace import subspace_linears
 from mmdit_lora.training.load_base import open_encoders
 
 KINDS = {"DID": False, "SAID": True}
@@ -94,7 +94,7 @@ class IntrinsicDimensionStudy:
         return {"method": "layout_stream", "stream.parts": []}
 
     def _subspace(self, dimension: int, structured: bool) -> dict[str, Any]:
-        return {"method": "subspace", "subspace.dimension": dimension, "subspace.structured": structured}
+        return {"method": subspace(dimension, structured=structured)}
 
     def _curve(
         self, setup: Setup, table: Table, label: str, kind: str, measure: Literal["ious", "loss"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmdit_lora.analysis.studies.ia3 import ia3
 from mmdit_lora.analysis.studies.plots import Canvas
 from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup, scaled
 from mmdit_lora.analysis.studies.statistics import above, mean_interval
@@ -16,7 +17,7 @@ LORA, FULL = "LoRA", "full fine-tuning"
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     LORA: ({"method": "lora", "lora.dora": False}, (1 / 3, 1, 3)),
     "DoRA": ({"method": "lora", "lora.dora": True}, (1 / 3, 1, 3)),
-    "(IA)^3": ({"method": "ia3"}, (1, 3, 9)),
+    "(IA)^3": ({"method": ia3()}, (1, 3, 9)),
     "layout MLPs": ({"method": "layout_stream", "stream.parts": ["layout_mlp."]}, (0.04, 0.12, 0.36)),
     "layout stream": ({"method": "layout_stream", "stream.parts": []}, (0.04, 0.12, 0.36)),
     FULL: ({"method": "full"}, (0.04, 0.12, 0.36)),

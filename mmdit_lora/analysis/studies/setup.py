@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_lora.config.loading import Config
+from mmdit_lora.training.trainable import FoldedMethod
 
 QUICK_STEPS, QUICK_IMAGES = 3, 4
 
@@ -60,7 +61,7 @@ class Arm:
 
     Args:
         setting: what it stands for in tables; together with the seed it is unique.
-        changes: dotted key of the config -> value. None = nothing is trained: the base itself.
+        changes: dotted key of the config -> value; "method" may be a `FoldedMethod`. None = nothing is trained: the base itself.
         base: instead of the config's. trial: of a scan: nothing is painted, and it may diverge.
     """
 
@@ -69,6 +70,12 @@ class Arm:
     changes: Mapping[str, Any] | None = field(hash=False, default_factory=dict)
     base: str | None = None
     trial: bool = False
+
+    @property
+    def folded(self) -> FoldedMethod | None:
+        """The method of training where the config has none of that name."""
+        method = (self.changes or {}).get("method")
+        return method if isinstance(method, FoldedMethod) else None
 
     @property
     def folder(self) -> str:
@@ -94,6 +101,7 @@ class Arm:
             "tracking.tracker": "none",
             **({} if self.base is None else {"base": self.base}),
             **(self.changes or {}),
+            **({} if self.folded is None else {"method": "layout_stream", "stream.parts": []}),
         }
         for key, value in changes.items():
             *above, last = key.split(".")

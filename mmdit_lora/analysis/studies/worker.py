@@ -57,7 +57,7 @@ def run_arm(setup: Setup, arm: Arm) -> None:
         figures |= {"trainable_params": 0, "bytes": 0, "learning_rate": None, "loss_minus_base": None}
     else:
         try:
-            result = train(config, resume=True)
+            result = train(config, resume=True, method=arm.folded)
         except Diverged:
             if not arm.trial:
                 raise

@@ -11,17 +11,30 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
+from mmdit_lora.training.trainable import FoldedMethod
 
 PARAMETER, SCALES = "layout_theta", "layout_theta_scales"
 _HOME = "layout_processor"
 _BLOCK = re.compile(r"^((?:\w+_)?transformer_blocks\.\d+)\.")
+
+
+def subspace(dimension: int, *, structured: bool = False) -> FoldedMethod:
+    """`dimension` numbers that move the stream's linears along random directions of `train.seed`, for `train`."""
+    return FoldedMethod("subspace", partial(_add, dimension=dimension, structured=structured), fold_subspace)
+
+
+def _add(model: nn.Module, config: Config, *, dimension: int, structured: bool) -> str:
+    report = add_subspace(model, dimension, structured=structured, seed=config.train.seed)
+    return f"{dimension:,} numbers move {report['weights']:,} weights"
 
 
 class Fastfood(nn.Module):
@@ -130,7 +143,7 @@ def add_subspace(model: nn.Module, dimension: int, *, structured: bool, seed: in
     if not linears or not 1 <= columns <= total:
         raise InputError(
             f"is {dimension}" + (f", of which {len(blocks)} are scales" if structured else ""),
-            location="subspace.dimension",
+            location="dimension of the subspace",
             hint=f"give {1 + dimension - columns} to {total:,}" if linears else "give a base with a layout stream",
         )
     model.requires_grad_(False)

@@ -11,9 +11,20 @@ from diffusers.training_utils import cast_training_params
 from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
+from mmdit_lora.config.loading import Config
 from mmdit_lora.lora.inject import find_targets
+from mmdit_lora.training.trainable import FoldedMethod
 
 _INPUTS = "fc2"  # the factors of a feed-forward part stand behind its activation, so before its second linear
+
+
+def ia3() -> FoldedMethod:
+    """(IA)^3 at `lora.targets` of the config, for `train`."""
+    return FoldedMethod("ia3", _add, fold_ia3)
+
+
+def _add(model: nn.Module, config: Config) -> str:
+    return f"a factor for each output or input of {add_ia3(model, config.lora.targets)['linears']} linears trains"
 
 
 def add_ia3(model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
