@@ -59,7 +59,7 @@ def scale(records: int) -> dict[str, Any]:
 
 def _computed(records: int, index_bytes: float) -> dict[str, Any]:
     """Not measured: sizes of what is kept, in bytes."""
-    from mmdit_lora.data.shards.records import MOST_HELD_OUT
+    from mmdit_lora.data.split import MOST_HELD_OUT
 
     return {
         "index_on_disk_mapped": round(records * index_bytes),

@@ -12,7 +12,7 @@ from PIL import Image
 from mmdit_lora.cli.main import main
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
-from mmdit_lora.data.split import partition, split_records
+from mmdit_lora.data.split import split_records
 from mmdit_lora.data.stats import dataset_stats
 from mmdit_lora.outputs import MARKER
 from tests.data_makers import dataset, line, make_image, objects
@@ -84,7 +84,7 @@ def test_by_image_copies_stay_on_one_side_and_by_name_they_need_not(tmp_path: Pa
     records = read_dataset(src)
 
     def torn(by: str) -> int:
-        train, validation = partition(records, 0.5, by=by)
+        train, validation = split_records(records, 0.5, by=by)
         assert len(train) + len(validation) == 24
         stems = [{record.image.stem.removeprefix("copy_") for record in side} for side in (train, validation)]
         return len(stems[0] & stems[1])

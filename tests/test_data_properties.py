@@ -14,7 +14,7 @@ from mmdit_lora import Box, Layout
 from mmdit_lora.config.schema import FilterSection
 from mmdit_lora.data.filters import filter_records
 from mmdit_lora.data.records import Record
-from mmdit_lora.data.split import partition
+from mmdit_lora.data.split import split_records
 from mmdit_lora.data.transforms import Placement, augment_boxes, move_boxes, place, prepare
 from mmdit_lora.errors import InputError
 
@@ -182,7 +182,7 @@ def test_a_filter_keeps_or_counts_every_box_and_every_record(layouts: list[Layou
 def test_a_split_loses_no_record_and_depends_on_names_alone(names: list[int], share: float, chance: object) -> None:
     assume(len(set(names)) > 1)
     records = [Record(Path(f"{name}.png"), Layout(str(index)), str(index)) for index, name in enumerate(names)]
-    train, validation = partition(records, share)
+    train, validation = split_records(records, share)
     assert sorted(train + validation, key=records.index) == records
     assert train
     assert validation
@@ -191,4 +191,4 @@ def test_a_split_loses_no_record_and_depends_on_names_alone(names: list[int], sh
     assert len(held) == min(max(1, round(share * len(set(names)))), len(set(names)) - 1)
     shuffled = records.copy()
     chance.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert {record.image for record in partition(shuffled, share)[1]} == held
+    assert {record.image for record in split_records(shuffled, share)[1]} == held

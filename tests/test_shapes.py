@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmdit_lora.cli.main import main
+from mmdit_lora.config.loading import Config, load_config
 from mmdit_lora.data import shapes
 from mmdit_lora.data.records import read_dataset
-from mmdit_lora.data.shapes import COLORS, DOMAINS, SHAPES, make_scene, phrase_attributes, shape_coverage, write_dataset
+from mmdit_lora.data.shapes import (
+    COLORS,
+    DOMAINS,
+    SHAPES,
+    make_layout,
+    make_scene,
+    phrase_attributes,
+    shape_coverage,
+    write_dataset,
+)
+from mmdit_lora.data.sources import open_dataset
+from mmdit_lora.data.split import RULE, fingerprint_records, split_records
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
+from mmdit_lora.training.fingerprints import first_change
+from mmdit_lora.training.setup import prepare_run
+from mmdit_lora.training.trainer import train
 
 SCENES = 30
 BASIC = DOMAINS["basic"]
@@ -172,3 +191,154 @@ def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             write_dataset(tmp_path / "d", BASIC, count=count, seed=seed)
     assert not list(tmp_path.iterdir())
+
+
+# --- scenes as a data set ---------------------------------------------------------------------------------------------
+
+URL = "shapes://page?count=40&seed=11"
+
+
+def test_scenes_are_the_folder_that_data_make_writes(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", DOMAINS["page"], count=40, seed=11)
+    folder, scenes = read_dataset(tmp_path / "set"), open_dataset(URL)
+    assert [r.name for r in scenes] == [r.name for r in folder]
+    for ours, theirs in zip(scenes, folder, strict=True):
+        assert ours.load().tobytes() == theirs.load().tobytes()
+        assert ours.size() == theirs.size() == (64, 64)
+        assert ours.layout.caption == theirs.layout.caption
+        assert [b.phrase for b in ours.layout.boxes] == [b.phrase for b in theirs.layout.boxes]
+        for mine, written in zip(ours.layout.boxes, theirs.layout.boxes, strict=True):
+            assert mine.xyxy == pytest.approx(written.xyxy, abs=1e-6)
+    held = [{r.name for r in split_records(records, 0.2)[1]} for records in (scenes, folder)]
+    assert held[0] == held[1]
+    assert len(held[0]) == 8
+
+
+def test_scenes_go_through_pickle_and_are_known_by_what_they_are_made_from() -> None:
+    scenes = open_dataset(URL)
+    again = pickle.loads(pickle.dumps(list(scenes)))
+    assert again == list(scenes)
+    assert again[3].read_bytes() == scenes[3].read_bytes()
+    assert make_layout(DOMAINS["page"], 11, 3) == make_scene(DOMAINS["page"], 11, 3)[1] == scenes[3].layout
+    assert fingerprint_records(scenes) == fingerprint_records(again)
+    assert fingerprint_records(scenes) != fingerprint_records(open_dataset(URL.replace("11", "12")))
+    assert open_dataset("shapes://basic?count=1")[0].layout == make_layout(DOMAINS["basic"], 0, 0)
+
+
+WRONG_URLS = {
+    "shapes://pgae?count=4": "did you mean 'page'?",
+    "shapes://?count=4": "no domain ''",
+    "shapes://page": "does not say how many scenes",
+    "shapes://page?count=0": "count: is 0",
+    "shapes://page?count=many": "count: is 'many'",
+    "shapes://page?count=9999999999999999999999": "count: is '9999",
+    "shapes://page?count=4&seed=-1": "seed: is -1",
+    "shapes://page?count=4&count=5": "gives count twice",
+    "shapes://page?cuont=4": "did you mean 'count'?",
+}
+
+
+@pytest.mark.parametrize("url", WRONG_URLS)
+def test_wrong_scenes_are_one_message(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"base: data/tiny_base\ndata: {{path: '{url}'}}\noutput_dir: {tmp_path / 'run'}\n")
+    for argv in (["data", "check", url], ["data", "stats", url], ["train", str(config)]):
+        assert main(argv) == 2
+        message = capsys.readouterr().err
+        assert WRONG_URLS[url] in " ".join(message.split()), argv
+        assert url in message
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
+
+
+def test_the_verbs_that_look_at_data_look_at_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(tmp_path / "set", DOMAINS["page"], count=40, seed=11)
+    found = []
+    for source in (URL, str(tmp_path / "set")):
+        assert main(["data", "stats", source, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert main(["data", "check", source, "--out", str(tmp_path / "check"), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["ok"], report["records"], report["images"]) == (True, 40, 40)
+    assert found[0]["phrases"] == found[1]["phrases"]
+    assert main(["data", "show", URL, "--out", str(tmp_path / "sheet.png"), "--count", "4"]) == 0
+    assert main(["init", URL]) == 0
+    assert f"path: {URL}" in capsys.readouterr().out
+
+
+def test_training_on_scenes_holds_out_a_share_and_resumes(tmp_path: Path, base: Path) -> None:
+    config = Config.model_validate(
+        {
+            "base": str(base),
+            "output_dir": str(tmp_path / "run"),
+            "data": {"path": URL, "validation_share": 0.2},
+            "train": {"max_steps": 3, "batch_size": 4, "sample_every": 0, "checkpoint_every": 2},
+        }
+    )
+    run = prepare_run(config)
+    assert (len(run.examples.records), len(run.held_out.records if run.held_out else ())) == (32, 8)
+    report = train(config).report
+    assert report["images"] == 32
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 5})})
+    assert train(longer, resume=True).report["steps"] == 5
+    other = longer.model_copy(update={"data": config.data.model_copy(update={"path": URL.replace("11", "12")})})
+    with pytest.raises(InputError, match="data is not the one that this run was started with"):
+        train(other, resume=True)
+
+
+def test_a_run_of_another_split_rule_is_refused_in_one_message() -> None:
+    now = {"base": "b", "encoders": "e", "data": "new", "validation": "new", "split": RULE}
+    before = {"base": "b", "encoders": "e", "data": "old", "validation": "old"}
+    changed = first_change(before, now, location="checkpoint")
+    assert changed is not None
+    assert "the images that data.validation_share holds out" in changed.what
+    assert "start a new one" in (changed.hint or "")
+    assert first_change(before, before, location="checkpoint") is None
+    assert first_change({**now, "split": "older"}, now, location="checkpoint") is None  # the same images after all
+
+
+def test_a_folder_its_conversion_and_its_shards_hold_out_the_same_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, share = tmp_path / "set", "0.25"
+    write_dataset(src, DOMAINS["basic"], count=24, seed=3)
+    held: dict[str, set[str]] = {}
+    for name, argv in {
+        "split": ["data", "split", str(src), "--share", share],
+        "convert": ["data", "convert", "--from", "jsonl", str(src), "--holdout", share],
+    }.items():
+        assert main([*argv, "--out", str(tmp_path / name)]) == 0
+        held[name] = {r.image.stem for r in read_dataset(tmp_path / name / "validation")}
+    assert main(["data", "convert", "--from", "jsonl", str(src), "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 0
+    back = [
+        "data",
+        "convert",
+        "--from",
+        "yolo",
+        str(tmp_path / "yolo"),
+        "--holdout",
+        share,
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    assert main(back) == 0
+    held["yolo"] = {r.image.stem for r in read_dataset(tmp_path / "b" / "validation")}
+    assert main(["data", "shard", str(src), "--out", str(tmp_path / "shards"), "--size", "20kB"]) == 0
+    (tmp_path / "renamed").mkdir()
+    for shard in (tmp_path / "shards").glob("*.tar"):  # without the index, which is made anew
+        shutil.copy(shard, tmp_path / "renamed" / shard.name)
+    stem_of = {r.read_bytes(): r.image.stem for r in read_dataset(src)}
+    for name, path in {
+        "folder": src,
+        "shards": tmp_path / "shards",
+        "shards without index": tmp_path / "renamed",
+    }.items():
+        held[name] = {stem_of[r.read_bytes()] for r in split_records(open_dataset(path), float(share))[1]}
+    capsys.readouterr()
+    assert len(held["folder"]) == 6
+    assert all(names == held["folder"] for names in held.values()), held
+
+
+def test_the_quickstarts_config_names_its_scenes() -> None:
+    config = load_config("configs/quickstart.yaml")
+    assert config.data.path == "shapes://page?count=2000&seed=11"
+    assert config.data.validation == "shapes://page?count=96&seed=12"

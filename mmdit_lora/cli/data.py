@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -127,6 +127,7 @@ def convert(
 ) -> None:
     """Convert a data set of another format."""
     from mmdit_lora.data.formats import find_format, read_format, write_format
+    from mmdit_lora.data.split import split_records
 
     find_format(to, option="--to")
     inputs = {"SRC": src, "--images": images, "--captions": captions}
@@ -144,7 +145,10 @@ def convert(
         bbox_units=bbox_units,
         skip_missing=skip_missing,
     )
-    parts = {"": source.records} if holdout is None else _held_out(source.records, holdout, src)
+    parts: dict[str, Sequence[Record]] = {"": source.records}
+    if holdout is not None:
+        sides = split_records(source.records, holdout, location=str(src))
+        parts = dict(zip(("train", "validation"), sides, strict=True))
     names = _file_names(source.records)
     write_format(to, out, {part: _items(records, names) for part, records in parts.items()})
     counts = {"records": len(source.records)} | {part: len(records) for part, records in parts.items() if part}
@@ -188,25 +192,6 @@ def _file_names(records: Iterable[Record]) -> dict[Path, str]:
 
 def _items(records: Iterable[Record], names: Mapping[Path, str]) -> Iterable[Item]:
     return [(names[record.image], record.image, record.layout) for record in records]
-
-
-def _held_out(records: list[Record], share: float, src: Path) -> dict[str, list[Record]]:
-    """Train and validation by the hash of the file's stem: the same images on every machine, in no order of theirs."""
-    import hashlib
-
-    stems = sorted(
-        {record.image.stem for record in records},
-        key=lambda stem: hashlib.blake2b(stem.encode("utf-8", "surrogateescape")).digest(),
-    )
-    if len(stems) < 2:
-        raise InputError(
-            "holds a single image: none is left to hold out", location=str(src), hint="leave --holdout away"
-        )
-    held = set(stems[: min(max(1, round(share * len(stems))), len(stems) - 1)])
-    return {
-        "train": [record for record in records if record.image.stem not in held],
-        "validation": [record for record in records if record.image.stem in held],
-    }
 
 
 def formats(
@@ -277,7 +262,7 @@ def show(
 ) -> None:
     """Draw a contact sheet: images with their boxes, phrases and captions."""
     from mmdit_lora.data.filters import filter_records, parse_filter
-    from mmdit_lora.data.shards import sample_dataset
+    from mmdit_lora.data.sources import sample_dataset
     from mmdit_lora.visual.canvas import fit
     from mmdit_lora.visual.draw import contact_sheet, is_marked_png, save_png
 
@@ -323,11 +308,11 @@ def split(
 ) -> None:
     """Part a data set in two, the same way each time; all layouts of an image go to one side."""
     from mmdit_lora.data.records import read_dataset, write_splits
-    from mmdit_lora.data.split import partition
+    from mmdit_lora.data.split import split_records
 
     check_new_folder(out, verb="data split", inputs={"DATA": data})
     records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
-    train, validation = partition(records, share, by=by)
+    train, validation = split_records(records, share, by=by, location=str(data))
     write_splits(
         out,
         {"train": _as_items(train, data), "validation": _as_items(validation, data)},
@@ -342,7 +327,7 @@ def split(
         emit({"out": str(out), "by": by, **counts})
 
 
-def _as_items(records: list[Record], folder: Path) -> list[Item]:
+def _as_items(records: Sequence[Record], folder: Path) -> list[Item]:
     return [(record.image.relative_to(folder).as_posix(), record.image, record.layout) for record in records]
 
 
@@ -360,7 +345,7 @@ def stats(
 ) -> None:
     """Say how large images and boxes are, how many, and what the phrases are; with a filter, of what it leaves."""
     from mmdit_lora.data.filters import filter_records, parse_filter
-    from mmdit_lora.data.shards import sample_dataset
+    from mmdit_lora.data.sources import sample_dataset
     from mmdit_lora.data.stats import dataset_stats
 
     rules = parse_filter(filter_ or [])
@@ -569,7 +554,7 @@ def check(
 class _Found:
     """Records, what `check_dataset` is told of how they were read, and lines for people."""
 
-    records: list[Record]
+    records: Sequence[Record]
     told: dict[str, Any]
     notes: list[str]
     source: Any = None  # holds images that lay inside other files, as long as this lives
@@ -587,7 +572,9 @@ def _read(
     from mmdit_lora.data.check import read_written
     from mmdit_lora.data.formats import read_format
     from mmdit_lora.data.records import scan_dataset
-    from mmdit_lora.data.shards import is_sharded, sample_dataset
+    from mmdit_lora.data.shapes import is_scenes
+    from mmdit_lora.data.shards import is_sharded
+    from mmdit_lora.data.sources import sample_dataset
     from mmdit_lora.data.warnings import Warnings
 
     if from_ not in (None, "jsonl"):
@@ -607,7 +594,9 @@ def _read(
         if value is not None:
             raise InputError("belongs to --from FORMAT", location=option, hint="leave it away")
     conventions = {"bbox_format": bbox_format or "xyxy", "bbox_units": bbox_units or "relative"}
-    if is_sharded(data):  # opening them reads every layout and every header, unless an index says it was done
+    if is_scenes(data) or is_sharded(
+        data
+    ):  # opening them reads every layout and every header, unless an index says it was done
         lines: list[str] = []
         records, total = sample_dataset(data, SAMPLE, **conventions, tell=lines.append)
         return _Found(

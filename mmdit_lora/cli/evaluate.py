@@ -129,9 +129,9 @@ def evaluate(
         raise InputError("is for painting", location="--adapter, --ablations, --variations", hint="give --base too")
     inputs: Inputs = sampling_inputs(base, adapter, data) | {"--data": data, "--images": images}
     with open_folder(out, verb="evaluate", names=_WRITTEN, inputs=inputs):
-        from mmdit_lora.data.records import read_dataset
+        from mmdit_lora.data.sources import open_dataset
 
-        records = read_dataset(data)[:count]
+        records = list(open_dataset(data)[:count])
         settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
         from mmdit_lora.cli.output import ProgressLines
         from mmdit_lora.evaluation.detectors import open_detector

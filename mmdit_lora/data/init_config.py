@@ -14,7 +14,8 @@ from mmdit_lora.config.loading import SECTIONS, Config, dump_yaml
 from mmdit_lora.config.schema import BucketsSection, Section
 from mmdit_lora.data.buckets import MIN_VISIBLE, make_buckets, one_size, parse_ratio, record_bucket
 from mmdit_lora.data.filters import crop_loss
-from mmdit_lora.data.records import Record, read_dataset
+from mmdit_lora.data.records import Record
+from mmdit_lora.data.sources import open_dataset
 
 # A run of this many epochs is a start to judge from; the bounds keep tiny and huge sets within one sitting.
 _EPOCHS, _MIN_STEPS, _MAX_STEPS = 50, 200, 20_000
@@ -31,7 +32,7 @@ def commented_config(
         InputError: the folder is no readable data set.
     """
     conventions = {"bbox_format": bbox_format, "bbox_units": bbox_units}
-    records = read_dataset(data_folder, bbox_format=bbox_format, bbox_units=bbox_units)
+    records = open_dataset(data_folder, bbox_format=bbox_format, bbox_units=bbox_units)
     ratios = fitting_ratios(records)
     values: dict[str, Any] = {
         "base": base,
@@ -94,7 +95,7 @@ def _training_values(records: int) -> dict[str, int]:
     }
 
 
-def _summary(records: list[Record]) -> str:
+def _summary(records: Sequence[Record]) -> str:
     images = len({record.image for record in records})
     boxes = sum(len(record.layout.boxes) for record in records)
     return f"{images} images, {len(records)} layouts, {boxes} boxes ({boxes / len(records):.1f} a layout)."

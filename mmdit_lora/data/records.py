@@ -68,9 +68,19 @@ class Record:
         """The image's file name, without folders."""
         return self.image.name
 
+    @property
+    def file(self) -> Path | None:
+        """The image's file; None where it lies in a shard or is generated."""
+        return self.image
+
+    @property
+    def stamp(self) -> int | str:
+        """What differs where the image does, without reading it: its file's size in bytes, or what it is generated from."""
+        return self.image.stat().st_size
+
     def source(self) -> Path | bytes:
         """What Pillow opens. Raises `InputError` with the record's place where there is nothing to open."""
-        return self.image
+        return self.file or self.read_bytes()
 
     def read_bytes(self) -> bytes:
         """The image's file. Raises `InputError` with the record's place where it cannot be read."""

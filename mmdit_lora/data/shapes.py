@@ -1,14 +1,17 @@
 """Procedural scenes: coloured shapes on grey backgrounds, with captions, boxes and phrases.
 
 Every image is a function of (spec, seed, index), so a data set is a few numbers, and what was asked for can be read
-back from the pixels exactly (`mmdit_lora.evaluation.detectors.shapes`), without a learned judge.
+back from the pixels exactly (`mmdit_lora.evaluation.detectors.shapes`), without a learned judge. As a data set they are
+written to a folder (`write_dataset`), or named by `shapes://DOMAIN?count=N&seed=S` (`open_scenes`) and generated when needed.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,11 @@ from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 from PIL import Image
 
+from mmdit_lora.boxes import Four
+from mmdit_lora.config.ranges import SEED, Range
+from mmdit_lora.data.records import Record
 from mmdit_lora.data.records import write_dataset as write_records
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.layout import Box, Layout
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -36,6 +42,9 @@ BACKGROUNDS: dict[str, tuple[int, int]] = {"light": (222, 248), "grey": (108, 15
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LISTED_IN_CAPTION = 4  # a longer list would not fit into a CLIP text encoder's tokens together with the rest
 
+SCHEME = "shapes://"
+# Layouts are drawn when the set is opened: half a millisecond each.
+_QUERY = {"count": Range(1, 1_000_000, whole=True), "seed": SEED}
 _SUPERSAMPLING = 4  # sub-pixels a side; 17 levels of edge coverage
 
 
@@ -80,7 +89,7 @@ DOMAINS: dict[str, SceneSpec] = {
 }
 
 
-def shape_coverage(shape: str, xyxy: tuple[float, float, float, float], size: int) -> NDArray[np.float64]:
+def shape_coverage(shape: str, xyxy: Four, size: int) -> NDArray[np.float64]:
     """How much of each pixel the shape covers, (size, size) in [0, 1]; its ink touches all four sides of the box.
 
     Args:
@@ -106,27 +115,38 @@ def shape_coverage(shape: str, xyxy: tuple[float, float, float, float], size: in
 
 def make_scene(spec: SceneSpec, seed: int, index: int) -> tuple[Image.Image, Layout]:
     """Scene number `index` of the series `seed`: an RGB image and its layout. The same arguments give the same bytes."""
+    layout, pixels, gradient = _draw(spec, seed, index)
+    canvas = _background(spec, *gradient)
+    for box, xyxy in zip(layout.boxes, pixels, strict=True):
+        _, color, shape = box.phrase.split()
+        coverage = shape_coverage(shape, xyxy, spec.size)[..., None]
+        canvas = canvas * (1 - coverage) + np.array(COLORS[color]) * coverage
+    return Image.fromarray(np.round(canvas).astype(np.uint8), mode="RGB"), layout
+
+
+def make_layout(spec: SceneSpec, seed: int, index: int) -> Layout:
+    """The layout that `make_scene` gives; nothing is painted."""
+    return _draw(spec, seed, index)[0]
+
+
+def _draw(spec: SceneSpec, seed: int, index: int) -> tuple[Layout, list[Four], tuple[float, float, float]]:
+    """All that is random in a scene: its layout, the boxes in pixels, and the background (see `_background`)."""
     rng = default_rng([seed, index])
-    boxes = _place(spec, rng, _count(spec, rng))
+    pixels = _place(spec, rng, _count(spec, rng))
     tone = str(rng.choice(list(BACKGROUNDS)))
-    canvas = _background(spec, rng, tone)
-    things: list[Box] = []
-    for index, xyxy in enumerate(boxes):
+    start, end = rng.uniform(*BACKGROUNDS[tone], 2)
+    end = end if rng.random() < spec.graded else start
+    angle = rng.uniform(0, 2 * np.pi)
+    touching = replace(spec, max_overlap=0)
+    boxes: list[Box] = []
+    for place, xyxy in enumerate(pixels):
         # Where two of one colour meet, no eye could tell where one ends.
-        near = {
-            things[n].phrase.split()[1]
-            for n in range(index)
-            if not _apart(replace(spec, max_overlap=0), xyxy, boxes[n])
-        }
+        near = {boxes[n].phrase.split()[1] for n in range(place) if not _apart(touching, xyxy, pixels[n])}
         color = str(rng.choice([name for name in COLORS if name not in near]))
-        shape = str(rng.choice(SHAPES))
-        ink = shape_coverage(shape, xyxy, spec.size)[..., None]
-        canvas = canvas * (1 - ink) + np.array(COLORS[color]) * ink
-        phrase = f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
+        phrase = f"{'an' if color[0] in 'aeiou' else 'a'} {color} {rng.choice(SHAPES)}"
         left, top, right, bottom = (value / spec.size for value in xyxy)
-        things.append(Box(xyxy=(left, top, right, bottom), phrase=phrase))
-    image = Image.fromarray(np.round(canvas).astype(np.uint8), mode="RGB")
-    return image, Layout(caption=_caption(things, tone), boxes=tuple(things))
+        boxes.append(Box((left, top, right, bottom), phrase))
+    return Layout(_caption(boxes, tone), tuple(boxes)), pixels, (start, end, angle)
 
 
 def phrase_attributes(phrase: str) -> tuple[str, str] | None:
@@ -150,9 +170,88 @@ def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int, ve
 
     def items() -> Iterator[tuple[str, Image.Image, Layout]]:
         for index in range(count):
-            yield f"{index:06d}.png", *make_scene(spec, seed, index)
+            yield _file_name(index), *make_scene(spec, seed, index)
 
     write_records(out, items(), verb=verb)
+
+
+@dataclass(frozen=True, slots=True)
+class SceneRecord(Record):
+    """A scene as a record; its image is painted when it is asked for (about a millisecond, so it is not cached).
+
+    Args:
+        domain: key of `DOMAINS`. seed, index: as of `make_scene`.
+    """
+
+    domain: str = "basic"
+    seed: int = 0
+    index: int = 0
+
+    @property
+    def file(self) -> None:
+        return None
+
+    @property
+    def stamp(self) -> str:
+        return f"{self.domain} {self.seed} {self.index}"
+
+    def load(self) -> Image.Image:
+        return make_scene(DOMAINS[self.domain], self.seed, self.index)[0]
+
+    def read_bytes(self) -> bytes:
+        file = BytesIO()
+        self.load().save(file, "PNG")
+        return file.getvalue()
+
+    def size(self) -> tuple[int, int]:
+        return (DOMAINS[self.domain].size,) * 2
+
+
+def is_scenes(path: object) -> bool:
+    """Whether a data set's path names scenes that are generated: `shapes://...`."""
+    return str(path).startswith(SCHEME)
+
+
+def open_scenes(url: str) -> list[Record]:
+    """The records of `shapes://DOMAIN?count=N&seed=S`: the images that `data make shapes` writes for the same numbers, under
+    the same names. `seed` may be left out (0).
+
+    Raises:
+        InputError: an unknown domain or key, or a number that is missing, given twice or out of range.
+    """
+    domain, _, query = url.removeprefix(SCHEME).partition("?")
+    if domain not in DOMAINS:
+        hint = unknown_key(domain, DOMAINS).hint
+        raise InputError(f"there is no domain {shown(domain)} of scenes", location=url, hint=hint)
+    values: dict[str, int] = {}
+    for part in filter(None, query.split("&")):
+        key, _, text = part.partition("=")
+        if key not in _QUERY:
+            raise unknown_key(key, _QUERY, location=url)
+        if key in values:
+            raise InputError(f"gives {key} twice", location=url, hint="keep one of the two")
+        number = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text
+        values[key] = _QUERY[key].check(number, f"{url}: {key}")
+    if "count" not in values:
+        raise InputError(
+            "does not say how many scenes", location=url, hint=f"write {SCHEME}{domain}?count=2000&seed=11"
+        )
+    seed = values.get("seed", 0)
+    return [
+        SceneRecord(
+            Path(f"shapes:{domain}", f"seed-{seed}", _file_name(index)),
+            make_layout(DOMAINS[domain], seed, index),
+            f"{url}: scene {index}",
+            domain=domain,
+            seed=seed,
+            index=index,
+        )
+        for index in range(values["count"])
+    ]
+
+
+def _file_name(index: int) -> str:
+    return f"{index:06d}.png"
 
 
 def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -179,7 +278,7 @@ def _count(spec: SceneSpec, rng: Generator) -> int:
     return int(rng.integers(low, LISTED_IN_CAPTION + 1))
 
 
-def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, float, float, float]]:
+def _place(spec: SceneSpec, rng: Generator, count: int) -> list[Four]:
     """Boxes in pixels that keep the spec; sides shrink a little each time that a drawn set finds no room.
 
     Raises:
@@ -196,7 +295,7 @@ def _place(spec: SceneSpec, rng: Generator, count: int) -> list[tuple[float, flo
     width, height = np.minimum(width, longest), np.minimum(height, longest)
     order = np.argsort(-width * height)  # large ones first: small ones still find room among them
     for _ in range(200):
-        boxes: list[tuple[float, float, float, float]] = []
+        boxes: list[Four] = []
         for index in order:
             w, h = float(width[index]), float(height[index])
             for _ in range(60):
@@ -227,13 +326,8 @@ def _apart(spec: SceneSpec, a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return across * down <= spec.max_overlap * smaller
 
 
-def _background(spec: SceneSpec, rng: Generator, tone: str) -> NDArray[np.float64]:
-    """(size, size, 3), achromatic: plain, or a linear gradient within the tone's range."""
-    low, high = BACKGROUNDS[tone]
-    start, end = rng.uniform(low, high, 2)
-    if rng.random() >= spec.graded:
-        end = start
-    angle = rng.uniform(0, 2 * np.pi)
+def _background(spec: SceneSpec, start: float, end: float, angle: float) -> NDArray[np.float64]:
+    """(size, size, 3), achromatic: a linear gradient between two grey levels."""
     axis = np.linspace(-0.5, 0.5, spec.size)
     slope = axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)
     grey = start + (end - start) * (slope / (np.abs(np.cos(angle)) + np.abs(np.sin(angle))) + 0.5)

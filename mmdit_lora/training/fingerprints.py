@@ -67,6 +67,13 @@ def first_change(saved: Mapping[str, str], now: Mapping[str, str], *, location: 
     names = [name for name in _NAMES if name in saved or (name in now and knows_places(saved))]
     for name in names:
         before, after = saved.get(name), now.get(name)
+        if before != after and name in ("data", "validation") and saved.get("split") != now.get("split"):
+            return InputError(
+                "the images that data.validation_share holds out are not those that this run was started with: versions "
+                "before held out others",
+                location=location,
+                hint="finish the run with the version that started it, or start a new one in another output_dir",
+            )
         if before != after:
             shown = [digest[:_SHOWN_DIGITS] if digest else "none" for digest in (after, before)]
             return InputError(

@@ -24,7 +24,8 @@ from mmdit_lora.data.check import quick_check
 from mmdit_lora.data.filters import Filtered, crop_loss, filter_records
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.shards import ShardedRecords, Subset, is_sharded, open_shards, spread
-from mmdit_lora.data.split import fingerprint_records, split_records
+from mmdit_lora.data.sources import open_dataset
+from mmdit_lora.data.split import MOST_HELD_OUT, RULE, fingerprint_records, split_records
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import load_adapter, lora_state_dict, remove_adapter
@@ -196,7 +197,7 @@ def read_data(config: Config) -> RunData:
             found = _read_shards(path, config)
             remarks.extend(found.remarks)
             return Filtered(found, [], {}, found.boxes)
-        records = read_dataset(path, bbox_format=data.bbox_format, bbox_units=data.bbox_units, tell=remarks.append)
+        records = open_dataset(path, bbox_format=data.bbox_format, bbox_units=data.bbox_units, tell=remarks.append)
         quick_check(records)
         return filter_records(records, data.filter)
 
@@ -204,7 +205,8 @@ def read_data(config: Config) -> RunData:
     if data.validation is not None:
         validation = read(data.validation)
         return RunData(training.records, validation.records, training, validation, tuple(remarks))
-    return RunData(*split_records(training.records, data.validation_share), training, None, tuple(remarks))
+    sides = split_records(training.records, data.validation_share, most=MOST_HELD_OUT)
+    return RunData(*sides, training, None, tuple(remarks))
 
 
 def _read_shards(path: str, config: Config) -> ShardedRecords:
@@ -449,6 +451,8 @@ def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | 
     }
     if data.held_out:
         fingerprints["validation"] = fingerprint_records(data.held_out)
+        if data.validation is None:
+            fingerprints["split"] = RULE
     if layouts:
         fingerprints["prior"] = fingerprint_layouts(layouts)
     pipe.to(accelerator.device)

@@ -22,7 +22,8 @@ def quick_check(records: Sequence[Record]) -> None:
     """
     first: dict[Path, Record] = {}
     for record in records:
-        first.setdefault(record.image, record)
+        if record.file is not None:
+            first.setdefault(record.file, record)
     distinct = list(first.values())
     every = max(1, -(-len(distinct) // HEADERS))
     for n, record in enumerate(distinct):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from mmdit_lora.boxes import EdgeCount
-from mmdit_lora.data.records import METADATA, Record, read_dataset, warn
-from mmdit_lora.data.shards.records import MOST_HELD_OUT, Part, ShardedRecords, ShardRecord, Subset, spread
+from mmdit_lora.data.records import METADATA
+from mmdit_lora.data.shapes import is_scenes
+from mmdit_lora.data.shards.records import Part, ShardedRecords, ShardRecord, Subset, spread
 from mmdit_lora.data.shards.store import expand, find, is_url
 
 __all__ = [
-    "MOST_HELD_OUT",
     "ShardRecord",
     "ShardedRecords",
     "Subset",
     "is_sharded",
     "open_shards",
-    "sample_dataset",
     "spread",
 ]
 
@@ -30,7 +28,7 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
     metadata.jsonl."""
     text = os.fspath(path)
     if is_url(text):
-        return True
+        return not is_scenes(text)
     folder = Path(text)
     if folder.is_dir():
         return not (folder / METADATA).is_file() and any(any(folder.glob(f"*{suffix}")) for suffix in (TAR, PARQUET))
@@ -70,32 +68,6 @@ def _suffix(path: str) -> str:
     if not is_url(path) and Path(path).is_dir():
         return TAR if any(Path(path).glob(f"*{TAR}")) else PARQUET
     return PARQUET if path.endswith(PARQUET) else TAR  # of a folder in a store, tar
-
-
-def sample_dataset(
-    path: str | os.PathLike[str],
-    most: int,
-    *,
-    bbox_format: str = "xyxy",
-    bbox_units: str = "relative",
-    tell: Callable[[str], None] = warn,
-) -> tuple[list[Record], int]:
-    """(records, how many there are): a data set folder's all, of shards at most `most`, evenly spread.
-
-    Args:
-        on_progress: called with lines for people, as of `read_dataset`.
-
-    Raises:
-        InputError: as of `read_dataset` and `open_shards`.
-    """
-    if is_sharded(path):
-        shards = open_shards(path, bbox_format=bbox_format, bbox_units=bbox_units)
-        records = spread(shards, most)
-        for line in shards.remarks:
-            tell(line)
-        return records, len(shards)
-    records = read_dataset(Path(path), bbox_format=bbox_format, bbox_units=bbox_units, tell=tell)
-    return records, len(records)
 
 
 def _open(name: str, bbox_format: str, bbox_units: str, edges: EdgeCount, remarks: list[str]) -> Part:

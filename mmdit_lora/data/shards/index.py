@@ -19,16 +19,16 @@ from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_file, require_file
 
-VERSION = "1"
+VERSION = "2"
 SUFFIX = ".index.safetensors"
 _MOST_HEADER = 10**6  # bytes
 _UNUSABLE = (InputError, OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeError, RecursionError)
 # Places are counted in tar's blocks of 512 bytes, so that 32 bits reach 2 TB. `content` and `meta` are XXH3 (64 bits) of the
-# image's file and of what says the layout; `boxes` is how many the latter has.
+# image's file and of what says the layout; `boxes` is how many the latter has; `key` says which side of a split it is on.
 _FIELDS = [
     *((name, "<u4") for name in ("image", "image_bytes", "json", "json_bytes", "text", "text_bytes")),
     *((name, "<u4") for name in ("width", "height", "boxes")),
-    *((name, "<u8") for name in ("content", "meta")),
+    *((name, "<u8") for name in ("content", "meta", "key")),
 ]
 
 

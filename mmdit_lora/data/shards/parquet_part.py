@@ -23,6 +23,7 @@ from mmdit_lora.data.images import image_size
 from mmdit_lora.data.shards.records import ShardRecord
 from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.data.shards.tar import digest
+from mmdit_lora.data.split import name_key
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Clipped
 
@@ -82,6 +83,8 @@ class ParquetPart:
                     location=self.name,
                     hint="its columns are image, caption and objects {bbox, phrase}",
                 )
+        image = schema.field("image").type
+        self._states_paths = hasattr(image, "get_field_index") and image.get_field_index("path") >= 0
         groups_of = [footer.row_group(n) for n in range(footer.num_row_groups)]
         self._sizes = tuple(group.num_rows for group in groups_of)
         if not sum(self._sizes):
@@ -111,6 +114,18 @@ class ParquetPart:
     @property
     def meta(self) -> np.ndarray:
         return np.full(len(self), self._digest, dtype=np.uint64)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """By the paths that the images state, whose column alone is read; of rows that state none, `content`."""
+        keys = self.content
+        if not self._states_paths:
+            return keys
+        table = self._with_file(lambda file: file.read(columns=["image.path"]))
+        for index, image in enumerate(table.column("image").to_pylist()):
+            if isinstance(image, Mapping) and (name := _name(image)):
+                keys[index] = name_key(name)
+        return keys
 
     @property
     def boxes(self) -> np.ndarray | None:
@@ -143,9 +158,7 @@ class ParquetPart:
             raise InputError(
                 what, location=location, hint="embed the images, as `datasets` does with push_to_hub or to_parquet"
             )
-        path = image.get("path") if isinstance(image, Mapping) else None
-        name = Path(path).name if isinstance(path, str) else ""
-        name = name if name not in ("", "..") else f"row-{index}"
+        name = (_name(image) if isinstance(image, Mapping) else "") or f"row-{index}"
         clipped: Clipped = []
         conventions = {key: row[key] for key in ("bbox_format", "bbox_units") if row.get(key) is not None}
         try:
@@ -175,3 +188,10 @@ class ParquetPart:
                 return use(parquet.ParquetFile(source))
 
         return self.stored.again(attempt)
+
+
+def _name(image: Mapping[str, Any]) -> str:
+    """The file name that an image states; "" where it states none."""
+    path = image.get("path")
+    name = Path(path).name if isinstance(path, str) else ""
+    return "" if name == ".." else name

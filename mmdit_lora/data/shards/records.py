@@ -14,9 +14,9 @@ from PIL import Image
 from mmdit_lora.boxes import EdgeCount
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.split import MOST_HELD_OUT, held_out
 from mmdit_lora.errors import InputError
 
-MOST_HELD_OUT = 10_000
 MOST_REQUESTS = 32  # for looks at a sample: some seconds
 
 
@@ -41,8 +41,9 @@ class ShardRecord(Record):
         except InputError as error:
             raise InputError(error.what, location=self.location, hint=error.hint) from None
 
-    def source(self) -> bytes:
-        return self.read_bytes()
+    @property
+    def file(self) -> None:
+        return None
 
     def load(self) -> Image.Image:
         try:
@@ -73,6 +74,10 @@ class Part(Protocol):
     @property
     def meta(self) -> np.ndarray:
         """uint64 hashes of what says the layouts."""
+
+    @property
+    def keys(self) -> np.ndarray:
+        """uint64 keys by which images are held out: `name_key` of the file name where a record states one, else `content`."""
 
     @property
     def boxes(self) -> np.ndarray | None:
@@ -172,26 +177,16 @@ class ShardedRecords(_Places):
         return digest.hexdigest()
 
     def split(self, share: float) -> tuple[Subset, Subset]:
-        """(training, held out): an image's side depends on its bytes, so that copies, and sets that grow, keep their sides.
-
-        At most `MOST_HELD_OUT` images (and their copies) are held out.
+        """(training, held out), by the rule of `mmdit_lora.data.split`; at most `MOST_HELD_OUT` images are held out.
 
         Raises:
-            InputError: a side would be empty although `share` is above 0.
+            InputError: there are fewer than two images.
         """
         none = np.empty(0, dtype=np.int64)
         if share == 0:
             return Subset(self, none, without=True), Subset(self, none, without=False)
-        content = np.concatenate([part.content for part in self.parts])
-        distinct = np.unique(content)
-        count = min(max(1, round(share * len(distinct))), MOST_HELD_OUT)
-        held = np.flatnonzero(content <= distinct[count - 1])
-        if len(held) == len(content):
-            raise InputError(
-                f"{len(distinct)} images are too few to hold out a share of {share}",
-                location="data.validation_share",
-                hint="set it to 0, or give more images",
-            )
+        keys = np.concatenate([part.keys for part in self.parts])
+        held = np.flatnonzero(held_out(keys, share, most=MOST_HELD_OUT, location="data.validation_share"))
         return Subset(self, held, without=True), Subset(self, held, without=False)
 
 

@@ -23,6 +23,7 @@ from mmdit_lora.data.annotation import COLUMNS, parse_layout
 from mmdit_lora.data.images import MOST_BYTES, image_size
 from mmdit_lora.data.shards.index import row_type
 from mmdit_lora.data.shards.store import Stored
+from mmdit_lora.data.split import name_key
 from mmdit_lora.errors import InputError, several
 from mmdit_lora.files import decode_text, inside
 from mmdit_lora.json_files import parse_json
@@ -109,6 +110,11 @@ def digest(*parts: bytes) -> int:
     return state.intdigest()
 
 
+def split_key(file_name: Any, content: bytes) -> int:
+    """The key by which a record is held out (`mmdit_lora.data.split`): of its stated file name, else of its image's bytes."""
+    return name_key(file_name) if isinstance(file_name, str) and file_name else digest(content)
+
+
 def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str, clipped: Clipped) -> tuple[Any, ...]:
     image, layout, caption = (members.get(kind) for kind in ("image", "json", "txt"))
     if image is None:
@@ -137,6 +143,7 @@ def _row(members: dict[str, _Member], bbox_format: str, bbox_units: str, clipped
         len(found.boxes),
         digest(image.content),
         digest(layout.content, text.content),
+        split_key(parse_json(decode_text(layout.content, location=""), location="").get("file_name"), image.content),
         image.name.encode("utf-8", "surrogateescape"),
     )
 

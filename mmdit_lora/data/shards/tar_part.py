@@ -66,6 +66,10 @@ class TarPart:
         return self.rows["meta"]
 
     @property
+    def keys(self) -> np.ndarray:
+        return self.rows["key"]
+
+    @property
     def boxes(self) -> np.ndarray:
         return self.rows["boxes"]
 

@@ -15,7 +15,7 @@ from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Record, layout_columns
 from mmdit_lora.data.shards.index import SUFFIX, row_type, save_index
 from mmdit_lora.data.shards.store import find
-from mmdit_lora.data.shards.tar import IMAGES, add_member, digest
+from mmdit_lora.data.shards.tar import IMAGES, add_member, digest, split_key
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text
 from mmdit_lora.layout import Layout
@@ -61,7 +61,7 @@ class ShardWriter:
             (
                 *(first, len(image), second, len(text), 0, 0),
                 *(width, height, len(layout.boxes)),
-                *(digest(image), digest(text, b"")),
+                *(digest(image), digest(text, b""), split_key(file_name, image)),
                 f"{key}.{ending}".encode(),
             )
         )
