@@ -1,6 +1,51 @@
-"""Layout LoRA adapters for multimodal diffusion transformers (MM-DiT)."""
+"""Layout LoRA adapters for multimodal diffusion transformers (MM-DiT).
 
-from mmdit_lora.layout import Box, Layout
+The public names are imported when they are first used: `import mmdit_lora` loads neither torch nor diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmdit_lora.evaluation.evaluate import evaluate
+    from mmdit_lora.export.export import export_adapter
+    from mmdit_lora.layout import Box, Layout
+    from mmdit_lora.lora import add_layout_lora, load_adapter, save_adapter
+    from mmdit_lora.pipelines import load_pipeline
+    from mmdit_lora.training.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["Box", "Layout", "__version__"]
+__all__ = [
+    "Box",
+    "Layout",
+    "__version__",
+    "add_layout_lora",
+    "evaluate",
+    "export_adapter",
+    "load_adapter",
+    "load_pipeline",
+    "save_adapter",
+    "train",
+]
+_MODULES = {
+    "Box": "layout",
+    "Layout": "layout",
+    "add_layout_lora": "lora",
+    "evaluate": "evaluation.evaluate",
+    "export_adapter": "export.export",
+    "load_adapter": "lora",
+    "load_pipeline": "pipelines",
+    "save_adapter": "lora",
+    "train": "training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

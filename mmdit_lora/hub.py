@@ -11,6 +11,7 @@ from typing import Any
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import decode_text, exists, nearest, read_bytes, require_file, written_as_path
 from mmdit_lora.json_files import parse_object
+from mmdit_lora.resources import here_or_packaged
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -79,8 +80,8 @@ def no_such_base(base: str) -> InputError:
     )
 
 
-def refuse_no_base(base: str, *, whole: bool = True) -> None:
-    """What can be said of a base before anything heavy is imported: a folder's parts, or that a name leads nowhere.
+def require_base(base: str, *, whole: bool = True) -> str:
+    """`base`, or the packaged base of this name; checked as far as is possible before anything heavy is imported.
 
     Args:
         whole: a folder must be a pipeline, not a transformer alone.
@@ -88,6 +89,7 @@ def refuse_no_base(base: str, *, whole: bool = True) -> None:
     Raises:
         InputError: a folder is no pipeline; a path is not there; offline, a hub id is not in the cache.
     """
+    base = here_or_packaged(base)
     if exists(base):
         if whole and Path(base).is_dir():
             check_base_folder(Path(base))
@@ -103,6 +105,7 @@ def refuse_no_base(base: str, *, whole: bool = True) -> None:
             raise no_such_base(base) from None
         if constants.HF_HUB_OFFLINE and not exists(cached):
             raise no_such_base(base)
+    return base
 
 
 def check_base_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The rooms from the lowest to the highest; a file imports only from its own room and from lower ones.
 ROOMS = (
-    ("", "layout", "boxes", "errors", "locks", "files", "json_files", "outputs", "flow", "hub"),
+    ("", "layout", "boxes", "errors", "locks", "files", "json_files", "outputs", "flow", "hub", "resources"),
     ("config",),
     ("models",),
     ("visual",),

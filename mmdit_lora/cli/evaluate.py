@@ -347,7 +347,7 @@ def score_protocol(
             missing images (the first names, and how many). Nothing is written then.
     """
     from mmdit_lora.evaluation.protocols import find_protocol
-    from mmdit_lora.evaluation.protocols.published import PUBLISHED, as_html, beside, markdown, to_dicts
+    from mmdit_lora.evaluation.protocols.published import as_html, beside, markdown, to_dicts
     from mmdit_lora.evaluation.protocols.runner import find_images, look_at, require
 
     protocol = find_protocol(name)
@@ -368,7 +368,7 @@ def score_protocol(
         of_images = [case for case, _ in pairs]
         scores = protocol.score(of_images, seen)
         results = protocol.write_results(of_images, seen, out)
-        rows = beside(name, scores) if published and PUBLISHED.is_file() else []  # a wheel has no data folder
+        rows = beside(name, scores) if published else []
         report = _report(protocol, cases, seen) | {
             "annotations": str(annotations),
             "images_folder": str(images_dir),

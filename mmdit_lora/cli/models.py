@@ -25,7 +25,7 @@ from mmdit_lora.config.ranges import (
 )
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import exists, nearest, output_path
-from mmdit_lora.hub import refuse_no_base
+from mmdit_lora.hub import require_base
 from mmdit_lora.outputs import check_new_folder, check_open_folder, new_folder
 
 if TYPE_CHECKING:
@@ -95,9 +95,7 @@ def adapter_is_there(adapter: str | None) -> str | None:
 
 def base_is_there(base: str | None) -> str | None:
     """The `callback` of an option that is a base to be opened."""
-    if base is not None:
-        refuse_no_base(base)
-    return base
+    return None if base is None else require_base(base)
 
 
 def _check_size(text: str | None) -> str | None:

@@ -17,7 +17,7 @@ from mmdit_lora.cli.options import JsonFlag, number
 from mmdit_lora.cli.output import emit, say
 from mmdit_lora.config.ranges import BATCH, SIDE, Range
 from mmdit_lora.errors import InputError
-from mmdit_lora.hub import refuse_no_base
+from mmdit_lora.hub import require_base
 
 if TYPE_CHECKING:
     from mmdit_lora.analysis.plan.bases import PlannedBase
@@ -93,7 +93,7 @@ def plan(
             f"is {every}, and nothing is checkpointed", location="--every", hint="add --gradient-checkpointing"
         )
     if base is not None:
-        refuse_no_base(base, whole=False)
+        base = require_base(base, whole=False)
     stream = {"layout_attention": attention, "layout_single_blocks": single_blocks, "phrase_tokens": phrase_tokens}
     with _light_process():
         from mmdit_lora.analysis.plan.bases import load_base, preset_base

@@ -53,14 +53,12 @@ def quickstart(
         sizes, `export_max_abs_diff`, seconds per phase.
 
     Raises:
-        InputError: `out` holds something else than this quickstart, or the embedded base is not found.
+        InputError: `out` holds something else than this quickstart.
     """
     out, tell = Path(out), tell or (lambda *_: None)
-    config_path = Path(config_path) if config_path is not None else find_file(CONFIG)
     data = {"train": out / "data" / "train", "held_out": out / "data" / "held_out", "old": out / "data" / "old_domain"}
     overrides = [f"data.path={data['train']}", f"data.validation={data['held_out']}", f"output_dir={out}"]
-    config = load_config(config_path, overrides)
-    config = config.model_copy(update={"base": str(find_file(config.base))})
+    config = load_config(config_path or CONFIG, overrides)
     with open_folder(out, verb="quickstart", names=_WRITTEN, inputs={"base": config.base}):
         if (found := _finished(out, config)) is not None:
             return found
@@ -125,20 +123,6 @@ def _run(out: Path, config: Config, data: dict[str, Path], tell: OnProgress) -> 
     }
     write_json(out / REPORT, report)
     return report
-
-
-def find_file(name: str) -> Path:
-    """`name` under the current directory, or beside the package in a source checkout.
-
-    Raises:
-        InputError: it is in neither.
-    """
-    for root in (Path(), Path(__file__).resolve().parent.parent):
-        if (root / name).exists():
-            return root / name
-    raise InputError(
-        "is not here", location=name, hint="run the quickstart in a clone of the repository: it holds the embedded base"
-    )
 
 
 def _evaluate(pipe: LayoutPipeline, folder: Path, images: Path, name: str, tell: OnProgress) -> Evaluation:

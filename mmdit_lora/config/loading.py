@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmdit_lora.config.schema import (
     DataSection,
@@ -37,6 +37,7 @@ from mmdit_lora.config.schema import (
 )
 from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.files import read_text
+from mmdit_lora.resources import here_or_packaged
 
 _MOST_NODES = 10_000_000
 Lines = dict[tuple[Any, ...], int]
@@ -271,6 +272,11 @@ class Config(Section):
     tracking: TrackingSection = Field(default=TrackingSection(), description="where the curves go")
     sample: SampleSection = Field(default=SampleSection(), description="how images are sampled while training")
 
+    @field_validator("base")
+    @classmethod
+    def _find_base(cls, value: str) -> str:
+        return here_or_packaged(value)
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         train, data = self.train, self.data
@@ -333,7 +339,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         InputError: no such file, no YAML, an unknown or missing key, a value of the wrong type or out of range; with file
             and line, or the override.
     """
-    path = Path(path)
+    path = Path(here_or_packaged(path))
     hint = "`mmdit-lora init DATA --out FILE` writes one"
     text = read_text(path, what="config file", limit=_MOST_BYTES, hint=hint)
     data, lines = parse_yaml(text, location=str(path))

@@ -49,6 +49,7 @@ from mmdit_lora.models.creatilayout import SLOTS, variant_of_model
 from mmdit_lora.models.families import stored_transformer
 from mmdit_lora.outputs import Inputs, check_new_file, check_new_folder, new_folder, refuse_inputs
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
+from mmdit_lora.resources import resource
 
 Target = Literal["peft", "diffusers", "kohya", "creatilayout", "merged"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -171,7 +172,7 @@ def base_of(adapter: str | Path) -> str:
 
     Adapters name a folder by its name alone. It is looked for where the run beside the adapter says, then where this machine
     last had a base of its fingerprint (`lora/known_bases.py`), then under this name in the current directory, its `data`, the
-    folders above the adapter, and the `data` of a source checkout, then where there last was a base of this name. Whether it
+    folders above the adapter, then the base that the package brings along, then where there last was a base of this name. Whether it
     is the right one is for the fingerprint to say.
 
     Raises:
@@ -189,9 +190,10 @@ def base_of(adapter: str | Path) -> str:
     short = public_name(name)
     here = list(file.resolve().parents)
     beside = [run for run in map(_base_of_run, here[1:2]) if run is not None and public_name(run) == short]
-    roots = [Path(), Path("data"), *here[:3], Path(__file__).parent.parent / "data"]
+    roots = [Path(), Path("data"), *here[:3]]
     noted = recall_base(header.get("fingerprint"))
-    for folder in (*beside, noted, *(root / short for root in roots), recall_named(short)):
+    packaged = resource(f"data/{short}")
+    for folder in (*beside, noted, *(root / short for root in roots), packaged, recall_named(short)):
         if folder is not None and _is_base(folder):
             return str(folder)
     if "/" in short:

@@ -34,6 +34,7 @@ from mmdit_lora.models.adapter_layers import (
 )
 from mmdit_lora.models.init import STREAM_INITS, StreamInit, copy_from_block
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
+from mmdit_lora.resources import here_or_packaged
 
 logger = logging.getLogger("mmdit_lora")
 
@@ -220,7 +221,7 @@ class LayoutModelMixin(nn.Module):
                 such folder or hub id, or a file of it is damaged.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        location = str(pretrained_model_name_or_path)
+        location = here_or_packaged(pretrained_model_name_or_path)
         refuse_pickle(kwargs.get("use_safetensors", True) is not False, location)
         kwargs["use_safetensors"] = True
         if not exists(location) and written_as_path(location):

@@ -11,6 +11,7 @@ from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.hub import no_such_base
 from mmdit_lora.models import flux, sd3
 from mmdit_lora.models.base import Family, LayoutModelMixin, check_sizes
+from mmdit_lora.resources import here_or_packaged
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3.FAMILY,
@@ -79,6 +80,7 @@ def stored_transformer(base: str) -> tuple[type[LayoutModelMixin], dict[str, Any
         InputError: there is no such transformer, or it is of no known family.
     """
     reader: Any = next(iter(FAMILIES.values())).transformer  # any will do: it reads the file as it is
+    base = here_or_packaged(base)
     if not exists(base) and written_as_path(base):
         raise no_such_base(base)
     try:

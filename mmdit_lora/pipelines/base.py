@@ -43,6 +43,7 @@ from mmdit_lora.models.base import (
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.pipelines.finite import each_finite, require_finite
 from mmdit_lora.pipelines.styles import StyleLoader
+from mmdit_lora.resources import here_or_packaged
 
 # What `from_pretrained` of a pipeline and of its transformer both take.
 _SHARED_OPTIONS = (
@@ -110,7 +111,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             transformer_options: for the transformer's own `from_pretrained`: `layout_seed`, `layout_init`,
                 `layout_attention`, `quantization_config`, ...
         """
-        path = str(pretrained_model_name_or_path)
+        path = here_or_packaged(pretrained_model_name_or_path)
         refuse_pickle(kwargs.get("use_safetensors", True) is not False, path)
         kwargs["use_safetensors"] = True
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:

@@ -21,6 +21,7 @@ from mmdit_lora.models.tensor_files import shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.flux import LayoutFluxPipeline
 from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
+from mmdit_lora.resources import here_or_packaged
 
 # The families: what `load_pipeline` opens.
 PIPELINES: tuple[type[LayoutPipeline], ...] = (LayoutStableDiffusion3Pipeline, LayoutFluxPipeline)
@@ -45,6 +46,7 @@ def load_pipeline(
         InputError: there is no such folder or repository, it is no pipeline folder, of another family, or its weights
             are not those of its config.
     """
+    base = here_or_packaged(base)
     folder = Path(base)
     if exists(folder):
         check_base_folder(folder)

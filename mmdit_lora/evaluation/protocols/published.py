@@ -11,9 +11,10 @@ from typing import Any
 from mmdit_lora.data.formats.common import items_of, need, number, text
 from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.json_files import read_json
+from mmdit_lora.resources import resource
 from mmdit_lora.visual.page import escape_markdown
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "data" / "benchmarks" / "published.json"
+PUBLISHED = resource("data/benchmarks/published.json") or Path("data/benchmarks/published.json")
 KINDS = {
     "primary": "the authors' own paper or repository",
     "secondary": "notes about the paper, not the paper itself",
