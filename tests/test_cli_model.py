@@ -144,7 +144,7 @@ def test_evaluate_gives_every_side_and_is_repeatable(
     assert reports[0]["base"] == reports[1]["base"]
     for side in ("base", "adapter", "ground_truth", "shuffled"):
         assert set(reports[0][side]) >= {"miou", "iou50", "color_acc", "shape_acc"}
-    assert reports[0]["by_boxes"]["1-4"]["images"] == 12
+    assert reports[0]["by_boxes"]["1-4"]["layouts"] == 12
 
 
 def test_a_plain_base_of_another_family_from_stream_to_images(

@@ -71,7 +71,7 @@ ROWS: dict[str, Row] = {
     "license": Row("mit", "card", "weights"),
     "data.path": Row("{data_2}", "losses weights", "times"),
     "data.validation": Row("{data_2}", "held_out", "weights", {"data.validation_share": 0.0}),
-    "data.validation_share": Row(0.34, "held_out images samples"),
+    "data.validation_share": Row(0.34, "held_out count samples"),
     "data.bbox_format": Row("xywh", "losses weights", "times samples"),
     "data.bbox_units": Row("pixel", "losses weights", "times samples", {"data.path": "{ones}"}),
     "data.resolution": Row(16, "buckets losses weights", "samples"),
@@ -291,7 +291,8 @@ def outcome(config: Config) -> dict[str, Any]:
         "checks": [check.name for check in looked[0].checks],
         "logged": logged,
         "tracker": tracker,
-        **{key: report[key] for key in ("steps", "images", "buckets", "filter", "center_crop", "best_step")},
+        "count": report["images"],
+        **{key: report[key] for key in ("steps", "buckets", "filter", "center_crop", "best_step")},
         "cache": report["cache"] is not None and bool(list(Path(config.data.cache or "").rglob("*.safetensors"))),
     }
 

@@ -97,13 +97,13 @@ def test_wandb_images_with_boxes(wandb_run: OfflineRun) -> None:
     assert sorted(logged) == [1, 2, 3]
     ids: dict[str, int] = {}
     for step in logged:
-        for number, (image, layout) in enumerate(zip(logged[step], LAYOUTS, strict=True)):
-            with Image.open(image["path"]) as image:
+        for number, (entry, layout) in enumerate(zip(logged[step], LAYOUTS, strict=True)):
+            with Image.open(entry["path"]) as image:
                 assert image.size == (64, 64)
                 assert image.getpixel((0, 0)) == images()[number].getpixel((0, 0))
-            assert image["caption"] == layout.caption
-            assert len(image["boxes"]) == len(layout.boxes)
-            for item, box in zip(image["boxes"], layout.boxes, strict=True):
+            assert entry["caption"] == layout.caption
+            assert len(entry["boxes"]) == len(layout.boxes)
+            for item, box in zip(entry["boxes"], layout.boxes, strict=True):
                 place = item["position"]
                 assert (place["minX"], place["minY"], place["maxX"], place["maxY"]) == pytest.approx(box.xyxy)
                 assert item.get("domain") is None  # relative to the image
