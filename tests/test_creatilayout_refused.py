@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
     ),
     "one too many": (unexpected, "1 unexpected: foo.weight"),
     "of another shape": (misshapen, "position_net.linears.linear_2.weight (3, 3) for (32, 16)"),
-    "integers": (integers, "is I8"),
+    "integers": (integers, "is int8"),
     "another family": (another_family, "hold a stream for FluxTransformer2DModel"),
     "another family's base": (another_base, "hold a stream for SD3Transformer2DModel, and the base is a Flux"),
     "a base with more norms": (

@@ -69,8 +69,7 @@ def take_creatilayout_stream(file: Path, model: nn.Module) -> None:
     if {source for recipe in made.values() for source in recipe.sources} != theirs.keys():
         raise InputError("is not the whole stream of this base", location=str(file))
     for name, recipe in made.items():
-        sources = [theirs[source] for source in recipe.sources]
-        own[name].copy_(recipe.make(*sources) if recipe.make else sources[0])
+        own[name].copy_(recipe(theirs))
 
 
 def read(to: str, written: str, base: str) -> LayoutPipeline:

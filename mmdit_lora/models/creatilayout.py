@@ -142,6 +142,10 @@ class Recipe:
     sources: tuple[str, ...]
     make: Callable[..., Tensor] | None = None
 
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        sources = [tensors[name] for name in self.sources]
+        return sources[0] if self.make is None else self.make(*sources)
+
 
 def recipes(names: Iterable[str], variant: str) -> dict[str, Recipe]:
     """For every tensor of a stream of ours, `names`, how it is made."""
