@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from PIL import Image
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli.main import main
 from mmdit_lora.data.buckets import make_buckets, one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
-from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from mmdit_lora.data.check.findings import Example
 from mmdit_lora.data.check.images import ImageFacts, look_at
 from mmdit_lora.data.check.sizes import size_findings

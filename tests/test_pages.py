@@ -17,7 +17,7 @@ from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.evaluation.report import markdown, page
 from mmdit_lora.pipelines import SamplingConfig
 from mmdit_lora.training.model_card import adapter_card
-from mmdit_lora.visual.page import code_markdown, escape_markdown
+from mmdit_lora.visual.pages import code_markdown, escape_markdown
 
 HOSTILE = 'a<script>alert(1)|`b` *c* [d](e) & "f" \n# g'  # without "/": a card names a folder by its last part
 

@@ -34,7 +34,7 @@ from mmdit_lora.lora import (
 from mmdit_lora.lora.inject import inject
 from mmdit_lora.outputs import MARKER, check_new_folder
 from mmdit_lora.pipelines import SamplingConfig
-from mmdit_lora.visual.page import code_markdown
+from mmdit_lora.visual.pages import code_markdown
 
 _SECTION = re.compile(r"\n## Resized\n.*?(?=\n## |\Z)", re.DOTALL)
 

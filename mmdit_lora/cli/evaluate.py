@@ -29,10 +29,9 @@ from mmdit_lora.cli.models import (
 from mmdit_lora.cli.options import JsonFlag, number
 from mmdit_lora.cli.output import emit, say
 from mmdit_lora.config.ranges import Range
-from mmdit_lora.errors import InputError, clip
+from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text, write_json, write_text
 from mmdit_lora.outputs import Inputs, open_folder
-from mmdit_lora.visual.page import escape_markdown
 
 if TYPE_CHECKING:
     from mmdit_lora.data.records import Record
@@ -292,7 +291,7 @@ def _write(out: Path, result: Evaluation, report: dict[str, Any]) -> None:
         drawn = [draw_boxes(p, item, colors=colors) for p, item in zip(side.images[:16], result.layouts, strict=False)]
         save_png(contact_sheet(drawn), out / f"{name}.png")
     write_text(out / "report.html", page(result, report, title=title))
-    write_text(out / "report.md", markdown(report, title=title) + "\n")
+    write_text(out / "report.md", markdown(report, title=title))
     write_json(out / "report.json", report)
 
 
@@ -347,7 +346,8 @@ def score_protocol(
             missing images (the first names, and how many). Nothing is written then.
     """
     from mmdit_lora.evaluation.protocols import find_protocol
-    from mmdit_lora.evaluation.protocols.published import as_html, beside, markdown, to_dicts
+    from mmdit_lora.evaluation.protocols.published import beside, to_dicts
+    from mmdit_lora.evaluation.protocols.report import protocol_pages
     from mmdit_lora.evaluation.protocols.runner import find_images, look_at, require
 
     protocol = find_protocol(name)
@@ -379,8 +379,8 @@ def score_protocol(
             "published": to_dicts(rows[1:]),
         }
         write_json(out / "report.json", report)
-        write_text(out / "report.md", _page(protocol, report, markdown(rows) if rows else ""))
-        write_text(out / "report.html", _html_page(protocol, report, as_html(rows) if rows else ""))
+        for name, text in protocol_pages(protocol, report, rows).items():
+            write_text(out / name, text)
         return report
 
 
@@ -420,59 +420,3 @@ def _report(protocol: PublishedProtocol, cases: list[Case], seen: list[Seen]) ->
         "questions": len(answers),
         "unanswered": sum(answer is None for answer in answers),
     }
-
-
-def _facts(report: dict[str, Any]) -> list[str]:
-    facts = [f"Layouts: {report['cases']}; boxes: {report['boxes']}; images: {report['images']}."]
-    facts += [f"{kind.capitalize()}: {clip(report[kind])}." for kind in ("detector", "judge") if report[kind]]
-    if report["questions"]:
-        facts.append(f"Questions: {report['questions']}; without yes or no (counted as no): {report['unanswered']}.")
-    return [*facts, f"Computed as {report['source']}. What differs from what its authors run:"]
-
-
-def _own_table(protocol: PublishedProtocol, scores: dict[str, float]) -> list[list[str]]:
-    """Head and lines: a metric's figures over all images and over the parts that there are, and what it is."""
-    parts = {
-        part: form for part, form in protocol.parts.items() if any(form.format(m) in scores for m in protocol.metrics)
-    }
-    lines = [["", "all", *parts, "what it is"]]
-    for metric, meaning in protocol.metrics.items():
-        keys = [metric, *(form.format(metric) for form in parts.values())]
-        if metric in scores:
-            lines.append([metric, *(f"{100 * scores[key]:.2f}" if key in scores else "-" for key in keys), meaning])
-    return lines
-
-
-def _page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> str:
-    head, *lines = _own_table(protocol, report["scores"])
-    page = [f"# {protocol.title}", ""]
-    for fact in _facts(report):
-        page += [escape_markdown(fact), ""]
-    page += [*(f"- {deviation}" for deviation in report["deviations"]), ""]
-    page += ["In percent:", "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 2) + " --- |"]
-    page += ["| " + " | ".join(line) + " |" for line in lines]
-    if tables:
-        page += ["", "## Published figures", "", "Shares in percent, other figures as printed.", "", tables]
-    return "\n".join(page).rstrip() + "\n"
-
-
-def _html_page(protocol: PublishedProtocol, report: dict[str, Any], tables: str) -> str:
-    from html import escape
-
-    from mmdit_lora.visual.page import document
-
-    style = (
-        ".wide td:last-child,.wide th:last-child{text-align:left}.wide p{margin:14px 14px 4px;color:var(--soft);font-size:13px}"
-        ".wide .own td{font-weight:600;color:var(--bar)}"
-    )
-    head, *lines = _own_table(protocol, report["scores"])
-    own = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"
-    own += "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    notes = "".join(f"<li>{escape(line)}</li>" for line in (*_facts(report), *report["deviations"]))
-    body = f'<ul class="notes">{notes}</ul><h2>In percent</h2><div class="wide"><table>{own}</table></div>'
-    if tables:
-        body += (
-            '<h2>Published figures</h2><p class="of">Shares in percent, other figures as printed.</p>'
-            f'<div class="wide">{tables}</div>'
-        )
-    return document(body, kind="benchmark", title=protocol.title, style=style)

@@ -10,7 +10,7 @@ import yaml
 
 from mmdit_lora.config.loading import Config
 from mmdit_lora.files import public_name
-from mmdit_lora.visual.page import code_markdown
+from mmdit_lora.visual.pages import code_markdown
 
 IMAGES = "samples.png"
 

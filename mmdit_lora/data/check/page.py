@@ -5,13 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from html import escape
 
-from mmdit_lora.data.check.charts import by_powers, columns, heat, rows, thumbnail
-from mmdit_lora.data.check.findings import Example, Finding
+from PIL import Image, ImageDraw
+
+from mmdit_lora.data.check.findings import Corners, Example
 from mmdit_lora.data.check.report import CheckReport
+from mmdit_lora.data.images import load_image, opened
+from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box
-from mmdit_lora.visual.page import document
+from mmdit_lora.visual.charts import columns, heat, rows
+from mmdit_lora.visual.pages import data_url, render
+
+_THUMB = 320  # longer side of a thumbnail in pixels
+_AT_FAULT, _OTHER, _BEYOND = (230, 30, 60), (40, 115, 245), (120, 126, 138)
+_MAX_PIXELS = 60_000_000  # larger ones are not decoded a second time for a page
 
 
 def page(report: CheckReport, *, title: str, boxes: Sequence[Box]) -> str:
@@ -21,78 +28,50 @@ def page(report: CheckReport, *, title: str, boxes: Sequence[Box]) -> str:
         title: the data set's name.
         boxes: all boxes of the set, for the histograms.
     """
-    examples = [example for found in report.findings for example in found.examples]
     # Large images are warned of when they are opened, and have a finding of their own.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        images = dict(zip(map(id, examples), pool.map(thumbnail, examples), strict=True))
-    errors = [found for found in report.findings if found.severity == "error"]
-    mild = [found for found in report.findings if found.severity != "error"]
-    state = "bad" if errors else "mild" if mild else "good"
-    verdict = _verdict(len(errors), len(mild))
-    sections = "".join(_section(n, found, images) for n, found in enumerate(report.findings))
-    notes = "".join(
-        f"<li>{escape(note)}</li>"
-        for note in (*report.notes, *(f"{n} {w} left out" for w, n in report.left_out.items()))
+        images = [pool.map(thumbnail, found.examples) for found in report.findings]
+        findings = [(f, [*zip(f.examples, own, strict=True)]) for f, own in zip(report.findings, images, strict=True)]
+    errors = sum(found.severity == "error" for found in report.findings)
+    mild = len(report.findings) - errors
+    kinds = [f"{n} kind{'s' if n > 1 else ''} of {what}" for n, what in ((errors, "error"), (mild, "warning")) if n]
+    ending = "a run would stop." if errors else "a run can start; look at them first."
+    figures = (
+        (report.images, "images"),
+        (report.records, "layouts"),
+        (report.boxes, "boxes"),
+        (report.boxes / max(report.records, 1), "boxes a layout"),
+        (report.phrases, "distinct phrases"),
+        (len(report.image_sizes), "image sizes"),
     )
-    body = (
-        f'<div class="figures">{_figures(report)}</div>'
-        + (f'<ul class="notes">{notes}</ul>' if notes else "")
-        + _contents(report.findings)
-        + f"<h2>What is in it</h2>{_charts(report, boxes)}"
-        + (f"<h2>What was found</h2>{sections}" if sections else "")
+    return render(
+        "check.html",
+        title=title,
+        verdict=f"{' and '.join(kinds)}: {ending}" if kinds else "Nothing was found.",
+        state="bad" if errors else "mild" if mild else "good",
+        figures=[(f"{value:,}" if isinstance(value, int) else f"{value:.1f}", name) for value, name in figures],
+        remarks=[*report.notes, *(f"{count} {what} left out" for what, count in report.left_out.items())],
+        findings=findings,
+        drawn=_charts(report, boxes),
     )
-    return document(body, kind="data check", title=title, verdict=verdict, state=state)
 
 
-def _verdict(errors: int, warnings: int) -> str:
-    if not errors and not warnings:
-        return "Nothing was found."
-    kinds = [
-        f"{n} kind{'s' if n != 1 else ''} of {what}" for n, what in ((errors, "error"), (warnings, "warning")) if n
+def _charts(report: CheckReport, boxes: Sequence[Box]) -> list[tuple[str, str]]:
+    sizes, trained = (
+        {size.replace("x", " x "): count for size, count in counts.items()}
+        for counts in (report.image_sizes, report.buckets)
+    )
+    areas, sides = by_powers([box.area for box in boxes]), by_powers([min(box.width, box.height) for box in boxes])
+    centers = [((box.xyxy[0] + box.xyxy[2]) / 2, (box.xyxy[1] + box.xyxy[3]) / 2) for box in boxes]
+    return [
+        ("Phrases, by boxes", rows(report.phrase_counts, "phrases")),
+        ("Image sizes", rows(sizes, "sizes")),
+        ("Sizes in training, by images", rows(trained, "buckets")),
+        ("Boxes a layout", columns(_filled(report.boxes_per_image), "boxes")),
+        ("Area of boxes, up to this share of the image", columns(areas, "areas")),
+        ("Shorter side of boxes, up to this share", columns(sides, "sides")),
+        ("Centers of boxes in their images", heat(centers, "centers")),
     ]
-    return " and ".join(kinds) + (": a run would stop." if errors else ": a run can start; look at them first.")
-
-
-def _figures(report: CheckReport) -> str:
-    per = report.boxes / report.records if report.records else 0
-    shown = (
-        (f"{report.images:,}", "images"),
-        (f"{report.records:,}", "layouts"),
-        (f"{report.boxes:,}", "boxes"),
-        (f"{per:.1f}", "boxes a layout"),
-        (f"{report.phrases:,}", "distinct phrases"),
-        (f"{len(report.image_sizes):,}", "image sizes"),
-    )
-    return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in shown)
-
-
-def _contents(findings: Sequence[Finding]) -> str:
-    if not findings:
-        return ""
-    lines = "".join(
-        f'<tr><td><span class="badge {f.severity}">{f.severity}</span></td><td><a href="#{f.name}-{n}">{f.name}</a></td>'
-        f'<td class="number">{f.count:,}</td><td class="of">of {f.total:,} {f.unit}</td></tr>'
-        for n, f in enumerate(findings)
-    )
-    return f"<table>{lines}</table>"
-
-
-def _charts(report: CheckReport, boxes: Sequence[Box]) -> str:
-    shown = (
-        ("Phrases, by boxes", rows(report.phrase_counts)),
-        ("ImageFacts sizes", rows({size.replace("x", " x "): n for size, n in report.image_sizes.items()})),
-        ("Sizes in training, by images", rows({size.replace("x", " x "): n for size, n in report.buckets.items()})),
-        ("Boxes a layout", columns(_filled(report.boxes_per_image))),
-        ("Area of boxes, up to this share of the image", columns(by_powers([box.area for box in boxes]))),
-        ("Shorter side of boxes, up to this share", columns(by_powers([min(box.width, box.height) for box in boxes]))),
-        ("Centers of boxes in their images", heat([_center(box) for box in boxes])),
-    )
-    cards = "".join(f"<figure><figcaption>{name}</figcaption>{chart}</figure>" for name, chart in shown if chart)
-    return f'<div class="charts">{cards}</div>'
-
-
-def _center(box: Box) -> tuple[float, float]:
-    return ((box.xyxy[0] + box.xyxy[2]) / 2, (box.xyxy[1] + box.xyxy[3]) / 2)
 
 
 def _filled(counts: dict[int, int]) -> dict[str, int]:
@@ -106,30 +85,48 @@ def _filled(counts: dict[int, int]) -> dict[str, int]:
     return filled
 
 
-def _section(place: int, found: Finding, images: dict[int, str | None]) -> str:
-    number = 0 if not found.total else min(found.count / found.total, 1)
-    shown = "".join(_example(example, images[id(example)]) for example in found.examples)
-    more = found.count - len(found.examples)
-    rest = (
-        f'<p class="of">The first {len(found.examples)} are shown; check.json lists every place.</p>'
-        if more > 0 < len(found.examples)
-        else ""
-    )
-    return (
-        f'<section id="{found.name}-{place}"><h3><span class="badge {found.severity}">{found.severity}</span> {found.name}'
-        f'<span class="of">{found.count:,} of {found.total:,} {found.unit}</span></h3>'
-        f'<div class="share"><i style="width:{max(number * 100, 0.5):.1f}%"></i></div>'
-        f"<p>{escape(found.message)}</p><p><b>To mend it:</b> {escape(found.hint)}</p>"
-        f'<div class="gallery">{shown}</div>{rest}</section>'
-    )
+def by_powers(values: Sequence[float]) -> dict[str, int]:
+    """Counts of values in (0, 1] by halves: from 1/1024 and less up to more than 1/2, as percentages."""
+    edges = [2.0**-power for power in range(10, -1, -1)]
+    names = [f"{edge:.0%}" if edge >= 0.01 else f"{edge:.1%}" for edge in edges]
+    counts = dict.fromkeys(names, 0)
+    for value in values:
+        counts[next((name for edge, name in zip(edges, names, strict=True) if value <= edge), names[-1])] += 1
+    return counts
 
 
-def _example(example: Example, source: str | None) -> str:
-    location = escape("/".join(example.location.rsplit("/", 2)[-2:]))
-    image = (
-        f'<img src="{source}" alt="{escape(example.text, quote=True)}">'
-        if source
-        else '<div class="none">no source to show</div>'
-    )
-    name = f"<b>{escape(example.image.name)}</b> " if example.image else ""
-    return f"<figure>{image}<figcaption>{name}{escape(example.text)}<small>{location}</small></figcaption></figure>"
+def thumbnail(example: Example) -> str | None:
+    """A data URL of the example's image with its boxes; None where it cannot be shown.
+
+    Boxes beyond the image are drawn on a grey margin of up to half a side, and at its edge where they go further.
+    """
+    if example.image is None:
+        return None
+    try:
+        source = example.image if example.record is None else example.record.source()
+        with opened(source) as head:
+            if head.width * head.height > _MAX_PIXELS:
+                return None
+        image = load_image(source)
+    except InputError:
+        return None
+    width, height = (max(1, round(side * _THUMB / max(image.size))) for side in image.size)
+    xs, ys = ([v for box in example.at_fault for v in box[axis::2]] for axis in (0, 1))
+    left, right = (round(min(max(v, 0), 0.5) * width) for v in (-min(xs, default=0), max(xs, default=1) - 1))
+    top, bottom = (round(min(max(v, 0), 0.5) * height) for v in (-min(ys, default=0), max(ys, default=1) - 1))
+    canvas = Image.new("RGB", (left + width + right, top + height + bottom), _BEYOND)
+    canvas.paste(image.resize((width, height)), (left, top))
+    draw = ImageDraw.Draw(canvas)
+
+    def corners(box: Corners, grow: int) -> tuple[float, float, float, float]:
+        """In pixels and in order, whichever order the box has them in."""
+        x = sorted(left + min(max(v, -0.5), 1.5) * (width - 1) for v in box[0::2])
+        y = sorted(top + min(max(v, -0.5), 1.5) * (height - 1) for v in box[1::2])
+        return x[0] - grow, y[0] - grow, x[1] + grow, y[1] + grow
+
+    for box in example.others:
+        draw.rectangle(corners(box, 0), outline=_OTHER)
+    for box in example.at_fault:
+        draw.rectangle(corners(box, 1), outline=(255, 255, 255), width=5)  # to be seen on any ground
+        draw.rectangle(corners(box, 0), outline=_AT_FAULT, width=3)
+    return data_url(canvas, "JPEG", quality=80)

@@ -1,8 +1,7 @@
-"""Published figures beside one's own: `data/benchmarks/published.json`, and tables of it for reports."""
+"""Published figures beside one's own: `data/benchmarks/published.json`, and tables of them for reports."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from mmdit_lora.data.formats.common import items_of, need, number, text
 from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.json_files import read_json
 from mmdit_lora.resources import resource
-from mmdit_lora.visual.page import escape_markdown
 
 PUBLISHED = resource("data/benchmarks/published.json") or Path("data/benchmarks/published.json")
 KINDS = {
@@ -73,10 +71,11 @@ def beside(protocol: str, own: Mapping[str, float], *, method: str = OWN, path: 
     return [Row(method, {key: 100 * value for key, value in own.items()}, "", OWN), *published(protocol, path)]
 
 
-def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[Row]]]:
-    """The rows in one table a source, since what one source prints is comparable: (heading, metrics, rows).
+def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The rows in one table a source, since what one source prints is comparable: (heading, head, rows of cells).
 
-    One's own row stands first in each, with the metrics that the source has.
+    One's own row stands first in each, with the metrics that the source has; what a row does not have is "-". A note that
+    all rows of a source share stands in the heading, others in a column.
     """
     own = [row for row in rows if row.kind == OWN]
     sources: dict[tuple[str, str], list[Row]] = {}
@@ -84,50 +83,17 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[Row]]]:
         if row.kind != OWN:
             sources.setdefault((row.source, row.kind), []).append(row)
     out = []
-    for (source, kind), found in sources.items():
-        names = list(dict.fromkeys(key for row in found for key in row.metrics))
-        notes = {row.note for row in found}
-        heading = f"{source} ({kind})" + (f"; {found[0].note}" if len(notes) == 1 and found[0].note else "")
-        if len(notes) == 1:
-            found = [Row(row.method, row.metrics, row.source, row.kind) for row in found]
-        out.append((heading, names, own + found))
+    for (source, kind), theirs in sources.items():
+        names = list(dict.fromkeys(key for row in theirs for key in row.metrics))
+        noted = len({row.note for row in theirs}) > 1
+        heading = f"{source} ({kind})" + (f"; {theirs[0].note}" if theirs[0].note and not noted else "")
+        cells = [
+            [row.method, *(f"{row.metrics[name]:.2f}" if name in row.metrics else "-" for name in names)]
+            + ([row.note] if noted else [])
+            for row in own + theirs
+        ]
+        out.append((heading, ["method", *names, *(["note"] if noted else [])], cells))
     return out
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Markdown tables, one a source; what a row does not have is "-"."""
-    lines: list[str] = []
-    for heading, names, of_source in tables(rows):
-        noted = any(row.note for row in of_source)
-        lines += [escape_markdown(heading), ""]
-        lines += [_line(["method", *names, *(["note"] if noted else [])])]
-        lines += ["| --- |" + " ---: |" * len(names) + (" --- |" if noted else "")]
-        lines += [_line([row.method, *_figures(row, names), *([row.note] if noted else [])]) for row in of_source]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def as_html(rows: Sequence[Row]) -> str:
-    """The same as HTML tables without styles; one's own rows have the class `own`."""
-    parts = []
-    for heading, names, of_source in tables(rows):
-        noted = any(row.note for row in of_source)
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in ["method", *names, *(["note"] if noted else [])])
-        body = []
-        for row in of_source:
-            cells = [row.method, *_figures(row, names), *([row.note] if noted else [])]
-            mark = ' class="own"' if row.kind == OWN else ""
-            body.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-        parts.append(
-            f'<p>{html.escape(heading)}</p>\n<table class="published"><thead><tr>{head}</tr></thead><tbody>\n'
-            + "\n".join(body)
-            + "\n</tbody></table>\n"
-        )
-    return "".join(parts)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(escape_markdown(cell) for cell in cells) + " |"
 
 
 def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -136,7 +102,3 @@ def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         {"method": r.method, "metrics": dict(r.metrics), "source": r.source, "kind": r.kind, "note": r.note}
         for r in rows
     ]
-
-
-def _figures(row: Row, names: Sequence[str]) -> list[str]:
-    return [f"{row.metrics[name]:.2f}" if name in row.metrics else "-" for name in names]
