@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mmdit_lora.data.check.charts import by_powers, columns, rows, thumbnail
 from PIL import Image
 
 from mmdit_lora import Box, Layout
@@ -27,6 +26,7 @@ from mmdit_lora.data.buckets import make_buckets, one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
 from mmdit_lora.data.check.findings import Example
 from mmdit_lora.data.check.images import ImageFacts, look_at
+from mmdit_lora.data.check.page import by_powers, thumbnail
 from mmdit_lora.data.check.sizes import size_findings
 from mmdit_lora.data.check.texts import CLIP_TOKENS, estimate_tokens
 from mmdit_lora.data.formats import read_format
@@ -35,6 +35,7 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.outputs import MARKER
+from mmdit_lora.visual.charts import columns, heat, rows
 from tests.data_makers import annotation, dataset, make_image, voc
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -479,12 +480,17 @@ def test_charts_hold_every_count() -> None:
     assert by_powers([0.5, 0.51, 1.0, 0.0001])["50%"] == 1
     assert by_powers([0.5, 0.51, 1.0, 0.0001])["100%"] == 2
     assert by_powers([0.0001])["0.1%"] == 1
-    assert columns({"a<": 3, "b": 0}).count("<rect") == 2
-    assert "a&lt;: 3" in columns({"a<": 3, "b": 0})
-    many = rows({f"p{n}": n + 1 for n in range(20)})
-    assert many.count("<rect") == 12
-    assert "and 8 more" in many
-    assert columns({}) == rows({}) == ""
+    assert texts(columns({"a<$x$": 3, "b": 0, "c": 2}, "x")) == ["a&lt;$x$", "b", "c", "3", "2"]
+    many = texts(rows({f"p{n}": n + 101 for n in range(20)}, "x"))
+    assert many[:13] == [*(f"p{n}" for n in range(12)), "and 8 more"]
+    assert many[13:] == [str(n + 101) for n in range(12)]
+    assert columns({}, "x") == rows({}, "x") == heat([], "x") == ""
+    assert "data:image/png" in heat([(0.1, 0.2), (1.0, 1.0)], "x")
+    assert columns({"a": 1}, "x") == columns({"a": 1}, "x") != columns({"a": 1}, "y").replace("y", "x", 1)
+
+
+def texts(chart: str) -> list[str]:
+    return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", chart)]
 
 
 def test_an_out_that_is_a_file_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from markupsafe import escape
 from torch import Tensor
 
 from mmdit_lora.analysis.inspect_page import advice, page

@@ -16,9 +16,10 @@ from mmdit_lora.cli.evaluate import score_protocol, write_layouts
 from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.protocols import PROTOCOLS
-from mmdit_lora.evaluation.protocols.published import KINDS, as_html, beside, markdown, published
+from mmdit_lora.evaluation.protocols.published import KINDS, OWN, beside, published, tables
 from mmdit_lora.evaluation.protocols.runner import Found
 from mmdit_lora.layout import Box, Layout, read_layouts
+from mmdit_lora.visual.pages import render
 from tests.detector_makers import owlv2_folder
 from tests.format_makers import (
     coco_data,
@@ -394,7 +395,9 @@ def test_tables_put_one_s_own_first(tmp_path: Path) -> None:
     }
     file = write(tmp_path / "p.json", {"protocols": {"coco-mig": [row]}})
     rows = beside("coco-mig", {"sr": 0.1, "isr": 0.256, "isr_L2": 0.5}, path=file)
-    assert markdown(rows).splitlines() == [
+    shown: dict[str, Any] = {"title": "x", "facts": [], "notes": [], "own": OWN}
+    shown["tables"] = [("", *table) for table in tables(rows)]
+    assert render("report.md", **shown).splitlines()[2:] == [
         "p. 3 (secondary); &lt;x&gt;",
         "",
         "| method | isr | clip |",
@@ -402,11 +405,13 @@ def test_tables_put_one_s_own_first(tmp_path: Path) -> None:
         "| this run | 25.60 | - |",
         "| A \\| B | 50.00 | 25.50 |",
     ]
-    assert "<tr><td>A | B</td><td>50.00</td><td>25.50</td></tr>" in as_html(rows)
-    assert "<p>p. 3 (secondary); &lt;x&gt;</p>" in as_html(rows)
+    page = render("protocol.html", **shown)
+    assert "<tr><td>A | B</td><td>50.00</td><td>25.50</td></tr>" in page
+    assert "<p>p. 3 (secondary); &lt;x&gt;</p>" in page
 
     def beside_own(*published: dict[str, Any]) -> str:
-        return markdown(beside("coco-mig", {"isr": 0.256}, path=write(file, {"protocols": {"coco-mig": published}})))
+        rows = beside("coco-mig", {"isr": 0.256}, path=write(file, {"protocols": {"coco-mig": published}}))
+        return render("report.md", **shown | {"tables": [("", *table) for table in tables(rows)]})
 
     other = row | {"method": "C", "note": "another subset"}
     assert beside_own(row, other).splitlines()[-1] == "| C | 50.00 | 25.50 | another subset |", (

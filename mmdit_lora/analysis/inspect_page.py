@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from mmdit_lora.analysis.inspection import RANK_NAMES, SHARES, SUGGESTED_SHARE, Inspection, ModuleFigures, Similarity
 from mmdit_lora.errors import clip
@@ -28,7 +28,6 @@ def page(inspection: Inspection) -> str:
         "inspect.html",
         title="/".join(Path(inspection.adapter).resolve().parts[-2:]),
         verdict=advice(inspection),
-        state="",
         inspection=inspection,
         figures=(
             (", ".join(map(str, sorted({module.rank for module in modules}))), "rank as stored"),
@@ -216,6 +215,12 @@ def _row_names(axes: Any, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def _log_ticks(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
 _ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "columnspacing": 1.0}
 
 
@@ -229,8 +234,7 @@ def _spectra(modules: Sequence[ModuleFigures]) -> str:
                 places = np.arange(1, len(values) + 1)
                 axes.plot(places, values / values[0], color=colors[_kind(module.name)], alpha=0.7, lw=1.1)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:.1g}" if axes.get_ylim()[0] > 0.05 else "")
+        _log_ticks(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="singular value number", ylabel="share of the largest")
         _legend(axes, colors)
@@ -298,8 +302,7 @@ def _amplification(modules: Sequence[ModuleFigures]) -> str:
             left.scatter([getattr(m, field) for m in modules], rows, label=label, zorder=2, **style)
         if any(module.directions for module in modules):
             left.set_xscale("log")
-            left.xaxis.set_major_formatter("{x:g}")
-            left.xaxis.set_minor_formatter("")
+            _log_ticks(left.xaxis)
         left.set_xlabel("Frobenius norm of W, projected on k directions")
         _row_names(left, [module.name for module in modules])
         left.legend(**_ABOVE, handletextpad=0.2)

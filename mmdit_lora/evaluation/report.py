@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from mmdit_lora.errors import clip
 from mmdit_lora.evaluation.evaluate import ADAPTERS, SIDES, Evaluation
@@ -141,9 +142,9 @@ def _table(report: Mapping[str, Any], *, with_intervals: bool = False) -> tuple[
     rows = []
     for side in _sides(report):
         ends = report[side].get("intervals", {}) if with_intervals else {}
-        cells = (f"{_cell(report[side], name)} {interval(ends.get(name))}".rstrip() for name in names)
+        cells = (Markup(f"{_cell(report[side], name)} {interval(ends.get(name))}".rstrip()) for name in names)
         rows.append([_words(side), *cells])
-    return ["", *names], rows
+    return ["", *map(_words, names)], rows
 
 
 def _cell(figures: Mapping[str, Any], name: str) -> str:
@@ -171,7 +172,9 @@ def _divisions(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[st
 
 
 def _size(group: Mapping[str, Any]) -> str:
-    count, one, many = (group["layouts"], "layout", "layouts") if "layouts" in group else (group["boxes"], "box", "boxes")
+    count, one, many = (
+        (group["layouts"], "layout", "layouts") if "layouts" in group else (group["boxes"], "box", "boxes")
+    )
     return f"{count} {one if count == 1 else many}"
 
 

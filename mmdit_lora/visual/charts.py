@@ -95,6 +95,7 @@ def columns(counts: Mapping[str, int], name: str) -> Markup:
         axes.set_xticks(range(0, len(counts), every), list(counts)[::every])
         axes.tick_params(length=0)
         axes.set_yticks([])
+        axes.grid(visible=False)
         axes.spines["left"].set_visible(False)
         return to_svg(drawn, name)
 
@@ -113,6 +114,7 @@ def rows(counts: Mapping[str, int], name: str, *, limit: int = 12) -> Markup:
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.tick_params(length=0)
         axes.set_xticks([])
+        axes.grid(visible=False)
         axes.margins(x=0.15)
         axes.spines[:].set_visible(False)
         return to_svg(drawn, name)

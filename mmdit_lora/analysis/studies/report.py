@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from mmdit_lora.visual.pages import render
 
 
@@ -70,7 +72,7 @@ def _mean(interval: Mapping[str, float] | None) -> str:
 
 
 def _interval(interval: Mapping[str, float] | None) -> str:
-    return "" if interval is None else "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**interval)
+    return Markup("" if interval is None else "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**interval))
 
 
 def _value(value: Any) -> str:
@@ -78,7 +80,7 @@ def _value(value: Any) -> str:
         return "not reached or not measured"
     if isinstance(value, Mapping):
         if value.keys() == {"mean", "low", "high"}:
-            return f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]"
+            return Markup(f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]")
         return "; ".join(f"{name} {_value(inner)}" for name, inner in value.items())
     return _number(value) if isinstance(value, float | int) else str(value)
 
