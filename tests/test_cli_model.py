@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli.main import main
-from mmdit_lora.cli.models import given_layouts
+from mmdit_lora.cli.sample import given_layouts
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from tests.test_layout_stream_method import stock_flux
 

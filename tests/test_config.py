@@ -12,7 +12,6 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 
-from mmdit_lora.config import loading as config_version
 from mmdit_lora.config.loading import SECTIONS, Config, load_config
 from mmdit_lora.config.schema import bounds, limits_text, nested
 from mmdit_lora.errors import InputError
@@ -267,33 +266,3 @@ def test_a_version_that_is_none_or_to_come_is_refused(tmp_path: Path, version: s
         load_config(write(tmp_path, f"version: {version}\n{REQUIRED}"))
     assert caught.value.location == str(tmp_path / "config.yaml")
     assert ("newer" in str(caught.value)) == (version == "999")
-
-
-def test_a_config_of_an_earlier_version_is_brought_up_step_by_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def from_1(data: dict[str, Any]) -> list[str]:
-        if "iterations" not in data:
-            return []
-        data["loop"] = {"steps": data.pop("iterations")}
-        return ["iterations is loop.steps now"]
-
-    def from_2(data: dict[str, Any]) -> list[str]:
-        if "loop" not in data:
-            return []
-        data.setdefault("train", {})["max_steps"] = data.pop("loop")["steps"]
-        return ["loop.steps is train.max_steps now"]
-
-    monkeypatch.setattr(config_version, "VERSION", 3)
-    monkeypatch.setattr(config_version, "MIGRATIONS", {1: from_1, 2: from_2})
-    old = load_config(write(tmp_path, f"{REQUIRED}iterations: 7\n"))
-    assert (old.train.max_steps, old.version) == (7, 3)
-    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "iterations is loop.steps now",
-        "loop.steps is train.max_steps now",
-    ]
-    caplog.clear()
-    assert load_config(write(tmp_path, f"version: 3\n{REQUIRED}")).train.max_steps == 1000
-    assert not caplog.records
-    with pytest.raises(InputError, match="iterations"):  # no longer a key of version 3
-        load_config(write(tmp_path, f"version: 3\n{REQUIRED}iterations: 7\n"))

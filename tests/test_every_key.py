@@ -159,7 +159,7 @@ ROWS: dict[str, Row] = {
 
 # Keys for which nothing of a run can differ, and why.
 NOTHING = {
-    "version": "of the file's form: `migrate` acts on it before a run is read (tests/test_config.py)",
+    "version": "of the file's format: checked before a run is read (tests/test_config.py)",
     "data.workers": "threads that read ahead what is read anyway; the draws do not know of them (tests/test_read_ahead.py)",
     "train.gradient_checkpointing": "the same computation, made twice to keep less: seen on the model below",
     "train.attention_backend": "the same attention by another kernel: seen on the model below",

@@ -59,20 +59,17 @@ class Option(NamedTuple):
         return " ".join((*self.path, self.name))
 
 
-def _parameters(group: typer.Typer, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+def _parameters(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """Path of the verb, name of the parameter, its annotation."""
-    for command in group.registered_commands:
-        assert command.callback is not None
-        verb = command.name or command.callback.__name__.replace("_", "-")
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _parameters(below, (*path, name))
+    if path and not hasattr(command, "commands"):
         for name, parameter in inspect.signature(command.callback, eval_str=True).parameters.items():
-            yield (*path, verb), name, parameter.annotation
-    for below in group.registered_groups:
-        assert below.typer_instance is not None
-        yield from _parameters(below.typer_instance, (*path, str(below.name)))
+            yield path, name, parameter.annotation
 
 
 def _numbers_of_the_command_line() -> Iterator[Option]:
-    for path, name, annotation in _parameters(app):
+    for path, name, annotation in _parameters(typer.main.get_command(app)):
         if not re.search(
             r"\b(int|float)\b", str(get_args(annotation)[0] if "Annotated" in str(annotation) else annotation)
         ):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mmdit_lora.cli.main import VERBS, _commands_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mmdit_lora"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -141,6 +143,12 @@ def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("LOADED []"), done.stdout
+
+
+def test_the_table_of_verbs_lists_what_their_modules_add() -> None:
+    added = {verb: module for module, _ in VERBS.values() for verb in _commands_of(module)}
+    assert added == {verb: module for verb, (module, _) in VERBS.items()}
+    assert all(line.endswith(".") and len(line) <= 80 for _, line in VERBS.values())
 
 
 def test_every_listed_fault_can_still_be_put_in() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from mmdit_lora import Box, Layout
 from mmdit_lora.boxes import READINGS, Boxed, Reading, evidence
 from mmdit_lora.cli.main import main
-from mmdit_lora.cli.models import given_layouts
+from mmdit_lora.cli.sample import given_layouts
 from mmdit_lora.config.loading import load_config
 from mmdit_lora.data.formats import read_format
 from mmdit_lora.data.images import image_size, load_image

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdit_lora.cli.models import (
+from mmdit_lora.cli.options import (
     AdapterArgument,
     AdapterOption,
     BaseOption,
@@ -17,6 +17,7 @@ from mmdit_lora.cli.models import (
     CountOption,
     DtypeOption,
     GuidanceOption,
+    JsonFlag,
     OwnBase,
     ScaleOption,
     SeedOption,
@@ -24,14 +25,16 @@ from mmdit_lora.cli.models import (
     StepsOption,
     WindowOption,
     adapter_is_there,
+    number,
+)
+from mmdit_lora.cli.output import ProgressLines, emit, say
+from mmdit_lora.cli.sample import (
     layouts_of,
     open_with_adapters,
     sampling_config,
     sampling_inputs,
     torch_dtype,
 )
-from mmdit_lora.cli.options import JsonFlag, number
-from mmdit_lora.cli.output import emit, say
 from mmdit_lora.config.ranges import Range
 from mmdit_lora.errors import InputError
 from mmdit_lora.outputs import check_new_folder, new_folder
@@ -117,7 +120,6 @@ def resize(
     import torch
 
     from mmdit_lora.analysis.resize import resize_adapter
-    from mmdit_lora.cli.output import ProgressLines
     from mmdit_lora.pipelines import SamplingConfig
 
     with ProgressLines() as tell:
@@ -168,7 +170,6 @@ def attribute(
     settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.analysis.attribute import attribute as run
     from mmdit_lora.analysis.attribute import sheet
-    from mmdit_lora.cli.output import ProgressLines
     from mmdit_lora.files import write_json
     from mmdit_lora.visual.draw import phrase_colors, save_png
 

@@ -8,26 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_lora.cli.models import (
+from mmdit_lora.cli.options import (
     AdapterOption,
     BatchOption,
     CountOption,
     DtypeOption,
     GuidanceOption,
+    JsonFlag,
     ScaleOption,
     SeedOption,
     SizeOption,
     StepsOption,
     WindowOption,
-    adapter_weights,
     base_is_there,
-    fidelity_table,
+    folder_and_weight,
+    number,
+)
+from mmdit_lora.cli.output import ProgressLines, emit, fidelity_table, say
+from mmdit_lora.cli.sample import (
+    adapter_weights,
     open_with_adapters,
     sampling_config,
     sampling_inputs,
 )
-from mmdit_lora.cli.options import JsonFlag, number
-from mmdit_lora.cli.output import emit, say
 from mmdit_lora.config.ranges import Range
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text, write_json, write_text
@@ -132,7 +135,6 @@ def evaluate(
 
         records = list(open_dataset(data)[:count])
         settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
-        from mmdit_lora.cli.output import ProgressLines
         from mmdit_lora.evaluation.detectors import open_detector
         from mmdit_lora.evaluation.evaluate import ADAPTERS
         from mmdit_lora.evaluation.evaluate import evaluate as run
@@ -213,7 +215,6 @@ def _published(
             count = write_layouts(protocol, annotations, out / "layouts.jsonl")
         say(f"wrote {count} layouts to {out / 'layouts.jsonl'}; paint them by `sample --layout`, then give --images")
         return
-    from mmdit_lora.cli.output import ProgressLines
     from mmdit_lora.evaluation.detectors import open_detector, open_judge
     from mmdit_lora.evaluation.protocols import find_protocol
 
@@ -272,7 +273,6 @@ def _digest(adapter: str) -> str:
     """SHA-256 of an adapter's weights."""
     import hashlib
 
-    from mmdit_lora.cli.models import folder_and_weight
     from mmdit_lora.lora import adapter_file
 
     return hashlib.sha256(adapter_file(folder_and_weight(adapter)[0]).read_bytes()).hexdigest()

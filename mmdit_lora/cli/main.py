@@ -1,39 +1,85 @@
 """`mmdit-lora VERB`: one place where exceptions become exit codes.
 
-Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 anything else; 130 interrupted. Commands import
-what is heavy inside themselves, so that `--help` and `--version` answer at once.
+Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 anything else; 130 interrupted. A verb's module is
+imported when the verb is called, and what loads torch after the verb's options were checked: `--help` answers at once, and
+wrong input is refused at once.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
+import importlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mmdit_lora import __version__
-from mmdit_lora.cli import analysis as cli_analysis
-from mmdit_lora.cli import data as cli_data
-from mmdit_lora.cli import evaluate as cli_evaluate
-from mmdit_lora.cli import import_weights as cli_import
-from mmdit_lora.cli import models as cli_model
-from mmdit_lora.cli import plan as cli_plan
-from mmdit_lora.cli import study as cli_study
-from mmdit_lora.cli import verify_resume as cli_verify_resume
 from mmdit_lora.errors import InputError, Stopped, clip
 from mmdit_lora.files import NO_SPACE
 
 # ClickException, which Typer brings under different modules from version to version: BadParameter -> UsageError -> it.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
+# Verb or group of verbs -> the module of this folder whose `register` adds it, and its line in `--help`.
+VERBS = {
+    "quickstart": ("train", "Train an adapter on the embedded base, show before and after, export it."),
+    "init": ("data", "Print a commented config for your own data set."),
+    "data": ("data", "Make, convert, check, split, show and cache data sets."),
+    "train": ("train", "Train an adapter, the layout stream, or everything."),
+    "verify-resume": ("train", "Test on your config that a resumed run equals the undisturbed one."),
+    "sample": ("sample", "Sample images of layouts, with and without adapters."),
+    "evaluate": ("evaluate", "Measure how well layouts are obeyed, without and with the adapter."),
+    "export": ("export", "Write an adapter for other tools, read it back and compare."),
+    "verify": ("export", "Check that an adapter is complete, fits its base and has an effect."),
+    "import": ("export", "Bring in the weights of other projects."),
+    "inspect": ("analysis", "Show what an adapter changes, linear by linear."),
+    "resize": ("analysis", "Write an adapter at a smaller rank."),
+    "attribute": ("analysis", "Show which box moved which part of an image."),
+    "plan": ("plan", "Compute what a training run needs: parameters, memory, FLOPs."),
+    "study": ("study", "Run a study of many short trainings: ranks, budgets, methods."),
+}
+
+
+class _Verbs(Mapping[str, Any]):
+    """The commands by name. A module of this folder is imported when one of its verbs is asked for."""
+
+    def __getitem__(self, verb: str) -> Any:
+        return _commands_of(VERBS[verb][0])[verb]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(VERBS)
+
+    def __len__(self) -> int:
+        return len(VERBS)
+
+
+@functools.cache
+def _commands_of(module: str) -> dict[str, Any]:
+    group = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    importlib.import_module(f"mmdit_lora.cli.{module}").register(group)
+    return typer.main.get_group(group).commands  # type: ignore[return-value]
+
+
+class _LazyGroup(typer.core.TyperGroup):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = _Verbs()  # type: ignore[assignment]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
 app = typer.Typer(
     name="mmdit-lora",
+    cls=_LazyGroup,
     help="Layout LoRA adapters for MM-DiT diffusion models.",
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -58,16 +104,6 @@ def _options(
     del version, debug  # the one acts in its callback, the other is taken out by `main`
     if context.invoked_subcommand is None:
         print(context.get_help())
-
-
-cli_analysis.register(app)
-cli_data.register(app)
-cli_import.register(app)
-cli_model.register(app)
-cli_evaluate.register(app)
-cli_plan.register(app)
-cli_study.register(app)
-cli_verify_resume.register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

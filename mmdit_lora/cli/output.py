@@ -31,6 +31,7 @@ _SHOWN = {
     "learning_rate": "lr {:.1e}",
     "grad_norm": "|g| {:.3g}",
 }
+_FIGURES = ("miou", "iou50", "color_acc", "shape_acc", "ap", "relations", "clip_box")
 _RECENT = 20  # intervals that the time of a step is taken from
 
 
@@ -197,8 +198,6 @@ def clock(seconds: float) -> str:
 
 def say(message: str) -> None:
     """A line for people, or several, on stderr: stdout is for what was asked for. Each is clipped: it may echo what a file holds."""
-    from rich.console import Console
-
     lines = "\n".join(clip(line, 1000) for line in message.split("\n"))
     with suppress(OSError):  # work is not to end because nobody can be told
         Console(stderr=True, soft_wrap=True).print(lines, markup=False, highlight=False, emoji=False)
@@ -210,3 +209,14 @@ def emit(data: Mapping[str, Any]) -> None:
     if (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8"):
         text = json.dumps(data)
     sys.stdout.write(text + "\n")
+
+
+def fidelity_table(report: dict[str, Any], title: str) -> str:
+    """The chief figures of the sides that `report` has, as lines for a terminal."""
+    sides = [key for key, side in report.items() if isinstance(side, dict) and "miou" in side]
+    names = [name for name in _FIGURES if any(name in report[side] for side in sides)]
+    rows = [f"{title:<40}" + "".join(f"{name:>11}" for name in names)]
+    for side in sides:
+        cells = (f"{report[side][name]:>11.3f}" if name in report[side] else f"{'-':>11}" for name in names)
+        rows.append(f"  {side.replace('_', ' '):<38}" + "".join(cells))
+    return "\n".join(rows)

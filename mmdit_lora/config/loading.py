@@ -3,17 +3,18 @@
 Scalars follow YAML 1.2's core schema: in PyYAML's YAML 1.1, `1e-4` is a string, `no` is False, `010` is 8 and `1:30` is 90,
 and each of them is a trap in a config (`mixed_precision: no`). Tags and repeated keys are errors; every key keeps its line.
 
-A file may say `version: N`; without it the version is 1. A change that an old file would not survive gets a step in
-`MIGRATIONS`, and `VERSION` goes up. New keys with defaults need none.
+ruamel.yaml would not replace this: its YAML 1.2 reads `2026-01-31` as a date (and 2026-13-45 is a ValueError without a line) and
+`+.5e3` as a string, accepts `!!binary` and `!!timestamp`, and has no limit for aliases that multiply.
+
+A file may say `version: N`; without it the version is 1.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -39,30 +40,37 @@ from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.files import read_text
 from mmdit_lora.resources import here_or_packaged
 
-_MOST_NODES = 10_000_000
+_MOST_NODES = 10_000_000  # that a document stands for, where every alias is written out
 Lines = dict[tuple[Any, ...], int]
-
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 _CORE = (
-    ("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")),
-    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
-    ("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"]),
+    ("null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", re.compile(r"^<<$"), ["<"]),
 )
 
 
 class _Loader(yaml.SafeLoader):
+    """The core schema alone: no bytes, dates, sets or pairs, and no tag that asks for one."""
+
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]  # not those of SafeLoader
 
-    def construct_yaml_int(self, node: Any) -> int:
-        return int(self.construct_scalar(node))  # SafeLoader's would read 010 as octal
 
-    def construct_yaml_float(self, node: Any) -> float:
-        text = self.construct_scalar(node).lower()
-        return float(
-            text.replace(".inf", "inf").replace(".nan", "nan") if text.lstrip("+-") in (".inf", ".nan") else text
-        )
+_constructors: dict[Any, Any] = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "str", "seq", "map")
+}
+# SafeLoader's own read 010 as octal, and 1:30.5 as a number.
+_constructors["tag:yaml.org,2002:int"] = lambda loader, node: int(loader.construct_scalar(node))
+_constructors["tag:yaml.org,2002:float"] = lambda loader, node: float(
+    re.sub(r"\.(inf|nan)", r"\1", loader.construct_scalar(node).lower())
+)
+_Loader.yaml_constructors = _constructors
+for _name, _pattern, _first in _CORE:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -72,73 +80,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-# A config has no bytes, dates, sets or pairs: SafeLoader's constructors of these, asked for by a tag, are left out.
-_Loader.yaml_constructors = {
-    tag: constructor
-    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "str", "seq", "map")
-}
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
-for _tag, _pattern, _first in _CORE:
-    _Loader.add_implicit_resolver(_tag, _pattern, _first)
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 )
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str, *, location: str, numbered: bool = True) -> tuple[Any, Lines]:
-    """The value of `text`, and the line (from 1) of every key of its mappings, by its path of keys.
-
-    Args:
-        location: the text's name in errors. numbered: whether a line number follows it (a file) or not (an argument).
-
-    Raises:
-        InputError: no YAML, a tag (`!!python/object` and its kin), a key twice; with the line.
-    """
-    lines: Lines = {}
-
-    def visit(node: yaml.Node) -> None:
-        _visit(node, (), lines, location, numbered, seen=set())
-
-    return construct(lambda: _Loader(text), location=location, numbered=numbered, visit=visit), lines
-
-
-def construct(
-    make: Callable[[], Any], *, location: str, numbered: bool = True, visit: Callable[[yaml.Node], None] | None = None
-) -> Any:
-    """The value of the document of a PyYAML loader.
-
-    Args:
-        make: makes the loader. where, numbered: as of `parse_yaml`. visit: looks at the nodes before anything is made of them.
-
-    Raises:
-        InputError: no YAML, or its aliases stand for more than `_MOST_NODES`; with the line.
-    """
-    try:
-        loader = make()
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if visit is not None:
-            visit(node)
-        _refuse_bomb(node, {}, location, numbered)
-        return loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{location}:{mark.line + 1}" if numbered and mark is not None else location
-        if isinstance(error, yaml.constructor.ConstructorError) and "tag" in str(error.problem):
-            raise InputError(
-                f"holds a YAML tag ({error.problem})",
-                location=place,
-                hint="write plain values: no objects are made of tags",
-            ) from None
-        raise InputError(f"is not YAML: {error.problem or error.context}", location=place) from None
-    except yaml.YAMLError as error:
-        raise InputError(f"is not YAML: {error}", location=location) from None
-    except (RecursionError, ValueError, KeyError) as error:  # KeyError: `!!bool x`
-        raise InputError(f"is not YAML that can be read: {error}", location=location) from None
 
 
 def dump_yaml(data: Any) -> str:
@@ -146,88 +91,68 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
 
 
-def _refuse_bomb(node: yaml.Node, sizes: dict[int, float], location: str, numbered: bool) -> float:
-    """How many values a node stands for where every alias is written out; `InputError` for too many, or for a node in itself.
+def parse_yaml(
+    text: str, *, location: str, numbered: bool = True, unique: bool = True, loader: Any = _Loader
+) -> tuple[Any, Lines]:
+    """The value of `text`, and the line (from 1) of every key of its mappings, by its path of keys.
 
     Args:
-        sizes: of the nodes that were counted, by id.
+        location: the text's name in errors. numbered: whether a line number follows it (a file) or not (an argument).
+        unique: refuse a key that stands twice in one mapping.
+        loader: a class of PyYAML's, for others' files; by default YAML 1.2's core schema.
+
+    Raises:
+        InputError: the text is not YAML; it holds a tag (`!!python/object` and its kin); its aliases stand for more than
+            `_MOST_NODES` values; with the line.
     """
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf  # until it is counted: in itself
-        parts: list[yaml.Node] = []
-        if isinstance(node, yaml.SequenceNode):
-            parts = node.value
-        elif isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(_refuse_bomb(part, sizes, location, numbered) for part in parts)
-    if sizes[id(node)] > _MOST_NODES:
-        raise InputError(
-            f"its aliases (*name) stand for more than {_MOST_NODES:,} values",
-            location=f"{location}:{node.start_mark.line + 1}" if numbered else location,
-            hint="write the values out",
-        )
-    return sizes[id(node)]
+    lines: Lines = {}
+    sizes: dict[int, float] = {}  # id of a node -> how many values it stands for
 
+    def at(mark: Any) -> str:
+        return f"{location}:{mark.line + 1}" if numbered and mark is not None else location
 
-def _visit(
-    node: yaml.Node, keys: tuple[Any, ...], lines: Lines, location: str, numbered: bool, *, seen: set[int]
-) -> None:
-    """Note the line of each key, refuse a key twice. `seen` ends the loop of an alias inside its own anchor."""
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _visit(item, (*keys, None), lines, location, numbered, seen=seen)
-    elif isinstance(node, yaml.MappingNode):
-        here: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in here and name != "<<":
-                raise InputError(
-                    f"the key {name!r} stands twice (first in line {here[name]})",
-                    location=f"{location}:{line}" if numbered else location,
-                    hint="keep one of them",
-                )
-            here[name] = line
-            lines[(*keys, name)] = line
-            _visit(value, (*keys, name), lines, location, numbered, seen=seen)
+    def walk(node: yaml.Node, keys: tuple[Any, ...]) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # until it is counted: a node that holds itself
+            size = 1.0
+            if isinstance(node, yaml.SequenceNode):
+                size += sum(walk(item, (*keys, None)) for item in node.value)
+            elif isinstance(node, yaml.MappingNode):
+                here: dict[str, int] = {}
+                for key, value in node.value:
+                    size += walk(key, keys)
+                    name, line = key.value if isinstance(key, yaml.ScalarNode) else "?", key.start_mark.line + 1
+                    if unique and name in here and name != "<<":
+                        what = f"the key {name!r} stands twice (first in line {here[name]})"
+                        raise InputError(what, location=at(key.start_mark), hint="keep one of them")
+                    here[name] = lines[(*keys, name)] = line
+                    size += walk(value, (*keys, name))
+            sizes[id(node)] = size
+        if sizes[id(node)] > _MOST_NODES:
+            what = f"its aliases (*name) stand for more than {_MOST_NODES:,} values"
+            raise InputError(what, location=at(node.start_mark), hint="write the values out")
+        return sizes[id(node)]
+
+    try:
+        reader = loader(text)
+        node = reader.get_single_node()
+        if node is None:
+            return None, lines
+        walk(node, ())
+        return reader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        place = at(error.problem_mark or error.context_mark)
+        if isinstance(error, yaml.constructor.ConstructorError) and "tag" in str(error.problem):
+            hint = "write plain values: no objects are made of tags"
+            raise InputError(f"holds a YAML tag ({error.problem})", location=place, hint=hint) from None
+        raise InputError(f"is not YAML: {error.problem or error.context}", location=place) from None
+    except InputError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError) as error:  # KeyError: `!!bool x`
+        raise InputError(f"is not YAML that can be read: {error}", location=location) from None
 
 
 VERSION = 1
-
-# version -> what makes the next one of it: changes the mapping in place and returns a line on each thing that it moved.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], list[str]]] = {}
-
-
-def migrate(data: dict[str, Any], *, location: str) -> tuple[dict[str, Any], list[str]]:
-    """A config as this version has it, and what was changed for that, in lines for people.
-
-    Args:
-        data: as the file has it; not changed.
-        location: the file, for messages.
-
-    Raises:
-        InputError: the version is none, or a later one than this.
-    """
-    version = data.get("version", 1)
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise InputError(
-            f"version is {shown(version)}", location=location, hint=f"leave it out, or give 1 to {VERSION}"
-        )
-    if version > VERSION:
-        raise InputError(
-            f"is of version {version}, and this mmdit-lora knows configs up to {VERSION}",
-            location=location,
-            hint="install a newer mmdit-lora, or write a new config with `mmdit-lora init`",
-        )
-    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
-    lines = [line for step in range(version, VERSION) for line in MIGRATIONS[step](data)]
-    return {**data, "version": VERSION}, lines
-
-
-log = logging.getLogger(__name__)
-
 _MOST_BYTES = 2**20  # of a config file
 _STUDY_METHODS = ("ia3", "subspace")  # earlier versions offered them
 
@@ -247,9 +172,7 @@ class Config(Section):
         ValidationError (pydantic, a ValueError): from Python; `load_config` raises `InputError` instead.
     """
 
-    version: int = Field(
-        default=VERSION, description="of the config's form; `train` reads earlier ones too", ge=1, le=1000
-    )
+    version: int = Field(default=VERSION, description="of the config's format", ge=1, le=1000)
     base: str = Field(description="what is adapted: a diffusers pipeline folder or a hub id", min_length=1)
     method: Literal["lora", "layout_stream", "full"] = Field(
         default="lora",
@@ -298,7 +221,7 @@ class Config(Section):
                 location="lora.start",
                 hint="set it to null, or train with method lora",
             )
-        if data.validation is not None and _same_path(data.path, data.validation):
+        if data.validation is not None and os.path.realpath(data.path) == os.path.realpath(data.validation):
             raise InputError(
                 f"is the training folder itself ({data.validation})",
                 location="data.validation",
@@ -320,16 +243,7 @@ class Config(Section):
         return dump_yaml(self.model_dump(mode="json"))
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "data": DataSection,
-    "lora": LoraSection,
-    "stream": StreamSection,
-    "flow": FlowSection,
-    "train": TrainSection,
-    "prior": PriorSection,
-    "tracking": TrackingSection,
-    "sample": SampleSection,
-}
+SECTIONS = {name: section for name in Config.model_fields if (section := nested(Config, (name,)))}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -345,13 +259,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data, lines = parse_yaml(text, location=str(path))
     if not isinstance(data, dict):
         raise InputError(
-            f"holds {_kind(data)}, not `key: value` lines", location=str(path), hint="base and data are required"
+            f"holds {'nothing' if data is None else type(data).__name__}, not `key: value` lines",
+            location=str(path),
+            hint="base and data are required",
         )
     places = {keys: f"{path}:{line}" for keys, line in lines.items()}
     data = {key: _section_as_mapping(key, value) for key, value in data.items()}
-    data, moved = migrate(data, location=str(path))
-    for line in moved:
-        log.warning("%s: %s", path, line)
+    version = data.get("version", VERSION)
+    if version != VERSION or type(version) is not int:
+        what = f"version is {shown(version)}, and this mmdit-lora knows configs up to {VERSION}"
+        later = "install a newer mmdit-lora, or write a new config with `mmdit-lora init`"
+        is_later = type(version) is int and version > VERSION
+        raise InputError(what, location=str(path), hint=later if is_later else "leave it out")
     for override in overrides:
         _apply_override(data, places, override)
     if data.get("method") in _STUDY_METHODS:
@@ -361,7 +280,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             hint="give lora, layout_stream or full; `mmdit-lora study methods` and `study intrinsic` compare with it",
         )
     data.pop("subspace", None)  # configs that earlier versions wrote hold its defaults
-    _refuse_unknown_keys(data, places, str(path))
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -372,7 +290,9 @@ def _section_as_mapping(key: Any, value: Any) -> Any:
     """`data: folder` is short for its path, and a section with every line commented out is one of defaults."""
     if key == "data" and isinstance(value, str):
         return {"path": value}
-    return {} if value is None and key in SECTIONS else value
+    if key in SECTIONS and (value is None or isinstance(value, dict)):
+        return dict(value or {})  # overrides change it, and not what an alias shares with it
+    return value
 
 
 def _apply_override(data: dict[str, Any], places: dict[tuple[Any, ...], str], override: str) -> None:
@@ -394,23 +314,12 @@ def _apply_override(data: dict[str, Any], places: dict[tuple[Any, ...], str], ov
         if not isinstance(place, dict):
             name = ".".join(keys[: depth + 1])
             raise InputError(
-                f"{name} is {_kind(place)}", location=_place(keys, places, location), hint=f"write keys below {name}"
+                f"{name} is {type(place).__name__}",
+                location=_place(keys, places, location),
+                hint=f"write keys below {name}",
             )
     place[keys[-1]] = _section_as_mapping(keys[0], value) if len(keys) == 1 else value
     places[keys] = location
-
-
-def _refuse_unknown_keys(
-    data: Mapping[Any, Any], places: Mapping[tuple[Any, ...], str], file: str, section: tuple[str, ...] = ()
-) -> None:
-    """Before pydantic does: its message does not know the nearest key."""
-    known = nested(Config, section)
-    assert known is not None
-    for key, value in data.items():
-        if key not in known.model_fields:
-            raise _unknown(key, section, _place((*section, str(key)), places, file))
-        if isinstance(value, Mapping) and nested(Config, (*section, key)):
-            _refuse_unknown_keys(value, places, file, (*section, key))
 
 
 def _unknown(key: Any, section: tuple[str, ...], location: str) -> InputError:
@@ -426,8 +335,13 @@ def _unknown(key: Any, section: tuple[str, ...], location: str) -> InputError:
 
 
 def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str], file: str) -> InputError:
-    """The first thing that pydantic found, with its place in the file or the override, and the field's meaning as cure."""
-    first = error.errors()[0]
+    """The first error that pydantic reports, with its place in the file or the override, and the field's meaning as hint."""
+    errors = error.errors()
+    for unknown in errors:  # before all others
+        if unknown["type"] in ("extra_forbidden", "invalid_key"):
+            *section, key = map(str, unknown["loc"])
+            return _unknown(key, tuple(section), _place((*section, key), places, file))
+    first = errors[0]
     own = first.get("ctx", {}).get("error")
     if isinstance(own, InputError):
         keys = tuple((own.location or "").split("."))
@@ -459,11 +373,3 @@ def _meaning(keys: tuple[str, ...]) -> str | None:
         return None
     limits = bounds(field)
     return f"give {'.'.join(keys)}: {field.description}" + (f"; {limits_text(limits)}" if limits else "")
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _same_path(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)

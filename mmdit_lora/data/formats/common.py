@@ -20,7 +20,7 @@ from PIL import Image
 from mmdit_lora import files
 from mmdit_lora.boxes import EDGE_RULE, Four, corners, full_size, overshoot, within_edge
 from mmdit_lora.boxes import clip as clip_box
-from mmdit_lora.config.loading import construct
+from mmdit_lora.config.loading import parse_yaml
 from mmdit_lora.data.images import image_size, load_image, opened
 from mmdit_lora.data.records import Item
 from mmdit_lora.data.warnings import Warnings
@@ -316,7 +316,8 @@ def read_text(path: Path, *, limit: int = _TEXT_LIMIT) -> str:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file of at most 64 MiB. Raises `InputError` with file and line."""
     text = read_text(path, limit=64 * 2**20)
-    return construct(lambda: getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text), location=str(path))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return parse_yaml(text, location=str(path), unique=False, loader=loader)[0]
 
 
 def require_folder(src: Path, hint: str) -> None:
