@@ -43,7 +43,7 @@ from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, SamplingConfig, generate, load_pipeline, quiet
 from mmdit_lora.training.checkpoint import OptimizerState, load_optimizer
 from mmdit_lora.training.step import Batch, flow_matching_loss
-from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
+from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TEXT_WIDTH, TEXT_TOKENS = 64, 32

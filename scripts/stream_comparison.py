@@ -32,7 +32,7 @@ from mmdit_lora.models import LayoutModelMixin
 from mmdit_lora.pipelines import SamplingConfig, load_pipeline
 from mmdit_lora.training.step import flow_matching_loss
 from mmdit_lora.training.trainer import prepare_run, train
-from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
+from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
 ATTENTIONS = ("siamese", "cross")
 # domain, images, seed

@@ -10,26 +10,25 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mmdit_lora import Box, Layout
-from mmdit_lora.visual.canvas import Entry, blank, fit, largest_text, legend, paragraph, shorten, text_width, wrap
-from mmdit_lora.visual.draw import (
+from mmdit_lora.visual.compose import INK, Entry, blank, fit, largest_text, legend, paragraph, shorten, text_width, wrap
+from mmdit_lora.visual.drawing import (
     GREY,
-    INK,
     MAX_ENTRIES,
     MAX_LABELS,
     MORE_COLORS,
     OTHERS,
     PALETTE,
-    _band,
     _common,
-    _kinds,
     _place_tags,
     _to_pixels,
     before_after,
     box_color,
     contact_sheet,
     draw_boxes,
+    legend_by_phrase,
     phrase_colors,
     save_png,
+    score_row,
 )
 
 BLACK = (0, 0, 0)
@@ -155,20 +154,20 @@ def test_repeated_phrases_share_a_color_and_a_line_of_the_legend() -> None:
     assert len({plain.getpixel(_to_pixels(box.xyxy, (384, 384))[:2]) for box in layout.boxes}) == len(PALETTE)
 
 
-def test_kinds() -> None:
+def testlegend_by_phrase() -> None:
     red = PALETTE[0]
-    assert _kinds(CELLS)["a red blood cell"] == Entry(red, "a red blood cell", tail="x14")
-    assert list(_kinds(CELLS)) == ["a red blood cell", "a platelet", "a white blood cell"]
-    assert _kinds(["a"] * MAX_LABELS) == {}  # so few have room for tags
-    assert _kinds(["a"] * (MAX_LABELS + 1)) == {"a": Entry(red, "a", tail="x7")}
-    assert _kinds([f"kind {number % 7}" for number in range(10)]) == {}  # hardly any repeat
-    assert len(_kinds([f"kind {number % 6}" for number in range(9)])) == 6
+    assert legend_by_phrase(CELLS)["a red blood cell"] == Entry(red, "a red blood cell", tail="x14")
+    assert list(legend_by_phrase(CELLS)) == ["a red blood cell", "a platelet", "a white blood cell"]
+    assert legend_by_phrase(["a"] * MAX_LABELS) == {}  # so few have room for tags
+    assert legend_by_phrase(["a"] * (MAX_LABELS + 1)) == {"a": Entry(red, "a", tail="x7")}
+    assert legend_by_phrase([f"kind {number % 7}" for number in range(10)]) == {}  # hardly any repeat
+    assert len(legend_by_phrase([f"kind {number % 6}" for number in range(9)])) == 6
 
 
 @pytest.mark.parametrize(("kinds", "cut"), [(MAX_ENTRIES, 0), (MAX_ENTRIES + 1, 2), (MAX_ENTRIES + 4, 5)])
 def test_a_long_legend_is_cut(kinds: int, cut: int) -> None:
     phrases = [f"kind {number % kinds}" for number in range(3 * kinds)]
-    entries = _kinds(phrases)
+    entries = legend_by_phrase(phrases)
     assert set(entries) == set(phrases)
     lines = list(dict.fromkeys(entries.values()))
     assert len(lines) == MAX_ENTRIES
@@ -273,9 +272,9 @@ def test_before_after_has_all_rows(columns: int, size: tuple[int, int]) -> None:
 
 def test_scores_are_written_and_the_better_one_is_dark() -> None:
     image = [Image.new("RGB", (64, 64), (0, 0, 200))]
-    bare = _band("", image, 200, 0, 64)
+    bare = score_row("", image, 64, gutter=200, gap=0)
     for score, color, other in ((0.4, GREY, INK), (0.9, INK, GREY)):
-        band = _band("", image, 200, 0, 64, [score], [0.9])
+        band = score_row("", image, 64, gutter=200, gap=0, scores=[score], best=[0.9])
         under = pixels(band.crop((200, bare.height, 264, band.height)))
         assert (under == color).all(-1).any()
         assert not (under == other).all(-1).any()

@@ -14,14 +14,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
-from mmdit_lora.visual.canvas import INK, Rgb, blank, fit, framed, paragraph, side_by_side, stack
-from mmdit_lora.visual.draw import GREY, draw_boxes, phrase_colors
+from mmdit_lora.visual import draw_boxes, phrase_colors
+from mmdit_lora.visual.compose import WHITE, Rgb, blank, fit, join, paragraph
+from mmdit_lora.visual.drawing import GREY
 
 
 @dataclass(frozen=True)
@@ -233,53 +234,41 @@ _HEADS = (
 )
 
 
-def sheet(found: Attribution, colors: Mapping[str, Rgb] | None = None) -> Image.Image:
+def sheet(attribution: Attribution, colors: Mapping[str, Rgb] | None = None) -> Image.Image:
     """One RGB figure, about 1400 px wide.
 
     Args:
         colors: of phrases, from `phrase_colors` of all layouts that get a sheet; None = of this one's.
     """
-    colors = colors or phrase_colors([found.layout])
-    rows = [side_by_side([blank(_GUTTER, 1), *(paragraph(head, _CELL, 15, GREY) for head in _HEADS)], gap=_GAP)]
-    for index, box in enumerate(found.boxes):
-        alone = replace(found.layout, boxes=(found.layout.boxes[index],))
-        cells = [
-            _boxed(fit(found.image, _CELL), found.layout, colors),
-            _boxed(fit(found.without[index], _CELL), alone, colors),
-            _boxed(heat(found.image, found.changes[index]), alone, colors),
-            _boxed(heat(found.image, found.attentions[index]), alone, colors),
-        ]
-        rows += [blank(1, 10), side_by_side([_label(box), *cells], gap=_GAP)]
-    width = max(row.width for row in rows)
-    title = paragraph(found.layout.caption, width, 24, INK, max_lines=2)
-    return framed(stack([title, blank(1, 14), *rows]), 28)
+    layout, colors = attribution.layout, colors or phrase_colors([attribution.layout])
+    rows = [join([blank(_GUTTER, 1), *(paragraph(head, _CELL, 15, GREY) for head in _HEADS)], gap=_GAP, across=True)]
+    for index, box in enumerate(attribution.boxes):
+        alone = replace(layout, boxes=(layout.boxes[index],))
+        shown = (
+            (fit(attribution.image, _CELL), layout),
+            (fit(attribution.without[index], _CELL), alone),
+            (heat(attribution.image, attribution.changes[index]), alone),
+            (heat(attribution.image, attribution.attentions[index]), alone),
+        )
+        cells = [draw_boxes(image, boxes, scale_to=1, labels=False, colors=colors) for image, boxes in shown]
+        label = (
+            paragraph(box.phrase, _GUTTER, 19, max_lines=3),
+            paragraph(f"{box.area:.0%} of the image", _GUTTER, 14, GREY, top=4),
+            paragraph(f"change: {_share(box.change_inside, box.change_lift)}", _GUTTER, 15, top=12),
+            paragraph(f"attention: {_share(box.attention_inside, box.attention_lift)}", _GUTTER, 15, top=6),
+        )
+        rows.append(join([join(label), *cells], gap=_GAP, across=True))
+    grid = join(rows, gap=10)
+    title = paragraph(layout.caption, grid.width, 24, max_lines=2)
+    return ImageOps.expand(join([title, grid], gap=14), 28, WHITE)
 
 
 def heat(image: Image.Image, amounts: np.ndarray) -> Image.Image:
     """(rows, columns) amounts, the largest lightest, over the image in grey."""
-    ground = np.asarray(fit(image, _CELL).convert("L").convert("RGB"), dtype=np.float64) / 255
+    ground = fit(image, _CELL).convert("L").convert("RGB")
     share = amounts / amounts.max() if amounts.max() > 0 else amounts
-    scaled = Image.fromarray(share.astype(np.float32)).resize(
-        (ground.shape[1], ground.shape[0]), Image.Resampling.NEAREST
-    )
-    level = np.asarray(scaled, dtype=np.float64)
-    colors = matplotlib.colormaps["GnBu_r"](level)[..., :3]
-    mixed = 0.25 * ground + 0.75 * colors
-    return Image.fromarray((mixed * 255).round().astype(np.uint8))
-
-
-def _boxed(image: Image.Image, layout: Layout, colors: Mapping[str, Rgb]) -> Image.Image:
-    return draw_boxes(image, layout, scale_to=1, labels=False, colors=colors)
-
-
-def _label(box: BoxAttribution) -> Image.Image:
-    lines = [
-        paragraph(box.phrase, _GUTTER, 19, INK, max_lines=3),
-        paragraph(f"{box.area:.0%} of the image", _GUTTER, 14, GREY, top=4),
-        paragraph(f"change: {_share(box.change_inside, box.change_lift)}", _GUTTER, 15, INK, top=12),
-        paragraph(f"attention: {_share(box.attention_inside, box.attention_lift)}", _GUTTER, 15, INK, top=6),
-    ]
-    return stack(lines, width=_GUTTER)
+    colors = Image.fromarray(matplotlib.colormaps["GnBu_r"](share, bytes=True)[..., :3])
+    return Image.blend(ground, colors.resize(ground.size, Image.Resampling.NEAREST), 0.75)
 
 
 def _share(inside: float | None, lift: float | None) -> str:

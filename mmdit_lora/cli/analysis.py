@@ -171,7 +171,7 @@ def attribute(
     from mmdit_lora.analysis.attribute import attribute as run
     from mmdit_lora.analysis.attribute import sheet
     from mmdit_lora.files import write_json
-    from mmdit_lora.visual.draw import phrase_colors, save_png
+    from mmdit_lora.visual import phrase_colors, save_png
 
     with new_folder(out, verb="attribute", inputs=inputs) as temporary:
         pipe = open_with_adapters(base, adapter, dtype, settings)

@@ -263,8 +263,8 @@ def show(
     """Draw a contact sheet: images with their boxes, phrases and captions."""
     from mmdit_lora.data.filters import filter_records, parse_filter
     from mmdit_lora.data.sources import sample_dataset
-    from mmdit_lora.visual.canvas import fit
-    from mmdit_lora.visual.draw import contact_sheet, is_marked_png, save_png
+    from mmdit_lora.visual import contact_sheet, is_marked_png, save_png
+    from mmdit_lora.visual.compose import fit
 
     if Path(out).suffix.lower() != ".png":
         raise InputError("is no .png", location=f"--out {out}", hint="give a file name that ends in .png")

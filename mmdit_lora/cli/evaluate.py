@@ -281,7 +281,7 @@ def _digest(adapter: str) -> str:
 def _write(out: Path, result: Evaluation, report: dict[str, Any]) -> None:
     from mmdit_lora.evaluation.report import markdown, page
     from mmdit_lora.files import write_json, write_text
-    from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
+    from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
     title = f"{Path(report['data']).name}, {report['layouts']} layouts"
     colors = phrase_colors(result.layouts)

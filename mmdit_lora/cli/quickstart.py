@@ -23,7 +23,7 @@ from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
 from mmdit_lora.training.run_dir import WRITTEN
 from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.trainer import train
-from mmdit_lora.visual.draw import before_after, save_png
+from mmdit_lora.visual import before_after, save_png
 
 CONFIG = "configs/quickstart.yaml"
 NEW, OLD = "page", "basic"  # the new domain, and one that the base was trained on

@@ -85,7 +85,7 @@ def sample(
     layouts = given_layouts(layout, prompt, box, box_format, box_units, size)[:count]
     settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.pipelines import generate
-    from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
+    from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
     with new_folder(out, verb="sample", inputs=inputs) as temporary:
         pipe = open_with_adapters(base, adapter, dtype, settings)

@@ -18,7 +18,7 @@ from mmdit_lora.files import write_json
 from mmdit_lora.json_files import read_kept
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
-from mmdit_lora.visual.draw import save_png
+from mmdit_lora.visual import save_png
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PLAN, IMAGES = "evaluate.json", "images"

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from mmdit_lora.errors import clip
 from mmdit_lora.evaluation.evaluate import ADAPTERS, SIDES, Evaluation
 from mmdit_lora.evaluation.metrics import FIGURES
-from mmdit_lora.visual.canvas import Rgb, one_line
+from mmdit_lora.visual import draw_boxes, phrase_colors
 from mmdit_lora.visual.charts import figure, to_svg
-from mmdit_lora.visual.draw import draw_boxes, phrase_colors
+from mmdit_lora.visual.compose import Rgb, one_line
 from mmdit_lora.visual.pages import data_url, interval, number, render
 
 SHOWN = 8  # best and worst images each

@@ -25,7 +25,7 @@ from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.pipelines.texts import quiet_texts
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.step import Batch, Objective, flow_matching_loss, predict
-from mmdit_lora.visual.draw import save_png
+from mmdit_lora.visual import save_png
 
 FOLDER = "prior"
 

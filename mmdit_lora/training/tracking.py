@@ -25,7 +25,7 @@ from PIL import Image
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
-from mmdit_lora.visual.draw import draw_boxes, phrase_colors
+from mmdit_lora.visual import draw_boxes, phrase_colors
 
 BLOCK, HEADER = 32768, 7
 

@@ -20,7 +20,7 @@ from mmdit_lora.training.run_dir import SAMPLES
 from mmdit_lora.training.setup import Run
 from mmdit_lora.training.sharding import parted, whole
 from mmdit_lora.training.tracking import Tracker
-from mmdit_lora.visual.draw import contact_sheet, draw_boxes, phrase_colors, save_png
+from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
 logger = logging.getLogger(__name__)
 

@@ -5,52 +5,48 @@ All sizes are in pixels of the figure. Rectangles are (left, top, right, bottom)
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from mmdit_lora.files import atomic_file
 from mmdit_lora.layout import Layout
-from mmdit_lora.visual.canvas import (
+from mmdit_lora.visual.compose import (
     HALO,
     INK,
+    TINY,
     WHITE,
     Entry,
     Rgb,
     blank,
-    cell_width,
-    enlarge,
+    centred,
     fit,
     font,
-    framed,
-    ink_on,
+    join,
     largest_text,
     legend,
     line_height,
     one_line,
     paragraph,
-    same_length,
     shorten,
-    side_by_side,
-    stack,
-    text_masks,
+    text_block,
+    text_color,
     text_width,
-    two_digits,
     wrap,
 )
 
 Rect = tuple[int, int, int, int]
 _MARK = "mmdit_lora"  # a text of a PNG
 
-# Okabe and Ito's palette: told apart with every common colour blindness. Its black is left out: halos are dark. Those that
+# Okabe and Ito's palette: distinct with every common colour blindness. Its black is left out: halos are dark. Those that
 # show on both light and dark images come first.
 PALETTE: tuple[Rgb, ...] = (
     (230, 159, 0),
@@ -61,11 +57,8 @@ PALETTE: tuple[Rgb, ...] = (
     (0, 114, 178),
     (240, 228, 66),
 )
-MORE_COLORS: tuple[Rgb, ...] = (
-    (255, 255, 255),
-    (150, 75, 200),
-    (130, 80, 40),
-)  # for phrases, where a colour must not come twice
+# For phrases, where a colour must not come twice.
+MORE_COLORS: tuple[Rgb, ...] = (WHITE, (150, 75, 200), (130, 80, 40))
 OTHERS: Rgb = (150, 150, 150)
 _DISTINCT = 64  # colours of a run's phrases; the next ones begin again
 GREY, FAINT, PALE = (104, 112, 122), (214, 219, 225), (246, 247, 249)
@@ -104,31 +97,29 @@ def draw_boxes(
     Returns:
         A new RGB image; its top left part is the enlarged image.
     """
-    canvas = enlarge(image, scale_to)
+    canvas = image.convert("RGB") if max(image.size) >= scale_to else fit(image, scale_to)
+    canvas = canvas.copy() if canvas is image else canvas
     rects = [_to_pixels(box.xyxy, canvas.size) for box in layout.boxes]
     phrases = [one_line(box.phrase) for box in layout.boxes]
-    entries = _kinds(phrases, colors) if labels else {}
-    of_boxes = _box_colors(phrases, colors, entries)
+    entries = legend_by_phrase(phrases, colors) if labels else {}
+    of_boxes = [entries[phrase].color for phrase in phrases] if entries else _box_colors(phrases, colors)
     crowded = len(rects) > MAX_LABELS
-    line = (3 if min(canvas.size) < 768 else 4) - crowded
     for color, rect in zip(of_boxes, rects, strict=True):
-        _outline(canvas, rect, color, width=line, inner=not crowded)
+        _outline(canvas, rect, color, width=(3 if min(canvas.size) < 768 else 4) - crowded, inner=not crowded)
     if not labels or not rects or (len(rects) > MAX_NUMBERS and not entries):
         return canvas
     if entries:  # the text is so large that it can still be read where the result is scaled down to 256 px
         large = max(12, round(max(canvas.width, 1.2 * canvas.height) / 22))
         sizes = range(large, max(11, round(0.7 * large) - 1), -1)
-        return stack([canvas, legend(list(dict.fromkeys(entries.values())), canvas.width, sizes)])
+        return join([canvas, legend(list(dict.fromkeys(entries.values())), canvas.width, sizes)])
     size = max(12, min(22, round(min(canvas.size) / 28)))
-    if len(rects) <= MAX_LABELS:
-        places = _place_tags(phrases, rects, canvas.size, size)
-        if places is not None:
-            _draw_tags(canvas, phrases, places, size, of_boxes)
-            return canvas
+    if not crowded and (places := _place_tags(phrases, rects, canvas.size, size)) is not None:
+        _draw_tags(canvas, phrases, places, size, of_boxes)
+        return canvas
     numbers = [str(index + 1) for index in range(len(rects))]
     _draw_tags(canvas, numbers, _place_tags(numbers, rects, canvas.size, size, insist=True) or [], size, of_boxes)
-    lines = [Entry(of_boxes[index], phrase, mark=numbers[index]) for index, phrase in enumerate(phrases)]
-    return stack([canvas, legend(lines, canvas.width, range(size, size - 1, -1))])
+    lines = [Entry(*entry) for entry in zip(of_boxes, phrases, numbers, strict=True)]
+    return join([canvas, legend(lines, canvas.width, range(size, size - 1, -1))])
 
 
 def contact_sheet(
@@ -155,24 +146,22 @@ def contact_sheet(
     """
     if not images:
         raise ValueError("a contact sheet needs at least one image")
-    same_length("images", images, layouts=layouts, captions=captions)
+    _same_length("images", images, layouts=layouts, captions=captions)
     colors = phrase_colors(layouts or ())
     columns = columns or (len(images) if len(images) <= 5 else math.ceil(math.sqrt(len(images))))
     cells = []
     for index, image in enumerate(images):
-        fitted = fit(image, cell)
-        parts = [fitted]
+        shown = fit(image, cell)
         if layouts:
-            parts = [draw_boxes(fitted, layouts[index], scale_to=max(fitted.size), colors=colors)]
+            shown = draw_boxes(shown, layouts[index], scale_to=1, colors=colors)
+        parts = [centred(shown, cell, 0)]
         if captions:
-            parts += [blank(cell, 6), paragraph(captions[index], cell, 14, GREY, max_lines=3)]
-        cells.append(stack(parts, align="centre", width=cell))
-    rows = [side_by_side(cells[start : start + columns], gap=18) for start in range(0, len(cells), columns)]
-    width = max(row.width for row in rows)
-    parts = [paragraph(title, width, 22, INK), blank(width, 14)] if title else []
-    for index, row in enumerate(rows):
-        parts += [row] if index == 0 else [blank(width, 18), row]
-    return framed(stack(parts), 24)
+            parts.append(paragraph(captions[index], cell, 14, GREY, max_lines=3, top=6))
+        cells.append(join(parts))
+    grid = join(
+        [join(cells[start : start + columns], gap=18, across=True) for start in range(0, len(cells), columns)], gap=18
+    )
+    return _framed([paragraph(title, grid.width, 22), blank(1, 14), grid] if title else [grid], 24)
 
 
 def before_after(
@@ -205,15 +194,17 @@ def before_after(
     """
     if not layouts:
         raise ValueError("the figure needs at least one layout")
-    same_length("layouts", layouts, before=before, after=after, truth=truth)
+    _same_length("layouts", layouts, before=before, after=after, truth=truth)
     for values in scores or ():
-        same_length("layouts", layouts, scores=values)
+        _same_length("layouts", layouts, scores=values)
     gutter, gap, margin = 230, 22, 44
-    cell = cell_width(before, len(layouts), 2040 - gutter - 2 * margin, gap)
-    sizes = [fit(image, cell).size for image in after]
+    cell = max(96, min(384, (2040 - gutter - 2 * margin) // len(layouts) - gap))
+    longest = max(max(image.size) for image in before)
+    if longest <= TINY:
+        cell = longest * max(1, round(cell / longest))
     colors = phrase_colors(layouts)
-    asked = [_sketch(layout, size, colors) for layout, size in zip(layouts, sizes, strict=True)]
-    bands = [_band("layout: what is asked for", asked, gutter, gap, cell)]
+    sketches = [_sketch(layout, fit(image, cell).size, colors) for layout, image in zip(layouts, after, strict=True)]
+    bands = [score_row("layout: what is asked for", sketches, cell, gutter=gutter, gap=gap)]
     best = [max(pair) for pair in zip(*scores, strict=True)] if scores else None
     rows: list[tuple[str, Sequence[Image.Image], Sequence[float] | None]]
     rows = [(before_label, before, scores and scores[0]), (after_label, after, scores and scores[1])]
@@ -224,12 +215,9 @@ def before_after(
             draw_boxes(fit(image, cell), layout, scale_to=1, labels=False, colors=colors)
             for image, layout in zip(images, layouts, strict=True)
         ]
-        bands.append(_band(label, drawn, gutter, gap, cell, row_scores, best))
-    width = bands[0].width
-    parts = [paragraph(title, width, 38, INK), blank(width, 32)]
-    for index, band in enumerate(bands):
-        parts += [band] if index == 0 else [blank(width, 26), band]
-    return framed(stack(parts), margin)
+        bands.append(score_row(label, drawn, cell, gutter=gutter, gap=gap, scores=row_scores, best=best))
+    figure = join(bands, gap=26)
+    return _framed([paragraph(title, figure.width, 38), blank(1, 32), figure], margin)
 
 
 def save_png(image: Image.Image, path: str | Path, *, mark: bool = False) -> None:
@@ -240,7 +228,7 @@ def save_png(image: Image.Image, path: str | Path, *, mark: bool = False) -> Non
     """
     text = PngInfo()
     if mark:
-        text.add_text(_MARK, _pixels(image))
+        text.add_text(_MARK, _digest(image))
     with atomic_file(path) as temporary:
         # Level 3 takes an eighth of the time of `optimize` for a tenth more bytes.
         image.save(temporary, format="PNG", compress_level=3, pnginfo=text)
@@ -251,13 +239,16 @@ def is_marked_png(path: Path) -> bool:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            return _MARK in image.info and image.info[_MARK] == _pixels(image)
+            return _MARK in image.info and image.info[_MARK] == _digest(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
-def _pixels(image: Image.Image) -> str:
+def _digest(image: Image.Image) -> str:
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+# -- colours
 
 
 def box_color(index: int) -> Rgb:
@@ -268,7 +259,7 @@ def box_color(index: int) -> Rgb:
 def phrase_colors(layouts: Iterable[Layout]) -> dict[str, Rgb]:
     """One colour for each phrase of all `layouts`, the most frequent phrases first, then in their order.
 
-    The first 64 phrases have colours of their own, as different as can be; the next ones begin again.
+    The first 64 phrases have colours of their own; the next ones begin again.
     """
     counts = Counter(one_line(box.phrase) for layout in layouts for box in layout.boxes)
     colors = _distinct_colors()
@@ -277,65 +268,16 @@ def phrase_colors(layouts: Iterable[Layout]) -> dict[str, Rgb]:
 
 @cache
 def _distinct_colors() -> tuple[Rgb, ...]:
-    """The palettes, then always the colour of a grid that differs most from all before it, in Oklab."""
-    levels = range(0, 256, 36)
-    grid = np.array([(r, g, b) for r in levels for g in levels for b in levels])
-    light = grid @ (0.299, 0.587, 0.114)
-    grid = grid[(light > 60) & (light < 215)]  # halos are dark, pages are white
-    chosen = [*PALETTE, *(color for color in MORE_COLORS if color != WHITE)]
-    apart = np.linalg.norm(_oklab(grid)[:, None] - _oklab(np.array([*chosen, OTHERS]))[None], axis=-1).min(1)
-    while len(chosen) < _DISTINCT:
-        found = int(apart.argmax())
-        red, green, blue = (int(value) for value in grid[found])
-        chosen.append((red, green, blue))
-        apart = np.minimum(apart, np.linalg.norm(_oklab(grid) - _oklab(grid[found]), axis=-1))
-    return tuple(chosen)
+    """The palettes without white, then hues by the golden ratio, so that each lies between those before it."""
+    colors = [*PALETTE, *MORE_COLORS[1:]]
+    for index in range(_DISTINCT - len(colors)):
+        strength, light = ((1.0, 0.85), (0.5, 1.0), (0.9, 0.55))[index % 3]
+        red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, strength, light)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return tuple(colors)
 
 
-def _oklab(rgb: NDArray[np.int_]) -> NDArray[np.float64]:
-    """(..., 3) sRGB of 0 to 255 in Oklab, where distances are as people see them (Ottosson 2020)."""
-    value = rgb / 255
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    to_cones = np.array(
-        [
-            [0.4122214708, 0.5363325363, 0.0514459929],
-            [0.2119034982, 0.6806995451, 0.1073969566],
-            [0.0883024619, 0.2817188376, 0.6299787005],
-        ]
-    )
-    to_lab = np.array(
-        [
-            [0.2104542553, 0.7936177850, -0.0040720468],
-            [1.9779984951, -2.4285922050, 0.4505937099],
-            [0.0259040371, 0.7827717662, -0.8086757660],
-        ]
-    )
-    return np.asarray(np.cbrt(linear @ to_cones.T) @ to_lab.T)
-
-
-# --- boxes ------------------------------------------------------------------------------------------------------------
-
-
-def _to_pixels(xyxy: tuple[float, float, float, float], size: tuple[int, int]) -> Rect:
-    width, height = size
-    left, top = min(round(xyxy[0] * width), width - 1), min(round(xyxy[1] * height), height - 1)
-    return left, top, max(round(xyxy[2] * width), left + 1), max(round(xyxy[3] * height), top + 1)
-
-
-def _outline(canvas: Image.Image, rect: Rect, color: Rgb, *, width: int, inner: bool = True) -> None:
-    """A coloured line just inside `rect`; soft dark hairlines outside and `inner` keep it visible on any background."""
-    left, top, right, bottom = rect[0], rect[1], rect[2] - 1, rect[3] - 1
-    halo = Image.new("L", canvas.size, 0)
-    draw = ImageDraw.Draw(halo)
-    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=170)
-    if inner and min(right - left, bottom - top) > 2 * width:
-        draw.rectangle((left + width, top + width, right - width, bottom - width), outline=170)
-    canvas.paste(HALO, (0, 0), halo)
-    line = max(1, min(width, right - left, bottom - top))
-    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=color, width=line)
-
-
-def _kinds(phrases: Sequence[str], colors: Mapping[str, Rgb] | None = None) -> dict[str, Entry]:
+def legend_by_phrase(phrases: Sequence[str], colors: Mapping[str, Rgb] | None = None) -> dict[str, Entry]:
     """The entry of the legend for each distinct phrase, the most frequent first; empty where few or hardly any repeat."""
     counts = Counter(phrases).most_common()
     if len(phrases) <= MAX_LABELS or 3 * len(counts) > 2 * len(phrases):
@@ -350,62 +292,27 @@ def _kinds(phrases: Sequence[str], colors: Mapping[str, Rgb] | None = None) -> d
     }
 
 
-def _box_colors(
-    phrases: Sequence[str], colors: Mapping[str, Rgb] | None, entries: Mapping[str, Entry] | None = None
-) -> list[Rgb]:
-    """The colour of each box: that of its entry in a legend of phrases, of its phrase, or of its place."""
-    if entries:
-        return [entries[phrase].color for phrase in phrases]
+def _box_colors(phrases: Sequence[str], colors: Mapping[str, Rgb] | None) -> list[Rgb]:
     return [colors[phrase] if colors else box_color(index) for index, phrase in enumerate(phrases)]
 
 
-def _sketch(layout: Layout, size: tuple[int, int], colors: Mapping[str, Rgb]) -> Image.Image:
-    """The layout alone: pale paper of `size`, each box lightly filled, its phrase inside; numbers where that is too tight."""
-    canvas = Image.new("RGB", size, PALE)
-    ImageDraw.Draw(canvas).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=FAINT)
-    rects = [_to_pixels(box.xyxy, size) for box in layout.boxes]
-    of_boxes = _box_colors([one_line(box.phrase) for box in layout.boxes], colors)
-    for color, rect in zip(of_boxes, rects, strict=True):
-        tint = Image.new("RGB", size, color)
-        mask = Image.new("L", size, 0)
-        ImageDraw.Draw(mask).rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), fill=56)
-        canvas.paste(tint, mask=mask)
-    draw = ImageDraw.Draw(canvas)
-    for color, rect in zip(of_boxes, rects, strict=True):
-        draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), outline=color, width=3)
-    taken: list[Rect] = []
-    for rect, box in zip(rects, layout.boxes, strict=True):
-        taken.append(_write_phrase(canvas, one_line(box.phrase), rect, taken))
-    return canvas
+# -- boxes and their tags
 
 
-def _write_phrase(canvas: Image.Image, phrase: str, rect: Rect, taken: Sequence[Rect]) -> Rect:
-    """Write `phrase` inside `rect` as large as it fits, turned if `rect` is tall; off every rectangle in `taken`."""
-    room = (rect[2] - rect[0] - 10, rect[3] - rect[1] - 8)
-    sizes = range(max(18, round(canvas.width / 11)), SMALLEST - 1, -1)
-    size, block = largest_text(phrase, room, sizes)
-    turned_size, turned_block = largest_text(phrase, (room[1], room[0]), sizes)
-    turned = room[1] > 1.5 * room[0] and turned_size >= size + 3
-    if turned:
-        size, block = turned_size, turned_block
-    if not size:  # too tight: it may stand over the edges of the box
-        size = SMALLEST
-        block = wrap(phrase, size, max(room[0], 72), max_lines=3)
-    ink, rim = text_masks(block, size)
-    if turned:
-        ink, rim = ink.transpose(Image.Transpose.ROTATE_90), rim.transpose(Image.Transpose.ROTATE_90)
-    middle = ((rect[0] + rect[2] - ink.width) // 2, (rect[1] + rect[3] - ink.height) // 2)
-    spots = [middle]
-    for dy in range(4, canvas.height, 4):
-        spots += [(middle[0], middle[1] - dy), (middle[0], middle[1] + dy)]
-    place = _best_place(spots, ink.size, canvas.size, taken)
-    if _common(place, rect) < ink.width * ink.height:  # the rim keeps it legible where it crosses an edge
-        canvas.paste(PALE, place, rim)
-    canvas.paste(INK, place, ink)
-    return place
+def _to_pixels(xyxy: tuple[float, float, float, float], size: tuple[int, int]) -> Rect:
+    width, height = size
+    left, top = min(round(xyxy[0] * width), width - 1), min(round(xyxy[1] * height), height - 1)
+    return left, top, max(round(xyxy[2] * width), left + 1), max(round(xyxy[3] * height), top + 1)
 
 
-# --- tags -------------------------------------------------------------------------------------------------------------
+def _outline(canvas: Image.Image, rect: Rect, color: Rgb, *, width: int, inner: bool = True) -> None:
+    """A coloured line just inside `rect`; soft dark hairlines outside and `inner` keep it visible on any background."""
+    left, top, right, bottom = rect[0], rect[1], rect[2] - 1, rect[3] - 1
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(*HALO, 170))
+    if inner and min(right - left, bottom - top) > 2 * width:
+        draw.rectangle((left + width, top + width, right - width, bottom - width), outline=(*HALO, 170))
+    draw.rectangle((left, top, right, bottom), outline=color, width=max(1, min(width, right - left, bottom - top)))
 
 
 def _place_tags(
@@ -423,7 +330,7 @@ def _place_tags(
         # A tag hides as little as possible: of its own box, and worse, of another, where it would also be read wrongly.
         others = [rect for rect in rects if rect != (left, top, right, bottom)]
         hides = [(left, top, right, bottom), *others, *others]
-        taken.append(_best_place(spots, (width, height), canvas, taken, hides=hides))
+        taken.append(_best_place(spots, (width, height), canvas, taken, hides))
     hidden = any(_common(a, b) for index, a in enumerate(taken) for b in taken[:index])
     return None if hidden and not insist else taken
 
@@ -433,7 +340,6 @@ def _best_place(
     size: tuple[int, int],
     canvas: tuple[int, int],
     taken: Sequence[Rect],
-    *,
     hides: Sequence[Rect] = (),
 ) -> Rect:
     """The first of `spots` (left, top), moved into the canvas, with the least cover of `taken`, then of `hides`."""
@@ -456,7 +362,7 @@ def _draw_tags(
     for text, color, (left, top, right, bottom) in zip(texts, colors, places, strict=True):
         draw.rectangle((left, top, right - 1, bottom - 1), fill=color, outline=HALO)
         shown = shorten(text, size, right - left - 10)
-        draw.text((left + 5, top + 2), shown, ink_on(color), font(size, shown))
+        draw.text((left + 5, top + 2), shown, text_color(color), font(size, shown))
 
 
 def _common(a: Rect, b: Rect) -> int:
@@ -464,41 +370,91 @@ def _common(a: Rect, b: Rect) -> int:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-# --- the figure ---
+# -- sheets and the figure
 
 
-def _band(
+def _framed(parts: Sequence[Image.Image], margin: int) -> Image.Image:
+    return ImageOps.expand(join(parts), margin, WHITE)
+
+
+def _same_length(what: str, items: Sequence[Any], **others: Sequence[Any] | None) -> None:
+    for name, other in others.items():
+        if other is not None and len(other) != len(items):
+            raise ValueError(f"{len(items)} {what} but {len(other)} of {name}")
+
+
+def _sketch(layout: Layout, size: tuple[int, int], colors: Mapping[str, Rgb]) -> Image.Image:
+    """The layout alone: pale paper of `size`, each box lightly filled, its phrase inside as large as it fits."""
+    canvas = Image.new("RGB", size, PALE)
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    draw.rectangle((0, 0, size[0] - 1, size[1] - 1), outline=FAINT)
+    rects = [_to_pixels(box.xyxy, size) for box in layout.boxes]
+    phrases = [one_line(box.phrase) for box in layout.boxes]
+    areas = [((r[0], r[1], r[2] - 1, r[3] - 1), c) for r, c in zip(rects, _box_colors(phrases, colors), strict=True)]
+    for area, color in areas:
+        draw.rectangle(area, fill=(*color, 56))
+    for area, color in areas:
+        draw.rectangle(area, outline=color, width=3)
+    taken: list[Rect] = []
+    for rect, phrase in zip(rects, phrases, strict=True):
+        taken.append(_write_phrase(canvas, phrase, rect, taken))
+    return canvas
+
+
+def _write_phrase(canvas: Image.Image, phrase: str, rect: Rect, taken: Sequence[Rect]) -> Rect:
+    """Write `phrase` inside `rect`, turned if `rect` is tall; off every rectangle in `taken`, perhaps over its edges."""
+    room = (rect[2] - rect[0] - 10, rect[3] - rect[1] - 8)
+    sizes = range(max(18, round(canvas.width / 11)), SMALLEST - 1, -1)
+    size, lines = largest_text(phrase, room, sizes)
+    turned_size, turned_lines = largest_text(phrase, (room[1], room[0]), sizes)
+    turned = room[1] > 1.5 * room[0] and turned_size >= size + 3
+    if turned:
+        size, lines = turned_size, turned_lines
+    if not size:
+        size, lines = SMALLEST, wrap(phrase, SMALLEST, max(room[0], 72), max_lines=3)
+    block = text_block(lines, size, PALE)
+    if turned:
+        block = block.transpose(Image.Transpose.ROTATE_90)
+    x, y = (rect[0] + rect[2] - block.width) // 2, (rect[1] + rect[3] - block.height) // 2
+    spots = [(x, y), *((x, y + sign * dy) for dy in range(4, canvas.height, 4) for sign in (-1, 1))]
+    place = _best_place(spots, block.size, canvas.size, taken)
+    canvas.paste(block, place, block)
+    return place
+
+
+def score_row(
     label: str,
     images: Sequence[Image.Image],
+    cell: int,
+    *,
     gutter: int,
     gap: int,
-    cell: int,
     scores: Sequence[float] | None = None,
     best: Sequence[float] | None = None,
 ) -> Image.Image:
-    """One row of the figure: its label, `gutter` wide, and its images in cells with their scores, the best ones dark."""
+    """One row of the figure: its label, `gutter` wide, and its images in cells with their scores, the best ones dark.
+
+    Args:
+        label: "before: the base" gives a large word and a small line below, then the mean score.
+    """
     height = max(image.height for image in images)
     cells = []
     for column, image in enumerate(images):
-        parts = [stack([image], align="centre", width=cell, height=height)]
+        parts = [centred(image, cell, height)]
         if scores is not None:
             color = INK if best is None or scores[column] >= best[column] else GREY
-            parts.append(paragraph(f"IoU {two_digits(scores[column])}", cell, 24, color, centre=True, top=10))
-        cells.append(stack(parts))
-    return side_by_side([_row_label(label, scores, gutter, height), *cells], gap=gap, first_gap=0)
-
-
-def _row_label(label: str, scores: Sequence[float] | None, width: int, height: int) -> Image.Image:
-    """ "before: the base" as a large word and a small line below, then the mean score; centred on a row `height` high."""
+            parts.append(paragraph(f"IoU {_score(scores[column])}", cell, 24, color, centre=True, top=10))
+        cells.append(join(parts))
     head, _, tail = label.partition(":")
-    room = width - 24
-    parts = [paragraph(head.strip(), room, 36, INK, max_lines=3)]
+    lines = [paragraph(head.strip(), gutter - 24, 36, max_lines=3)]
     if tail.strip():
-        parts += [blank(room, 4), paragraph(tail.strip(), room, 22, GREY, max_lines=3)]
+        lines.append(paragraph(tail.strip(), gutter - 24, 22, GREY, max_lines=3, top=4))
     if scores is not None and len(scores):
         mean = sum(scores) / len(scores)
-        parts += [blank(room, 12), paragraph(f"mean IoU {two_digits(mean)}", room, 22, INK)]
-    text = stack(parts, width=width)
-    canvas = blank(width, max(height, text.height))
-    canvas.paste(text, (0, (canvas.height - text.height) // 2))
-    return canvas
+        lines.append(paragraph(f"mean IoU {_score(mean)}", gutter - 24, 22, top=12))
+    words = centred(join(lines), 0, height)
+    return join([join([words, blank(gutter, 0)]), join(cells, gap=gap, across=True)], across=True)
+
+
+def _score(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "n/a"
