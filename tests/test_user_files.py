@@ -29,7 +29,7 @@ from mmdit_lora.data.shards.store import expand
 from mmdit_lora.errors import InputError, several
 from mmdit_lora.files import read_lines
 from mmdit_lora.layout import MOST_BOXES, MOST_CAPTION, MOST_PHRASE, read_layouts
-from mmdit_lora.models.tensor_files import shard_names
+from mmdit_lora.models.weight_files import shard_names
 from mmdit_lora.training.setup import read_data
 from tests.data_makers import annotation, dataset, line, make_image, objects, voc
 from tests.format_makers import MAKERS, coco_data, options, source, write

@@ -32,7 +32,7 @@ from mmdit_lora.files import exists, nearest, require_file
 from mmdit_lora.json_files import parse_object, read_object
 from mmdit_lora.lora.style import warn_without_alpha
 from mmdit_lora.models.creatilayout import to_creatilayout, variant_of_model
-from mmdit_lora.models.tensor_files import refuse_many
+from mmdit_lora.models.weight_files import PICKLES, refuse_many
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -71,7 +71,6 @@ _PLAIN_FIELDS = frozenset(
         "use_rslora",
     ]
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OUR_PREFIX = "transformer."
 _CREATILAYOUT_MARK = re.compile(r"\b(?:ff_bbox|bbox_\w+|position_net)\.")
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")  # a pattern that is a name, or the end of one
@@ -182,7 +181,7 @@ def adapter_file(source: str | Path) -> Path:
             if found
             else "give an adapter folder or file as `train` or `export` writes it",
         )
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise InputError("is a pickle, which may run code", location=str(path), hint="get it as .safetensors")
     return require_file(path, what="adapter file")
 
@@ -244,7 +243,7 @@ def _json_object(text: str, key: str, path: Path) -> dict[str, Any]:
 
 
 def _pickles_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
+    return sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
 
 
 def _form(names: Iterable[str], path: Path) -> str:

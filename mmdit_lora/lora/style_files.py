@@ -14,9 +14,8 @@ from torch import Tensor
 from mmdit_lora.errors import InputError, clip, listed, shown
 from mmdit_lora.files import require_file
 from mmdit_lora.json_files import read_object
-from mmdit_lora.models.tensor_files import refuse_many
+from mmdit_lora.models.weight_files import PICKLES, refuse_many
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PEFT_PREFIX = "base_model.model."
 # Where diffusers looks for a file.
 _OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -42,7 +41,7 @@ def fetch_style(
             f"is a {type(source).__name__}, no LoRA file", hint="give a file, a folder, a hub id, or tensors by key"
         )
     for name in (weight_name, str(source)):
-        if name is not None and Path(name).suffix in _PICKLES:
+        if name is not None and Path(name).suffix in PICKLES:
             raise InputError("is a pickle, which may run code", location=clip(name), hint="get it as .safetensors")
     options = dict.fromkeys(_OPTIONS) | {"force_download": False} | options
     path = Path(source)

@@ -1,7 +1,7 @@
 """Layout-conditioned MM-DiT models: the layout stream, and the families that carry it."""
 
-from mmdit_lora.models.base import Family, LayoutModelMixin
-from mmdit_lora.models.families import FAMILIES, family_of
+from mmdit_lora.models.base import LayoutModelMixin
+from mmdit_lora.models.families import FAMILIES, Family, family_of
 from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
 from mmdit_lora.models.init import StreamInit
 from mmdit_lora.models.layout_stream import (

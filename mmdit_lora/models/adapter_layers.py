@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft import PeftModel
@@ -13,8 +14,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from mmdit_lora.config.ranges import ADAPTER_WEIGHT
+from mmdit_lora.config.ranges import ADAPTER_WEIGHT, check_adapter_weights
 from mmdit_lora.errors import InputError, clip, listed
+from mmdit_lora.files import output_path
+from mmdit_lora.models.weight_files import refuse_pickle
+
+logger = logging.getLogger("mmdit_lora")
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -238,6 +243,19 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def warn_of_adapters(location: str, *models: nn.Module) -> None:
+    """One warning that the adapters on `models` are not part of the folder that is being saved."""
+    names = sorted({name for model in models for name in getattr(model, "peft_config", {})})
+    fused = any(layer.merged for model in models for _, layer in adapter_layers(model))
+    logger.warning(
+        "%s: the base is saved without its adapters (%s)%s. `save_pretrained(..., merge_adapters=True)` of the pipeline adds "
+        "them into its weights; `save_adapter` writes them by themselves.",
+        location,
+        listed(names),
+        ", but for what was fused into its weights" if fused else "",
+    )
+
+
 @contextmanager
 def without_adapters(*models: nn.Module) -> Iterator[None]:
     """The models with their plain linears, under the names and with the weights of the base; afterwards as before.
@@ -261,3 +279,98 @@ def without_adapters(*models: nn.Module) -> Iterator[None]:
                 stated._hf_peft_config_loaded = False
                 undo.callback(setattr, model, "_hf_peft_config_loaded", True)
         yield
+
+
+class AdapterMethods(nn.Module):
+    """Mixed into a diffusers transformer, in front of it: its adapter methods, without their silences."""
+
+    fused_for_good: tuple[str, ...] = ()  # adapters that were fused when `unload_lora` took their layers off
+
+    if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As diffusers': it acts alone, wholly, also after `disable_lora`. The new layers are in the model's mode (there, in
+        training mode, where they drop out).
+
+        Raises:
+            InputError: the name cannot be one, or an adapter is fused into the weights.
+        """
+        check_adapter_name(adapter_name)
+        refuse_fused(self)
+        super().add_adapter(adapter_config, adapter_name)  # type: ignore[misc]
+        end_disabling(self)
+        follow_mode(self)
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', from safetensors only: it acts alone, wholly, also after `disable_lora`. The new layers are in the
+        model's mode.
+
+        Raises:
+            InputError: a name is given that cannot be one, or an adapter is fused into the weights.
+        """
+        refuse_pickle(kwargs.get("use_safetensors", True) is not False, "load_lora_adapter")
+        kwargs["use_safetensors"] = True
+        if kwargs.get("adapter_name") is not None:
+            check_adapter_name(kwargs["adapter_name"])
+        refuse_fused(self)
+        before = set(getattr(self, "peft_config", {}))
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
+        if getattr(self, "peft_config", {}).keys() - before:
+            end_disabling(self)
+        follow_mode(self)
+
+    def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
+        """As diffusers'; after `disable_lora`, too, those that are named act.
+
+        Args:
+            weights: one for all, or one for each: a number, None for 1, or numbers by part of a module's name.
+
+        Raises:
+            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`, its block is in the name of no module; no name is
+                given, or one twice, or one that is not loaded; or an adapter is fused into the weights.
+        """
+        check_adapter_weights(weights)
+        names = chosen_adapters(adapter_names, getattr(self, "peft_config", {}))
+        each = weights_by_adapter(names, weights)
+        check_blocks(self, each)
+        refuse_fused(self)
+        choose_adapters(self, names, each)
+
+    def delete_adapters(self, adapter_names: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: a name is not loaded, or is fused into the weights, where it would stay.
+        """
+        names = chosen_adapters(adapter_names, getattr(self, "peft_config", {}))
+        refuse_fused(self, names=names)
+        super().delete_adapters(names)  # type: ignore[misc]
+
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Any = None) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: `lora_scale` is no number in `ranges.ADAPTER_WEIGHT`, a name is not loaded, or another scale than 1 is
+                given where an adapter is fused already.
+        """
+        names = check_fusing(self, scale=lora_scale, names=adapter_names)
+        super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=names)  # type: ignore[misc]
+
+    def unload_lora(self) -> None:
+        """As diffusers': adapters that are fused stay in the weights, on purpose."""
+        self.fused_for_good = (*self.fused_for_good, *fused_adapters(self))
+        super().unload_lora()  # type: ignore[misc]
+
+    def save_lora_adapter(
+        self, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """As diffusers'.
+
+        Raises:
+            InputError: `safe_serialization` is False, which would write a pickle; or `save_directory` is no folder.
+        """
+        refuse_pickle(safe_serialization, str(save_directory))
+        output_path(save_directory, folder=True)
+        super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]

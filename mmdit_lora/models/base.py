@@ -2,166 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mmdit_lora.config.ranges import Range, check_adapter_weights
 from mmdit_lora.errors import InputError, listed
-from mmdit_lora.files import exists, nearest, output_path, public_name, write_json, written_as_path
+from mmdit_lora.files import exists, nearest, output_path, written_as_path
 from mmdit_lora.hub import no_such_base
-from mmdit_lora.json_files import read_object
-from mmdit_lora.models.adapter_layers import (
-    adapter_layers,
-    check_adapter_name,
-    check_blocks,
-    check_fusing,
-    choose_adapters,
-    chosen_adapters,
-    end_disabling,
-    follow_mode,
-    fused_adapters,
-    refuse_fused,
-    weights_by_adapter,
-    without_adapters,
-)
+from mmdit_lora.models.adapter_layers import AdapterMethods, adapter_layers, warn_of_adapters, without_adapters
 from mmdit_lora.models.init import STREAM_INITS, StreamInit, copy_from_block
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
+from mmdit_lora.models.weight_files import (
+    check_sizes,
+    forget_paths,
+    opened_from,
+    refuse_pickle,
+    refuse_pickled_weights,
+)
 from mmdit_lora.resources import here_or_packaged
 
 logger = logging.getLogger("mmdit_lora")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the rest of the package may know of a model family; one value a family, collected in `families.FAMILIES`.
-
-    Args:
-        transformer: our class; its first diffusers base is the class that a plain base folder names.
-        stock_class: name of that diffusers class, as in `transformer/config.json`.
-        vae_scale_factor: pixels a latent cell covers, along a side, in the published checkpoints.
-        text_tokens: length of the text sequence that the published pipelines give the transformer by default.
-        presets: name of a published checkpoint -> the arguments of its transformer (its config.json).
-    """
-
-    transformer: type[LayoutModelMixin]
-    stock_class: str
-    vae_scale_factor: int
-    text_tokens: int
-    presets: Mapping[str, Mapping[str, Any]]
-
-
-# What a stored config may say of a size of the model: beyond these nothing is built, or without end.
-_SIZES = {
-    "num_layers": Range(1, 1000, whole=True),
-    "num_single_layers": Range(0, 1000, whole=True),
-    "num_attention_heads": Range(1, 1000, whole=True),
-    "attention_head_dim": Range(1, 10_000, whole=True),
-    "patch_size": Range(1, 1000, whole=True),
-    "in_channels": Range(1, 100_000, whole=True),
-}
-
-
-def check_sizes(config: Mapping[str, Any], *, location: str) -> None:
-    """Raises `InputError`: a size of the model is out of range in a stored config; `where` is the base."""
-    for key, numbers in _SIZES.items():
-        if key in config:
-            numbers.check(config[key], location=f"{location}: {key} of its transformer's config")
-
-
-def refuse_pickle(safe: bool, location: str) -> None:
-    """Refuse to read or write weights as a pickle.
-
-    Raises:
-        InputError: not `safe`.
-    """
-    if not safe:
-        raise InputError(
-            "would be a pickle, which may run code when it is opened",
-            location=location,
-            hint="leave use_safetensors and safe_serialization out: only safetensors are read and written",
-        )
-
-
-_WEIGHT_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def refuse_pickled_weights(folder: Path) -> None:
-    """Refuse a part of a base whose weights are there as a pickle alone. A folder that is not here is let through.
-
-    Raises:
-        InputError: it is one.
-    """
-    if not folder.is_dir():
-        return
-    names = sorted(file.name for file in folder.iterdir())
-    pickles = [name for name in names if name.endswith(_WEIGHT_PICKLES)]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise InputError(
-            f"its weights are a pickle ({listed(pickles)}), which may run code when it is opened",
-            location=str(folder),
-            hint="get them as .safetensors: many repositories hold both",
-        )
-
-
-def forget_paths(folder: str | Path) -> None:
-    """Take the paths of this machine out of the configs of a folder that was saved: diffusers writes where a part was opened."""
-    for file in (*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")):
-        if file.name not in ("config.json", "model_index.json"):
-            continue
-        config = read_object(file)
-        origin = config.get("_name_or_path")
-        if isinstance(origin, str) and public_name(origin) != origin:
-            del config["_name_or_path"]
-            write_json(file, config)
-
-
-def opened_from(location: str | Path, subfolder: str | None = None) -> Path | None:
-    """The folder that something is opened from, whatever the current directory is later; None for a hub id."""
-    return Path(location, subfolder or "").resolve() if exists(location) else None
-
-
-def warn_of_adapters(location: str, *models: nn.Module) -> None:
-    """One warning that the adapters on `models` are not part of the folder that is being saved."""
-    names = sorted({name for model in models for name in getattr(model, "peft_config", {})})
-    fused = any(layer.merged for model in models for _, layer in adapter_layers(model))
-    logger.warning(
-        "%s: the base is saved without its adapters (%s)%s. `save_pretrained(..., merge_adapters=True)` of the pipeline adds "
-        "them into its weights; `save_adapter` writes them by themselves.",
-        location,
-        listed(names),
-        ", but for what was fused into its weights" if fused else "",
-    )
-
-
-def take_layout(
-    attention_kwargs: dict[str, Any] | None, layout: LayoutInputs | None, layout_scale: float
-) -> tuple[dict[str, Any] | None, LayoutInputs | None, float]:
-    """The layout and its scale, from the two arguments or from the attention kwargs, which lose them.
-
-    Raises:
-        ValueError: the layout is given in both places.
-    """
-    if attention_kwargs is None or not {"layout", "layout_scale"} & attention_kwargs.keys():
-        return attention_kwargs, layout, layout_scale
-    rest = {key: value for key, value in attention_kwargs.items() if key not in ("layout", "layout_scale")}
-    riding = attention_kwargs.get("layout")
-    if riding is not None and layout is not None:
-        raise ValueError("the layout is given both as `layout` and in the attention kwargs; give it once")
-    return rest, riding if layout is None else layout, attention_kwargs.get("layout_scale", layout_scale)
-
-
-def check_layout_attention(value: str) -> None:
-    """Raises ValueError for an attention that `LayoutStream` does not know."""
-    if value not in ("siamese", "cross"):
-        raise ValueError(f"layout_attention is {value!r}; known: 'siamese', 'cross'")
 
 
 @contextmanager
@@ -180,7 +47,19 @@ def without_missing_weights_warning() -> Iterator[None]:
         source.removeFilter(keep)
 
 
-class LayoutModelMixin(nn.Module):
+def stock_arguments(stock: type, given: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Of the arguments `given` to a class of ours (its `locals()`), those that the diffusers class `stock` takes, with `changes`.
+
+    Raises:
+        ValueError: a `layout_attention` that `LayoutStream` does not know.
+    """
+    if given.get("layout_attention", "siamese") not in ("siamese", "cross"):
+        raise ValueError(f"layout_attention is {given['layout_attention']!r}; known: 'siamese', 'cross'")
+    known = inspect.signature(stock).parameters
+    return {key: value for key, value in given.items() if key in known} | changes
+
+
+class LayoutModelMixin(AdapterMethods):
     """Mixed into a diffusers transformer, in front of it. The class builds its stream in `build_layout_stream`."""
 
     config: Any
@@ -188,11 +67,6 @@ class LayoutModelMixin(nn.Module):
     family: ClassVar[str]  # its key in `families.FAMILIES`
     gradient_checkpointing_every: int = 1
     opened_from: Path | None = None  # its folder, `subfolder` included
-    fused_for_good: tuple[str, ...] = ()  # adapters that were fused when `unload_lora` took their layers off
-
-    if TYPE_CHECKING:  # what the diffusers class brings; nn.Module's own answer, "Tensor | Module", fits nothing
-
-        def __getattr__(self, name: str) -> Any: ...
 
     def build_layout_stream(self) -> None:
         """(Re)create every module of the layout stream, freshly initialised, every gate zero."""
@@ -377,6 +251,26 @@ class LayoutModelMixin(nn.Module):
             )
         return layout
 
+    def start_layout(
+        self, attention_kwargs: dict[str, Any] | None, layout: LayoutInputs | None, scale: float, hidden_states: Tensor
+    ) -> tuple[dict[str, Any] | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The attention kwargs without the layout that may ride in them, and what `begin_layout` makes of this call's layouts.
+
+        Args:
+            attention_kwargs: with "layout" and "layout_scale", or without. hidden_states: of the call, for batch and device.
+
+        Raises:
+            ValueError: the layout is given in both places. See also `select_layout`.
+        """
+        if attention_kwargs and {"layout", "layout_scale"} & attention_kwargs.keys():
+            attention_kwargs = dict(attention_kwargs)
+            riding, scale = attention_kwargs.pop("layout", None), attention_kwargs.pop("layout_scale", scale)
+            if riding is not None and layout is not None:
+                raise ValueError("the layout is given both as `layout` and in the attention kwargs; give it once")
+            layout = riding if layout is None else layout
+        layout = self.select_layout(layout, batch=hidden_states.shape[0], scale=scale)
+        return attention_kwargs, *self.begin_layout(layout, scale, hidden_states.device)
+
     def begin_layout(
         self, layout: LayoutInputs | None, scale: float, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -405,81 +299,6 @@ class LayoutModelMixin(nn.Module):
         key_mask = (layout.mask | ~has_layout).repeat_interleave(self.phrase_tokens or 1, dim=1)
         return tokens, key_mask, scale * has_layout.unsqueeze(-1).to(tokens.dtype)
 
-    # -- adapters
-
-    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """As diffusers': it acts alone, wholly, also after `disable_lora`. The new layers are in the model's mode (there, in
-        training mode, where they drop out).
-
-        Raises:
-            InputError: the name cannot be one, or an adapter is fused into the weights.
-        """
-        check_adapter_name(adapter_name)
-        refuse_fused(self)
-        super().add_adapter(adapter_config, adapter_name)  # type: ignore[misc]
-        end_disabling(self)
-        follow_mode(self)
-
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', from safetensors only: it acts alone, wholly, also after `disable_lora`. The new layers are in the
-        model's mode.
-
-        Raises:
-            InputError: a name is given that cannot be one, or an adapter is fused into the weights.
-        """
-        refuse_pickle(kwargs.get("use_safetensors", True) is not False, "load_lora_adapter")
-        kwargs["use_safetensors"] = True
-        if kwargs.get("adapter_name") is not None:
-            check_adapter_name(kwargs["adapter_name"])
-        refuse_fused(self)
-        before = set(getattr(self, "peft_config", {}))
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
-        if getattr(self, "peft_config", {}).keys() - before:
-            end_disabling(self)
-        follow_mode(self)
-
-    def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
-        """As diffusers'; after `disable_lora`, too, those that are named act.
-
-        Args:
-            weights: one for all, or one for each: a number, None for 1, or numbers by part of a module's name.
-
-        Raises:
-            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`, its block is in the name of no module; no name is
-                given, or one twice, or one that is not loaded; or an adapter is fused into the weights.
-        """
-        check_adapter_weights(weights)
-        names = chosen_adapters(adapter_names, getattr(self, "peft_config", {}))
-        each = weights_by_adapter(names, weights)
-        check_blocks(self, each)
-        refuse_fused(self)
-        choose_adapters(self, names, each)
-
-    def delete_adapters(self, adapter_names: Any) -> None:
-        """As diffusers'.
-
-        Raises:
-            InputError: a name is not loaded, or is fused into the weights, where it would stay.
-        """
-        names = chosen_adapters(adapter_names, getattr(self, "peft_config", {}))
-        refuse_fused(self, names=names)
-        super().delete_adapters(names)  # type: ignore[misc]
-
-    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Any = None) -> None:
-        """As diffusers'.
-
-        Raises:
-            InputError: `lora_scale` is no number in `ranges.ADAPTER_WEIGHT`, a name is not loaded, or another scale than 1 is
-                given where an adapter is fused already.
-        """
-        names = check_fusing(self, scale=lora_scale, names=adapter_names)
-        super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=names)  # type: ignore[misc]
-
-    def unload_lora(self) -> None:
-        """As diffusers': adapters that are fused stay in the weights, on purpose."""
-        self.fused_for_good = (*self.fused_for_good, *fused_adapters(self))
-        super().unload_lora()  # type: ignore[misc]
-
     def save_pretrained(self, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """As diffusers'. Adapters that are on the model are left out, with one warning: what is saved is the base.
 
@@ -493,18 +312,6 @@ class LayoutModelMixin(nn.Module):
         with without_adapters(self):
             super().save_pretrained(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
         forget_paths(save_directory)
-
-    def save_lora_adapter(
-        self, save_directory: Any, *args: Any, safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
-        """As diffusers'.
-
-        Raises:
-            InputError: `safe_serialization` is False, which would write a pickle; or `save_directory` is no folder.
-        """
-        refuse_pickle(safe_serialization, str(save_directory))
-        output_path(save_directory, folder=True)
-        super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
 
     # -- switches that save memory or time and change no result
 

@@ -1,21 +1,57 @@
-"""The model families: one visible dict. Nothing outside this room and the families' own files knows their names."""
+"""The model families: one table. Nothing outside this folder and the families' own files knows their names."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.hub import no_such_base
 from mmdit_lora.models import flux, sd3
-from mmdit_lora.models.base import Family, LayoutModelMixin, check_sizes
+from mmdit_lora.models.base import LayoutModelMixin
+from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
+from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
+from mmdit_lora.models.weight_files import check_sizes
 from mmdit_lora.resources import here_or_packaged
 
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the package may know of a model family; one value a family, collected in `FAMILIES`.
+
+    Args:
+        transformer: our class; its first diffusers base is the class that a plain base folder names.
+        stock_class: name of that diffusers class, as in `transformer/config.json`.
+        vae_scale_factor: pixels a latent cell covers, along a side, in the published checkpoints.
+        text_tokens: length of the text sequence that the published pipelines give the transformer by default.
+        presets: name of a published checkpoint -> the arguments of its transformer (its config.json).
+    """
+
+    transformer: type[LayoutModelMixin]
+    stock_class: str
+    vae_scale_factor: int
+    text_tokens: int
+    presets: Mapping[str, Mapping[str, Any]]
+
+
 FAMILIES: dict[str, Family] = {
-    "sd3": sd3.FAMILY,
-    "flux": flux.FAMILY,
+    "sd3": Family(
+        LayoutSD3Transformer2DModel,
+        stock_class="SD3Transformer2DModel",
+        vae_scale_factor=8,
+        text_tokens=77 + 256,  # CLIP and T5
+        presets=sd3.PRESETS,
+    ),
+    "flux": Family(
+        LayoutFluxTransformer2DModel,
+        stock_class="FluxTransformer2DModel",
+        vae_scale_factor=8,
+        text_tokens=512,
+        presets=flux.PRESETS,
+    ),
 }
 
 

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+# `ModelMixin` must be in this namespace: diffusers' loader looks for it in the module that model_index.json names.
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
@@ -24,10 +26,10 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from mmdit_lora.models.adapter_layers import scaled_by_attention_kwargs
-from mmdit_lora.models.attention import JointAttnProcessor, LayoutCrossAttention, RotaryEmbedding
-from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
+from mmdit_lora.models.attention import JointAttnProcessor, RotaryEmbedding
+from mmdit_lora.models.base import LayoutModelMixin, stock_arguments
 from mmdit_lora.models.layout_stream import (
-    ChunkedFeedForward,
+    LayoutBlock,
     LayoutInputs,
     LayoutProcessor,
     LayoutStream,
@@ -35,17 +37,10 @@ from mmdit_lora.models.layout_stream import (
     within_fp16,
 )
 
-
-class _ThirdStream(ChunkedFeedForward):
-    """What both kinds of blocks share."""
-
-    def share_queries(self) -> dict[str, Any]:
-        """Arguments that make the block's attention answer its queries too, where the layout stream reads them."""
-        stream = getattr(self, "layout_stream", None)
-        return {"return_query": True} if stream is not None and isinstance(stream.attn, LayoutCrossAttention) else {}
+__all__ = ["LayoutFluxTransformer2DModel", "ModelMixin"]
 
 
-class LayoutFluxTransformerBlock(_ThirdStream, FluxTransformerBlock):
+class LayoutFluxTransformerBlock(LayoutBlock, FluxTransformerBlock):
     """diffusers' `FluxTransformerBlock` with a third stream, `layout_stream`."""
 
     layout_stream: LayoutStream
@@ -99,19 +94,18 @@ class LayoutFluxTransformerBlock(_ThirdStream, FluxTransformerBlock):
             attn_out = attn_out + layout_gain * residual
         hidden_states = hidden_states + attn_out
 
-        norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * self.in_chunks(self.ff, norm_hidden_states)
+        hidden_states = self.feed_forward(self.ff, self.norm2, hidden_states, shift_mlp, scale_mlp, gate_mlp)
         if others:  # of an IP-Adapter
             hidden_states = hidden_states + others[0]
 
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * text_attn_out
-        norm_text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
-        text_ff = self.in_chunks(self.ff_context, norm_text)
-        encoder_hidden_states = within_fp16(encoder_hidden_states + text_gate_mlp.unsqueeze(1) * text_ff)
-        return encoder_hidden_states, hidden_states, layout_states
+        encoder_hidden_states = self.feed_forward(
+            self.ff_context, self.norm2_context, encoder_hidden_states, text_shift_mlp, text_scale_mlp, text_gate_mlp
+        )
+        return within_fp16(encoder_hidden_states), hidden_states, layout_states
 
 
-class LayoutFluxSingleTransformerBlock(_ThirdStream, FluxSingleTransformerBlock):
+class LayoutFluxSingleTransformerBlock(LayoutBlock, FluxSingleTransformerBlock):
     """diffusers' `FluxSingleTransformerBlock`, with a third stream where the model has `layout_single_blocks`."""
 
     layout_stream: SingleLayoutStream
@@ -170,11 +164,6 @@ class LayoutFluxSingleTransformerBlock(_ThirdStream, FluxSingleTransformerBlock)
         return self.in_chunks(project, torch.cat([attn_out, norm_hidden_states], dim=2))
 
 
-# `ModelMixin` must be in this namespace: diffusers' loader looks for it in the module that model_index.json names.
-
-
-__all__ = ["LayoutFluxTransformer2DModel", "ModelMixin"]
-
 LAYOUT_POSITION = -1.0  # all three rotary ids of every layout token, as in CreatiLayout (`fix_bbox_ids`)
 
 
@@ -213,28 +202,16 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         pooled_projection_dim: int = 768,
         guidance_embeds: bool = False,
         axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
-        phrase_dim: int | None = None,  # noqa: ARG002 - read from the config
-        phrase_tokens: int | None = None,  # noqa: ARG002 - read from the config
-        mask_padding: bool = True,  # noqa: ARG002 - read from the config
-        layout_slots: int | None = None,  # noqa: ARG002 - read from the config
+        phrase_dim: int | None = None,
+        phrase_tokens: int | None = None,
+        mask_padding: bool = True,
+        layout_slots: int | None = None,
         layout_attention: str = "siamese",
-        layout_mlp_dim: int | None = None,  # noqa: ARG002 - read from the config
-        layout_single_blocks: bool = False,  # noqa: ARG002 - read from the config
+        layout_mlp_dim: int | None = None,
+        layout_single_blocks: bool = False,
     ) -> None:
-        check_layout_attention(layout_attention)
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=0,  # the base's blocks would be built only to be replaced
-            num_single_layers=0,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-        )
+        # The base's blocks would be built only to be replaced.
+        super().__init__(**stock_arguments(FluxTransformer2DModel, locals(), num_layers=0, num_single_layers=0))
         self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers)
         sizes = {
             "dim": self.inner_dim,
@@ -312,6 +289,12 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         finally:
             self._guidance_branch = before
 
+    def select_layout(self, layout: LayoutInputs | None, *, batch: int, scale: float) -> LayoutInputs | None:
+        layout = super().select_layout(layout, batch=batch, scale=scale)
+        if layout is not None and self._guidance_branch == "uncond":
+            layout = layout.dropped()
+        return layout
+
     @scaled_by_attention_kwargs
     def forward(
         self,
@@ -339,11 +322,9 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         Raises:
             ValueError: the layout is given twice, its batch fits neither B nor 2B, or its phrases are of another size.
         """
-        joint_attention_kwargs, layout, layout_scale = take_layout(joint_attention_kwargs, layout, layout_scale)
-        layout = self.select_layout(layout, batch=hidden_states.shape[0], scale=layout_scale)
-        if layout is not None and self._guidance_branch == "uncond":
-            layout = layout.dropped()
-        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale, hidden_states.device)
+        joint_attention_kwargs, layout_states, layout_key_mask, layout_gain = self.start_layout(
+            joint_attention_kwargs, layout, layout_scale, hidden_states
+        )
 
         hidden_states = self.x_embedder(hidden_states)
         assert timestep is not None
@@ -407,10 +388,4 @@ _SCHNELL: dict[str, Any] = {
     "guidance_embeds": False,
 }
 
-FAMILY = Family(
-    transformer=LayoutFluxTransformer2DModel,
-    stock_class="FluxTransformer2DModel",
-    vae_scale_factor=8,
-    text_tokens=512,
-    presets={"flux-dev": _SCHNELL | {"guidance_embeds": True}, "flux-schnell": _SCHNELL},
-)
+PRESETS: dict[str, dict[str, Any]] = {"flux-dev": _SCHNELL | {"guidance_embeds": True}, "flux-schnell": _SCHNELL}

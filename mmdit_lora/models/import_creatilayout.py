@@ -20,7 +20,7 @@ from mmdit_lora.hub import local_copy
 from mmdit_lora.json_files import read_object
 from mmdit_lora.models.creatilayout import VARIANTS, Recipe, recipes, variant_of
 from mmdit_lora.models.families import FAMILIES
-from mmdit_lora.models.tensor_files import load_tensors
+from mmdit_lora.models.weight_files import load_tensors
 from mmdit_lora.outputs import check_new_folder, new_folder
 
 # Of a pipeline's repository: not the single files beside its parts, which hold the same weights again.

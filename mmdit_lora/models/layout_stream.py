@@ -269,6 +269,21 @@ class ChunkedFeedForward(nn.Module):
         return torch.cat([feed_forward(part) for part in parts], dim=self._chunk_dim)
 
 
+class LayoutBlock(ChunkedFeedForward):
+    """What the blocks that carry a layout stream share, mixed into a diffusers block, in front of it."""
+
+    def share_queries(self) -> dict[str, Any]:
+        """Arguments that make the block's attention return its queries too, where the layout stream reads them."""
+        stream = getattr(self, "layout_stream", None)
+        return {"return_query": True} if stream is not None and isinstance(stream.attn, LayoutCrossAttention) else {}
+
+    def feed_forward(
+        self, mlp: nn.Module, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> Tensor:
+        """x + gate * mlp(norm(x) * (1 + scale) + shift), the MLP in chunks where that is on; x (B, S, D), the others (B, D)."""
+        return x + gate.unsqueeze(1) * self.in_chunks(mlp, norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+
 class SingleLayoutStream(ChunkedFeedForward):
     """The layout's part of a block whose tokens share one set of weights, attention and MLP side by side.
 

@@ -19,14 +19,14 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from mmdit_lora.models.adapter_layers import scaled_by_attention_kwargs
-from mmdit_lora.models.attention import JointAttnProcessor, LayoutCrossAttention
-from mmdit_lora.models.base import Family, LayoutModelMixin, check_layout_attention, take_layout
-from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor, LayoutStream
+from mmdit_lora.models.attention import JointAttnProcessor
+from mmdit_lora.models.base import LayoutModelMixin, stock_arguments
+from mmdit_lora.models.layout_stream import LayoutBlock, LayoutInputs, LayoutProcessor, LayoutStream
 
 __all__ = ["LayoutSD3Transformer2DModel", "LayoutSD3TransformerBlock", "ModelMixin"]
 
 
-class LayoutSD3TransformerBlock(ChunkedFeedForward, JointTransformerBlock):
+class LayoutSD3TransformerBlock(LayoutBlock, JointTransformerBlock):
     """diffusers' `JointTransformerBlock` with a third stream, `layout_stream`."""
 
     layout_stream: LayoutStream
@@ -71,7 +71,7 @@ class LayoutSD3TransformerBlock(ChunkedFeedForward, JointTransformerBlock):
                 encoder_hidden_states, emb=temb
             )
         attention_kwargs = joint_attention_kwargs or {}
-        query_kwargs = {"return_query": True} if isinstance(self.layout_stream.attn, LayoutCrossAttention) else {}
+        query_kwargs = self.share_queries()
         attn_out, text_attn_out, *queries = self.attn(
             hidden_states=norm_hidden_states, encoder_hidden_states=norm_text, **attention_kwargs, **query_kwargs
         )
@@ -87,15 +87,14 @@ class LayoutSD3TransformerBlock(ChunkedFeedForward, JointTransformerBlock):
             attn_out2 = self.attn2(hidden_states=norm_hidden_states2, **attention_kwargs)
             hidden_states = hidden_states + gate_msa2.unsqueeze(1) * attn_out2
 
-        norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * self.in_chunks(self.ff, norm_hidden_states)
-
+        hidden_states = self.feed_forward(self.ff, self.norm2, hidden_states, shift_mlp, scale_mlp, gate_mlp)
         if self.context_pre_only:
             return None, hidden_states, layout_states
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * text_attn_out
-        norm_text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
-        text_ff = self.in_chunks(self.ff_context, norm_text)
-        return encoder_hidden_states + text_gate_mlp.unsqueeze(1) * text_ff, hidden_states, layout_states
+        encoder_hidden_states = self.feed_forward(
+            self.ff_context, self.norm2_context, encoder_hidden_states, text_shift_mlp, text_scale_mlp, text_gate_mlp
+        )
+        return encoder_hidden_states, hidden_states, layout_states
 
 
 class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
@@ -133,28 +132,14 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         pos_embed_max_size: int = 96,
         dual_attention_layers: tuple[int, ...] = (),
         qk_norm: str | None = None,
-        phrase_dim: int | None = None,  # noqa: ARG002 - read from the config
-        mask_padding: bool = True,  # noqa: ARG002 - read from the config
-        layout_slots: int | None = None,  # noqa: ARG002 - read from the config
+        phrase_dim: int | None = None,
+        mask_padding: bool = True,
+        layout_slots: int | None = None,
         layout_attention: str = "siamese",
-        layout_mlp_dim: int | None = None,  # noqa: ARG002 - read from the config
+        layout_mlp_dim: int | None = None,
     ) -> None:
-        check_layout_attention(layout_attention)
-        super().__init__(
-            sample_size=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_layers=0,  # the base's blocks would be built only to be replaced
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            caption_projection_dim=caption_projection_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            out_channels=out_channels,
-            pos_embed_max_size=pos_embed_max_size,
-            dual_attention_layers=dual_attention_layers,
-            qk_norm=qk_norm,
-        )
+        # The base's blocks would be built only to be replaced.
+        super().__init__(**stock_arguments(SD3Transformer2DModel, locals(), num_layers=0))
         self.register_to_config(num_layers=num_layers)
         self.transformer_blocks = nn.ModuleList(
             LayoutSD3TransformerBlock(
@@ -237,9 +222,9 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         Raises:
             ValueError: the layout is given twice, its batch fits neither B nor 2B, or its phrase width is not `phrase_dim`.
         """
-        joint_attention_kwargs, layout, layout_scale = take_layout(joint_attention_kwargs, layout, layout_scale)
-        layout = self.select_layout(layout, batch=hidden_states.shape[0], scale=layout_scale)
-        layout_states, layout_key_mask, layout_gain = self.begin_layout(layout, layout_scale, hidden_states.device)
+        joint_attention_kwargs, layout_states, layout_key_mask, layout_gain = self.start_layout(
+            joint_attention_kwargs, layout, layout_scale, hidden_states
+        )
 
         height, width = hidden_states.shape[-2:]
         hidden_states = self.pos_embed(hidden_states).contiguous()
@@ -291,16 +276,10 @@ _MEDIUM: dict[str, Any] = {
     "pos_embed_max_size": 192,
 }
 
-FAMILY = Family(
-    transformer=LayoutSD3Transformer2DModel,
-    stock_class="SD3Transformer2DModel",
-    vae_scale_factor=8,
-    text_tokens=77 + 256,  # CLIP and T5
-    presets={
-        "sd3-medium": _MEDIUM,
-        "sd3.5-medium": _MEDIUM
-        | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
-        "sd3.5-large": _MEDIUM
-        | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
-    },
-)
+PRESETS: dict[str, dict[str, Any]] = {
+    "sd3-medium": _MEDIUM,
+    "sd3.5-medium": _MEDIUM
+    | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    "sd3.5-large": _MEDIUM
+    | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
+}

@@ -31,17 +31,17 @@ from mmdit_lora.layout import Layout
 from mmdit_lora.lora import adapter_file, is_layout_adapter_file, load_adapter, merged_copy, same_adapter
 from mmdit_lora.lora.inject import Undo
 from mmdit_lora.lora.style import StyleReport
-from mmdit_lora.models.adapter_layers import adapter_layers, evaluation_mode, scaled_adapters, without_adapters
-from mmdit_lora.models.base import (
-    LayoutModelMixin,
-    forget_paths,
-    opened_from,
-    refuse_pickle,
-    refuse_pickled_weights,
+from mmdit_lora.models.adapter_layers import (
+    adapter_layers,
+    evaluation_mode,
+    scaled_adapters,
     warn_of_adapters,
+    without_adapters,
 )
+from mmdit_lora.models.base import LayoutModelMixin
 from mmdit_lora.models.layout_stream import LayoutInputs
-from mmdit_lora.pipelines.finite import each_finite, require_finite
+from mmdit_lora.models.weight_files import forget_paths, opened_from, refuse_pickle, refuse_pickled_weights
+from mmdit_lora.pipelines.finite import FiniteImageProcessor, each_finite, require_finite
 from mmdit_lora.pipelines.styles import StyleLoader
 from mmdit_lora.resources import here_or_packaged
 
@@ -93,6 +93,13 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
     opened_from: Path | None = None  # its folder
     image_processor: Any
     config: Any
+
+    def __init__(self, **arguments: Any) -> None:
+        """What diffusers' class takes; anything else is a default of calls, which the saved config states."""
+        known = inspect.signature(super().__init__).parameters
+        super().__init__(**{name: value for name, value in arguments.items() if name in known})
+        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
+        self.register_to_config(**{name: value for name, value in arguments.items() if name not in known})
 
     @classmethod
     def from_pretrained(

@@ -19,7 +19,6 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 from mmdit_lora.lora.style_names import DOUBLE_AND_SINGLE_BLOCKS, FamilyNames, encoder_prefixes
 from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
 from mmdit_lora.pipelines.base import LayoutPipeline
-from mmdit_lora.pipelines.finite import FiniteImageProcessor
 
 # T5's length for a phrase in CreatiLayout, of which the first `phrase_tokens` are kept.
 PHRASE_LENGTH = 77
@@ -58,24 +57,7 @@ class _Flux(LayoutPipeline):
         guidance_scale: float = 3.5,
         default_sample_size: int = 128,
     ) -> None:
-        super().__init__(
-            scheduler=scheduler,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            transformer=transformer,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-        )
-        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
-        self.register_to_config(
-            max_sequence_length=max_sequence_length,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            default_sample_size=default_sample_size,
-        )
+        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
         self.default_sample_size = default_sample_size
 
     @torch.no_grad()

@@ -16,8 +16,7 @@ from huggingface_hub import snapshot_download
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.hub import check_base_folder, no_such_base
-from mmdit_lora.models.base import refuse_pickled_weights
-from mmdit_lora.models.tensor_files import shard_names
+from mmdit_lora.models.weight_files import refuse_pickled_weights, shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.flux import LayoutFluxPipeline
 from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline

@@ -18,7 +18,6 @@ from mmdit_lora.lora.style_names import JOINT_BLOCKS, FamilyNames, encoder_prefi
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines.base import LayoutPipeline
-from mmdit_lora.pipelines.finite import FiniteImageProcessor
 
 
 class _StableDiffusion3(LayoutPipeline):
@@ -59,25 +58,7 @@ class _StableDiffusion3(LayoutPipeline):
         num_inference_steps: int = 28,
         guidance_scale: float = 7.0,
     ) -> None:
-        super().__init__(
-            transformer=transformer,
-            scheduler=scheduler,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            text_encoder_3=text_encoder_3,
-            tokenizer_3=tokenizer_3,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-        )
-        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
-        self.register_to_config(
-            max_sequence_length=max_sequence_length,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        )
+        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
 
     @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:

@@ -1,16 +1,19 @@
-"""Safetensors on disk: the tensors of a file, or of a folder of shards, and what is refused of them."""
+"""Weights on disk: reading safetensors, a file or a folder of shards, and what is refused of a stored model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit_lora.errors import InputError
-from mmdit_lora.files import inside
+from mmdit_lora.config.ranges import Range
+from mmdit_lora.errors import InputError, listed
+from mmdit_lora.files import exists, inside, public_name, write_json
 from mmdit_lora.json_files import read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -98,3 +101,70 @@ def _files_of(path: Path) -> list[Path]:
         raise InputError("holds pickles only, which may run code", location=str(path), hint="get the safetensors files")
     what = "no safetensors file" if not files else f"{len(files)} safetensors files and no index"
     raise InputError(f"holds {what}", location=str(path), hint="give the file itself, or the folder with its index")
+
+
+# What a stored config may say of a size of the model: beyond these nothing is built, or without end.
+_SIZES = {
+    "num_layers": Range(1, 1000, whole=True),
+    "num_single_layers": Range(0, 1000, whole=True),
+    "num_attention_heads": Range(1, 1000, whole=True),
+    "attention_head_dim": Range(1, 10_000, whole=True),
+    "patch_size": Range(1, 1000, whole=True),
+    "in_channels": Range(1, 100_000, whole=True),
+}
+
+
+def check_sizes(config: Mapping[str, Any], *, location: str) -> None:
+    """Raises `InputError`: a size of the model is out of range in a stored config; `location` is the base."""
+    for key, numbers in _SIZES.items():
+        if key in config:
+            numbers.check(config[key], location=f"{location}: {key} of its transformer's config")
+
+
+def refuse_pickle(safe: bool, location: str) -> None:
+    """Refuse to read or write weights as a pickle.
+
+    Raises:
+        InputError: not `safe`.
+    """
+    if not safe:
+        raise InputError(
+            "would be a pickle, which may run code when it is opened",
+            location=location,
+            hint="leave use_safetensors and safe_serialization out: only safetensors are read and written",
+        )
+
+
+def refuse_pickled_weights(folder: Path) -> None:
+    """Refuse a part of a base whose weights are there as a pickle alone. A folder that is not here is let through.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not folder.is_dir():
+        return
+    names = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise InputError(
+            f"its weights are a pickle ({listed(pickles)}), which may run code when it is opened",
+            location=str(folder),
+            hint="get them as .safetensors: many repositories hold both",
+        )
+
+
+def forget_paths(folder: str | Path) -> None:
+    """Take the paths of this machine out of the configs of a folder that was saved: diffusers writes where a part was opened."""
+    for file in (*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")):
+        if file.name not in ("config.json", "model_index.json"):
+            continue
+        config = read_object(file)
+        origin = config.get("_name_or_path")
+        if isinstance(origin, str) and public_name(origin) != origin:
+            del config["_name_or_path"]
+            write_json(file, config)
+
+
+def opened_from(location: str | Path, subfolder: str | None = None) -> Path | None:
+    """The folder that something is opened from, whatever the current directory is later; None for a hub id."""
+    return Path(location, subfolder or "").resolve() if exists(location) else None
