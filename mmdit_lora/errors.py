@@ -16,7 +16,7 @@ class InputError(ValueError):
         what: what is wrong, with the value that is wrong in it.
         location: the place: a file, a file and line, a key of the config. Given by the innermost reader that knows it;
             outer readers add theirs with `at`.
-        cure: how to mend it, as an instruction.
+        hint: how to correct it, as an instruction.
     """
 
     def __init__(self, what: str, *, location: str | None = None, hint: str | None = None) -> None:
@@ -27,7 +27,7 @@ class InputError(ValueError):
         super().__init__(self.what)
 
     def at(self, location: str) -> InputError:
-        """The same error, its place prefixed with `where` (a reader adds the file and line that a parser cannot know)."""
+        """The same error, `location` put before its own (a reader adds the file and line that a parser does not know)."""
         return type(self)(
             self.what, location=f"{location}: {self.location}" if self.location else location, hint=self.hint
         )
@@ -50,7 +50,7 @@ class NonFiniteError(Stopped):
     Args:
         bad: numbers of those that do, from 0. count: how many there are.
         what: "images" or "latents". dtype: what they were computed in. step: the first sampling step, from 1, after which
-            the latents of one were not finite, where that is known. left: how many more there would have been.
+            the latents of one were not finite, if known. left: how many more were to be sampled.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class NonFiniteError(Stopped):
 
 
 def clip(text: object, limit: int = 200) -> str:
-    """`str(text)` for a message: at most `limit` characters, what lies in the middle of a longer one left out."""
-    whole = str(text)
-    if len(whole) <= limit:
-        return whole
-    gap = f" ... ({len(whole):,} characters) ... "
+    """`str(text)` for a message, at most `limit` characters: the middle of a longer one is left out."""
+    full = str(text)
+    if len(full) <= limit:
+        return full
+    gap = f" ... ({len(full):,} characters) ... "
     head = max(limit - len(gap), 0) * 2 // 3
     tail = max(limit - len(gap) - head, 0)
-    return whole[:head] + gap + whole[len(whole) - tail :]
+    return full[:head] + gap + full[len(full) - tail :]
 
 
 class _Bounded(reprlib.Repr):
-    """Looks at a few parts of a value alone: a YAML file of a few lines may stand for 9 ** 10 of them."""
+    """Reads only the first parts of a value: a YAML file of a few lines may stand for 9 ** 10 of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ _BOUNDED = _Bounded()
 
 
 def shown(value: object) -> str:
-    """`repr(value)` of what a file or a caller gave, for a message, shortened without being built as a whole."""
+    """A short `repr(value)` for a message; the full text of a huge value is never built."""
     return clip(_BOUNDED.repr(value))
 
 
@@ -116,13 +116,13 @@ def several(errors: Sequence[InputError], *, location: str, hint: str | None = N
     """One error of many: the first twenty, a line each, as far as a message goes, and how many there are.
 
     Args:
-        location: the file or folder that they are of; their places are told from there. hint: what all of them suggest.
+        location: the file or folder that they are of; their own locations are shortened by it. hint: for all of them.
     """
     if len(errors) == 1:
         (error,) = errors
         what = f"{error.what}; {hint}" if hint else error.what
         return InputError(what, location=error.location, hint=error.hint)
-    beside = f"{os.path.dirname(location)}/" if os.path.dirname(location) else location + "/"  # noqa: PTH120 - where may be a URL
+    beside = f"{os.path.dirname(location)}/" if os.path.dirname(location) else location + "/"  # noqa: PTH120 - it may be a URL
     lines: list[str] = []
     for error in errors[:20]:
         first = str(error).splitlines()[0].replace(f"{location}/", "").replace(beside, "")

@@ -1,4 +1,4 @@
-"""Files: reading text as people have it, and writing so that nothing half-written is ever seen (temporary neighbour, fsync, rename)."""
+"""Reading text files in the encodings of editors, and writing files and folders atomically (temporary name, fsync, rename)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from typing import Any
 from mmdit_lora.errors import InputError, Stopped, clip, shown
 from mmdit_lora.locks import start_of
 
-# Begins the name of every temporary file, folder and lock: <RESERVED><of what>-<pid>-<its start>-<random>. No user's file is
-# named so, and whether the process is dead can be told.
+# Prefix of every temporary file, folder and lock: <RESERVED><of what>-<pid>-<its start>-<random>. No user's file has such a
+# name, and it says which process wrote it.
 RESERVED = ".mmdit_lora-"
 _TEMPORARY = re.compile(re.escape(RESERVED) + r"[0-9a-f]+-(\d+)-(\d+)-[0-9a-f]{8}(\.\w*)?")
 _LOCK_NAME = re.compile(re.escape(RESERVED) + r"(lock|[0-9a-f]+\.lock)")
@@ -38,7 +38,7 @@ _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 def require_file(path: str | Path, *, what: str = "file", hint: str | None = None) -> Path:
     """`path`, which is a regular file or a link to one.
 
-    Reading a FIFO waits for ever, and a device such as /dev/zero never ends: neither is ever opened.
+    Neither a FIFO, which blocks, nor a device such as /dev/zero, which never ends, is ever opened.
 
     Args:
         what: what it should be, for the message, e.g. "layout file".
@@ -62,13 +62,13 @@ def require_file(path: str | Path, *, what: str = "file", hint: str | None = Non
 
 
 def inside(folder: str | Path, name: Any, *, location: str, what: str = "file") -> Path:
-    """`folder / name`, for a name that stands in a file (an index, a list, an archive): it leads nowhere else.
+    """`folder / name` for a name read from a file (an index, a list, an archive), which must lie in `folder`.
 
     Args:
-        location: the file that the name stands in. what: what it names, for the message.
+        location: the file that holds the name. what: what it names, for the message.
 
     Raises:
-        InputError: the name is no text, is empty, absolute, or holds `..`.
+        InputError: the name is not a string, is empty or absolute, or contains `..`.
     """
     parts = PureWindowsPath(name).parts if isinstance(name, str) else ()  # both separators, and drives
     if not parts or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
@@ -81,7 +81,7 @@ def inside(folder: str | Path, name: Any, *, location: str, what: str = "file") 
 
 
 def public_name(base: str | Path) -> str:
-    """How files that are given away name a base: a hub id as it is, a folder by its name alone. Nobody's paths."""
+    """The name of a base in files that are shared: a hub id as it is, a folder by its last part, no path of this machine."""
     text = str(base)
     if not written_as_path(text) and not exists(text):
         return text
@@ -98,12 +98,12 @@ def exists(path: str | Path) -> bool:
 
 
 def written_as_path(base: str) -> bool:
-    """Whether a base's name can be nothing but a path; a hub id has one "/" at most, and could be a relative path too."""
+    """Whether a base's name can only be a path: a hub id has at most one "/"."""
     return "\\" in base or base[1:2] == ":" or base.startswith(("/", ".", "~")) or base.count("/") > 1
 
 
 def nearest(path: str | Path) -> Path | None:
-    """What exists and has nearly the name of a path that does not: a slip of the pen in one of its parts; else None."""
+    """The existing path most like `path`, which has a misspelt part; None if there is none."""
     parts = Path(path).parts
     found = Path(parts[0]) if parts and Path(parts[0]).is_absolute() else Path()
     for part in parts[1:] if found.parts else parts:
@@ -121,18 +121,20 @@ def nearest(path: str | Path) -> Path | None:
     return found if found.parts else None
 
 
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a link",
+}
+
+
 def kind_of(mode: int) -> str:
     """What a `st_mode` stands for, for messages: "a folder", "a FIFO", ..."""
-    kinds = {
-        stat.S_ISREG: "a file",
-        stat.S_ISDIR: "a folder",
-        stat.S_ISFIFO: "a FIFO",
-        stat.S_ISCHR: "a device",
-        stat.S_ISBLK: "a device",
-        stat.S_ISSOCK: "a socket",
-        stat.S_ISLNK: "a link",
-    }
-    return next((name for test, name in kinds.items() if test(mode)), "no regular file")
+    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 
 def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, hint: str | None = None) -> str:
@@ -142,7 +144,7 @@ def read_text(path: str | Path, *, what: str = "file", limit: int = 64 * 2**20, 
         what: see `require_file`. limit: the most bytes that are read.
 
     Raises:
-        InputError: no regular file, larger than `limit`, or in another encoding, which is named where it can be told.
+        InputError: the file is not regular, is larger than `limit`, or has another encoding, which is named if known.
     """
     return decode_text(read_bytes(path, what=what, limit=limit, hint=hint), location=str(path))
 
@@ -261,8 +263,7 @@ def atomic_file(path: str | Path, *, label: str | None = None) -> Iterator[Path]
             temporary.unlink(missing_ok=True)
             remove_empty(made)
 
-        _pending.append(undo)
-        try:
+        with undone_at_end(undo):
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             mode = stat.S_IMODE(os.fstat(handle).st_mode)
             os.close(handle)
@@ -273,10 +274,6 @@ def atomic_file(path: str | Path, *, label: str | None = None) -> Iterator[Path]
             if path.parent in before_replacing:
                 before_replacing[path.parent](temporary, path)
             temporary.replace(path)
-        finally:
-            _pending.remove(undo)
-            with suppress(OSError):
-                undo()
 
 
 @contextmanager
@@ -300,26 +297,21 @@ def atomic_folder(path: str | Path, *, before_swap: Callable[[Path], None] | Non
         temporary = _temporary(path)
 
         def undo() -> None:
-            _put_back(path)
-            shutil.rmtree(temporary, ignore_errors=True)
+            for mine in path.parent.glob(f"{RESERVED}{tag_of(path.name)}-{os.getpid()}-*"):
+                _put_back(mine)
             remove_empty(made)
 
-        _pending.append(undo)
-        try:
+        with undone_at_end(undo):
             temporary.mkdir()
             yield temporary
             _set_modes(temporary)
             if before_swap is not None:
                 before_swap(temporary)
-            inside = sorted(temporary.rglob("*"), key=lambda found: len(found.parts), reverse=True)
-            for found in [*(f for f in inside if f.is_file()), *(f for f in inside if f.is_dir()), temporary]:
-                _fsync(found)
+            inside = sorted(temporary.rglob("*"), key=lambda file: (file.is_dir(), -len(file.parts)))
+            for file in [*(each for each in inside if each.is_file() or each.is_dir()), temporary]:
+                _fsync(file)
             _swap(temporary, path)
             _fsync(path.parent)
-        finally:
-            _pending.remove(undo)
-            with suppress(OSError):
-                undo()
 
 
 def output_path(path: str | Path, *, folder: bool) -> Path:
@@ -338,7 +330,7 @@ def output_path(path: str | Path, *, folder: bool) -> Path:
                 break
             if place.is_symlink():
                 with suppress(FileNotFoundError):
-                    place.stat()  # raises where links lead round in a circle
+                    place.stat()  # raises if links form a circle
                 raise InputError("is a dangling link", location=str(place), hint="remove the link, or " + hint)
         mode = place.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -351,7 +343,7 @@ def output_path(path: str | Path, *, folder: bool) -> Path:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether the program names a temporary or a lock so; a user's `.mmdit_lora-notes` is none."""
+    """Whether this is the name of a temporary or a lock; a user's `.mmdit_lora-notes` is neither."""
     return bool(_TEMPORARY.fullmatch(name) or _LOCK_NAME.fullmatch(name))
 
 
@@ -379,7 +371,7 @@ def remove_temporaries(path: str | Path) -> list[str]:
     What a live process writes is left alone.
 
     Returns:
-        What was done, in words; empty where there was nothing.
+        What was done, as sentences; empty if there was nothing to do.
     """
     path = Path(path)
     return _clean(path.parent, f"{RESERVED}{tag_of(path.name)}-*")
@@ -412,14 +404,21 @@ def abandon() -> list[str]:
     return hints
 
 
-def on_abandon(undo: Callable[[], str | None]) -> Callable[[], None]:
-    """Have `abandon` call `undo`, which may return a hint for the user; returns what takes that back."""
+@contextmanager
+def undone_at_end(undo: Callable[[], str | None]) -> Iterator[None]:
+    """Call `undo` at the end of the block, however it ends; or in `abandon`, where it may return a hint for the user."""
     _pending.append(undo)
-    return lambda: _pending.remove(undo) if undo in _pending else None
+    try:
+        yield
+    finally:
+        if undo in _pending:
+            _pending.remove(undo)
+        with suppress(OSError, InputError):
+            undo()
 
 
 def space_error(error: BaseException | None) -> int | None:
-    """The system's number of a want of space, also where a library has wrapped it in an error of its own."""
+    """The errno of an error that means lack of space, also of one that a library has wrapped."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return error.errno
@@ -493,33 +492,26 @@ def _temporary(path: Path, label: str | None = None) -> Path:
 
 
 def _clean(folder: Path, pattern: str) -> list[str]:
-    done = []
+    done: dict[str, None] = {}
     for left in folder.glob(pattern) if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(left.name)
         if match is None or start_of(int(match[1])) == int(match[2]):
             continue
         who = f"process {match[1]}, which was killed"
         if left.is_dir() and not left.is_symlink():
-            moved = left / _OLD
-            for old in moved.iterdir() if moved.is_dir() else ():
-                if not (folder / old.name).exists():
-                    old.rename(folder / old.name)
-                    done.append(f"put {folder / old.name} back, which {who}, had moved aside")
-            shutil.rmtree(left, ignore_errors=True)
+            done |= {f"put {old} back, which {who}, had moved aside": None for old in _put_back(left)}
         else:
             left.unlink(missing_ok=True)
-        done.append(f"removed what {who}, left half-written in {folder}")
-    return list(dict.fromkeys(done))
+        done[f"removed what {who}, left half-written in {folder}"] = None
+    return list(done)
 
 
-def _put_back(path: Path) -> None:
-    """Undo the first of two renames of this process."""
-    if path.exists():
-        return
-    for moved in path.parent.glob(f"{RESERVED}{tag_of(path.name)}-{os.getpid()}-*/{_OLD}"):
-        if (moved / path.name).exists():
-            (moved / path.name).rename(path)
-            shutil.rmtree(moved.parent, ignore_errors=True)
+def _put_back(temporary: Path) -> list[Path]:
+    """Undo the first of the two renames of `_swap`, and remove the temporary folder."""
+    moved = [old for old in (temporary / _OLD).glob("*") if not (temporary.parent / old.name).exists()]
+    back = [old.rename(temporary.parent / old.name) for old in moved]
+    shutil.rmtree(temporary, ignore_errors=True)
+    return back
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -538,7 +530,7 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two names change places in one step; False where the system cannot."""
+    """Exchange two names in one step; False if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -579,7 +571,7 @@ def json_text(data: Any, *, indent: int | None = None) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` atomically, UTF-8, `printable`."""
+    """Write `printable(text)` to `path` atomically, as UTF-8."""
     with atomic_file(path) as temporary:
         temporary.write_text(printable(text), encoding="utf-8")
 

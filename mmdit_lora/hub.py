@@ -1,4 +1,4 @@
-"""Folders of bases and hub ids: what can be said of them, and had of them, before anything heavy is imported."""
+"""Bases as folders or hub ids: checks and downloads that need no heavy import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignore: Sequence[str] = ()) -> Path:
-    """`source` itself where it is there; else a hub id's files, downloaded or from the cache of huggingface_hub.
+    """`source` itself if it exists; else a hub id's files, downloaded or from the cache of huggingface_hub.
 
     Args:
         source: a path, a hub id OWNER/NAME, or a folder or file in it: OWNER/NAME/PATH.
@@ -27,7 +27,7 @@ def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignor
         The path, or the folder of that snapshot in the cache, or PATH in it.
 
     Raises:
-        InputError: it is neither here nor to be had, e.g. as there is no connection, or it asks for a login.
+        InputError: it does not exist and cannot be downloaded, e.g. without a connection or a login.
     """
     text, path = str(source), Path(source)
     if exists(path):
@@ -65,7 +65,7 @@ def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignor
 
 
 def no_such_base(base: str) -> InputError:
-    """For a base that is neither a folder nor a hub id that can be had: the nearest folder that there is."""
+    """The error for a base that is neither a folder nor a hub id that can be reached; it names the nearest folder."""
     found = nearest(base)
     near = found if found is not None and found.is_dir() and not exists(base) else None
     what = "there is no such folder"

@@ -1,4 +1,4 @@
-"""JSON that is read, and the place of what is wrong in it: texts, others' files, and what the program keeps for itself."""
+"""Reading JSON: others' files, and what the program wrote for itself; with the line of what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import read_text
 
-Kept = TypeVar("Kept", bound=dict[str, Any] | list[Any])
+Value = TypeVar("Value", bound=dict[str, Any] | list[Any])
 JSON_LIMIT = 4 * 2**30  # bytes; the largest annotation files of published sets have half of that
 _OBJECT_LIMIT = 64 * 2**20  # of configs, indices, states
 _DEEPEST = 100  # objects and lists in each other; nobody's config has a tenth of that
@@ -24,10 +24,10 @@ def read_json(path: str | Path, *, what: str = "JSON file", limit: int = JSON_LI
     """The content of a JSON file.
 
     Args:
-        what, limit, cure: as of `files.read_text`.
+        what, limit, hint: as of `files.read_text`.
 
     Raises:
-        InputError: no regular file, too large, no text or no JSON; with the line.
+        InputError: it is no regular file, too large, not text or not JSON; with the line.
     """
     return parse_json(read_text(path, what=what, limit=limit, hint=hint), location=str(path), hint=hint)
 
@@ -40,24 +40,18 @@ def read_object(
     hint: str | None = None,
     finite: bool = True,
 ) -> dict[str, Any]:
-    """The one object of a JSON file: a config, an index, a state. Raises `InputError` as `read_json` does, or for another
-    value, or for one that is nested too deeply to be worked with."""
-    return parse_object(
-        read_text(path, what=what, limit=limit, hint=hint), location=str(path), hint=hint, finite=finite
-    )
+    """The one object of a JSON file: a config, an index, a state. Raises `InputError` as `parse_object` does."""
+    text = read_text(path, what=what, limit=limit, hint=hint)
+    return parse_object(text, location=str(path), hint=hint, finite=finite)
 
 
 def parse_object(text: str, *, location: str, hint: str | None = None, finite: bool = True) -> dict[str, Any]:
-    """As `read_object`, of a text; `where` it stands."""
-    found = parse_json(text, location=location, hint=hint, finite=finite)
-    if not isinstance(found, dict):
-        raise InputError(f"holds {type(found).__name__}, not a JSON object", location=location, hint=hint)
-    _refuse_deep(found, location, hint)
-    return found
+    """The one object of a JSON text. Raises `InputError` as `parse_json` does, for another value, and for deep nesting."""
+    return _shallow(parse_json(text, location=location, hint=hint, finite=finite), dict, location, hint)
 
 
-def read_kept(path: str | Path, kind: type[Kept]) -> Kept | None:
-    """What the program keeps for itself and can make anew; None where there is none, and, with a warning, where it is damaged.
+def read_cached(path: str | Path, kind: type[Value]) -> Value | None:
+    """JSON that the program wrote for itself and can make again; None if there is none or, with a warning, if it is damaged.
 
     Args:
         kind: dict or list.
@@ -65,24 +59,33 @@ def read_kept(path: str | Path, kind: type[Kept]) -> Kept | None:
     if not Path(path).exists():
         return None
     try:
-        found = read_json(path, limit=_OBJECT_LIMIT)
-        if not isinstance(found, kind):
-            raise InputError(f"holds {type(found).__name__}", location=str(path))
-        _refuse_deep(found, str(path), None)
+        return _shallow(read_json(path, limit=_OBJECT_LIMIT), kind, str(path), None)
     except InputError as error:
         warn_damaged(path, error.what)
         return None
-    return found
 
 
 def warn_damaged(path: str | Path, why: object) -> None:
-    """That something that the program keeps for itself cannot be used."""
+    """Log that a file which the program wrote for itself cannot be used."""
     log.warning("%s is damaged and made anew (%s)", path, clip(why))
 
 
+def _shallow(value: Any, kind: type[Value], location: str, hint: str | None) -> Value:
+    """`value`, which is a `kind` and is nested in at most `_DEEPEST` levels."""
+    if not isinstance(value, kind):
+        name = "object" if kind is dict else "list"
+        raise InputError(f"holds {type(value).__name__}, not a JSON {name}", location=location, hint=hint)
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        inner = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise InputError("is nested too deeply", location=location, hint=hint)
+
+
 def read_rows(path: Path, *, what: str, hint: str | None = None) -> list[dict[str, Any]]:
-    """The objects of a file to which the program adds lines; a last line that a kill cut short is left out.
-    They may hold NaN and Infinity.
+    """The objects of a file to which the program adds lines, NaN and Infinity allowed; an incomplete last line is left out.
 
     Raises:
         InputError: a line is no object.
@@ -90,11 +93,8 @@ def read_rows(path: Path, *, what: str, hint: str | None = None) -> list[dict[st
     if not path.exists():
         return []
     text = read_text(path, what=what, limit=JSON_LIMIT)
-    whole = text[: text.rfind("\n") + 1]
-    return [
-        parse_object(line, location=f"{path}:{number}", hint=hint, finite=False)
-        for number, line in numbered_lines(whole)
-    ]
+    lines = numbered_lines(text[: text.rfind("\n") + 1])
+    return [parse_object(line, location=f"{path}:{number}", hint=hint, finite=False) for number, line in lines]
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
@@ -139,25 +139,10 @@ def json_errors(location: str, *, many_lines: bool = False, hint: str | None = N
     except InputError as error:
         raise error if (error.location or "").startswith(location) else error.at(location) from None
     except ValueError as error:  # an int of thousands of digits
-        raise InputError(
-            f"is not JSON that can be read: {str(error).split(';')[0]}", location=location, hint=hint
-        ) from None
+        what = f"is not JSON that can be read: {str(error).split(';')[0]}"
+        raise InputError(what, location=location, hint=hint) from None
     except RecursionError:
         raise InputError("is nested too deeply", location=location, hint=hint) from None
-
-
-def _refuse_deep(found: Any, location: str, hint: str | None) -> None:
-    level = [found]
-    for _ in range(_DEEPEST):
-        level = [
-            item
-            for one in level
-            for item in (one.values() if isinstance(one, dict) else one)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return
-    raise InputError("is nested too deeply", location=location, hint=hint)
 
 
 def _refuse_constant(name: str) -> float:
@@ -171,14 +156,14 @@ class TwiceError(InputError):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         key = next(name for index, name in enumerate(names) if name in names[:index])
         error = TwiceError(f"the key {clip(repr(key), 100)} stands twice", hint="keep one of the two")
         error.key = key
         raise error
-    return found
+    return value
 
 
 def _line_of_second(text: str, key: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Who writes a folder: a lock that a dead process does not hold, and the identity of processes."""
+"""Locks on folders that end with their process, and the identity of processes."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Owner:
     since: str = ""
 
     def is_alive(self) -> bool | None:
-        """None where it cannot be told: the process is on another host."""
+        """None if unknown: the process is on another host."""
         if self.host != socket.gethostname():
             return None
         return start_of(self.pid) == self.start
 
 
 def start_of(pid: int) -> int | None:
-    """When process `pid` of this host started, in a unit of the system's own; None where there is none, or only a zombie."""
+    """When process `pid` of this host started, in a unit of the system; None if it does not run or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])
@@ -60,16 +60,16 @@ def start_of(pid: int) -> int | None:
 
 
 def this_process() -> Owner:
-    """The process that asks."""
+    """The calling process."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     return Owner(os.getpid(), start_of(os.getpid()) or 0, socket.gethostname(), since)
 
 
 class FolderLock:
-    """A lock in the file `path`, for one process at a time; held again by the thread that holds it.
+    """A lock in the file `path` for one process at a time; reentrant in the thread that holds it.
 
     It is a POSIX record lock: the kernel drops it when the process ends, and children do not inherit it. The file also
-    names the holder, which decides where a file system has no such locks or does not mean them.
+    names the holder, which decides on file systems without such locks.
 
     Args:
         what: the folder that is written, for messages.

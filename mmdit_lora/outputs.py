@@ -1,11 +1,10 @@
-"""What the program writes and removes: one rule for every verb.
+"""Which files and folders a verb may write, replace and remove: one rule for all verbs.
 
-An output folder carries a marker, `.mmdit_lora.json`: the verb that wrote it and a manifest, each file with its size and a
-digest.
-Only what a manifest lists, unchanged since, is ever replaced or removed; what else lies there is the user's. A folder with
-files and no marker is not written to, nor is one of another verb, nor an input, nor what is neither file nor folder.
+An output folder holds a marker, `.mmdit_lora.json`: the verb that wrote it and a manifest of its files with size and digest.
+Only files that the manifest lists and that have not changed since are replaced or removed; all others are the user's. A verb does
+not write to a folder with files and no marker, to a folder of another verb, to an input, or to what is neither file nor folder.
 
-A lock says who is writing. Whoever takes over the lock of a process that died finishes or undoes what that left.
+A lock names the process that writes. A process that takes over the lock of a dead one finishes or undoes its work.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from mmdit_lora.files import (
     is_reserved,
     kind_of,
     make_folders,
-    on_abandon,
     os_errors_as_input_errors,
     output_path,
     read_text,
@@ -38,6 +36,7 @@ from mmdit_lora.files import (
     remove_empty,
     remove_temporaries,
     tag_of,
+    undone_at_end,
     write_text,
 )
 from mmdit_lora.json_files import parse_object
@@ -46,7 +45,7 @@ from mmdit_lora.locks import FolderLock
 MARKER = ".mmdit_lora.json"
 _LOCK = f"{RESERVED}lock"
 _LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # of file managers, nobody's
-_CURE = "give another folder, or move what is in it away"
+_HINT = "give another folder, or move what is in it away"
 
 Inputs = Mapping[str, str | Path | None]
 Stamp = list[int | str] | None  # see `_stamp`; None: a folder, or a file that is only added to
@@ -60,8 +59,8 @@ class Marker:
     """What a folder's `.mmdit_lora.json` says.
 
     Args:
-        verb: what wrote the folder. files: relative name -> stamp; a folder's name ends in "/".
-        was: stamps of files that those in `files` were about to replace: a kill may have come before the rename.
+        verb: the verb that wrote the folder. files: relative name -> stamp; a folder's name ends in "/".
+        was: stamps of the files that those in `files` were about to replace: a kill may have come before the rename.
     """
 
     verb: str
@@ -70,24 +69,23 @@ class Marker:
 
     @classmethod
     def read(cls, folder: Path) -> Marker | None:
-        """The marker of `folder`; None where there is none, or one that says nothing.
+        """The marker of `folder`; None if there is none or it is damaged.
 
         Raises:
-            InputError: something of that name is no regular file, or a huge one.
+            InputError: something of that name is not a regular file, or is huge.
         """
         place = folder / MARKER
         if not os.path.lexists(place):
             return None
         if place.is_symlink():  # it would be written through
-            raise InputError("is a link, and no marker of an output folder", location=str(place), hint=_CURE)
-        text = read_text(place, what="marker of an output folder", limit=_LARGEST_MARKER, hint=_CURE)
-        try:
+            raise InputError("is a link, and no marker of an output folder", location=str(place), hint=_HINT)
+        text = read_text(place, what="marker of an output folder", limit=_LARGEST_MARKER, hint=_HINT)
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
             content = parse_object(text, location=str(place))
             marker = cls(str(content["written_by"]), dict(content["files"]), dict(content.get("was", {})))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        stamps = [*marker.files.values(), *marker.was.values()]
-        return marker if all(s is None or (isinstance(s, list) and len(s) >= 2) for s in stamps) else None
+            stamps = [*marker.files.values(), *marker.was.values()]
+            return marker if all(s is None or (isinstance(s, list) and len(s) >= 2) for s in stamps) else None
+        return None
 
     def write(self, folder: Path) -> None:
         """Put it into `folder`."""
@@ -109,8 +107,8 @@ def new_folder(out: str | Path, *, verb: str, inputs: Inputs | None = None) -> I
     """Yield a temporary folder; on success it is the folder `out`, all at once. An earlier one of the same verb is replaced.
 
     Args:
-        out: the folder to write. verb: what writes it.
-        inputs: what is read, by option or key -> path; what is no path of this machine is passed over.
+        out: the folder to write. verb: the verb that writes it.
+        inputs: option or key -> path that is read; URLs and the like are skipped.
 
     Raises:
         InputError: see `check_new_folder`; or another process is writing it, or it cannot be written.
@@ -185,7 +183,11 @@ def open_folder(
     rules: dict[str, Any] = {"verb": verb, "others": tuple(others), "adopt": adopt}
     check_open_folder(out, names=names, inputs=inputs, **rules)
     with _locked(out, out / _LOCK, out) as lock, os_errors_as_input_errors(out):
-        _report(out, [*remove_all_temporaries(out), *_remove_old_temporaries(out, names)])
+        old = [out / name for name in _top(out) if _is_old_temporary(out / name, names)]
+        for path in old:
+            path.unlink(missing_ok=True)
+        removed = f"removed what an earlier version left half-written ({listed(path.name for path in old)})"
+        _report(out, [*remove_all_temporaries(out), *([removed] if old else [])])
         _check_names(out, names, **rules)
         nested = lock.is_nested
         fresh = not nested and not _top(out)
@@ -195,9 +197,7 @@ def open_folder(
         for name in names:
             if name.endswith("/") or name in logs:
                 marker.files[name] = None
-            elif marker.files.get(name) is None and os.path.lexists(
-                out / name
-            ):  # an earlier version's, which had no stamps
+            elif marker.files.get(name) is None and os.path.lexists(out / name):  # an earlier version had no stamps
                 marker.files[name] = _stamp(out / name)
         marker.write(out)
 
@@ -226,13 +226,8 @@ def open_folder(
             return f"{again} goes on with {out}"
 
         before_replacing.setdefault(out, note)
-        forget = on_abandon(settle)
-        try:
+        with undone_at_end(settle):
             yield out
-        finally:
-            forget()
-            with suppress(OSError, InputError):
-                settle()
 
 
 def check_open_folder(
@@ -300,22 +295,17 @@ def refuse_inputs(targets: Iterable[Path], inputs: Inputs, *, verb: str, inside:
     if not read:
         return
     for target in targets:
-        chain = _chain(target)
         for label, place in read.items():
-            own, above = _identity(place), _chain(place)
-            if _identity(target) == own:
+            if _is_same(target, place):
                 what = "is"
-            elif _identity(target) is not None and _identity(target) in above:
+            elif any(_is_same(target, above) for above in place.parents):
                 what = "holds"
-            elif inside and place.is_dir() and own in chain:
+            elif inside and place.is_dir() and any(_is_same(place, above) for above in target.parents):
                 what = "lies in"
             else:
                 continue
-            raise InputError(
-                f"{what} what is read: {label} {inputs[label]}",
-                location=_where(target, verb),
-                hint="give another place to write",
-            )
+            what += f" what is read: {label} {inputs[label]}"
+            raise InputError(what, location=_where(target, verb), hint="give another place to write")
 
 
 def refuse_unmarked(folder: Path, *, own: str) -> None:
@@ -323,10 +313,10 @@ def refuse_unmarked(folder: Path, *, own: str) -> None:
     once, and only files whose names say what they are."""
     found = _top(output_path(folder, folder=True))
     if found and (marker := Marker.read(folder)) is not None:
-        raise InputError(f"holds what `{marker.verb}` wrote", location=str(folder), hint=_CURE)
+        raise InputError(f"holds what `{marker.verb}` wrote", location=str(folder), hint=_HINT)
     if found and not (folder / own).is_dir():
         raise InputError(
-            f"is not empty, and holds no {own}: it holds {listed(found)}", location=str(folder), hint=_CURE
+            f"is not empty, and holds no {own}: it holds {listed(found)}", location=str(folder), hint=_HINT
         )
 
 
@@ -335,27 +325,19 @@ def _locked(place: Path, file: Path, what: Path) -> Iterator[FolderLock]:
     """Hold the lock `file` in `place`, which is made."""
     with os_errors_as_input_errors(what):
         made = make_folders(place)
-        lock = FolderLock.at(file, what)
+        lock, acquired = FolderLock.at(file, what), False
 
         def undo() -> None:
-            if lock.held:
+            if acquired:
                 lock.release()
             remove_empty(made)
 
-        forget = on_abandon(undo)
-        try:
+        with undone_at_end(undo):
             before = lock.acquire()
-        except BaseException:
-            forget()
-            remove_empty(made)
-            raise
-        try:
+            acquired = True
             if before is not None:
                 _report(what, [f"took the lock over from process {before.pid}, started {before.since}, which died"])
             yield lock
-        finally:
-            forget()
-            undo()
 
 
 def _refuse_irreplaceable(out: Path, verb: str) -> None:
@@ -404,10 +386,10 @@ def _own_marker(out: Path, verbs: tuple[str, ...], found: list[str]) -> Marker:
         raise InputError(
             f"is not empty, and carries no {MARKER} that says the program wrote it (it holds {listed(found)})",
             location=_where(out, verbs[0]),
-            hint=_CURE,
+            hint=_HINT,
         )
     if marker.verb not in verbs:
-        raise InputError(f"holds what `{marker.verb}` wrote", location=_where(out, verbs[0]), hint=_CURE)
+        raise InputError(f"holds what `{marker.verb}` wrote", location=_where(out, verbs[0]), hint=_HINT)
     return marker
 
 
@@ -460,12 +442,12 @@ def _stamp(path: Path) -> Stamp:
             return [-1, kind_of(found.st_mode)]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-        return [found.st_size, digest, *(_untouched(found) if found.st_size >= _LARGE else ())]
+        return [found.st_size, digest, *(_times(found) if found.st_size >= _LARGE else ())]
     except OSError:
         return [-1, ""]
 
 
-def _untouched(found: os.stat_result) -> list[int]:
+def _times(found: os.stat_result) -> list[int]:
     return [found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
@@ -479,7 +461,7 @@ def _is_unchanged(path: Path, stamp: Stamp) -> bool:
     if stat.S_ISREG(found.st_mode):
         if found.st_size != stamp[0]:
             return False
-        if stamp[2:] == _untouched(found):
+        if stamp[2:] == _times(found):
             return True
     now = _stamp(path)
     return now is not None and now[:2] == stamp[:2]
@@ -504,31 +486,14 @@ def _existing(given: str | Path | None) -> Path | None:
     return Path(os.path.realpath(path))
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _chain(path: Path) -> list[tuple[int, int]]:
-    """Identities of the folders above a path, those that exist."""
-    return [identity for above in path.parents if (identity := _identity(above)) is not None]
+def _is_same(one: Path, other: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return one.samefile(other)
+    return False
 
 
 def _is_old_temporary(path: Path, names: Iterable[str]) -> bool:
     """Whether a file is an empty temporary of an earlier version: `.report.json.k3j2h1g0.json`, of one of `names`."""
-    for name in names:
-        start, end = f".{name}.", Path(name).suffix or "/"
-        middle = path.name[len(start) : len(path.name) - len(end)]
-        if path.name.startswith(start) and path.name.endswith(end) and len(middle) == 8 and middle.islower():
-            return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
-    return False
-
-
-def _remove_old_temporaries(out: Path, names: list[str]) -> list[str]:
-    found = [out / name for name in _top(out) if _is_old_temporary(out / name, names)]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return [f"removed what an earlier version left half-written ({listed(p.name for p in found)})"] if found else []
+    forms = (rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(Path(name).suffix or '/')}" for name in names)
+    is_temporary = any(re.fullmatch(form, path.name) for form in forms)
+    return is_temporary and path.is_file() and not path.is_symlink() and path.stat().st_size == 0

@@ -176,7 +176,7 @@ def test_nothing_that_is_given_away_says_where_the_base_was(tmp_path: Path) -> N
 def test_the_base_is_found_by_its_name(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmdit_lora.export.export import base_of
+    from mmdit_lora.lora.known_bases import base_of
 
     assert Path(base_of(adapter)) == base  # by the run's own config
     shutil.copytree(adapter, tmp_path / "copies" / "adapter")

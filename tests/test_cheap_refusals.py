@@ -18,7 +18,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "adapter's weight": ([*SAMPLE, "--layout", "LAYOUT", "--adapter", "FULL=nan"], "FULL=nan"),
     "size": ([*SAMPLE, "--layout", "LAYOUT", "--size", "0"], "--size"),
     "layout": ([*SAMPLE, "--layout", "nowhere.json"], "nowhere.json"),
-    "no layout": (SAMPLE, "nothing to paint"),
+    "no layout": (SAMPLE, "nothing to sample"),
     "box": ([*SAMPLE, "--prompt", "x", "--box", "1,1,0,0=x"], "--box"),
     "base": (["sample", "--base", "data/tiny_bse", "--out", "OUT", "--prompt", "x"], "did you mean data/tiny_base"),
     "a base that is none": (["sample", "--base", "FULL", "--out", "OUT", "--prompt", "x"], "model_index.json"),

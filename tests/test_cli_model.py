@@ -82,7 +82,7 @@ def test_a_box_may_be_in_other_units(box: str, order: str, units: str, size: str
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "nothing to paint"),
+        ([], "nothing to sample"),
         (["--box", "0,0,1,1=x"], "--prompt: is missing"),
         (["--prompt", "x", "--layout", "x.json"], "is given beside --layout"),
         (["--prompt", "x", "--box", "0,0,1=x"], "--box: is '0,0,1=x'"),

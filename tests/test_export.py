@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from mmdit_lora.analysis.resize import resize_adapter
 from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
-from mmdit_lora.export.export import Target, base_of, export_adapter
+from mmdit_lora.export import Target
+from mmdit_lora.export.export import export_adapter
 from mmdit_lora.export.read_back import outputs, probe, read
 from mmdit_lora.lora import KEY_PREFIX, add_layout_lora, base_fingerprint, load_adapter, read_adapter, save_adapter
+from mmdit_lora.lora.known_bases import base_of
 from mmdit_lora.pipelines import load_pipeline
 from tests.time_limit import at_most
 from tests.tiny import tiny_pipeline, tiny_transformer, trained_adapter

@@ -20,7 +20,7 @@ from mmdit_lora.evaluation.detection_cache import DetectionCache
 from mmdit_lora.evaluation.detectors import Detection
 from mmdit_lora.evaluation.image_cache import PLAN, ImageCache
 from mmdit_lora.files import json_text, printable, write_json, write_text
-from mmdit_lora.json_files import read_kept, read_object
+from mmdit_lora.json_files import read_cached, read_object
 from mmdit_lora.outputs import MARKER, Marker
 from mmdit_lora.training.checkpoint import STATE, WEIGHTS, Checkpoint, State, checkpoints, save_checkpoint
 from mmdit_lora.training.resumable_tracker import JOURNAL, resumable
@@ -45,15 +45,15 @@ def damage(path: Path, kind: str) -> None:
 def test_one_reader_of_objects(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"a": [1, {"b": "ü"}]})
-    assert read_object(path) == read_kept(path, dict) == {"a": [1, {"b": "ü"}]}
+    assert read_object(path) == read_cached(path, dict) == {"a": [1, {"b": "ü"}]}
     damage(path, kind)
     with pytest.raises(InputError) as refusal:
         read_object(path, hint="mend it")
     assert str(path) in (refusal.value.location or "")
     assert len(str(refusal.value)) < 400
-    assert read_kept(path, dict) is None
+    assert read_cached(path, dict) is None
     assert f"{path} is damaged and made anew" in caplog.text
-    assert read_kept(tmp_path / "none.json", dict) is None
+    assert read_cached(tmp_path / "none.json", dict) is None
 
 
 # -- checkpoints

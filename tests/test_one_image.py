@@ -17,7 +17,8 @@ from PIL import Image
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli.main import main
-from mmdit_lora.export.export import Target, export_adapter
+from mmdit_lora.export import Target
+from mmdit_lora.export.export import export_adapter
 from mmdit_lora.export.read_back import answers, read
 from mmdit_lora.lora import add_layout_lora, base_fingerprint, load_adapter, save_adapter
 from mmdit_lora.pipelines import load_pipeline

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mmdit_lora.analysis.spectrum import Directions, frobenius, of_product, top
 from mmdit_lora.errors import InputError
-from mmdit_lora.export.export import base_of
 from mmdit_lora.lora import load_adapter
+from mmdit_lora.lora.known_bases import base_of
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline
 
 ADAPTER = "default"

@@ -11,6 +11,7 @@ import mmdit_lora
 from mmdit_lora.cli.options import AdapterArgument, JsonFlag, OwnBase, adapter_is_there
 from mmdit_lora.cli.output import emit, say
 from mmdit_lora.errors import InputError
+from mmdit_lora.export import Target, check_target
 from mmdit_lora.files import exists, nearest, written_as_path
 from mmdit_lora.outputs import check_new_folder
 
@@ -33,7 +34,7 @@ def export(
         ),
     ],
     to: Annotated[
-        Literal["peft", "diffusers", "kohya", "creatilayout", "merged"],
+        Target,
         typer.Option(
             help="peft: a PEFT folder. diffusers: for pipe.load_lora_weights. kohya: one file in sd-scripts' names, which no other tool reads. "
             "creatilayout: under CreatiLayout's names. merged: a whole base."
@@ -47,12 +48,7 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Write an adapter for other tools, read it back in a fresh process, and compare."""
-    if merge and to != "creatilayout":
-        raise InputError("is for --to creatilayout", location="--merge", hint="--to merged writes a whole base")
-    if to != "kohya":
-        check_new_folder(out, verb="export", inputs={"ADAPTER": adapter, "--base": base})
-    elif Path(out).suffix != ".safetensors":
-        raise InputError("is one file", location=f"--out {out}", hint="give a name that ends in .safetensors")
+    check_target(to, out, merge=merge, inputs={"ADAPTER": adapter, "--base": base})
     report = mmdit_lora.export_adapter(adapter, to=to, out=out, base=base, merge=merge)
     say(f"wrote {report.out} ({report.bytes / 2**20:.2f} MiB); read back, it differs by {report.max_abs_diff:.1e}")
     if report.max_image_diff is not None:

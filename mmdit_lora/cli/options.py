@@ -50,7 +50,7 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the images, where t
 DataOrShards = Annotated[
     str,
     typer.Argument(
-        help="Data set folder; or shards (tar, parquet): a folder, pattern or URL, of which a sample is looked at."
+        help="Data set folder; or shards (tar, parquet): a folder, pattern or URL, of which a sample is read."
     ),
 ]
 FilterOption = Annotated[

@@ -1,6 +1,6 @@
 """What every verb prints: messages and progress on stderr, one JSON object on stdout.
 
-Progress is a bar on a terminal and a line now and then elsewhere; both say how long it will still take.
+Progress is a bar on a terminal and a line every few seconds elsewhere; both show the time that is left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.text import Text
 from mmdit_lora.errors import clip
 from mmdit_lora.files import json_text
 
-# Scalars that are shown where a phase has them, in this order.
+# Scalars that are shown if a phase reports them, in this order.
 _SHOWN = {
     "loss": "loss {:.4f}",
     "samples_per_s": "{:.3g} samples/s",
@@ -39,7 +39,7 @@ class ProgressLines:
     """`with ProgressLines() as tell: tell("train", 40, 300, {"loss": 0.51})`.
 
     Args:
-        every_seconds: between lines, where stderr is no terminal.
+        every_seconds: between lines, if stderr is not a terminal.
         pauses: name -> every so many steps the phase "train" stops for something else (validation, images).
     """
 
@@ -97,9 +97,9 @@ class ProgressLines:
 
 
 class TimeLeft:
-    """How long a phase still takes, by the steps seen so far and the pauses that are to come.
+    """The time that a phase still takes, from the steps so far and the pauses to come.
 
-    A plain mean of the past is far off around a pause that is as long as a hundred steps; so the two are told apart.
+    Steps and pauses are timed apart: a plain mean is far off around a pause that takes as long as a hundred steps.
 
     Args:
         total: steps of the phase.
@@ -115,7 +115,7 @@ class TimeLeft:
         self._before: tuple[int, float] | None = None
 
     def at(self, done: int, now: float) -> float | None:
-        """Seconds left at `done` steps; None where nothing is known yet. At the end: the seconds that all took.
+        """Seconds left at `done` steps; None if nothing is known yet. At the end: the seconds that all steps took.
 
         Args:
             now: seconds of any clock that goes on.
@@ -136,7 +136,7 @@ class TimeLeft:
 
     @property
     def rate(self) -> float | None:
-        """Steps a second, pauses not counted; None where nothing is known yet."""
+        """Steps a second without pauses; None if nothing is known yet."""
         each = self._step_seconds()
         return 1 / each if each else None
 
@@ -197,9 +197,9 @@ def clock(seconds: float) -> str:
 
 
 def say(message: str) -> None:
-    """A line for people, or several, on stderr: stdout is for what was asked for. Each is clipped: it may echo what a file holds."""
+    """Print lines for people on stderr; stdout is for results. Each is clipped, as it may echo the content of a file."""
     lines = "\n".join(clip(line, 1000) for line in message.split("\n"))
-    with suppress(OSError):  # work is not to end because nobody can be told
+    with suppress(OSError):  # a closed stderr does not end the work
         Console(stderr=True, soft_wrap=True).print(lines, markup=False, highlight=False, emoji=False)
 
 

@@ -1,4 +1,4 @@
-"""The whole way in a few minutes: data of a new domain, an adapter, images before and after, figures, an export."""
+"""The quickstart: data of a new domain, an adapter, images before and after, figures and an export in a few minutes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.evaluate import Evaluation, evaluate
 from mmdit_lora.evaluation.image_cache import ImageCache
-from mmdit_lora.export.export import Target, export_adapter
+from mmdit_lora.export import Target
+from mmdit_lora.export.export import export_adapter
 from mmdit_lora.files import read_text, write_json, write_text
-from mmdit_lora.json_files import read_kept
+from mmdit_lora.json_files import read_cached
 from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.outputs import open_folder
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
@@ -39,10 +40,10 @@ OnProgress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, o
 
 
 def quickstart(
-    out: str | Path, *, config_path: str | Path | None = None, tell: OnProgress | None = None
+    out: str | Path, *, config_path: str | Path | None = None, on_progress: OnProgress | None = None
 ) -> dict[str, Any]:
-    """Train on `NEW`, judge on held-out layouts of it and of `OLD`, and write `out`. What was stopped goes on where it was;
-    where it was finished, its report is given again.
+    """Train on `NEW`, evaluate on held-out layouts of it and of `OLD`, and write `out`. A stopped quickstart goes on;
+    a finished one returns its report again.
 
     Args:
         out: gets `report.json`, `before_after.png`, `adapter/`, `merged/` and the data.
@@ -55,7 +56,7 @@ def quickstart(
     Raises:
         InputError: `out` holds something else than this quickstart.
     """
-    out, tell = Path(out), tell or (lambda *_: None)
+    out, tell = Path(out), on_progress or (lambda *_: None)
     data = {"train": out / "data" / "train", "held_out": out / "data" / "held_out", "old": out / "data" / "old_domain"}
     overrides = [f"data.path={data['train']}", f"data.validation={data['held_out']}", f"output_dir={out}"]
     config = load_config(config_path or CONFIG, overrides)
@@ -74,7 +75,7 @@ def _finished(out: Path, config: Config) -> dict[str, Any] | None:
     """
     if (out / _MARK).exists() and read_text(out / _MARK) != config.to_yaml():
         raise InputError("holds a quickstart of another config", location=str(out), hint="give another --out")
-    report = read_kept(out / REPORT, dict)
+    report = read_cached(out / REPORT, dict)
     return report if report and "export_max_abs_diff" in report else None  # otherwise it is that of the training
 
 
@@ -134,7 +135,7 @@ def _evaluate(pipe: LayoutPipeline, folder: Path, images: Path, name: str, tell:
         SamplingConfig(),
         seed=0,
         store=ImageCache(images, {"weights": base_fingerprint(pipe.transformer)}),
-        on_progress=lambda side, done: tell(f"paint {name}, {side}", done, len(records), {}),
+        on_progress=lambda side, done: tell(f"sample {name}, {side}", done, len(records), {}),
     )
 
 

@@ -79,7 +79,7 @@ def sample(
     count: CountOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Paint layouts: images, the same with their boxes, a contact sheet, and a JSON of all settings."""
+    """Sample images of layouts: plain, with their boxes, as a contact sheet, and a JSON of all settings."""
     inputs = sampling_inputs(base, adapter, layout)
     check_new_folder(out, verb="sample", inputs=inputs)
     layouts = given_layouts(layout, prompt, box, box_format, box_units, size)[:count]
@@ -91,7 +91,7 @@ def sample(
         pipe = open_with_adapters(base, adapter, dtype, settings)
         with ProgressLines() as tell:
             images = generate(
-                pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("paint", done, len(layouts), {})
+                pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("sample", done, len(layouts), {})
             )
         colors = phrase_colors(layouts)
         boxed = [draw_boxes(image, item, colors=colors) for image, item in zip(images, layouts, strict=True)]
@@ -143,7 +143,7 @@ def given_layouts(
         return layouts_of(layout)
     if prompt is None:
         raise InputError(
-            "is missing" if boxes else "nothing to paint",
+            "is missing" if boxes else "nothing to sample",
             location="--prompt" if boxes else None,
             hint='give --layout FILE, or --prompt "TEXT" with --box "0.1,0.1,0.5,0.5=a red circle" for each box',
         )
@@ -214,11 +214,11 @@ def open_with_adapters(
     *,
     allow_same: bool = False,
 ) -> LayoutPipeline:
-    """The base with its adapters on it, all active, on the GPU where there is one.
+    """The base with its adapters, all active, on the GPU if there is one.
 
     Args:
-        settings: their size must be one that this base can paint.
-        allow_same: an adapter may be given several times, where they are not to act together.
+        settings: their size must be one that this base can sample.
+        allow_same: an adapter may be given several times, if they do not act together.
     """
     import torch
 
@@ -256,6 +256,6 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def sampling_inputs(base: str | None, adapters: list[str] | None, layout: Path | None) -> dict[str, str | Path | None]:
-    """What painting reads, by option: no output may be there."""
+    """Option -> path that sampling reads, where nothing may be written."""
     given = {f"--adapter {each}": folder_and_weight(each)[0] for each in adapters or []}
     return {"--base": base, "--layout": layout, **given}

@@ -1,8 +1,8 @@
 """The first thing that runs: signals and standard streams, before anything that takes time to import.
 
 Ctrl-C and SIGTERM end the process at once wherever it is, in an import or in a library's callback, where an exception could be
-swallowed: what is half-written is removed, one line is said, and the exit code is 130. A training takes the two signals over
-while it steps, and saves first.
+swallowed: half-written files are removed, one line is printed, and the exit code is 130. A training handles the two signals
+itself while it steps, and saves first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def prepare() -> None:
-    """Take the signals over, and see that there are standard streams."""
+    """Handle the signals, and open the standard streams that are closed."""
     global _pid
     if _pid == os.getpid():
         return

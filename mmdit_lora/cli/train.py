@@ -39,7 +39,7 @@ def quickstart(
     from mmdit_lora.cli.quickstart import quickstart as run
 
     with ProgressLines() as tell:
-        report = run(out, tell=tell)
+        report = run(out, on_progress=tell)
     say(fidelity_table(report, "held-out layouts of the new domain"))
     say(fidelity_table(report["old_domain"], "layouts of the old domain"))
     say(

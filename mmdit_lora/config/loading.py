@@ -35,6 +35,7 @@ from mmdit_lora.config.schema import (
     bounds,
     limits_text,
     nested,
+    optional,
 )
 from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.files import read_text
@@ -172,28 +173,23 @@ class Config(Section):
         ValidationError (pydantic, a ValueError): from Python; `load_config` raises `InputError` instead.
     """
 
-    version: int = Field(default=VERSION, description="of the config's format", ge=1, le=1000)
+    version: int = optional(VERSION, "of the config's format", ge=1, le=1000)
     base: str = Field(description="what is adapted: a diffusers pipeline folder or a hub id", min_length=1)
-    method: Literal["lora", "layout_stream", "full"] = Field(
-        default="lora",
-        description="what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything)",
+    method: Literal["lora", "layout_stream", "full"] = optional(
+        "lora", "what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything)"
     )
-    output_dir: str = Field(
-        default="outputs/run", description="where checkpoints, images and the adapter go", min_length=1
-    )
-    license: str = Field(
-        default="other", description="of the adapter, for its card: the hub's name of it", min_length=1
-    )
+    output_dir: str = optional("outputs/run", "where checkpoints, images and the adapter go", min_length=1)
+    license: str = optional("other", "of the adapter, for its card: the hub's name of it", min_length=1)
     data: DataSection = Field(description="the data set")
-    lora: LoraSection = Field(default=LoraSection(), description="the adapter (method lora)")
-    stream: StreamSection = Field(
-        default=StreamSection(), description="the layout stream of a base that has none; or a check of one that has it"
+    lora: LoraSection = optional(LoraSection(), "the adapter (method lora)")
+    stream: StreamSection = optional(
+        StreamSection(), "the layout stream of a base that has none; or a check of one that has it"
     )
-    flow: FlowSection = Field(default=FlowSection(), description="the rectified-flow objective")
-    train: TrainSection = Field(default=TrainSection(), description="the training loop")
-    prior: PriorSection = Field(default=PriorSection(), description="prior preservation (method lora)")
-    tracking: TrackingSection = Field(default=TrackingSection(), description="where the curves go")
-    sample: SampleSection = Field(default=SampleSection(), description="how images are sampled while training")
+    flow: FlowSection = optional(FlowSection(), "the rectified-flow objective")
+    train: TrainSection = optional(TrainSection(), "the training loop")
+    prior: PriorSection = optional(PriorSection(), "prior preservation (method lora)")
+    tracking: TrackingSection = optional(TrackingSection(), "where the curves go")
+    sample: SampleSection = optional(SampleSection(), "how images are sampled while training")
 
     @field_validator("base")
     @classmethod

@@ -56,7 +56,7 @@ class Range:
         """`value`, which is in the range.
 
         Raises:
-            InputError: it is not; `where` names the option, argument or key.
+            InputError: it is not; `location` names the option, argument or key.
         """
         if value not in self:
             raise InputError(f"is {clip(repr(value), 60)}", location=location, hint=f"give {self}")

@@ -17,6 +17,15 @@ from mmdit_lora.config.ranges import BATCH, GUIDANCE, LAYOUT_SCALE, SEED, SIDE, 
 from mmdit_lora.errors import clip
 
 
+def optional(default: Any, description: str, **limits: Any) -> Any:
+    """A key of the config that may be left out.
+
+    Args:
+        description: one plain line. limits: of pydantic's `Field`: ge, le, min_length, ...
+    """
+    return Field(default=default, description=description, **limits)
+
+
 class Section(BaseModel):
     """Strict: no unknown keys, no strings taken for numbers, no NaN; an int may stand where a float is meant."""
 
@@ -31,35 +40,28 @@ class Section(BaseModel):
 
 
 class FilterSection(Section):
-    min_area: float = Field(
-        default=0.0, description="boxes that cover a smaller share of their image are left out", ge=0, lt=1
+    min_area: float = optional(0.0, "boxes that cover a smaller share of their image are left out", ge=0, lt=1)
+    max_boxes: int | None = optional(
+        None, "of an image with more boxes the largest are kept; null = all", ge=1, le=1_000_000
     )
-    max_boxes: int | None = Field(
-        default=None, description="of an image with more boxes the largest are kept; null = all", ge=1, le=1_000_000
+    include_phrases: list[str] = optional(
+        [], "boxes whose phrase holds none of these are left out (regular expressions, any case); [] = all stay"
     )
-    include_phrases: list[str] = Field(
-        default=[],
-        description="boxes whose phrase holds none of these are left out (regular expressions, any case); [] = all stay",
-    )
-    exclude_phrases: list[str] = Field(
-        default=[], description="boxes whose phrase holds one of these are left out (regular expressions, any case)"
+    exclude_phrases: list[str] = optional(
+        [], "boxes whose phrase holds one of these are left out (regular expressions, any case)"
     )
 
 
 class BucketsSection(Section):
-    ratios: list[str] = Field(
-        default=[],
-        description='shapes that images are trained in, width:height, e.g. ["1:1", "4:3", "3:4"]; [] = square',
+    ratios: list[str] = optional(
+        [], 'shapes that images are trained in, width:height, e.g. ["1:1", "4:3", "3:4"]; [] = square'
     )
-    resolutions: list[Annotated[int, Field(ge=16, le=int(SIDE.high))]] = Field(
-        default=[], description="a bucket of resolution r has about r x r pixels; [] = data.resolution alone"
+    resolutions: list[Annotated[int, Field(ge=16, le=int(SIDE.high))]] = optional(
+        [], "a bucket of resolution r has about r x r pixels; [] = data.resolution alone"
     )
-    upscale: bool = Field(
-        default=False, description="enlarge small images to their bucket; false = they get a smaller one"
-    )
-    group_boxes: bool = Field(
-        default=False,
-        description="batches of layouts with about as many boxes: less padding where the numbers vary much",
+    upscale: bool = optional(False, "enlarge small images to their bucket; false = they get a smaller one")
+    group_boxes: bool = optional(
+        False, "batches of layouts with about as many boxes: less padding where the numbers vary much"
     )
 
     @property
@@ -123,60 +125,41 @@ class DataSection(Section):
         description="folder of the training images, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or URL",
         min_length=1,
     )
-    validation: str | None = Field(
-        default=None, description="a second such folder to validate on; null = hold out a share of path"
+    validation: str | None = optional(None, "a second such folder to validate on; null = hold out a share of path")
+    validation_share: float = optional(0.1, "share of path held out where validation is null", ge=0, lt=1)
+    bbox_format: Literal["xyxy", "xywh", "cxcywh"] = optional(
+        "xyxy", "how boxes are written: xyxy | xywh | cxcywh (a line of metadata.jsonl may say otherwise)"
     )
-    validation_share: float = Field(
-        default=0.1, description="share of path held out where validation is null", ge=0, lt=1
+    bbox_units: Literal["relative", "pixel", "permille"] = optional(
+        "relative",
+        "relative (0 to 1 of the image's sides) | pixel | permille (0 to 1000, as vision-language models answer)",
     )
-    bbox_format: Literal["xyxy", "xywh", "cxcywh"] = Field(
-        default="xyxy",
-        description="how boxes are written: xyxy | xywh | cxcywh (a line of metadata.jsonl may say otherwise)",
+    resolution: int | None = optional(
+        None, "side of the square training images in pixels; null = the base's own", ge=16, le=MAX_SIDE
     )
-    bbox_units: Literal["relative", "pixel", "permille"] = Field(
-        default="relative",
-        description="relative (0 to 1 of the image's sides) | pixel | permille (0 to 1000, as vision-language models answer)",
+    crop: Literal["center", "random"] = optional("center", "what is kept of an oblong image: center | random")
+    flip: bool = optional(False, "mirror half of the images, unless their text says left or right")
+    min_visible: float = optional(
+        0.25, "a box of which the crop leaves a smaller share is dropped with its phrase", ge=0, le=1
     )
-    resolution: int | None = Field(
-        default=None,
-        description="side of the square training images in pixels; null = the base's own",
-        ge=16,
-        le=MAX_SIDE,
+    box_jitter: float = optional(
+        0.0, "each side of a box moves by up to this share of the box's size (training)", ge=0, lt=0.5
     )
-    crop: Literal["center", "random"] = Field(
-        default="center", description="what is kept of an oblong image: center | random"
+    workers: int = optional(
+        0, "threads that read the images of the next batches ahead; for shards in a store", ge=0, le=256
     )
-    flip: bool = Field(default=False, description="mirror half of the images, unless their text says left or right")
-    min_visible: float = Field(
-        default=0.25,
-        description="a box of which the crop leaves a smaller share is dropped with its phrase",
-        ge=0,
-        le=1,
+    cache: str | None = optional(
+        None, "folder for what the encoders make, shared by runs and data sets; null = memory only"
     )
-    box_jitter: float = Field(
-        default=0.0,
-        description="each side of a box moves by up to this share of the box's size (training)",
-        ge=0,
-        lt=0.5,
-    )
-    workers: int = Field(
-        default=0,
-        description="threads that read the images of the next batches ahead; for shards in a store",
-        ge=0,
-        le=256,
-    )
-    cache: str | None = Field(
-        default=None, description="folder for what the encoders make, shared by runs and data sets; null = memory only"
-    )
-    cache_variants: int | None = Field(
-        default=None,
-        description="a random crop or flip is one of so many an image, which can be cached; null = a new one each time",
+    cache_variants: int | None = optional(
+        None,
+        "a random crop or flip is one of so many an image, which can be cached; null = a new one each time",
         ge=1,
         le=1_000_000,
     )
-    filter: FilterSection = Field(default=FilterSection(), description="which boxes are used at all")
-    buckets: BucketsSection = Field(
-        default=BucketsSection(), description="aspect buckets: images keep their shape instead of being cut square"
+    filter: FilterSection = optional(FilterSection(), "which boxes are used at all")
+    buckets: BucketsSection = optional(
+        BucketsSection(), "aspect buckets: images keep their shape instead of being cut square"
     )
 
     @model_validator(mode="before")
@@ -186,34 +169,26 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    r: int = Field(default=16, description="rank of each adapter", ge=1, le=MAX_RANK)
-    alpha: float = Field(
-        default=32.0,
-        description="strength: the update is scaled by alpha / r (alpha / sqrt(r) with rslora)",
-        ge=1e-6,
-        le=1e6,
+    r: int = optional(16, "rank of each adapter", ge=1, le=MAX_RANK)
+    alpha: float = optional(
+        32.0, "strength: the update is scaled by alpha / r (alpha / sqrt(r) with rslora)", ge=1e-6, le=1e6
     )
-    dropout: float = Field(default=0.1, description="dropout before each adapter, in training only", ge=0, lt=1)
-    targets: list[str] = Field(
-        default=["layout_mlp.fc1", "layout_mlp.fc2"],
-        description="name endings of the linears that get one",
-        min_length=1,
+    dropout: float = optional(0.1, "dropout before each adapter, in training only", ge=0, lt=1)
+    targets: list[str] = optional(
+        ["layout_mlp.fc1", "layout_mlp.fc2"], "name endings of the linears that get one", min_length=1
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
-        default={}, description="another rank for some of them, e.g. {layout_processor.layout_mlp.fc1: 4}"
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = optional(
+        {}, "another rank for some of them, e.g. {layout_processor.layout_mlp.fc1: 4}"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] = Field(
-        default={}, description="another alpha for some"
+    alpha_pattern: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] = optional({}, "another alpha for some")
+    init: Literal["default", "gaussian"] = optional(
+        "default", "of lora_A: default (Kaiming uniform) | gaussian; lora_B is 0, so a new adapter changes nothing"
     )
-    init: Literal["default", "gaussian"] = Field(
-        default="default",
-        description="of lora_A: default (Kaiming uniform) | gaussian; lora_B is 0, so a new adapter changes nothing",
-    )
-    rslora: bool = Field(default=False, description="rank-stabilised scaling")
-    dora: bool = Field(default=False, description="DoRA: magnitude and direction are trained apart")
-    start: str | None = Field(
-        default=None,
-        description="an adapter that training begins from, of the same base, ranks, alphas and targets; null = a new one",
+    rslora: bool = optional(False, "rank-stabilised scaling")
+    dora: bool = optional(False, "DoRA: magnitude and direction are trained apart")
+    start: str | None = optional(
+        None,
+        "an adapter that training begins from, of the same base, ranks, alphas and targets; null = a new one",
         min_length=1,
     )
 
@@ -231,181 +206,138 @@ class LoraSection(Section):
 
 
 class StreamSection(Section):
-    attention: Literal["siamese", "cross"] | None = Field(
-        default=None,
-        description="how image tokens read the layout: siamese | cross (cheaper); null = as the base has it, siamese in a new one",
+    attention: Literal["siamese", "cross"] | None = optional(
+        None,
+        "how image tokens read the layout: siamese | cross (cheaper); null = as the base has it, siamese in a new one",
     )
-    init: Literal["copy_text", "copy_image", "random"] | None = Field(
-        default=None, description="what a new stream starts from: copy_text | copy_image | random; null = copy_text"
+    init: Literal["copy_text", "copy_image", "random"] | None = optional(
+        None, "what a new stream starts from: copy_text | copy_image | random; null = copy_text"
     )
-    seed: int | None = Field(
-        default=None, description="seed of what is random in a new stream; null = train.seed", ge=0, le=MAX_SEED
+    seed: int | None = optional(None, "seed of what is random in a new stream; null = train.seed", ge=0, le=MAX_SEED)
+    single_blocks: bool | None = optional(
+        None, "a stream in the single-stream blocks too; null = as the base has it, false in a new one"
     )
-    single_blocks: bool | None = Field(
-        default=None,
-        description="a stream in the single-stream blocks too; null = as the base has it, false in a new one",
-    )
-    phrase_tokens: int | None = Field(
-        default=None,
-        description="text tokens that stand for a phrase; null = as the base has it, one pooled embedding in a new one",
+    phrase_tokens: int | None = optional(
+        None,
+        "text tokens that stand for a phrase; null = as the base has it, one pooled embedding in a new one",
         ge=1,
         le=4096,
     )
-    parts: list[str] = Field(
-        default=[],
-        description="method layout_stream: only what has one of these in its name trains, e.g. [layout_mlp]; [] = all",
+    parts: list[str] = optional(
+        [], "method layout_stream: only what has one of these in its name trains, e.g. [layout_mlp]; [] = all"
     )
 
 
 class FlowSection(Section):
-    timesteps: Literal["logit_normal", "mode", "uniform"] = Field(
-        default="logit_normal", description="how t is drawn in training: logit_normal | mode | uniform"
+    timesteps: Literal["logit_normal", "mode", "uniform"] = optional(
+        "logit_normal", "how t is drawn in training: logit_normal | mode | uniform"
     )
-    logit_mean: float = Field(default=0.0, description="logit_normal: mean; above 0 draws noisier t", ge=-10, le=10)
-    logit_std: float = Field(default=1.0, description="logit_normal: standard deviation", ge=1e-3, le=10)
+    logit_mean: float = optional(0.0, "logit_normal: mean; above 0 draws noisier t", ge=-10, le=10)
+    logit_std: float = optional(1.0, "logit_normal: standard deviation", ge=1e-3, le=10)
     # Beyond these t is no rising function of the number that is drawn, and leaves [0, 1] (arXiv 2403.03206, eq. 20).
-    mode_scale: float = Field(default=1.29, description="mode: weight of the middle of [0, 1]", ge=-1, le=1.75)
-    shift: float = Field(
-        default=1.0, description="moves t towards noise, as the scheduler's shift does (1 = off)", ge=1e-3, le=1000
+    mode_scale: float = optional(1.29, "mode: weight of the middle of [0, 1]", ge=-1, le=1.75)
+    shift: float = optional(1.0, "moves t towards noise, as the scheduler's shift does (1 = off)", ge=1e-3, le=1000)
+    weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = optional(
+        "none", "weight of the loss over t: none | min_snr | sigma_sqrt | cosmap"
     )
-    weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = Field(
-        default="none", description="weight of the loss over t: none | min_snr | sigma_sqrt | cosmap"
+    min_snr_gamma: float = optional(5.0, "min_snr: where the signal-to-noise ratio is cut", ge=1e-3, le=1e6)
+    inside_weight: float = optional(
+        1.0, "weight of the loss inside boxes, relative to outside (1 = off)", ge=1e-3, le=1000
     )
-    min_snr_gamma: float = Field(
-        default=5.0, description="min_snr: where the signal-to-noise ratio is cut", ge=1e-3, le=1e6
-    )
-    inside_weight: float = Field(
-        default=1.0, description="weight of the loss inside boxes, relative to outside (1 = off)", ge=1e-3, le=1000
-    )
-    guidance: float = Field(
-        default=1.0,
-        description="embedded guidance that a guidance-distilled base is trained with; others take 1.0",
-        ge=0,
-        le=1000,
+    guidance: float = optional(
+        1.0, "embedded guidance that a guidance-distilled base is trained with; others take 1.0", ge=0, le=1000
     )
 
 
 class TrainSection(Section):
-    max_steps: int = Field(default=1000, description="optimizer steps", ge=1, le=MAX_STEPS)
-    batch_size: int = Field(default=8, description="images per step and process", ge=1, le=MAX_BATCH)
-    gradient_accumulation: int = Field(default=1, description="batches per optimizer step", ge=1, le=MAX_BATCH)
-    optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = Field(
-        default="adamw",
-        description="adamw | adamw_8bit (bitsandbytes, on a GPU) | prodigy (finds its rate: learning_rate 1.0)",
+    max_steps: int = optional(1000, "optimizer steps", ge=1, le=MAX_STEPS)
+    batch_size: int = optional(8, "images per step and process", ge=1, le=MAX_BATCH)
+    gradient_accumulation: int = optional(1, "batches per optimizer step", ge=1, le=MAX_BATCH)
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = optional(
+        "adamw", "adamw | adamw_8bit (bitsandbytes, on a GPU) | prodigy (finds its rate: learning_rate 1.0)"
     )
-    learning_rate: float = Field(default=1e-4, description="peak learning rate", ge=1e-10, le=1000)
-    lora_plus: float = Field(
-        default=1.0, description="LoRA+: learning rate of lora_B relative to that of lora_A (1 = off)", ge=1, le=10_000
+    learning_rate: float = optional(1e-4, "peak learning rate", ge=1e-10, le=1000)
+    lora_plus: float = optional(
+        1.0, "LoRA+: learning rate of lora_B relative to that of lora_A (1 = off)", ge=1, le=10_000
     )
-    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
-        default="cosine", description="after the warm-up: constant | cosine | linear (the last two fall to 0)"
+    lr_schedule: Literal["constant", "cosine", "linear"] = optional(
+        "cosine", "after the warm-up: constant | cosine | linear (the last two fall to 0)"
     )
-    warmup_steps: int = Field(
-        default=0, description="steps over which the learning rate rises from 0", ge=0, le=MAX_STEPS
+    warmup_steps: int = optional(0, "steps over which the learning rate rises from 0", ge=0, le=MAX_STEPS)
+    weight_decay: float = optional(0.01, "weight decay", ge=0, le=100)
+    adam_betas: Pair = optional((0.9, 0.999), "decay rates of the two moments, each in [0, 1)")
+    max_grad_norm: float = optional(1.0, "gradients are scaled down to this norm", ge=1e-6, le=1e9)
+    mixed_precision: Literal["no", "fp16", "bf16"] = optional("no", "no | fp16 | bf16")
+    seed: int = optional(0, "seed of everything that is drawn", ge=0, le=MAX_SEED)
+    caption_dropout: float = optional(0.1, "share of samples trained with an empty caption", ge=0, le=1)
+    layout_dropout: float = optional(
+        0.0, "share of samples trained without their layout (method full only)", ge=0, le=1
     )
-    weight_decay: float = Field(default=0.01, description="weight decay", ge=0, le=100)
-    adam_betas: Pair = Field(default=(0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
-    max_grad_norm: float = Field(default=1.0, description="gradients are scaled down to this norm", ge=1e-6, le=1e9)
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="no | fp16 | bf16")
-    seed: int = Field(default=0, description="seed of everything that is drawn", ge=0, le=MAX_SEED)
-    caption_dropout: float = Field(
-        default=0.1, description="share of samples trained with an empty caption", ge=0, le=1
+    box_dropout: float = optional(0.0, "share of boxes left out of a training layout; one always stays", ge=0, le=1)
+    phrase_dropout: float = optional(0.0, "share of boxes trained with an empty phrase", ge=0, le=1)
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=1000)] = optional(
+        False, "less memory, up to a third more time: false | true | k (every k-th block)"
     )
-    layout_dropout: float = Field(
-        default=0.0, description="share of samples trained without their layout (method full only)", ge=0, le=1
+    attention_backend: str | None = optional(
+        None, "diffusers' name of an attention backend, e.g. _native_cudnn; null = its default"
     )
-    box_dropout: float = Field(
-        default=0.0, description="share of boxes left out of a training layout; one always stays", ge=0, le=1
+    compile: bool = optional(
+        False, "compile the blocks: minutes at the start, then faster steps; other draws of dropout"
     )
-    phrase_dropout: float = Field(default=0.0, description="share of boxes trained with an empty phrase", ge=0, le=1)
-    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=False, description="less memory, up to a third more time: false | true | k (every k-th block)"
+    quantization: Literal["none", "int8", "nf4"] = optional(
+        "none",
+        "the frozen base's linears: none | int8 (torchao) | nf4 (bitsandbytes, on a GPU); the stream stays as it is",
     )
-    attention_backend: str | None = Field(
-        default=None, description="diffusers' name of an attention backend, e.g. _native_cudnn; null = its default"
-    )
-    compile: bool = Field(
-        default=False, description="compile the blocks: minutes at the start, then faster steps; other draws of dropout"
-    )
-    quantization: Literal["none", "int8", "nf4"] = Field(
-        default="none",
-        description="the frozen base's linears: none | int8 (torchao) | nf4 (bitsandbytes, on a GPU); the stream stays as it is",
-    )
-    ema_decay: float = Field(
-        default=0.0,
-        description="moving average of what trains: validated, sampled and saved in its place (0 = off, e.g. 0.999)",
+    ema_decay: float = optional(
+        0.0,
+        "moving average of what trains: validated, sampled and saved in its place (0 = off, e.g. 0.999)",
         ge=0,
         lt=1,
     )
-    final: Literal["last", "best"] = Field(
-        default="last",
-        description="what becomes the adapter: the last weights | the best validated (by fidelity, else held-out loss)",
+    final: Literal["last", "best"] = optional(
+        "last", "what becomes the adapter: the last weights | the best validated (by fidelity, else held-out loss)"
     )
-    early_stop: int = Field(
-        default=0, description="stop after so many validations without a better one; 0 = never", ge=0, le=MAX_STEPS
+    early_stop: int = optional(0, "stop after so many validations without a better one; 0 = never", ge=0, le=MAX_STEPS)
+    checkpoint_every: int = optional(
+        500, "steps between checkpoints that a run can resume from, and one at its end; 0 = none", ge=0, le=MAX_STEPS
     )
-    checkpoint_every: int = Field(
-        default=500,
-        description="steps between checkpoints that a run can resume from, and one at its end; 0 = none",
-        ge=0,
-        le=MAX_STEPS,
+    keep_checkpoints: int = optional(2, "how many of them are kept, beside the best", ge=1, le=MAX_STEPS)
+    validate_every: int = optional(
+        250, "steps between validation losses, and one at the end; 0 = none", ge=0, le=MAX_STEPS
     )
-    keep_checkpoints: int = Field(
-        default=2, description="how many of them are kept, beside the best", ge=1, le=MAX_STEPS
-    )
-    validate_every: int = Field(
-        default=250, description="steps between validation losses, and one at the end; 0 = none", ge=0, le=MAX_STEPS
-    )
-    sample_every: int = Field(default=250, description="steps between sampled images; 0 = none", ge=0, le=MAX_STEPS)
-    sample_count: int = Field(default=8, description="images sampled each time", ge=0, le=10_000)
-    preflight: bool = Field(
-        default=True, description="two trial steps before the first: gradients, memory, time, disk (a few seconds)"
-    )
-    log_every: int = Field(default=10, description="steps between log lines", ge=1, le=MAX_STEPS)
+    sample_every: int = optional(250, "steps between sampled images; 0 = none", ge=0, le=MAX_STEPS)
+    sample_count: int = optional(8, "images sampled each time", ge=0, le=10_000)
+    preflight: bool = optional(True, "two trial steps before the first: gradients, memory, time, disk (a few seconds)")
+    log_every: int = optional(10, "steps between log lines", ge=1, le=MAX_STEPS)
 
 
 class PriorSection(Section):
-    layouts: str | None = Field(
-        default=None,
-        description="against forgetting: layouts of the old domain (data set folder, .json or .jsonl); null = off",
+    layouts: str | None = optional(
+        None, "against forgetting: layouts of the old domain (data set folder, .json or .jsonl); null = off"
     )
-    count: int = Field(
-        default=200, description="how many of them are used; the base paints them before step 1", ge=1, le=10_000_000
+    count: int = optional(
+        200, "how many of them are used; the base samples images of them before step 1", ge=1, le=10_000_000
     )
-    batch_size: int = Field(
-        default=8, description="of them, beside the images of each step and process", ge=1, le=MAX_BATCH
-    )
-    weight: float = Field(
-        default=1.0, description="weight of the change of the base's own predictions on them", ge=1e-6, le=1e6
-    )
+    batch_size: int = optional(8, "of them, beside the images of each step and process", ge=1, le=MAX_BATCH)
+    weight: float = optional(1.0, "weight of the change of the base's own predictions on them", ge=1e-6, le=1e6)
 
 
 class TrackingSection(Section):
-    tracker: Literal["wandb", "tensorboard", "none"] = Field(default="none", description="wandb | tensorboard | none")
-    project: str = Field(default="mmdit-lora", description="the tracker's project", min_length=1)
-    run_name: str | None = Field(default=None, description="name of the run; null = the tracker's choice")
-    wandb_mode: Literal["offline", "online", "disabled"] = Field(
-        default="offline", description="offline | online | disabled; offline runs go up later with `wandb sync`"
+    tracker: Literal["wandb", "tensorboard", "none"] = optional("none", "wandb | tensorboard | none")
+    project: str = optional("mmdit-lora", "the tracker's project", min_length=1)
+    run_name: str | None = optional(None, "name of the run; null = the tracker's choice")
+    wandb_mode: Literal["offline", "online", "disabled"] = optional(
+        "offline", "offline | online | disabled; offline runs go up later with `wandb sync`"
     )
 
 
 class SampleSection(Section):
-    steps: int | None = Field(
-        default=None, description="sampling steps; null = what the base states", ge=1, le=int(STEPS.high)
+    steps: int | None = optional(None, "sampling steps; null = what the base states", ge=1, le=int(STEPS.high))
+    guidance_scale: float | None = optional(
+        None, "classifier-free guidance by the caption; null = what the base states", ge=0, le=GUIDANCE.high
     )
-    guidance_scale: float | None = Field(
-        default=None,
-        description="classifier-free guidance by the caption; null = what the base states",
-        ge=0,
-        le=GUIDANCE.high,
+    layout_scale: float = optional(
+        1.0, "multiplier of the layout residual (1 = as trained, 0 = off)", ge=LAYOUT_SCALE.low, le=LAYOUT_SCALE.high
     )
-    layout_scale: float = Field(
-        default=1.0,
-        description="multiplier of the layout residual (1 = as trained, 0 = off)",
-        ge=LAYOUT_SCALE.low,
-        le=LAYOUT_SCALE.high,
-    )
-    layout_window: Pair = Field(
-        default=(0.0, 1.0), description="part of the sampling steps where the layout is on, from and to"
-    )
-    seed: int = Field(default=0, description="seed of the sampled images", ge=0, le=MAX_SEED)
+    layout_window: Pair = optional((0.0, 1.0), "part of the sampling steps where the layout is on, from and to")
+    seed: int = optional(0, "seed of the sampled images", ge=0, le=MAX_SEED)

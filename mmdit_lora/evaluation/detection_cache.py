@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mmdit_lora.evaluation.detectors import Detection, Detector
 from mmdit_lora.files import write_json
-from mmdit_lora.json_files import read_kept, warn_damaged
+from mmdit_lora.json_files import read_cached, warn_damaged
 from mmdit_lora.layout import Layout
 
 _KEPT = TypeAdapter(list[list[Detection]])
@@ -31,7 +31,7 @@ class DetectionCache:
     ) -> list[list[Detection]]:
         """As `Detector.detect`."""
         path = self.folder / f"{_key(detector, images, layouts)}.json"
-        if (kept := read_kept(path, list)) is not None:
+        if (kept := read_cached(path, list)) is not None:
             try:
                 found = _KEPT.validate_python(kept)
                 if len(found) == len(images):

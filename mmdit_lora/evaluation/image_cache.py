@@ -15,7 +15,7 @@ from mmdit_lora.data.images import load_image
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json
-from mmdit_lora.json_files import read_kept
+from mmdit_lora.json_files import read_cached
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.visual import save_png
@@ -40,7 +40,7 @@ class ImageCache:
     def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
         self.folder = folder
         self._plan = json.loads(json.dumps(plan))
-        self._begun = read_kept(folder / PLAN, dict)
+        self._begun = read_cached(folder / PLAN, dict)
         if self._begun is not None:
             _refuse_other(self._begun, self._plan, folder)
 
@@ -72,7 +72,7 @@ class ImageCache:
         """
         self.begin()
         digests_file = self.folder / IMAGES / side / _DIGESTS
-        digests: dict[str, str] = read_kept(digests_file, dict) or {}
+        digests: dict[str, str] = read_cached(digests_file, dict) or {}
         out: list[Path] = []
         for start in range(0, len(layouts), settings.batch_size):
             part = layouts[start : start + settings.batch_size]

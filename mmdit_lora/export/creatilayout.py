@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.lora import DIFFUSERS_FILE, HEADER_KEY, lora_state_dict, save_tensors, stored_config
+from mmdit_lora.export.diffusers import save_for_diffusers
+from mmdit_lora.lora import DIFFUSERS_FILE, lora_state_dict, stored_config
 from mmdit_lora.models.creatilayout import lora_to_creatilayout, stream_to_creatilayout, variant_of_model
 
 ADAPTER_FILE = DIFFUSERS_FILE
@@ -46,18 +45,10 @@ def write_creatilayout_adapter(
             theirs, factors = lora_to_creatilayout(name, factors, variant)
         except KeyError:
             raise InputError(f"the adapter is on {name} too, which CreatiLayout's stream has not") from None
-        tensors |= {f"transformer.{theirs}.{key}": value for key, value in factors.items()}
+        tensors |= {f"{theirs}.{key}": value for key, value in factors.items()}
         ranks[theirs], alphas[theirs] = module.r[adapter_name], module.lora_alpha[adapter_name]
     config |= {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
-    metadata = {f"transformer.{key}": value for key, value in config.items()}
-    save_tensors(
-        tensors,
-        Path(folder) / ADAPTER_FILE,
-        {
-            LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True),
-            HEADER_KEY: json.dumps(dict(header or {}), sort_keys=True),
-        },
-    )
+    save_for_diffusers(tensors, config, Path(folder), header or {})
 
 
 def write_creatilayout_stream(model: Any, folder: str | Path) -> None:

@@ -3,59 +3,48 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit_lora.config.loading import parse_yaml
-from mmdit_lora.errors import InputError, clip
+from mmdit_lora.errors import InputError
+from mmdit_lora.export import Target, check_target
 from mmdit_lora.export.creatilayout import write_creatilayout_adapter, write_creatilayout_stream
+from mmdit_lora.export.diffusers import write_diffusers
+from mmdit_lora.export.kohya import is_kohya_export, write_kohya
 from mmdit_lora.export.read_back import answers, open_transformer, outputs
-from mmdit_lora.files import atomic_file, public_name, read_text
+from mmdit_lora.files import atomic_file
 from mmdit_lora.lora import (
-    CONFIG_FILE,
-    DIFFUSERS_FILE,
-    HEADER_KEY,
-    KOHYA_PREFIX,
     StoredAdapter,
-    adapter_file,
     load_adapter,
-    lora_state_dict,
     merge_adapter,
     public_header,
     read_adapter_config,
-    read_adapter_header,
     read_card,
     save_adapter,
-    save_tensors,
-    stored_config,
 )
-from mmdit_lora.lora.known_bases import recall_base, recall_named, remember_base
+from mmdit_lora.lora.known_bases import base_of, remember_base
 from mmdit_lora.models.creatilayout import SLOTS, variant_of_model
 from mmdit_lora.models.families import stored_transformer
-from mmdit_lora.outputs import Inputs, check_new_file, check_new_folder, new_folder, refuse_inputs
+from mmdit_lora.outputs import check_new_file, new_folder, refuse_inputs
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
-from mmdit_lora.resources import resource
 
-Target = Literal["peft", "diffusers", "kohya", "creatilayout", "merged"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-_DIGEST_KEY = "mmdit_lora_sha256"  # in the header of a file of its own
 TOLERANCE = 1e-4  # of the velocity
 IMAGE_TOLERANCE = 2e-3  # half a grey level of [0, 1]: sampling adds up the differences of its steps
+_NOTES = {
+    "kohya": "mmdit-lora reads this file (load_lora_weights, sample --adapter); sd-scripts and ComfyUI have no layout stream, "
+    "so none of its keys means anything to them",
+    "merged": "mmdit-lora opens this base; stock diffusers and ComfyUI have no layout stream, and would drop it",
+    "creatilayout": f"CreatiLayout's own code fills up to {SLOTS} boxes and attends to the filling; this base does not, so "
+    "images sampled there differ from those sampled here",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ class ExportReport:
 
     Args:
         max_abs_diff: largest difference of the predicted velocity, over two random inputs with three boxes each.
-        max_image_diff: largest difference of a sampled image, in [0, 1]; None where nothing was sampled.
+        max_image_diff: largest difference of a sampled image, in [0, 1]; None if nothing was sampled.
         effect: largest difference that the adapter itself makes to the velocity (of a stream alone: the layout); 0 would mean
             that it does nothing.
         note: what the other tool does otherwise, if anything.
@@ -101,7 +90,10 @@ def export_adapter(
         InputError: `adapter` is none, does not fit the base or the format, or `out` exists and is not an export.
         RuntimeError: what was written does not give the same outputs; it is removed again.
     """
-    out = _check_out(to, out, {"ADAPTER": adapter, "--base": base})
+    out, inputs = Path(out), {"ADAPTER": adapter, "--base": base}
+    check_target(to, out, merge=merge, inputs=inputs)
+    if to == "kohya":
+        check_new_file(out, verb="export", inputs=inputs, is_own=is_kohya_export)
     if to == "creatilayout" and (Path(adapter) / "transformer").is_dir():
         return _export_stream(str(adapter), out)
     base = base or base_of(adapter)
@@ -110,7 +102,7 @@ def export_adapter(
         transformer, stored_config = stored_transformer(base)
         with torch.device("meta"):
             variant_of_model(cast(Any, transformer).from_config(stored_config))
-    with _place(to, out) as temporary:
+    with atomic_file(out) if to == "kohya" else new_folder(out, verb="export") as temporary:
         pipe, stored = _open(adapter, base)
         config = pipe.transformer.peft_config["default"]
         header = public_header({"base": base, "lora_dropout": config.lora_dropout, **stored.header})
@@ -147,9 +139,7 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
     if effect == 0:
         raise InputError("changes nothing: its weights are all zero", location=str(adapter), hint="train it for longer")
     # PEFT would try a file's regular expressions on every module, and one that backtracks takes minutes.
-    form = (
-        "peft" if stored.form == "peft" and _states_names(stored) else stored.form if stored.form != "peft" else "ours"
-    )
+    form = "ours" if stored.form == "peft" and not _states_names(stored) else stored.form
     try:
         differences = _compare(form, stored.path.parent if stored.form == "peft" else stored.path, base, expected)
     except RuntimeError as error:
@@ -165,60 +155,6 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
         "max_abs_diff": differences[0],
         "max_image_diff": differences[1],
     }
-
-
-def base_of(adapter: str | Path) -> str:
-    """The base that an adapter names in its header or PEFT config, where it is: a path (or hub id) that can be opened.
-
-    Adapters name a folder by its name alone. It is looked for where the run beside the adapter says, then where this machine
-    last had a base of its fingerprint (`lora/known_bases.py`), then under this name in the current directory, its `data`, the
-    folders above the adapter, then the base that the package brings along, then where there last was a base of this name. Whether it
-    is the right one is for the fingerprint to say.
-
-    Raises:
-        InputError: it names none, or a folder that is not found.
-    """
-    file = adapter_file(adapter)
-    header = read_adapter_header(adapter)
-    name = header.get("base")
-    if not name and (file.parent / CONFIG_FILE).is_file():
-        name = read_adapter_config(file.parent).base_model_name_or_path
-    if not isinstance(name, str) or not name:
-        raise InputError("does not say which base it is for", location=str(adapter), hint="give --base")
-    if _is_base(Path(name)):
-        return name
-    short = public_name(name)
-    here = list(file.resolve().parents)
-    beside = [run for run in map(_base_of_run, here[1:2]) if run is not None and public_name(run) == short]
-    roots = [Path(), Path("data"), *here[:3]]
-    noted = recall_base(header.get("fingerprint"))
-    packaged = resource(f"data/{short}")
-    for folder in (*beside, noted, *(root / short for root in roots), packaged, recall_named(short)):
-        if folder is not None and _is_base(folder):
-            return str(folder)
-    if "/" in short:
-        return short  # a hub id
-    raise InputError(
-        f"names its base {clip(repr(short), 100)}, and no such folder is here",
-        location=str(adapter),
-        hint="give --base FOLDER",
-    )
-
-
-def _is_base(folder: Path) -> bool:
-    try:
-        return (folder / "model_index.json").is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _base_of_run(folder: Path) -> Path | None:
-    """The base that the config of a run in `folder` states."""
-    try:
-        file = folder / "config.yaml"
-        return Path(parse_yaml(read_text(file, what="config", limit=2**20), location=str(file))[0]["base"])
-    except (InputError, TypeError, KeyError):
-        return None
 
 
 def _states_names(stored: StoredAdapter) -> bool:
@@ -247,77 +183,20 @@ def _export_stream(base: str, out: Path) -> ExportReport:
 
 
 def _note(to: Target, model: Any) -> str | None:
-    if to == "kohya":
-        return (
-            "mmdit-lora reads this file (load_lora_weights, sample --adapter); sd-scripts and ComfyUI have no layout stream, so "
-            "none of its keys means anything to them"
-        )
-    if to == "merged":
-        return "mmdit-lora opens this base; stock diffusers and ComfyUI have no layout stream, and would drop it"
-    if to != "creatilayout" or (model.config.layout_slots == SLOTS and not model.config.mask_padding):
-        return None
-    return (
-        f"CreatiLayout's own code fills up to {SLOTS} boxes and attends to the filling; this base does not, so images "
-        "painted there differ from those painted here"
-    )
+    same_as_theirs = model.config.layout_slots == SLOTS and not model.config.mask_padding
+    return None if to == "creatilayout" and same_as_theirs else _NOTES.get(to)
 
 
 def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, header: dict[str, Any]) -> None:
-    model = pipe.transformer
     if to == "peft":
-        save_adapter(model, path, metadata=header, card=read_card(adapter))
-    elif to == "diffusers":
-        _write_diffusers(model, path, header)
-    elif to == "kohya":
-        _write_kohya(model, path, header)
-    elif to == "creatilayout":
-        write_creatilayout_adapter(model, path, header)
-    else:
-        pipe.transformer = merge_adapter(model, in_place=True)
+        save_adapter(pipe.transformer, path, metadata=header, card=read_card(adapter))
+    elif to == "merged":
+        pipe.transformer = merge_adapter(pipe.transformer, in_place=True)
         with quiet():
             pipe.save_pretrained(path)
-
-
-def _write_diffusers(model: Any, folder: Path, header: dict[str, Any]) -> None:
-    """What `pipe.load_lora_weights` reads; rank, alpha and targets are in the file's header."""
-    prefix = "transformer."
-    config = {prefix + key: value for key, value in stored_config(model.peft_config["default"]).items()}
-    metadata = {
-        LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True),
-        HEADER_KEY: json.dumps(header, sort_keys=True),
-    }
-    tensors = {prefix + name: value for name, value in lora_state_dict(model).items()}
-    save_tensors(tensors, folder / DIFFUSERS_FILE, metadata)
-
-
-def _write_kohya(model: Any, file: Path, header: dict[str, Any]) -> None:
-    """One file in the names of kohya-ss/sd-scripts: `lora_unet_<module, dots as underscores>.lora_down.weight`, ...
-
-    Their update is alpha / rank * up @ down, whatever scaling PEFT was told to use.
-    """
-    config = model.peft_config["default"]
-    if config.use_dora or config.lora_bias:
-        raise InputError(
-            "is a DoRA or has biases, which these names cannot hold", hint="export it --to peft or diffusers"
-        )
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and "default" in module.scaling:
-            flat = KOHYA_PREFIX + name.replace(".", "_")
-            tensors[f"{flat}.lora_down.weight"] = module.lora_A["default"].weight
-            tensors[f"{flat}.lora_up.weight"] = module.lora_B["default"].weight
-            tensors[f"{flat}.alpha"] = torch.tensor(module.scaling["default"] * module.r["default"])
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(config.lora_alpha),
-        "ss_base_model_version": model.family,
-        "ss_sd_model_name": str(header.get("base", "")),
-        HEADER_KEY: json.dumps(header, sort_keys=True),
-    }
-    # Who changes the file, and how, is not known: by the digest it is told from what was written.
-    tensors = {name: value.to(torch.float32) for name, value in tensors.items()}
-    save_tensors(tensors, file, {**metadata, _DIGEST_KEY: _digest(tensors, metadata)})
+    else:
+        write = {"diffusers": write_diffusers, "kohya": write_kohya, "creatilayout": write_creatilayout_adapter}[to]
+        write(pipe.transformer, path, header)
 
 
 def _reference(pipe: LayoutPipeline) -> tuple[dict[str, Tensor], float]:
@@ -359,46 +238,6 @@ def _compare(to: str, written: Path, base: str, expected: dict[str, Tensor]) -> 
             f"the export differs from base + adapter by {max(velocity, image or 0):.1e}; nothing was written"
         )
     return velocity, image
-
-
-@contextmanager
-def _place(to: Target, out: Path) -> Iterator[Path]:
-    """Where the export is written before it counts."""
-    with atomic_file(out) if to == "kohya" else new_folder(out, verb="export") as temporary:
-        yield temporary
-
-
-def _check_out(to: Target, out: str | Path, inputs: Inputs) -> Path:
-    """Before any work: `out` is free, or an earlier export."""
-    if to != "kohya":
-        check_new_folder(out, verb="export", inputs=inputs)
-    elif Path(out).suffix != ".safetensors":
-        raise InputError("is one file", location=f"--out {out}", hint="give a name that ends in .safetensors")
-    else:
-        check_new_file(out, verb="export", inputs=inputs, is_own=_is_own_file)
-    return Path(out)
-
-
-def _is_own_file(file: Path) -> bool:
-    """Whether a file is what `_write_kohya` wrote, unchanged."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-        return metadata.get(_DIGEST_KEY) == _digest(state, metadata)
-    except (SafetensorError, OSError):
-        return False
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of what a file states and holds, in fp32, but for `_DIGEST_KEY` itself and what `save_tensors` adds."""
-    stated = {key: value for key, value in metadata.items() if key not in (_DIGEST_KEY, "format")}
-    digest = hashlib.sha256(json.dumps([stated, sorted(tensors)], sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu()
-        digest.update(repr((value.dtype, value.shape)).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _bytes(out: Path) -> int:

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from mmdit_lora.files import exists, write_json
+from mmdit_lora.config.loading import parse_yaml
+from mmdit_lora.errors import InputError, clip
+from mmdit_lora.files import exists, public_name, read_text, write_json
 from mmdit_lora.json_files import read_object
+from mmdit_lora.lora.reading import CONFIG_FILE, adapter_file, read_adapter_config, read_adapter_header
+from mmdit_lora.resources import resource
 
 _MOST = 1_000  # the newest are kept
 
@@ -22,7 +26,7 @@ def note_file() -> Path:
 
 def remember_base(fingerprint: object, base: object) -> None:
     """Note where the base of a fingerprint is, if it is a folder. A note that cannot be written is left out."""
-    if not isinstance(fingerprint, str) or not isinstance(base, str) or not exists(Path(base, "model_index.json")):
+    if not isinstance(fingerprint, str) or not isinstance(base, str) or not _is_base(base):
         return
     with suppress(OSError, RuntimeError, ValueError):  # no home, or one that cannot be written to
         place = str(Path(base).absolute())
@@ -42,8 +46,59 @@ def recall_named(name: str) -> Path | None:
     return _first(place for place in reversed(_known().values()) if Path(place).name == name)
 
 
+def base_of(adapter: str | Path) -> str:
+    """The base that an adapter names in its header or PEFT config, where it is: a path (or hub id) that can be opened.
+
+    Adapters name a folder by its name alone. It is looked for where the run beside the adapter says, then where this machine
+    last had a base of its fingerprint (`remember_base`), then under this name in the current directory, its `data`, the
+    folders above the adapter, then the base that the package brings along, then where there last was a base of this name. Whether it
+    is the right one is for the fingerprint to say.
+
+    Raises:
+        InputError: it names none, or a folder that is not found.
+    """
+    file = adapter_file(adapter)
+    header = read_adapter_header(adapter)
+    name = header.get("base")
+    if not name and (file.parent / CONFIG_FILE).is_file():
+        name = read_adapter_config(file.parent).base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise InputError("does not say which base it is for", location=str(adapter), hint="give --base")
+    if _is_base(name):
+        return name
+    short = public_name(name)
+    here = list(file.resolve().parents)
+    beside = [run for run in map(_base_of_run, here[1:2]) if run is not None and public_name(run) == short]
+    roots = [Path(), Path("data"), *here[:3]]
+    noted = recall_base(header.get("fingerprint"))
+    packaged = resource(f"data/{short}")
+    for folder in (*beside, noted, *(root / short for root in roots), packaged, recall_named(short)):
+        if folder is not None and _is_base(folder):
+            return str(folder)
+    if "/" in short:
+        return short  # a hub id
+    raise InputError(
+        f"names its base {clip(repr(short), 100)}, and no such folder is here",
+        location=str(adapter),
+        hint="give --base FOLDER",
+    )
+
+
+def _base_of_run(folder: Path) -> Path | None:
+    """The base that the config of a run in `folder` states."""
+    try:
+        file = folder / "config.yaml"
+        return Path(parse_yaml(read_text(file, what="config", limit=2**20), location=str(file))[0]["base"])
+    except (InputError, TypeError, KeyError):
+        return None
+
+
+def _is_base(folder: str | Path) -> bool:
+    return exists(Path(folder, "model_index.json"))
+
+
 def _first(places: Iterable[str | None]) -> Path | None:
-    return next((Path(place) for place in places if place and exists(Path(place, "model_index.json"))), None)
+    return next((Path(place) for place in places if place and _is_base(place)), None)
 
 
 def _known() -> dict[str, str]:
