@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmdit_lora.layout import Box, Layout
     from mmdit_lora.lora import add_layout_lora, load_adapter, save_adapter
     from mmdit_lora.pipelines import load_pipeline
+    from mmdit_lora.training.step import flow_matching_loss
     from mmdit_lora.training.trainer import train
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "add_layout_lora",
     "evaluate",
     "export_adapter",
+    "flow_matching_loss",
     "load_adapter",
     "load_pipeline",
     "save_adapter",
@@ -33,6 +35,7 @@ _MODULES = {
     "add_layout_lora": "lora",
     "evaluate": "evaluation.evaluate",
     "export_adapter": "export.export",
+    "flow_matching_loss": "training.step",
     "load_adapter": "lora",
     "load_pipeline": "pipelines",
     "save_adapter": "lora",

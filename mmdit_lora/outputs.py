@@ -140,10 +140,7 @@ def check_new_folder(out: str | Path, *, verb: str, inputs: Inputs | None = None
         Marker.read(out)  # what the name of a marker hides is not removed
         _refuse_held(out)
         return out
-    marker = _own_marker(out, (verb,), names)
-    foreign = [name for name in names if not marker.has(out, name)]
-    if foreign:
-        raise _foreign(out, verb, marker, foreign)
+    _require_own(out, (verb,), found=names, names=names)
     return out
 
 
@@ -188,7 +185,7 @@ def open_folder(
             path.unlink(missing_ok=True)
         removed = f"removed what an earlier version left half-written ({listed(path.name for path in old)})"
         _report(out, [*remove_all_temporaries(out), *([removed] if old else [])])
-        _check_names(out, names, **rules)
+        check_open_folder(out, names=names, **rules)
         nested = lock.is_nested
         fresh = not nested and not _top(out)
         marker = (None if fresh else Marker.read(out)) or Marker(verb)
@@ -247,19 +244,12 @@ def check_open_folder(
     """
     out, names = output_path(out, folder=True), list(names)
     refuse_inputs([out / name for name in names], inputs or {}, verb=verb)
-    _check_names(out, names, verb, others, adopt)
-    return out
-
-
-def _check_names(out: Path, names: list[str], verb: str, others: tuple[str, ...], adopt: bool) -> None:
     found = [name for name in _top(out) if not _is_old_temporary(out / name, names)]
     marker = Marker.read(out)
-    if not found or (adopt and marker is None):
-        return
-    marker = _own_marker(out, (verb, *others), found)
-    changed = [name for name in names if os.path.lexists(out / name) and not marker.has(out, name)]
-    if changed:
-        raise _foreign(out, verb, marker, changed)
+    if found and (marker is not None or not adopt):
+        present = [name for name in names if os.path.lexists(out / name)]
+        _require_own(out, (verb, *others), found=found, names=present)
+    return out
 
 
 def check_new_file(
@@ -380,24 +370,28 @@ def _foreign(out: Path, verb: str, marker: Marker, names: list[str]) -> InputErr
     )
 
 
-def _own_marker(out: Path, verbs: tuple[str, ...], found: list[str]) -> Marker:
+def _require_own(out: Path, verbs: tuple[str, ...], *, found: list[str], names: list[str]) -> None:
+    """Raises `InputError`: `out` has no marker of one of the verbs, or one of `names` is not what was written.
+
+    Args:
+        found: all that `out` holds, for the message.
+    """
     marker = Marker.read(out)
-    if marker is None:
-        raise InputError(
-            f"is not empty, and carries no {MARKER} that says the program wrote it (it holds {listed(found)})",
-            location=_where(out, verbs[0]),
-            hint=_HINT,
-        )
-    if marker.verb not in verbs:
-        raise InputError(f"holds what `{marker.verb}` wrote", location=_where(out, verbs[0]), hint=_HINT)
-    return marker
+    if marker is not None and marker.verb in verbs:
+        if foreign := [name for name in names if not marker.has(out, name)]:
+            raise _foreign(out, verbs[0], marker, foreign)
+        return
+    what = f"is not empty, and carries no {MARKER} that says the program wrote it (it holds {listed(found)})"
+    if marker is not None:
+        what = f"holds what `{marker.verb}` wrote"
+    raise InputError(what, location=_where(out, verbs[0]), hint=_HINT)
 
 
 def _where(out: Path, verb: str) -> str:
     """An output, as the user gave it to a verb."""
-    return (
-        f"output_dir {out}" if verb == "train" else str(out) if verb.startswith(("save", "write")) else f"--out {out}"
-    )
+    if verb.startswith(("save", "write")):
+        return str(out)
+    return f"output_dir {out}" if verb == "train" else f"--out {out}"
 
 
 def _top(folder: Path) -> list[str]:
