@@ -571,11 +571,10 @@ def _read(
 ) -> _Found:
     from mmdit_lora.data.check import read_written
     from mmdit_lora.data.formats import read_format
-    from mmdit_lora.data.records import scan_dataset
+    from mmdit_lora.data.records import Warnings, scan_dataset
     from mmdit_lora.data.shapes import is_scenes
     from mmdit_lora.data.shards import is_sharded
     from mmdit_lora.data.sources import sample_dataset
-    from mmdit_lora.data.warnings import Warnings
 
     if from_ not in (None, "jsonl"):
         source = read_format(

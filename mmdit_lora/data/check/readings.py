@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from mmdit_lora.boxes import EDGE_SHARE, Evidence, Reading, relative, told_apart
 from mmdit_lora.data.check.findings import Corners, Example, Finding, finding
-from mmdit_lora.data.records import Record
-from mmdit_lora.data.written import Written, read_written
+from mmdit_lora.data.records import Record, Written, read_written
 
 __all__ = ["Written", "as_written", "corners_of", "fits", "read_written", "reading_findings"]
 

@@ -23,8 +23,7 @@ from mmdit_lora.data.check.readings import (
 from mmdit_lora.data.check.sets import leak_findings, set_findings
 from mmdit_lora.data.check.sizes import size_findings, trained_sizes
 from mmdit_lora.data.check.texts import FEW_PHRASES, TokenCount, clip_tokens, few_phrases, text_findings
-from mmdit_lora.data.records import COLUMNS, Record
-from mmdit_lora.data.written import hint, set_evidence
+from mmdit_lora.data.records import COLUMNS, Record, evidence_hint, set_evidence
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import BoxError
 
@@ -142,7 +141,7 @@ def check_dataset(
         left_out=dict(left_out or {}),
         findings=found,
         notes=_notes(records, evidence),
-        hint=hint(evidence) if any(isinstance(error, BoxError) for error in errors) else None,
+        hint=evidence_hint(evidence) if any(isinstance(error, BoxError) for error in errors) else None,
         errors=wrong,
         warnings=[*warnings, *mild, *(f"{number} {what} were left out" for what, number in left.items())],
     )

@@ -1,6 +1,6 @@
 """Anyone's boxes in, and out again: `FORMATS` lists what is known; `read_format` and `write_format` are all that is called.
 
-A format is a file of this package (or a few of one kind share a file) and a line in `FORMATS`. Its reader yields one call a
+A format is a file of this package (or a few of one kind share a file) and an entry in `FORMATS`. Its reader yields one call a
 record; its boxes leave `Context.box` as relative xyxy, clipped to the image. The order of the numbers and their unit are
 known by the format, or declared by the caller; nothing is guessed.
 """
@@ -12,187 +12,147 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mmdit_lora.data.formats import layout_sets as sets
 from mmdit_lora.data.formats.captions import SIDECAR, Captions
 from mmdit_lora.data.formats.coco import read_coco, write_coco
-from mmdit_lora.data.formats.common import (
-    DEFAULT_CAPTION,
-    Context,
-    MissingImageError,
-    Reads,
-    Sample,
-    check_caption,
-)
-from mmdit_lora.data.formats.grounded import (
-    read_eligen,
-    read_flickr30k,
-    read_gligen,
-    read_grit,
-    read_hico,
-    read_instance_diffusion,
-)
+from mmdit_lora.data.formats.common import DEFAULT_CAPTION, Context, MissingImageError, Reads, Sample, check_caption
 from mmdit_lora.data.formats.hugging_face import read_hugging_face
-from mmdit_lora.data.formats.layout_sets import (
-    read_coco_mig,
-    read_dense_layout,
-    read_layout_sam,
-    read_layout_sam_eval,
-    read_overlay_bench,
-    read_sacap,
-)
 from mmdit_lora.data.formats.open_images import read_open_images
-from mmdit_lora.data.formats.tools import read_cvat, read_label_studio
-from mmdit_lora.data.formats.trainers import read_comfyui, read_simpletuner, write_simpletuner
+from mmdit_lora.data.formats.tools import read_comfyui, read_label_studio, read_simpletuner, write_simpletuner
 from mmdit_lora.data.formats.voc import read_voc, write_voc
+from mmdit_lora.data.formats.xml import read_cvat, read_flickr30k
 from mmdit_lora.data.formats.yolo import read_yolo, write_yolo
-from mmdit_lora.data.records import Item, Record, fill_dataset, scan_dataset
-from mmdit_lora.data.written import Written, hint, read_written, set_evidence
+from mmdit_lora.data.records import Item, Record, fill_dataset, reading_hint, scan_dataset
 from mmdit_lora.errors import InputError, several, unknown_key
-from mmdit_lora.layout import Box, BoxError, Layout, check_count
+from mmdit_lora.layout import Box, Layout, check_count
 from mmdit_lora.outputs import new_folder
 
+_OPTIONS = {"split": "--split", "images": "--images", "detailed": "--detailed", "bbox": "--bbox-format, --bbox-units"}
+_BESIDE = ("split", "images")
+_ALL = (*_BESIDE, "detailed")
 
-@dataclass(frozen=True)
-class Format:
+
+class Format(NamedTuple):
     """One format.
 
     Args:
+        source: what SRC is. convention: order of a box's numbers, and their unit.
         read: records of a source; None: the package's own format, which has a reader apart.
         write: fills an empty folder; None: this format is only read.
-        source: what SRC is. convention: order of a box's numbers, and their unit.
+        takes: options of `read_format` that mean something for it, keys of `_OPTIONS`.
         classes: whether its names are those of classes, which become phrases in lower case.
-        takes: options of `read_format` that mean something for it, of `split`, `images`, `detailed`, `bbox`.
     """
 
-    read: Callable[[Context], Reads] | None
     source: str
     convention: str
+    read: Callable[[Context], Reads] | None
     write: Callable[[Path, Iterable[Item]], None] | None = None
+    takes: tuple[str, ...] = _BESIDE
     classes: bool = False
-    takes: tuple[str, ...] = ("split", "images")
 
 
+_OF_SIZE, _PIXELS = "xyxy in pixels of the stated size", "xywh in pixels"
 FORMATS: dict[str, Format] = {
-    "jsonl": Format(
-        None,
-        "a folder with metadata.jsonl (Hugging Face imagefolder)",
-        "xyxy relative, or as the line, --bbox-format and --bbox-units say",
-        fill_dataset,
-        takes=("bbox",),
-    ),
-    "hf": Format(
-        read_hugging_face,
-        "Hugging Face datasets: *.parquet with `image`, `caption`, `objects`",
-        "as --bbox-format and --bbox-units say; without them refused, with the evidence",
-        takes=("split", "bbox"),
-    ),
-    "voc": Format(
-        read_voc,
-        "Pascal VOC: JPEGImages, Annotations",
-        "xyxy in pixels, counted from 1 (from 0 where a 0 stands)",
-        write_voc,
-        classes=True,
-    ),
-    "coco": Format(
-        read_coco,
-        "COCO: annotations/instances_*.json (or that file), captions_*.json",
-        "xywh in pixels; polygons, RLE",
-        write_coco,
-        classes=True,
-    ),
-    "yolo": Format(
-        read_yolo,
-        "YOLO: data.yaml or classes.txt, images, labels",
-        "cxcywh relative; polygons relative",
-        write_yolo,
-        classes=True,
-    ),
-    "openimages": Format(
-        read_open_images,
-        "Open Images: *-annotations-bbox.csv, class-descriptions*.csv, images `<ImageID>.jpg`",
-        "x, x, y, y relative",
-        classes=True,
-    ),
-    "labelstudio": Format(
-        read_label_studio,
-        "Label Studio: export JSON or JSON_MIN",
-        "xywh in percent; polygons, ellipses, turned boxes: the upright box around them",
-        classes=True,
-    ),
-    "cvat": Format(
-        read_cvat,
-        "CVAT for images: annotations.xml",
-        "xyxy in pixels; polygons, turned boxes: the upright box around them",
-        classes=True,
-    ),
-    "simpletuner": Format(
-        read_simpletuner,
-        "SimpleTuner: a .bbox (JSON, JSON lines, YOLO lines) beside each image, captions in .txt",
-        "xyxy relative; YOLO lines cxcywh relative",
-        write_simpletuner,
-        takes=("images",),
-    ),
-    "comfyui": Format(
-        read_comfyui,
-        "ComfyUI bounding boxes: a .json beside each image, captions in .txt",
-        "xywh in pixels",
-        takes=("images",),
-    ),
-    "layoutsam": Format(
-        read_layout_sam,
-        "LayoutSAM: train/*.parquet; SA-1B's images with --images",
-        "xyxy in pixels of the stated size",
-        takes=("split", "images", "detailed"),
-    ),
-    "layoutsam-eval": Format(
-        read_layout_sam_eval,
-        "LayoutSAM-eval: *.parquet, which hold the images",
-        "xyxy in pixels of the stated size",
-        takes=("split", "detailed"),
-    ),
-    "denselayout": Format(
-        read_dense_layout,
-        "DenseLayout: *.parquet or json; images in them, or `<id>.jpg` with --images",
-        "xyxy in pixels of the stated size",
-        takes=("split", "images", "detailed"),
-    ),
-    "sacap": Format(
-        read_sacap,
-        "SACap-1M, SACap-eval: *.parquet; SA-1B's images and json files with --images",
-        "xywh in pixels, or masks, of SA-1B's json",
-        takes=("split", "images", "detailed"),
-    ),
-    "overlaybench": Format(
-        read_overlay_bench,
-        "OverLayBench: *.parquet; images in them, or `<image_id>.*` with --images",
-        "xyxy on a square of 1024 pixels",
-        takes=("split", "images", "detailed"),
-    ),
-    "cocomig": Format(
-        read_coco_mig,
-        "COCO-MIG: mig_bench_anno.yaml; COCO's images with --images",
-        "xyxy relative",
-        takes=("images",),
-    ),
-    "grit": Format(
-        read_grit,
-        "GRIT: *.parquet or json; images `<key>.jpg` with --images",
-        "xyxy relative",
-        takes=("split", "images", "detailed"),
-    ),
-    "hico": Format(read_hico, "HiCo: *.json", "xyxy in pixels of the stated size"),
-    "gligen": Format(read_gligen, "GLIGEN: *.tsv, which hold the images", "xywh in pixels", takes=("split",)),
-    "instancediffusion": Format(
-        read_instance_diffusion,
-        "InstanceDiffusion: *.json or a .txt that lists them; images in them, or with --images",
-        "xywh in pixels of the stated size",
-        takes=("split", "images", "detailed"),
-    ),
-    "flickr30k": Format(
-        read_flickr30k, "Flickr30k Entities: Sentences, Annotations; images", "xyxy in pixels, counted from 1"
-    ),
-    "eligen": Format(read_eligen, "EliGen: metadata.json, masks", "masks: the box around each", takes=("images",)),
+    name: Format(*entry)  # type: ignore[arg-type]
+    for name, entry in {
+        "jsonl": (
+            "a folder with metadata.jsonl (Hugging Face imagefolder)",
+            "xyxy relative, or as the line, --bbox-format and --bbox-units say",
+            *(None, fill_dataset, ("bbox",)),
+        ),
+        "hf": (
+            "Hugging Face datasets: *.parquet with `image`, `caption`, `objects`",
+            "as --bbox-format and --bbox-units say; without them refused, with the evidence",
+            *(read_hugging_face, None, ("split", "bbox")),
+        ),
+        "voc": (
+            "Pascal VOC: JPEGImages, Annotations",
+            "xyxy in pixels, counted from 1 (from 0 where a 0 stands)",
+            *(read_voc, write_voc, _BESIDE, True),
+        ),
+        "coco": (
+            "COCO: annotations/instances_*.json (or that file), captions_*.json",
+            "xywh in pixels; polygons, RLE",
+            *(read_coco, write_coco, _BESIDE, True),
+        ),
+        "yolo": (
+            "YOLO: data.yaml or classes.txt, images, labels",
+            "cxcywh relative; polygons relative",
+            *(read_yolo, write_yolo, _BESIDE, True),
+        ),
+        "openimages": (
+            "Open Images: *-annotations-bbox.csv, class-descriptions*.csv, images `<ImageID>.jpg`",
+            "x, x, y, y relative",
+            *(read_open_images, None, _BESIDE, True),
+        ),
+        "labelstudio": (
+            "Label Studio: export JSON or JSON_MIN",
+            "xywh in percent; polygons, ellipses, turned boxes: the upright box around them",
+            *(read_label_studio, None, _BESIDE, True),
+        ),
+        "cvat": (
+            "CVAT for images: annotations.xml",
+            "xyxy in pixels; polygons, turned boxes: the upright box around them",
+            *(read_cvat, None, _BESIDE, True),
+        ),
+        "simpletuner": (
+            "SimpleTuner: a .bbox (JSON, JSON lines, YOLO lines) beside each image, captions in .txt",
+            "xyxy relative; YOLO lines cxcywh relative",
+            *(read_simpletuner, write_simpletuner, ("images",)),
+        ),
+        "comfyui": (
+            "ComfyUI bounding boxes: a .json beside each image, captions in .txt",
+            *(_PIXELS, read_comfyui, None, ("images",)),
+        ),
+        "layoutsam": (
+            "LayoutSAM: train/*.parquet; SA-1B's images with --images",
+            *(_OF_SIZE, sets.read_layout_sam, None, _ALL),
+        ),
+        "layoutsam-eval": (
+            "LayoutSAM-eval: *.parquet, which hold the images",
+            *(_OF_SIZE, sets.read_layout_sam_eval, None, ("split", "detailed")),
+        ),
+        "denselayout": (
+            "DenseLayout: *.parquet or json; images in them, or `<id>.jpg` with --images",
+            *(_OF_SIZE, sets.read_dense_layout, None, _ALL),
+        ),
+        "sacap": (
+            "SACap-1M, SACap-eval: *.parquet; SA-1B's images and json files with --images",
+            "xywh in pixels, or masks, of SA-1B's json",
+            *(sets.read_sacap, None, _ALL),
+        ),
+        "overlaybench": (
+            "OverLayBench: *.parquet; images in them, or `<image_id>.*` with --images",
+            "xyxy on a square of 1024 pixels",
+            *(sets.read_overlay_bench, None, _ALL),
+        ),
+        "cocomig": (
+            "COCO-MIG: mig_bench_anno.yaml; COCO's images with --images",
+            "xyxy relative",
+            *(sets.read_coco_mig, None, ("images",)),
+        ),
+        "grit": (
+            "GRIT: *.parquet or json; images `<key>.jpg` with --images",
+            *("xyxy relative", sets.read_grit, None, _ALL),
+        ),
+        "hico": ("HiCo: *.json", _OF_SIZE, sets.read_hico),
+        "gligen": ("GLIGEN: *.tsv, which hold the images", _PIXELS, sets.read_gligen, None, ("split",)),
+        "instancediffusion": (
+            "InstanceDiffusion: *.json or a .txt that lists them; images in them, or with --images",
+            "xywh in pixels of the stated size",
+            *(sets.read_instance_diffusion, None, _ALL),
+        ),
+        "flickr30k": (
+            "Flickr30k Entities: Sentences, Annotations; images",
+            *("xyxy in pixels, counted from 1", read_flickr30k),
+        ),
+        "eligen": (
+            "EliGen: metadata.json, masks",
+            *("masks: the box around each", sets.read_eligen, None, ("images",)),
+        ),
+    }.items()
 }
 
 
@@ -224,9 +184,6 @@ def find_format(name: str, *, option: str = "--from") -> Format:
     near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"unknown format {name!r}", location=option, hint=f"{hint}known formats: {', '.join(FORMATS)}")
-
-
-_OPTIONS = {"split": "--split", "images": "--images", "detailed": "--detailed", "bbox": "--bbox-format, --bbox-units"}
 
 
 def read_format(
@@ -273,7 +230,9 @@ def read_format(
     template = DEFAULT_CAPTION if caption is None else caption
     check_caption(template)
     context = Context(Path(src), split, images, detailed, bbox_format, bbox_units)
-    sidecar = _sidecar(context.src, captions)
+    if captions is None and (context.src / SIDECAR).is_file():
+        captions = context.src / SIDECAR
+    sidecar = None if captions is None else Captions(captions)
     records: list[Record] = []
     errors: list[InputError] = []
     names: set[str] = set()
@@ -285,11 +244,8 @@ def read_format(
                 context.leave_out("images without a box")
                 continue
             beside = sidecar.get(sample.image) if sidecar else None
-            boxes = _boxes(sample, phrases, lower=kind.classes)
             own = sample.caption if caption is None else None
-            made = template.format(phrases=", ".join(dict.fromkeys(box.phrase for box in boxes)))
-            text = next(choice for choice in (beside, own, made) if choice is not None)
-            layout = _layout(text, boxes, sample.location)
+            layout = _layout(sample, next((c for c in (beside, own) if c is not None), None), template, kind, phrases)
         except InputError as error:
             if skip_missing and isinstance(error, MissingImageError):
                 context.leave_out("records whose image is not there")
@@ -299,8 +255,8 @@ def read_format(
         names.update(thing for thing, _ in sample.things)
         records.append(Record(image=sample.image, layout=layout, location=sample.location))
     if errors and not collect_errors:
-        found = hint(set_evidence(_own_written(context))) if kind.read is None and _of_boxes(errors) else None
-        raise several(errors, location=str(src), hint=found)
+        hint = reading_hint(src, errors, **_conventions(context)) if kind.read is None else None
+        raise several(errors, location=str(src), hint=hint)
     if not records and not errors:
         raise InputError("holds no image with a box", location=str(src))
     for key in phrases:
@@ -331,64 +287,38 @@ def write_format(name: str, out: str | Path, parts: Mapping[str, Iterable[Item]]
     return Path(out).resolve()
 
 
-def _layout(caption: str, boxes: tuple[Box, ...], location: str) -> Layout:
-    try:
-        return Layout(caption=caption, boxes=boxes)
-    except InputError as error:
-        raise error.at(location) from None
-
-
-def _of_boxes(errors: Iterable[InputError]) -> bool:
-    return any(isinstance(error, BoxError) for error in errors)
-
-
-def _own_written(context: Context) -> list[Written]:
-    return read_written(
-        context.src, bbox_format=context.bbox_format or "xyxy", bbox_units=context.bbox_units or "relative"
-    )
-
-
 def _own_format(context: Context) -> Reads:
-    records, errors = scan_dataset(
-        context.src,
-        bbox_format=context.bbox_format or "xyxy",
-        bbox_units=context.bbox_units or "relative",
-        warnings=context.warnings,
-    )
-    for record in records:
-        yield partial(_as_sample, record)
-    for error in errors:
-        yield partial(_raise, error)
+    records, errors = scan_dataset(context.src, **_conventions(context), warnings=context.warnings)
+    items: list[Record | InputError] = [*records, *errors]
+    for item in items:
+        yield partial(_as_sample, item)
 
 
-def _as_sample(record: Record) -> Sample:
-    things = [(box.phrase, box.xyxy) for box in record.layout.boxes]
-    return Sample(record.image, record.location, things, record.layout.caption)
+def _as_sample(item: Record | InputError) -> Sample:
+    if isinstance(item, InputError):
+        raise item
+    things = [(box.phrase, box.xyxy) for box in item.layout.boxes]
+    return Sample(item.image, item.location, things, item.layout.caption)
 
 
-def _raise(error: InputError) -> Sample:
-    raise error
+def _conventions(context: Context) -> dict[str, str]:
+    return {"bbox_format": context.bbox_format or "xyxy", "bbox_units": context.bbox_units or "relative"}
 
 
-def _sidecar(src: Path, given: Path | None) -> Captions | None:
-    if given is not None:
-        return Captions(given)
-    beside = src / SIDECAR
-    return Captions(beside) if beside.is_file() else None
-
-
-def _boxes(sample: Sample, phrases: Mapping[str, str], *, lower: bool) -> tuple[Box, ...]:
-    boxes = []
+def _layout(sample: Sample, caption: str | None, template: str, kind: Format, phrases: Mapping[str, str]) -> Layout:
+    place = sample.location
     try:
         check_count(len(sample.things))
+        boxes = []
+        for index, (name, xyxy) in enumerate(sample.things):
+            place = f"{sample.location}: box {index}"
+            boxes.append(Box(xyxy=xyxy, phrase=phrases.get(name, name.lower() if kind.classes else name)))
+        place = sample.location
+        if caption is None:
+            caption = template.format(phrases=", ".join(dict.fromkeys(box.phrase for box in boxes)))
+        return Layout(caption, tuple(boxes))
     except InputError as error:
-        raise error.at(sample.location) from None
-    for index, (name, xyxy) in enumerate(sample.things):
-        try:
-            boxes.append(Box(xyxy=xyxy, phrase=phrases.get(name, name.lower() if lower else name)))
-        except InputError as error:
-            raise error.at(f"{sample.location}: box {index}") from None
-    return tuple(boxes)
+        raise error.at(place) from None
 
 
 def format_table() -> str:

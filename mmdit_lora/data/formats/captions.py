@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mmdit_lora.data.formats.common import need, read_text, text
+from mmdit_lora.data.formats.common import need_text, read_text, text
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text
@@ -32,21 +32,18 @@ class Captions:
         if path.is_dir():
             return
         if not path.is_file():
-            raise InputError(
-                "no such file or folder", location=str(path), hint="give captions as .jsonl, .json or a folder of .txt"
-            )
+            hint = "give captions as .jsonl, .json or a folder of .txt"
+            raise InputError("no such file or folder", location=str(path), hint=hint)
         if path.suffix == ".jsonl":
             for location, row in read_json_records(path, what="file of captions"):
                 if isinstance(row, InputError):
                     raise row
-                name = text(need(row, "file_name", location), "file_name", location)
-                self._table[name] = text(need(row, "caption", location), "the caption", location)
+                self._table[need_text(row, "file_name", location)] = need_text(row, "caption", location)
             return
         data = read_json(path)
         if not isinstance(data, Mapping):
-            raise InputError(
-                f"holds {type(data).__name__}", location=str(path), hint="give an object {file name: caption}"
-            )
+            hint = "give an object {file name: caption}"
+            raise InputError(f"holds {type(data).__name__}", location=str(path), hint=hint)
         self._table = {name: text(value, "the caption", f"{path}: {name}") for name, value in data.items()}
 
     def get(self, image: Path) -> str | None:

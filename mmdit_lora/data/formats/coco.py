@@ -6,32 +6,34 @@ Source of the format: the COCO site's "Data format" page; `iscrowd` annotations 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mmdit_lora.boxes import Four
 from mmdit_lora.data.formats.common import (
-    XYXY,
     Context,
     ImageFinder,
+    RawBox,
     Reads,
     Sample,
     items_of,
     key_of,
     need,
+    need_text,
     number,
     points_box,
     put_image,
     size_of,
-    text,
 )
 from mmdit_lora.data.formats.tables import import_or_explain
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError, shown, unknown_key
 from mmdit_lora.files import json_text
 from mmdit_lora.json_files import read_json
+
+Placed = list[tuple[Any, str]]  # (entry, its place in the file)
 
 
 def read_coco(context: Context) -> Reads:
@@ -44,28 +46,27 @@ def read_coco(context: Context) -> Reads:
         InputError: no instances file; a file is no JSON, or not of COCO's structure.
     """
     for path in _instance_files(context):
-        said = read_instances(path)
-        images = ImageFinder(*_roots(context, path))
-        for image, location, own in said.images:
-            yield partial(_sample, image, location, own, said, images, context)
-        for annotation, location in said.strays:
-            yield partial(_stray, annotation, location, len(said.images))
+        instances = read_instances(path)
+        finder = ImageFinder(*_roots(context, path))
+        for image, location, own in instances.images:
+            yield partial(_sample, image, location, own, instances, finder, context)
+        for annotation, location in instances.strays:
+            yield partial(_stray, annotation, location, len(instances.images))
 
 
-@dataclass(frozen=True)
-class Instances:
+class Instances(NamedTuple):
     """What an instances file and the captions beside it say.
 
     Args:
-        images: (image, where, its (annotation, where) in the file's order).
+        images: (image, place, its (annotation, place) in the file's order).
         names: id -> name of a category. captions: id of an image -> its first caption.
         strays: of the annotations of images that are not there, the first of each.
     """
 
-    images: list[tuple[Any, str, list[tuple[Any, str]]]]
+    images: list[tuple[Any, str, Placed]]
     names: dict[Any, str]
     captions: dict[Any, str]
-    strays: list[tuple[Any, str]]
+    strays: Placed
 
     def category(self, annotation: Any, location: str) -> int | str:
         """The annotation's category id. Raises `InputError` where no category has it."""
@@ -78,29 +79,43 @@ class Instances:
 def read_instances(path: Path) -> Instances:
     """Read an instances file. Raises `InputError` where it is no JSON, or not of COCO's structure."""
     data = read_json(path)
-    images, annotations, categories = (
-        items_of(data, key, str(path)) for key in ("images", "annotations", "categories")
-    )
-    names = {
-        key_of(c, "id", w): text(need(c, "name", w), "name", w) for c, w in _placed(categories, path, "categories")
-    }
-    for image, location in _placed(images, path, "images"):
-        key_of(image, "id", location)
-    by_image: defaultdict[Any, list[tuple[Any, str]]] = defaultdict(list)
-    for annotation, location in _placed(annotations, path, "annotations"):
+    images, annotations, categories = (_placed(data, path, key) for key in ("images", "annotations", "categories"))
+    names = {key_of(category, "id", place): need_text(category, "name", place) for category, place in categories}
+    ids = [key_of(image, "id", place) for image, place in images]
+    by_image: defaultdict[Any, Placed] = defaultdict(list)
+    for annotation, place in annotations:
         image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
-        by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, location))
-    placed = [(image, location, by_image.pop(image["id"], [])) for image, location in _placed(images, path, "images")]
-    return Instances(placed, names, _captions(path), [strays[0] for strays in by_image.values()])
+        by_image[image_id if isinstance(image_id, int | str) else None].append((annotation, place))
+    placed = [(image, place, by_image.pop(key, [])) for key, (image, place) in zip(ids, images, strict=True)]
+    captions: dict[Any, str] = {}
+    file = path.with_name(path.name.replace("instances_", "captions_"))
+    if file != path and file.exists():
+        for item, place in _placed(read_json(file), file, "annotations"):
+            captions.setdefault(key_of(item, "image_id", place), need_text(item, "caption", place))
+    return Instances(placed, names, captions, [strays[0] for strays in by_image.values()])
 
 
 def annotation_box(annotation: Any, size: tuple[int, int], location: str) -> Any:
-    """xywh in pixels: the annotation's `bbox`, else around its `segmentation`. Raises `InputError` where it has neither.
+    """xywh in pixels: the annotation's `bbox`, else around its `segmentation` (polygons [[x, y, x, y, ...], ...] or an RLE).
 
     Args:
         size: (width, height) of its image in pixels.
+
+    Raises:
+        InputError: it has neither, or a wrong segmentation.
     """
-    return annotation.get("bbox") or _around(annotation.get("segmentation"), size, location)
+    if box := annotation.get("bbox"):
+        return box
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, Mapping):
+        return rle_box(segmentation, size, location)
+    polygons = segmentation if isinstance(segmentation, list) else []
+    if not polygons or not all(isinstance(polygon, list) and len(polygon) >= 6 for polygon in polygons):
+        raise InputError("has neither bbox nor segmentation", location=location)
+    numbers = [[number(v, location) for v in polygon] for polygon in polygons]
+    points = [point for polygon in numbers for point in zip(polygon[::2], polygon[1::2], strict=False)]
+    left, top, right, bottom = points_box(points)
+    return left, top, right - left, bottom - top
 
 
 def write_coco(folder: Path, items: Iterable[Item]) -> None:
@@ -114,18 +129,11 @@ def write_coco(folder: Path, items: Iterable[Item]) -> None:
         images.append({"id": index, "file_name": name, "width": width, "height": height})
         captions.append({"id": index, "image_id": index, "caption": layout.caption})
         for box in layout.boxes:
-            left, top = box.xyxy[0] * width, box.xyxy[1] * height
             across, down = box.width * width, box.height * height
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index,
-                    "category_id": categories.setdefault(box.phrase, len(categories) + 1),
-                    "bbox": [left, top, across, down],
-                    "area": across * down,
-                    "iscrowd": 0,
-                }
-            )
+            category = categories.setdefault(box.phrase, len(categories) + 1)
+            annotation = {"id": len(annotations) + 1, "image_id": index, "category_id": category}
+            bbox = [box.xyxy[0] * width, box.xyxy[1] * height, across, down]
+            annotations.append(annotation | {"bbox": bbox, "area": across * down, "iscrowd": 0})
     kinds = [{"id": number, "name": name} for name, number in categories.items()]
     (folder / "annotations").mkdir()
     for stem, data in (
@@ -141,18 +149,13 @@ def _instance_files(context: Context) -> list[Path]:
         return [src]
     if not src.is_dir():
         raise InputError("no such folder or file", location=str(src), hint="give a COCO folder, or an instances_*.json")
-    found = sorted((src / "annotations").glob("instances_*.json"))
-    splits = {path.stem.removeprefix("instances_"): path for path in found}
-    if not splits:  # as Roboflow exports it
-        splits = {path.parent.name: path for path in sorted(src.glob("*/_annotations.coco.json"))}
+    splits = {p.stem.removeprefix("instances_"): p for p in sorted((src / "annotations").glob("instances_*.json"))}
+    # The others are what Roboflow exports.
+    splits = splits or {path.parent.name: path for path in sorted(src.glob("*/_annotations.coco.json"))}
+    splits = splits or {path.stem: path for path in sorted(src.glob("*.coco.json"))}
     if not splits:
-        splits = {path.stem: path for path in sorted(src.glob("*.coco.json"))}
-    if not splits:
-        raise InputError(
-            "holds no annotations/instances_*.json",
-            location=str(src),
-            hint="give the annotation file itself, and --images",
-        )
+        hint = "give the annotation file itself, and --images"
+        raise InputError("holds no annotations/instances_*.json", location=str(src), hint=hint)
     if split is None:
         if len(splits) > 1:
             context.remarks.append(f"all splits were read; --split takes {', '.join(splits)}")
@@ -172,21 +175,8 @@ def _roots(context: Context, path: Path) -> list[Path]:
     return [folder for folder in near if folder.is_dir()] or [base]
 
 
-def _captions(path: Path) -> dict[Any, str]:
-    """Image id -> its first caption, from the captions file beside an instances file."""
-    file = path.with_name(path.name.replace("instances_", "captions_"))
-    captions: dict[Any, str] = {}
-    if file == path or not file.exists():
-        return captions
-    for item, location in _placed(items_of(read_json(file), "annotations", str(file)), file, "annotations"):
-        captions.setdefault(
-            key_of(item, "image_id", location), text(need(item, "caption", location), "the caption", location)
-        )
-    return captions
-
-
-def _placed(items: list[Any], path: Path, key: str) -> Iterable[tuple[Any, str]]:
-    return ((item, f"{path}: {key}[{index}]") for index, item in enumerate(items))
+def _placed(data: Any, path: Path, key: str) -> Placed:
+    return [(item, f"{path}: {key}[{index}]") for index, item in enumerate(items_of(data, key, str(path)))]
 
 
 def _stray(annotation: Any, location: str, known: int) -> Sample:
@@ -195,42 +185,24 @@ def _stray(annotation: Any, location: str, known: int) -> Sample:
 
 
 def _sample(
-    image: Any,
-    location: str,
-    annotations: list[tuple[Any, str]],
-    said: Instances,
-    images: ImageFinder,
-    context: Context,
+    image: Any, location: str, annotations: Placed, instances: Instances, finder: ImageFinder, context: Context
 ) -> Sample:
-    file = images.find(text(need(image, "file_name", location), "file_name", location), location)
+    file = finder.find(need_text(image, "file_name", location), location)
     size = size_of(file, location, (image.get("width"), image.get("height")))
-    things = []
-    for annotation, place in annotations:
-        if annotation.get("iscrowd"):
-            context.leave_out("crowds")
-            continue
-        category = said.category(annotation, place)
-        xyxy = context.box(annotation_box(annotation, size, place), "xywh", place, unit="pixel", size=size)
-        if xyxy is not None:
-            things.append((said.names[category], xyxy))
-    return Sample(file, location, things, said.captions.get(image["id"]))
+
+    def boxes() -> Iterator[RawBox]:
+        for annotation, place in annotations:
+            if annotation.get("iscrowd"):
+                context.leave_out("crowds")
+                continue
+            name = instances.names[instances.category(annotation, place)]
+            yield RawBox(place, annotation_box(annotation, size, place), name)
+
+    things = context.things(boxes(), "xywh", unit="pixel", size=size)
+    return Sample(file, location, things, instances.captions.get(image["id"]))
 
 
-def _around(segmentation: Any, size: tuple[int, int], location: str) -> XYXY:
-    """xywh in pixels of polygons [[x, y, x, y, ...], ...] or of an RLE {"size", "counts"}."""
-    if isinstance(segmentation, Mapping):
-        return rle_box(segmentation, size, location)
-    if not isinstance(segmentation, list) or not all(isinstance(p, list) and len(p) >= 6 for p in segmentation):
-        raise InputError("has neither bbox nor segmentation", location=location)
-    numbers = [[number(v, location) for v in polygon] for polygon in segmentation]
-    points = [point for polygon in numbers for point in zip(polygon[::2], polygon[1::2], strict=False)]
-    if not points:
-        raise InputError("has neither bbox nor segmentation", location=location)
-    left, top, right, bottom = points_box(points)
-    return left, top, right - left, bottom - top
-
-
-def rle_box(rle: Any, size: tuple[int, int], location: str) -> XYXY:
+def rle_box(rle: Any, size: tuple[int, int], location: str) -> Four:
     """xywh in pixels around a mask in COCO's run lengths, compressed or not.
 
     Args:
@@ -241,20 +213,14 @@ def rle_box(rle: Any, size: tuple[int, int], location: str) -> XYXY:
     """
     stated = need(rle, "size", location)
     if stated != [size[1], size[0]] or any(isinstance(side, bool) for side in stated):
-        raise InputError(
-            f"the size of its mask is {shown(stated)}, and the image has {size[1]} x {size[0]} (height, width)",
-            location=location,
-            hint="make the mask of the image's size",
-        )
+        what = f"the size of its mask is {shown(stated)}, and the image has {size[1]} x {size[0]} (height, width)"
+        raise InputError(what, location=location, hint="make the mask of the image's size")
     counts, pixels = need(rle, "counts", location), size[0] * size[1]
     if isinstance(counts, list):
-        whole = all(type(run) is int and 0 <= run <= pixels for run in counts)
-        if not whole or sum(counts) != pixels:
-            raise InputError(
-                f"the runs of its mask are {shown(counts)}",
-                location=location,
-                hint=f"give whole numbers, 0 or more, whose sum is height x width, {pixels:,}",
-            )
+        valid = all(type(run) is int and 0 <= run <= pixels for run in counts)
+        if not valid or sum(counts) != pixels:
+            hint = f"give whole numbers, 0 or more, whose sum is height x width, {pixels:,}"
+            raise InputError(f"the runs of its mask are {shown(counts)}", location=location, hint=hint)
     mask = import_or_explain("pycocotools.mask", location)
     try:
         packed = mask.frPyObjects(dict(rle), size[1], size[0]) if isinstance(counts, list) else dict(rle)

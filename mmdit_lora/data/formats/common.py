@@ -12,52 +12,59 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from PIL import Image
 
 from mmdit_lora import files
-from mmdit_lora.boxes import EDGE_RULE, Four, corners, full_size, overshoot, within_edge
-from mmdit_lora.boxes import clip as clip_box
+from mmdit_lora.boxes import EDGE_RULE, Four, Reading, clip, corners, full_size, overshoot, relative, within_edge
 from mmdit_lora.config.loading import parse_yaml
 from mmdit_lora.data.images import image_size, load_image, opened
-from mmdit_lora.data.records import Item
-from mmdit_lora.data.warnings import Warnings
+from mmdit_lora.data.records import Item, Warnings
 from mmdit_lora.errors import InputError, shown
 
 DEFAULT_CAPTION = "a photo of {phrases}"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
 # The upright box around a turned one or an ellipse may leave the image where the shape itself does not.
 _AROUND = 0.25  # of the side
-_TEXT_LIMIT = 256 * 2**20
 
-XYXY = Four
 Convention = Literal["xyxy", "xywh", "cxcywh", "xxyy"]
 Unit = Literal["relative", "pixel", "percent", "permille"]
+Things = list[tuple[str, Four]]  # (name of the class or text of the box, relative xyxy)
 
 
 class MissingImageError(InputError):
     """A record whose image is not there (`--skip-missing` leaves such records out)."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What a reader makes of one record.
-
-    Args:
-        things: (name of the class or text of the box, relative xyxy).
-        caption: the set's own; None where it has none.
-    """
+class Sample(NamedTuple):
+    """What a reader makes of one record. `caption`: the set's own; None where it has none."""
 
     image: Path
     location: str
-    things: Sequence[tuple[str, XYXY]]
+    things: Things
     caption: str | None = None
 
 
 # A reader yields one such call a record, so that the error of one record need not end the reading of the others.
 Reads = Iterable[Callable[[], Sample]]
+
+
+class RawBox(NamedTuple):
+    """A box as a file states it: its place in the file, its four numbers in the set's own unit, its two texts as they are."""
+
+    location: str
+    value: Any
+    short: Any = None
+    long: Any = None
+    around: bool = False  # the upright box around another shape, which may leave the image by up to a quarter
+
+    def phrase(self, detailed: bool = False) -> str:
+        """The text that is wanted, else the other. Raises `InputError` where both are missing."""
+        first, second = (self.long, self.short) if detailed else (self.short, self.long)
+        chosen = next((t for t in (first, second) if isinstance(t, str) and t.strip()), first)
+        return text(chosen, "the description", self.location)
 
 
 @dataclass
@@ -93,21 +100,16 @@ class Context:
         return tempfile.TemporaryDirectory(prefix="mmdit-lora-")
 
     def unpacked(self, data: Any, stem: str, location: str) -> Path:
-        """A file of the bytes of an image.
-
-        Raises:
-            InputError: these are no bytes of an image.
-        """
+        """A file of the bytes of an image. Raises `InputError` where these are none."""
         if isinstance(data, Mapping):  # as the Hugging Face image feature has it
             data = data.get("bytes")
         if not isinstance(data, bytes):
             raise InputError(f"its image is {type(data).__name__}, not bytes", location=location)
         try:
             with opened(data) as image:
-                suffix = (image.format or "png").lower()
+                suffix = (image.format or "png").lower().replace("jpeg", "jpg")
         except InputError as error:
             raise InputError(f"its image cannot be read: it {error.what}", location=location, hint=error.hint) from None
-        suffix = "jpg" if suffix == "jpeg" else suffix
         self.unpacked_count += 1
         path = Path(self.scratch.name) / f"{flat(stem)}.{suffix}"
         if path.exists():  # ids need not be unique
@@ -118,21 +120,39 @@ class Context:
     def leave_out(self, reason: str) -> None:
         self.left_out[reason] += 1
 
+    def things(
+        self,
+        boxes: Iterable[RawBox],
+        order: Convention,
+        *,
+        unit: Unit = "relative",
+        size: tuple[int, int] | None = None,
+        image: Path | None = None,
+    ) -> Things:
+        """Phrases and relative boxes of what a file states; boxes without area or outside are left out. See `box`."""
+        found: Things = []
+        for raw in boxes:
+            phrase = raw.phrase(self.detailed)
+            xyxy = self.box(raw.value, order, raw.location, unit=unit, size=size, image=image, around=raw.around)
+            if xyxy is not None:
+                found.append((phrase, xyxy))
+        return found
+
     def box(
         self,
         value: Any,
-        convention: Convention,
+        order: Convention,
         location: str,
         *,
         unit: Unit = "relative",
         size: tuple[int, int] | None = None,
         image: Path | None = None,
         around: bool = False,
-    ) -> XYXY | None:
+    ) -> Four | None:
         """The box as relative xyxy, clipped to the image (which is counted); None, and counted, where nothing is left of it.
 
         Args:
-            value: four numbers in the order that `convention` says ("xxyy": left, right, top, bottom).
+            value: four numbers in `order` ("xxyy": left, right, top, bottom).
             size: (width, height) of the image, for boxes in pixels; for others, where it is at hand.
             image: the image, whose size is read where it decides whether a relative box is clipped.
             around: whether the box is that around another shape, which may leave the image by up to a quarter.
@@ -140,31 +160,30 @@ class Context:
         Raises:
             InputError: not four finite numbers, inverted, or outside the image by more than `EDGE_RULE` says.
         """
-        a, b, c, d = four(value, location)
-        left, top, right, bottom = corners((a, b, c, d), convention)
+        numbers = four(value, location)
+        left, top, right, bottom = corners(numbers, order)
         if right < left or bottom < top:
-            raise InputError(
-                f"the box {[a, b, c, d]} is inverted as {convention}", location=location, hint="swap min and max"
-            )
+            what = f"the box {list(numbers)} is inverted as {order}"
+            raise InputError(what, location=location, hint="swap min and max")
         if right == left or bottom == top:
             self.leave_out("boxes without area")
             return None
-        width, height = full_size(unit, size)
-        xyxy = left / width, top / height, right / width, bottom / height
+        xyxy = relative(numbers, Reading(order, unit), size)
         by = max(overshoot(xyxy))
         if size is None and image is not None and not within_edge(xyxy, None) and by <= _AROUND:
             size = size_of(image, location)
         if not within_edge(xyxy, size) and not (around and by <= _AROUND):
+            width, height = full_size(unit, size)
             sides = f"of {width} x {height} pixels" if unit == "pixel" else f"(sides from 0 to {width})"
             raise InputError(
-                f"the box {[round(v, 3) for v in (a, b, c, d)]} leaves the image {sides}",
+                f"the box {[round(v, 3) for v in numbers]} leaves the image {sides}",
                 location=location,
                 hint=f"check that the annotation belongs to this image, and to this size of it ({EDGE_RULE})",
             )
-        x0, y0, x1, y1 = clip_box(xyxy)
-        if x0 < x1 and y0 < y1:
+        left, top, right, bottom = inner = clip(xyxy)
+        if left < right and top < bottom:
             self.warnings.clipped(by, location)
-            return (x0, y0, x1, y1)
+            return inner
         self.leave_out("boxes outside their image")
         return None
 
@@ -179,12 +198,11 @@ class ImageFinder:
         """The file of that relative path; else of that file name, with any suffix, anywhere below the folders.
 
         Raises:
-            MissingPictureError: there is none.
+            MissingImageError: there is none.
             InputError: there are several, in different folders.
         """
-        parts = [
-            p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", "..") and not p.endswith(":")
-        ]
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        parts = tuple(part for part in parts if part not in ("/", "..") and not part.endswith(":"))
         for root in self.roots:
             for start in range(len(parts)):
                 if is_file(path := root.joinpath(*parts[start:])):
@@ -192,15 +210,11 @@ class ImageFinder:
         last = parts[-1] if parts else ""
         found = self._below.get(last) or self._below.get(Path(last).stem) or []
         if len(found) > 1:
-            raise InputError(
-                f"its image {last!r} exists {len(found)} times ({found[0]}, {found[1]})",
-                location=location,
-                hint="give the folder that is meant with --images",
-            )
+            what = f"its image {last!r} exists {len(found)} times ({found[0]}, {found[1]})"
+            raise InputError(what, location=location, hint="give the folder that is meant with --images")
         if not found:
-            roots = ", ".join(str(root) for root in self.roots)
             raise MissingImageError(
-                f"its image {shown(name)} is not below {roots}",
+                f"its image {shown(name)} is not below {', '.join(map(str, self.roots))}",
                 location=location,
                 hint="give the images' folder with --images, or leave such records out with --skip-missing",
             )
@@ -226,7 +240,7 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def four(value: Any, location: str) -> tuple[float, float, float, float]:
+def four(value: Any, location: str) -> Four:
     """Four finite numbers. Raises `InputError` for anything else."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != 4:
         raise InputError(f"the box is {shown(value)}", location=location, hint="give four numbers")
@@ -261,6 +275,11 @@ def need(row: Any, key: str, location: str) -> Any:
     return row[key]
 
 
+def need_text(row: Any, key: str, location: str) -> str:
+    """`row[key]`, a text that is not blank, stripped. Raises `InputError`."""
+    return text(need(row, key, location), key, location)
+
+
 def items_of(row: Any, key: str, location: str) -> list[Any]:
     """`row[key]`, a list. Raises `InputError` where it is none."""
     value = need(row, key, location)
@@ -277,27 +296,27 @@ def key_of(row: Any, key: str, location: str) -> int | str:
     return value
 
 
-def points_box(points: Sequence[Sequence[float]]) -> XYXY:
+def points_box(points: Sequence[Sequence[float]]) -> Four:
     """The upright box (left, top, right, bottom) around points, in their units."""
     xs, ys = zip(*points, strict=True)
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def size_of(image: Path, location: str, said: tuple[Any, Any] | None = None) -> tuple[int, int]:
+def size_of(image: Path, location: str, stated: tuple[Any, Any] | None = None) -> tuple[int, int]:
     """(width, height) of the upright image in pixels.
 
     Args:
-        said: the size that the annotation states. 0 and None state nothing (some tools write 0 x 0).
+        stated: the size that the annotation states. 0 and None state nothing (some tools write 0 x 0).
 
     Raises:
-        InputError: no readable image, or one of another size than was said.
+        InputError: no readable image, or one of another size than was stated.
     """
     try:
         size = image_size(image)
     except InputError as error:
         raise error.at(location) from None
-    if said is not None and None not in said:
-        width, height = (number(v, location) for v in said)
+    if stated is not None and None not in stated:
+        width, height = (number(v, location) for v in stated)
         if 0 not in (width, height) and (width, height) != size:
             raise InputError(
                 f"says {width:g} x {height:g} pixels, the image has {size[0]} x {size[1]} (upright)"
@@ -308,16 +327,36 @@ def size_of(image: Path, location: str, said: tuple[Any, Any] | None = None) -> 
     return size
 
 
-def read_text(path: Path, *, limit: int = _TEXT_LIMIT) -> str:
+def stated_size(image: Path, stated: tuple[Any, Any], location: str) -> tuple[int, int]:
+    """The size (width, height) that boxes in pixels refer to, where a set is often stored at another size than it was annotated.
+
+    Raises:
+        InputError: no size, no readable image, or one of another shape (by more than two pixels' worth of rounding).
+    """
+    width, height = (number(v, f"{location}: size") for v in stated)
+    if width <= 0 or height <= 0:
+        what = f"says {width:g} x {height:g} pixels"
+        raise InputError(what, location=location, hint="give the size that the boxes refer to")
+    real = size_of(image, location)
+    if abs(real[0] * height - real[1] * width) > 2 * max(width, height, *real):
+        raise InputError(
+            f"says {width:g} x {height:g} pixels, the image has {real[0]} x {real[1]} (upright), another shape",
+            location=location,
+            hint="check that the annotation belongs to this image",
+        )
+    return int(width), int(height)
+
+
+def read_text(path: Path, *, limit: int = 256 * 2**20) -> str:
     """The text of a file, see `files.read_text`. Raises `InputError` where it cannot be read."""
     return files.read_text(path, what="annotation file", limit=limit)
 
 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file of at most 64 MiB. Raises `InputError` with file and line."""
-    text = read_text(path, limit=64 * 2**20)
+    content = read_text(path, limit=64 * 2**20)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return parse_yaml(text, location=str(path), unique=False, loader=loader)[0]
+    return parse_yaml(content, location=str(path), unique=False, loader=loader)[0]
 
 
 def require_folder(src: Path, hint: str) -> None:
@@ -326,20 +365,15 @@ def require_folder(src: Path, hint: str) -> None:
 
 
 def check_caption(template: str) -> None:
-    """Refuse a caption template with another placeholder than `{phrases}`.
-
-    Raises:
-        InputError: another placeholder, or a brace alone.
-    """
+    """Refuse a caption template with another placeholder than `{phrases}`. Raises `InputError`."""
     hint = "the one placeholder is {phrases}; write {{ and }} for braces"
     try:
-        fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
-        raise InputError(
-            f"the caption template {template!r} is wrong: {error}", location="--caption", hint=hint
-        ) from None
-    for name, spec, how in fields:
-        if name != "phrases" or spec or how:
+        what = f"the caption template {template!r} is wrong: {error}"
+        raise InputError(what, location="--caption", hint=hint) from None
+    for _, name, spec, conversion in fields:
+        if name != "phrases" or spec or conversion:
             raise InputError(f"the caption template has the placeholder {{{name}}}", location="--caption", hint=hint)
     if not template.strip():
         raise InputError("the caption template is empty", location="--caption", hint=hint)
@@ -361,8 +395,11 @@ def put_image(image: Image.Image | Path, target: Path) -> tuple[int, int]:
     return image.size
 
 
-def unique(items: Iterable[Item], kind: str) -> list[Item]:
+def unique(items: Iterable[Item], kind: str, *, by_stem: bool = True) -> list[Item]:
     """The items, for formats that hold one layout an image.
+
+    Args:
+        by_stem: whether the format names what belongs to an image by the image's name without extension.
 
     Raises:
         InputError: a name stands twice.
@@ -370,39 +407,10 @@ def unique(items: Iterable[Item], kind: str) -> list[Item]:
     items = list(items)
     for name, count in Counter(item[0] for item in items).items():
         if count > 1:
-            raise InputError(
-                f"{kind} holds one layout an image, and {name!r} has {count}", hint="use --to jsonl or coco"
-            )
+            what = f"{kind} holds one layout an image, and {name!r} has {count}"
+            raise InputError(what, hint="use --to jsonl or coco")
+    for stem, count in Counter(str(PurePosixPath(item[0]).with_suffix("")) for item in items).items():
+        if by_stem and count > 1:
+            what = f"{kind} names images by their stem, and {stem!r} stands twice"
+            raise InputError(what, hint="use --to jsonl or coco")
     return items
-
-
-def stated_size(image: Path, said: tuple[Any, Any], location: str) -> tuple[int, int]:
-    """The size (width, height) that boxes in pixels refer to, where a set is often kept at another size than it was annotated.
-
-    Raises:
-        InputError: no size, no readable image, or one of another shape (by more than two pixels' worth of rounding).
-    """
-    width, height = (number(v, f"{location}: size") for v in said)
-    if width <= 0 or height <= 0:
-        raise InputError(
-            f"says {width:g} x {height:g} pixels", location=location, hint="give the size that the boxes refer to"
-        )
-    real = size_of(image, location)
-    if abs(real[0] * height - real[1] * width) > 2 * max(width, height, *real):
-        raise InputError(
-            f"says {width:g} x {height:g} pixels, the image has {real[0]} x {real[1]} (upright), another shape",
-            location=location,
-            hint="check that the annotation belongs to this image",
-        )
-    return int(width), int(height)
-
-
-def spoken(short: Any, long: Any, detailed: bool, location: str) -> str:
-    """The one of two descriptions of a box that is wanted; the other where that is missing.
-
-    Raises:
-        InputError: both are missing.
-    """
-    first, second = (long, short) if detailed else (short, long)
-    chosen = next((t for t in (first, second) if isinstance(t, str) and t.strip()), first)
-    return text(chosen, "the description", location)

@@ -5,17 +5,15 @@ Source of the format: the Open Images site, "Data formats". `IsGroupOf` boxes co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.data.formats.common import Context, Reads, Sample, need, read_text, text
+from mmdit_lora.data.formats.common import Context, RawBox, Reads, Sample, need, need_text, read_text
 from mmdit_lora.data.formats.tables import Row, rows
 from mmdit_lora.errors import InputError, unknown_key
-
-_SIDES = ("XMin", "XMax", "YMin", "YMax")
 
 
 def read_open_images(context: Context) -> Reads:
@@ -28,13 +26,18 @@ def read_open_images(context: Context) -> Reads:
         InputError: no such csv, or not its columns. A record: an image, a class's name, or a number is missing.
     """
     paths = _box_files(context)
-    names = _class_names(paths[0].parent)
+    names: dict[str, str] = {}
+    for path in sorted(paths[0].parent.glob("*class-descriptions*.csv")):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            label, comma, name = line.partition(",")
+            if not comma:
+                raise InputError("has no comma", location=f"{path}:{number}", hint="write LabelName,DisplayName")
+            names[label.strip()] = name.strip().strip('"')
     seen: set[str] = set()
     # The csv has millions of lines; those of an image follow one another.
     for name, table in groupby(rows(paths), key=_image_id):
-        again = name in seen
+        yield partial(_sample, list(table), names, context, name in seen)
         seen.add(name)
-        yield partial(_sample, name, list(table), names, context, again)
 
 
 def _image_id(row: Row) -> str:
@@ -49,63 +52,38 @@ def _box_files(context: Context) -> list[Path]:
         return [src]
     found = sorted(src.glob("*bbox*.csv")) if src.is_dir() else []
     if not found:
-        raise InputError(
-            "holds no *-annotations-bbox.csv", location=str(src), hint="give the csv file itself, and --images"
-        )
+        hint = "give the csv file itself, and --images"
+        raise InputError("holds no *-annotations-bbox.csv", location=str(src), hint=hint)
     splits = {path.name.split("-")[0]: path for path in found}
-    if split is None:
-        return found
-    if split not in splits:
+    if split is not None and split not in splits:
         raise unknown_key(split, splits, location="--split")
-    return [splits[split]]
+    return found if split is None else [splits[split]]
 
 
-def _class_names(folder: Path) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for path in sorted(folder.glob("*class-descriptions*.csv")):
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
-            label, comma, name = line.partition(",")
-            if not comma:
-                raise InputError("has no comma", location=f"{path}:{number}", hint="write LabelName,DisplayName")
-            names[label.strip()] = name.strip().strip('"')
-    return names
+def _sample(table: Sequence[Row], names: Mapping[str, str], context: Context, again: bool) -> Sample:
+    location, row = table[0]
+    if isinstance(row, InputError):
+        raise row
+    name = need_text(row, "ImageID", location)
+    if again:
+        raise InputError(f"the lines of image {name!r} are apart", location=location, hint="sort the csv by ImageID")
+    image = context.image_finder.find(f"{name}.jpg", location)
 
+    def boxes() -> Iterator[RawBox]:
+        for place, row in table:
+            label = _named(row, names, place)
+            sides = [need(row, key, place) for key in ("XMin", "XMax", "YMin", "YMax")]
+            if str(row.get("IsGroupOf", "0")).strip() == "1":
+                context.leave_out("groups of objects")
+            else:
+                yield RawBox(place, sides, label)
 
-def _sample(name: str, table: Iterable[Row], names: Mapping[str, str], context: Context, again: bool) -> Sample:
-    things, first, image = [], "", None
-    for location, row in table:
-        if isinstance(row, InputError):
-            raise row
-        if image is None:
-            first = location
-            if again:
-                raise InputError(
-                    f"the lines of image {name!r} are apart", location=location, hint="sort the csv by ImageID"
-                )
-            image = context.image_finder.find(
-                f"{text(need(row, 'ImageID', location), 'ImageID', location)}.jpg", location
-            )
-        label = _named(row, names, location)
-        sides = [need(row, key, location) for key in _SIDES]
-        if str(row.get("IsGroupOf", "0")).strip() == "1":
-            context.leave_out("groups of objects")
-            continue
-        box = context.box(sides, "xxyy", location, image=image)
-        if box is not None:
-            things.append((label, box))
-    if image is None:
-        raise InputError(f"image {name!r} has no line")
-    return Sample(image, first, things)
+    return Sample(image, location, context.things(boxes(), "xxyy", image=image))
 
 
 def _named(row: Mapping[str, Any], names: Mapping[str, str], location: str) -> str:
-    label = text(need(row, "LabelName", location), "LabelName", location)
-    if label in names:
-        return names[label]
-    if label.startswith("/"):
-        raise InputError(
-            f"the class {label!r} has no name",
-            location=location,
-            hint="put class-descriptions-boxable.csv beside the boxes",
-        )
-    return label
+    label = need_text(row, "LabelName", location)
+    if label.startswith("/") and label not in names:
+        hint = "put class-descriptions-boxable.csv beside the boxes"
+        raise InputError(f"the class {label!r} has no name", location=location, hint=hint)
+    return names.get(label, label)

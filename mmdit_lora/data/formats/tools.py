@@ -1,36 +1,49 @@
-"""Exports of annotation tools: Label Studio (JSON, JSON_MIN) and CVAT (XML for images)."""
+"""What tools for annotation and training write: Label Studio's exports, SimpleTuner's `.bbox` files, ComfyUI's bounding boxes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.etree.ElementTree import Element
 
+from mmdit_lora.boxes import Four
 from mmdit_lora.data.formats.common import (
-    XYXY,
+    SUFFIXES,
     Context,
     MissingImageError,
+    RawBox,
     Reads,
     Sample,
+    Things,
     four,
     items_of,
     need,
+    need_text,
     number,
     points_box,
+    put_image,
+    read_text,
+    require_folder,
     size_of,
     text,
+    unique,
 )
 from mmdit_lora.data.formats.tables import each, rows, table_files
-from mmdit_lora.data.formats.xml import attribute_number, parse_xml
+from mmdit_lora.data.formats.yolo import class_line, class_names
+from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError, shown
+from mmdit_lora.files import json_text
+from mmdit_lora.json_files import numbered_lines, parse_json, read_json
 
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the names of uploaded files
 _REGION_LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
+_TEXTS = ("textarea", "choices")
+
+Region = tuple[Mapping[str, Any], str, str]  # (value, type, place)
 
 
 def read_label_studio(context: Context) -> Reads:
@@ -48,80 +61,67 @@ def read_label_studio(context: Context) -> Reads:
 def _task(row: Any, location: str, context: Context) -> Sample:
     nested = isinstance(row.get("data"), Mapping)
     data = row["data"] if nested else row
-    image = _uploaded(text(need(data, "image", location), "image", location), location, context)
-    caption = data.get("caption")
-    things = []
+    image = _uploaded(need_text(data, "image", location), location, context)
     regions = list(_results(row, location) if nested else _minimal(row, location))
+    texts = [value.get("text") for value, kind, _ in regions if kind in _TEXTS]
+    texts = [" ".join(map(str, one)) if isinstance(one, list) else one for one in texts]
+    caption = next((one for one in (data.get("caption"), *texts) if one), None)
     size = size_of(image, location)
-    for value, kind, place in regions:
-        if kind in ("textarea", "choices"):
-            texts = value.get("text")
-            caption = caption or (" ".join(map(str, texts)) if isinstance(texts, list) else texts)
-            continue
-        if kind.startswith("brush") or "rle" in value:
-            context.leave_out("brush strokes")
-            continue
-        label = _label(value, kind, place)
-        around = bool(value.get("rotation")) or "radiusX" in value
-        box = context.box(_region(value, place, size), "xyxy", place, unit="percent", size=size, around=around)
-        if box is not None:
-            things.append((label, box))
+
+    def boxes() -> Iterator[RawBox]:
+        for value, kind, place in regions:
+            if kind in _TEXTS:
+                continue
+            if kind.startswith("brush") or "rle" in value:
+                context.leave_out("brush strokes")
+                continue
+            labels = value.get(kind) or next((value[name] for name in _REGION_LABELS if value.get(name)), None)
+            if not isinstance(labels, list) or not labels:
+                raise InputError("the region has no label", location=place, hint="give it one, or delete it")
+            around = bool(value.get("rotation")) or "radiusX" in value
+            yield RawBox(place, _region(value, place, size), text(labels[0], "the label", place), around=around)
+
+    things = context.things(boxes(), "xyxy", unit="percent", size=size)
     return Sample(image, location, things, text(caption, "the caption", location) if caption else None)
 
 
-def _results(row: Any, location: str) -> Iterator[tuple[Mapping[str, Any], str, str]]:
-    """(value, type, place) of the regions of the first annotation that was not cancelled."""
+def _results(row: Any, location: str) -> Iterator[Region]:
+    """The regions of the first annotation that was not cancelled."""
     done = [a for a in items_of(row, "annotations", location) if isinstance(a, Mapping) and not a.get("was_cancelled")]
     for index, result in enumerate(items_of(done[0], "result", f"{location}.annotations") if done else []):
         place = f"{location}: result[{index}]"
         value = need(result, "value", place)
         kind = str(result.get("type", ""))
         # Per-region texts describe a region that is listed by itself, and relations have no place.
-        if isinstance(value, Mapping) and not ("x" in value and kind in ("textarea", "choices")):
+        if isinstance(value, Mapping) and not ("x" in value and kind in _TEXTS):
             yield value, kind, place
 
 
-def _minimal(row: Any, location: str) -> Iterator[tuple[Mapping[str, Any], str, str]]:
+def _minimal(row: Any, location: str) -> Iterator[Region]:
     for key, values in row.items():
-        if isinstance(values, list):
-            for index, value in enumerate(values):
-                if isinstance(value, Mapping):
-                    kind = next((name for name in _REGION_LABELS if name in value), "")
-                    yield value, kind, f"{location}.{key}[{index}]"
+        for index, value in enumerate(values if isinstance(values, list) else ()):
+            if isinstance(value, Mapping):
+                kind = next((name for name in _REGION_LABELS if name in value), "")
+                yield value, kind, f"{location}.{key}[{index}]"
 
 
-def _label(value: Mapping[str, Any], kind: str, location: str) -> str:
-    names = value.get(kind) or next((value[name] for name in _REGION_LABELS if value.get(name)), None)
-    if not isinstance(names, list) or not names:
-        raise InputError("the region has no label", location=location, hint="give it one, or delete it")
-    return text(names[0], "the label", location)
-
-
-def _region(value: Mapping[str, Any], location: str, size: tuple[int, int]) -> XYXY:
+def _region(value: Mapping[str, Any], location: str, size: tuple[int, int]) -> Four:
     """The upright box of a region, in percent. Turned rectangles turn clockwise about their upper left corner, in pixels."""
     if "points" in value:
         points = [_point(point, location) for point in items_of(value, "points", location)]
         if not points:
             raise InputError("the polygon has no points", location=location)
         return points_box(points)
+    keys = ("x", "y", "radiusX", "radiusY") if "radiusX" in value else ("x", "y", "width", "height")
+    x, y, across, down = four([need(value, key, location) for key in keys], location)
     if "radiusX" in value:
-        x, y, a, b = four([need(value, key, location) for key in ("x", "y", "radiusX", "radiusY")], location)
-        return x - a, y - b, x + a, y + b
-    x, y, across, down = four([need(value, key, location) for key in ("x", "y", "width", "height")], location)
+        return x - across, y - down, x + across, y + down
     angle = math.radians(number(value.get("rotation") or 0, location))
     if not angle:
         return x, y, x + across, y + down
-    aspect = size[0] / size[1]
+    aspect, cos, sin = size[0] / size[1], math.cos(angle), math.sin(angle)
     corners = [(0.0, 0.0), (across, 0.0), (0.0, down), (across, down)]
-    return points_box(
-        [
-            (
-                x + u * math.cos(angle) - v / aspect * math.sin(angle),
-                y + u * aspect * math.sin(angle) + v * math.cos(angle),
-            )
-            for u, v in corners
-        ]
-    )
+    return points_box([(x + u * cos - v / aspect * sin, y + u * aspect * sin + v * cos) for u, v in corners])
 
 
 def _point(point: Any, location: str) -> tuple[float, float]:
@@ -143,71 +143,103 @@ def _uploaded(name: str, location: str, context: Context) -> Path:
         return context.image_finder.find(last[9:], location)
 
 
-def read_cvat(context: Context) -> Reads:
-    """Images of an export "CVAT for images": annotations.xml. Boxes, polygons and polylines are in pixels, from 0.
+def read_simpletuner(context: Context) -> Reads:
+    """Images with a `.bbox` beside them: a JSON list or JSON lines of {"label", "bbox"} (xyxy, relative), or YOLO lines.
+
+    YOLO lines need classes.txt or data.yaml in the folder. The caption is the `.txt` beside the image.
 
     Raises:
-        InputError: no XML, or another one. A record: no image, another size, a shape without label or numbers.
+        InputError: no `.bbox` file. A record: it is none of these, or its image is missing.
+    """
+    require_folder(context.src, "give the folder of the images and their .bbox files")
+    found = sorted(context.src.rglob("*.bbox"))
+    if not found:
+        raise InputError("holds no .bbox file", location=str(context.src))
+    for path in found:
+        yield partial(_simpletuner, path, context)
+
+
+def write_simpletuner(folder: Path, items: Iterable[Item]) -> None:
+    """Write each image, its `.bbox` (a JSON list) and its caption in a `.txt` side by side."""
+    for name, image, layout in unique(items, "SimpleTuner"):
+        path = folder / name
+        put_image(image, path)
+        entities = [{"label": box.phrase, "bbox": list(box.xyxy)} for box in layout.boxes]
+        path.with_suffix(".bbox").write_text(json_text(entities, indent=2), encoding="utf-8")
+        path.with_suffix(".txt").write_text(layout.caption, encoding="utf-8")
+
+
+def _simpletuner(path: Path, context: Context) -> Sample:
+    image, content = _beside(path, context), read_text(path)
+    lines = [(f"{path}:{line_number}", line) for line_number, line in numbered_lines(content)]
+    first = content.lstrip()[:1]
+    things: Things
+    if first in ("[", "{"):
+        if first == "[":
+            entities = ((f"{path}[{n}]", entity) for n, entity in enumerate(parse_json(content, location=str(path))))
+        else:
+            entities = ((place, parse_json(line, location=place)) for place, line in lines)
+        boxes = (RawBox(place, need(e, "bbox", place), need_text(e, "label", place)) for place, e in entities)
+        things = context.things(boxes, "xyxy", image=image)
+    else:
+        names = class_names(context.src) if lines else {}
+        things = [t for place, line in lines if (t := class_line(line, names, place, context, image)) is not None]
+    return Sample(image, str(path), things, _caption_beside(image, path))
+
+
+def read_comfyui(context: Context) -> Reads:
+    """Images with a `.json` beside them (or one file for one image): what "Create Bounding Boxes" gives, {"x", "y",
+    "width", "height"} in pixels from 0, in one list or a list of frames.
+
+    The phrase is `label`, or `desc` or `name` of `metadata`. The caption is the `.txt` beside the image.
+
+    Raises:
+        InputError: no such file. A record: another structure, no image, several frames with boxes.
     """
     src = context.src
-    path = src if src.is_file() else src / "annotations.xml"
-    if not path.is_file():
-        raise InputError("has no annotations.xml", location=str(src), hint="give the xml file itself, and --images")
-    root = parse_xml(path)
-    if root.tag != "annotations":
-        raise InputError(
-            f"its root is <{root.tag}>, not <annotations>", location=str(path), hint="export 'CVAT for images'"
-        )
-    if root.find("track") is not None:
-        raise InputError(
-            "holds tracks of a video", location=str(path), hint="export 'CVAT for images', not 'for video'"
-        )
-    images = [image for image in root.findall("image") if context.split in (None, image.get("subset"))]
-    if not images:
-        raise InputError("holds no <image>", location=str(path))
-    for index, image in enumerate(images):
-        yield partial(_cvat_sample, image, f"{path}: image {image.get('id', index)}", context)
+    found = [src] if src.is_file() else sorted(src.rglob("*.json"))
+    if not found:
+        raise InputError("no such file, or no .json in the folder", location=str(src))
+    for path in found:
+        yield partial(_comfyui, path, context)
 
 
-def _cvat_sample(image: Element, location: str, context: Context) -> Sample:
-    file = context.image_finder.find(text(image.get("name"), "name", location), location)
-    size = size_of(file, location, (image.get("width"), image.get("height")))
-    things = []
-    for index, shape in enumerate(shape for shape in image if shape.tag not in ("tag",)):
-        place = f"{location}: {shape.tag} {index}"
-        if shape.tag == "box":
-            corners = tuple(attribute_number(shape, name, place) for name in ("xtl", "ytl", "xbr", "ybr"))
-            pixels = _turned(corners, attribute_number(shape, "rotation", place) if shape.get("rotation") else 0)
-        elif shape.tag in ("polygon", "polyline"):
-            pixels = points_box(_cvat_points(shape, place))
-        else:
-            context.leave_out(f"shapes of the kind {shape.tag}")
-            continue
-        label = text(shape.get("label"), "label", place)
-        box = context.box(pixels, "xyxy", place, unit="pixel", size=size, around=bool(shape.get("rotation")))
-        if box is not None:
-            things.append((label, box))
-    return Sample(file, location, things)
+def _comfyui(path: Path, context: Context) -> Sample:
+    data = read_json(path)
+    if not isinstance(data, list):
+        raise InputError(f"holds {type(data).__name__}, not a list of boxes", location=str(path))
+    frames = [frame for frame in data if frame] if any(isinstance(frame, list) for frame in data) else [data]
+    if len(frames) > 1:
+        raise InputError(f"holds boxes of {len(frames)} frames", location=str(path), hint="write one file an image")
+    image = _beside(path, context)
+
+    def boxes() -> Iterator[RawBox]:
+        for index, entry in enumerate(frames[0] if frames else []):
+            place = f"{path}[{index}]"
+            xywh = [need(entry, key, place) for key in ("x", "y", "width", "height")]
+            more = entry.get("metadata") if isinstance(entry.get("metadata"), Mapping) else {}
+            phrase = entry.get("label") or more.get("desc") or more.get("name")
+            yield RawBox(place, xywh, text(phrase, "the label", place))
+
+    things = context.things(boxes(), "xywh", unit="pixel", size=size_of(image, str(path)))
+    return Sample(image, str(path), things, _caption_beside(image, path))
 
 
-def _turned(corners: tuple[float, ...], degrees: float) -> tuple[float, ...]:
-    """The upright box around a box that is turned about its middle."""
-    left, top, right, bottom = corners
-    if not degrees or right < left or bottom < top:
-        return corners
-    angle = math.radians(degrees)
-    across, down = right - left, bottom - top
-    half_x = (across * abs(math.cos(angle)) + down * abs(math.sin(angle))) / 2
-    half_y = (across * abs(math.sin(angle)) + down * abs(math.cos(angle))) / 2
-    x, y = (left + right) / 2, (top + bottom) / 2
-    return x - half_x, y - half_y, x + half_x, y + half_y
+def _beside(path: Path, context: Context) -> Path:
+    """The image with the stem of `path`, beside it or in `--images`. Raises `MissingImageError` where there is none."""
+    for folder in (path.parent, *([context.images] if context.images else [])):
+        for suffix in SUFFIXES:
+            candidate = folder / f"{path.stem}{suffix}"
+            if candidate.is_file():
+                return candidate
+    raise MissingImageError(
+        f"has no image {path.stem}.jpg or .png beside it",
+        location=str(path),
+        hint="give the images' folder with --images, or leave such records out with --skip-missing",
+    )
 
 
-def _cvat_points(shape: Element, location: str) -> list[tuple[float, float]]:
-    try:
-        points = [(float(x), float(y)) for x, y in (p.split(",") for p in (shape.get("points") or "").split(";"))]
-    except ValueError:
-        raise InputError(
-            f"points is {shown(shape.get('points'))}", location=location, hint="write x,y;x,y;..."
-        ) from None
-    return points
+def _caption_beside(image: Path, path: Path) -> str | None:
+    """The text of the `.txt` beside the image or beside `path`; None where there is none."""
+    files = [file for file in (image.with_suffix(".txt"), path.with_suffix(".txt")) if file.exists()]
+    return (read_text(files[0]).strip() or None) if files else None

@@ -17,6 +17,7 @@ from mmdit_lora.data.formats.common import (
     SUFFIXES,
     Context,
     MissingImageError,
+    RawBox,
     Reads,
     Sample,
     flat,
@@ -26,7 +27,7 @@ from mmdit_lora.data.formats.common import (
     size_of,
     unique,
 )
-from mmdit_lora.data.formats.xml import child_number, parse_xml, read_xml
+from mmdit_lora.data.formats.xml import bounds, child_number, parse_xml, read_xml
 from mmdit_lora.data.records import Item
 from mmdit_lora.errors import InputError, unknown_key
 from mmdit_lora.files import read_lines
@@ -44,8 +45,9 @@ def read_voc(context: Context) -> Reads:
             image or an image of another size.
     """
     src, split = context.src, context.split
-    annotations, splits = _annotations(src, context.images), _splits(src)
-    from_zero = any(_ZERO.search(text) for text in _texts(annotations))
+    annotations = _annotations(src, context.images)
+    splits = {path.stem: path for path in (src / "ImageSets" / "Main").glob("*.txt")}
+    from_zero = any(map(_begins_at_zero, annotations))
     context.notes["pixels_from"] = 0 if from_zero else 1
     if from_zero:
         context.remarks.append(
@@ -68,38 +70,30 @@ def write_voc(folder: Path, items: Iterable[Item]) -> None:
     Raises:
         InputError: an image has several layouts, or a box is less than a pixel wide or high, which VOC cannot hold.
     """
-    stems, named = [], []
     for name in ("Annotations", "JPEGImages"):
         (folder / name).mkdir(parents=True)
-    for name, image, layout in unique(((flat(n), p, layout) for n, p, layout in items), "VOC"):
+    items = unique(((flat(name), image, layout) for name, image, layout in items), "VOC")
+    for name, image, layout in items:
         width, height = put_image(image, folder / "JPEGImages" / name)
         root = Element("annotation")
-        SubElement(root, "filename").text = name
-        size = SubElement(root, "size")
-        for tag, value in (("width", width), ("height", height), ("depth", 3)):
-            SubElement(size, tag).text = str(value)
+        _add(root, filename=name)
+        _add(SubElement(root, "size"), width=width, height=height, depth=3)
         for box in layout.boxes:
             x0, y0, x1, y1 = (v * side for v, side in zip(box.xyxy, (width, height) * 2, strict=True))
             if x1 - x0 <= 1 or y1 - y0 <= 1:
-                raise InputError(
-                    f"a box of {x1 - x0:.3g} x {y1 - y0:.3g} pixels in {name!r} is too small for VOC",
-                    hint="use --to coco",
-                )
+                what = f"a box of {x1 - x0:.3g} x {y1 - y0:.3g} pixels in {name!r} is too small for VOC"
+                raise InputError(what, hint="use --to coco")
             item = SubElement(root, "object")
-            SubElement(item, "name").text = box.phrase
-            bounds = SubElement(item, "bndbox")
-            for tag, coordinate in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
-                SubElement(bounds, tag).text = repr(coordinate)
-        stem = Path(name).stem
-        if stem in stems:
-            raise InputError(
-                f"VOC names images by their stem, and {stem!r} stands twice", hint="use --to jsonl or coco"
-            )
-        stems.append(stem)
-        named.append((name, image, layout))
+            _add(item, name=box.phrase)
+            _add(SubElement(item, "bndbox"), xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
         indent(root)
-        ElementTree(root).write(folder / "Annotations" / f"{stem}.xml", encoding="utf-8")
-    write_sidecar(folder, named)
+        ElementTree(root).write(folder / "Annotations" / f"{Path(name).stem}.xml", encoding="utf-8")
+    write_sidecar(folder, items)
+
+
+def _add(element: Element, **values: object) -> None:
+    for tag, value in values.items():
+        SubElement(element, tag).text = str(value)
 
 
 def _annotations(src: Path, images: Path | None) -> list[Path]:
@@ -115,17 +109,11 @@ def _annotations(src: Path, images: Path | None) -> list[Path]:
     return found
 
 
-def _texts(annotations: Iterable[Path]) -> Iterator[str]:
-    """Of those that can be read; what is wrong with the others, their reader says."""
-    for path in annotations:
-        try:
-            yield read_xml(path)
-        except InputError:
-            continue
-
-
-def _splits(src: Path) -> dict[str, Path]:
-    return {path.stem: path for path in (src / "ImageSets" / "Main").glob("*.txt")}
+def _begins_at_zero(path: Path) -> bool:
+    try:
+        return _ZERO.search(read_xml(path)) is not None
+    except InputError:  # what is wrong with it, its reader says
+        return False
 
 
 def _of_split(src: Path, split: str, splits: Mapping[str, Path]) -> Iterator[Path]:
@@ -145,38 +133,36 @@ def _of_split(src: Path, split: str, splits: Mapping[str, Path]) -> Iterator[Pat
 
 
 def _sample(path: Path, context: Context, from_zero: bool, taken: dict[Path, Path]) -> Sample:
-    root = parse_xml(path)
-    if root.tag != "annotation":
-        raise InputError(f"its root is <{root.tag}>, not <annotation>", location=str(path))
+    root = parse_xml(path, root="annotation")
     image = _image(root, path, context)
     first = taken.setdefault(image, path)
     if first != path:
         what = f"annotates {image.name}, as {first.name} does; both were read, each as a layout of its own"
         context.warnings.add("annotations of an image that has one already", str(path), what)
-    said = _said_size(root, path)
-    size = size_of(image, str(path), said)
-    if said is None or 0 in said:
-        states = "no <size>" if said is None else f"a <size> of {said[0]:g} x {said[1]:g}"
+    stated = _stated_size(root, path)
+    size = size_of(image, str(path), stated)
+    if stated is None or 0 in stated:
+        states = "no <size>" if stated is None else f"a <size> of {stated[0]:g} x {stated[1]:g}"
         what = f"states {states}; that of {image.name} was taken, {size[0]} x {size[1]}"
         context.warnings.add("annotations that state no size", str(path), what)
-    things = []
-    for number, item in enumerate(root.findall("object"), start=1):
-        location = f"{path}: object {number}"
-        name = (item.findtext("name") or "").strip()
-        if not name:
-            raise InputError("has no <name>", location=location)
-        box = item.find("bndbox")
-        if box is None:
-            raise InputError("has no <bndbox>", location=location)
-        left, top, right, bottom = (child_number(box, tag, location) for tag in ("xmin", "ymin", "xmax", "ymax"))
-        if right == left or bottom == top:  # before the shift, which would make a pixel of it
-            context.leave_out("boxes without area")
-            continue
-        shift = 0 if from_zero or right < left or bottom < top else 1
-        xyxy = context.box((left - shift, top - shift, right, bottom), "xyxy", location, unit="pixel", size=size)
-        if xyxy is not None:
-            things.append((name, xyxy))
-    return Sample(image, str(path), things)
+
+    def boxes() -> Iterator[RawBox]:
+        for index, item in enumerate(root.findall("object"), start=1):
+            location = f"{path}: object {index}"
+            name = (item.findtext("name") or "").strip()
+            if not name:
+                raise InputError("has no <name>", location=location)
+            corners = bounds(item, location)
+            if corners is None:
+                raise InputError("has no <bndbox>", location=location)
+            left, top, right, bottom = corners
+            if right == left or bottom == top:  # before the shift, which would make a pixel of it
+                context.leave_out("boxes without area")
+                continue
+            shift = 0 if from_zero or right < left or bottom < top else 1
+            yield RawBox(location, (left - shift, top - shift, right, bottom), name)
+
+    return Sample(image, str(path), context.things(boxes(), "xyxy", unit="pixel", size=size))
 
 
 def _image(root: Element, path: Path, context: Context) -> Path:
@@ -225,7 +211,7 @@ def _warn_of_leftovers(
                 context.warnings.add("names in ImageSets without annotation", f"{file}:{number}", what)
 
 
-def _said_size(root: Element, path: Path) -> tuple[float, float] | None:
+def _stated_size(root: Element, path: Path) -> tuple[float, float] | None:
     element = root.find("size")
     if element is None:
         return None

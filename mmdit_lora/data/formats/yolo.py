@@ -12,10 +12,10 @@ from pathlib import Path
 
 import yaml
 
+from mmdit_lora.boxes import Four
 from mmdit_lora.data.formats.captions import write_sidecar
 from mmdit_lora.data.formats.common import (
     SUFFIXES,
-    XYXY,
     Context,
     Reads,
     Sample,
@@ -41,24 +41,21 @@ def read_yolo(context: Context) -> Reads:
     Raises:
         InputError: no images, no names of the classes. A record: a line of its label file is wrong.
     """
-    src = context.src
+    src, split = context.src, context.split
     require_folder(src, "give the folder that holds data.yaml, images and labels")
     names = class_names(src)
     root = context.images or src
-    images = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    in_images = [path for path in images if "images" in path.relative_to(root).parts[:-1]]
-    images = in_images or images
+    found = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    folders = {path: set(path.relative_to(root).parts[:-1]) for path in found}
+    images = [path for path in found if "images" in folders[path]] or found
     if not images:
         raise InputError("holds no image", location=str(root))
-    if context.split is not None:
-        found = {part for path in images for part in path.relative_to(root).parts[:-1]} - {"images"}
-        if context.split not in found:
-            raise InputError(
-                f"has no folder of images {context.split!r}",
-                location=str(root),
-                hint=f"--split takes {', '.join(sorted(found))}" if found else "leave --split away",
-            )
-        images = [path for path in images if context.split in path.relative_to(root).parts[:-1]]
+    if split is not None:
+        splits = sorted(set().union(*(folders[path] for path in images)) - {"images"})
+        if split not in splits:
+            hint = f"--split takes {', '.join(splits)}" if splits else "leave --split away"
+            raise InputError(f"has no folder of images {split!r}", location=str(root), hint=hint)
+        images = [path for path in images if split in folders[path]]
     for path in images:
         yield partial(_sample, path, _label_file(path, root, src), names, context)
 
@@ -79,10 +76,6 @@ def write_yolo(folder: Path, items: Iterable[Item]) -> None:
             index = classes.setdefault(box.phrase, len(classes))
             lines.append(f"{index} {(left + right) / 2!r} {(top + bottom) / 2!r} {box.width!r} {box.height!r}\n")
         label = (folder / "labels" / name).with_suffix(".txt")
-        if label.exists():
-            raise InputError(
-                f"YOLO names labels by the image's stem, and {label.stem!r} stands twice", hint="use --to jsonl"
-            )
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text("".join(lines), encoding="utf-8")
     data = {"path": ".", "train": "images", "val": "images", "names": {index: name for name, index in classes.items()}}
@@ -102,16 +95,13 @@ def class_names(src: Path) -> dict[int, str]:
     for path in (src / name for name in _NAME_FILES):
         if path.is_file():
             return dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
-    raise InputError(
-        "names no classes",
-        location=str(src),
-        hint=f"add data.yaml with `names`, or {_NAME_FILES[0]} with a name a line",
-    )
+    hint = f"add data.yaml with `names`, or {_NAME_FILES[0]} with a name a line"
+    raise InputError("names no classes", location=str(src), hint=hint)
 
 
 def class_line(
     line: str, names: Mapping[int, str], location: str, context: Context, image: Path
-) -> tuple[str, XYXY] | None:
+) -> tuple[str, Four] | None:
     """(class name, relative xyxy) of a line of a label file; None, and counted, where the box is empty.
 
     Raises:
@@ -120,9 +110,8 @@ def class_line(
     first, *rest = line.split()
     index = int(first) if first.isdecimal() and len(first) <= _MOST_DIGITS else None
     if index is None or index not in names:
-        raise InputError(
-            f"class {shown(first)} has no name", location=location, hint=f"the {len(names)} names count from 0"
-        )
+        hint = f"the {len(names)} names count from 0"
+        raise InputError(f"class {shown(first)} has no name", location=location, hint=hint)
     values = [number(value, location) for value in rest]
     if len(values) in (4, 5):
         box = context.box(values[:4], "cxcywh", location, image=image)
@@ -130,9 +119,8 @@ def class_line(
         points = list(zip(values[::2], values[1::2], strict=True))
         box = context.box(points_box(points), "xyxy", location, image=image)
     else:
-        raise InputError(
-            f"has {len(values)} numbers after the class", location=location, hint="write `class cx cy w h`"
-        )
+        what = f"has {len(values)} numbers after the class"
+        raise InputError(what, location=location, hint="write `class cx cy w h`")
     return None if box is None else (names[index], box)
 
 
@@ -144,9 +132,8 @@ def _yaml_names(path: Path) -> dict[int, str]:
         raise InputError("has no `names`", location=str(path), hint="list the classes: `names: [cat, dog]`")
     for index, name in pairs.items():
         if not isinstance(index, int) or not isinstance(name, str | int) or not str(name).strip():
-            raise InputError(
-                f"names holds {shown(index)}: {shown(name)}", location=str(path), hint="give a number and a name each"
-            )
+            what = f"names holds {shown(index)}: {shown(name)}"
+            raise InputError(what, location=str(path), hint="give a number and a name each")
     return {index: str(name).strip() for index, name in pairs.items()}
 
 
@@ -161,10 +148,7 @@ def _label_file(image: Path, root: Path, src: Path) -> Path:
 
 
 def _sample(image: Path, label: Path, names: Mapping[int, str], context: Context) -> Sample:
-    things = []
-    if label.exists():  # an image without one is an image without objects
-        for line_number, line in read_lines(label, what="label file"):
-            thing = class_line(line, names, f"{label}:{line_number}", context, image)
-            if thing is not None:
-                things.append(thing)
-    return Sample(image, str(label), things)
+    # An image without a label file is an image without objects.
+    lines = read_lines(label, what="label file") if label.exists() else ()
+    found = (class_line(line, names, f"{label}:{number}", context, image) for number, line in lines)
+    return Sample(image, str(label), [thing for thing in found if thing is not None])

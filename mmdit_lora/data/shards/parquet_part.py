@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from mmdit_lora.boxes import EdgeCount
-from mmdit_lora.data.annotation import parse_layout
 from mmdit_lora.data.formats.hugging_face import class_names, line_of
 from mmdit_lora.data.formats.tables import import_or_explain
 from mmdit_lora.data.images import image_size
+from mmdit_lora.data.records import parse_layout
 from mmdit_lora.data.shards.records import ShardRecord
 from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.data.shards.tar import digest

@@ -19,8 +19,8 @@ import numpy as np
 import xxhash
 
 from mmdit_lora.boxes import EdgeCount
-from mmdit_lora.data.annotation import COLUMNS, parse_layout
 from mmdit_lora.data.images import MOST_BYTES, image_size
+from mmdit_lora.data.records import COLUMNS, parse_layout
 from mmdit_lora.data.shards.index import row_type
 from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.data.split import name_key

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from mmdit_lora.data.formats.common import Context, Unit, four, need, number
-from mmdit_lora.data.formats.layout_sets import SaidBox
+from mmdit_lora.data.formats.common import Context, RawBox, Unit, four, need, number
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 
@@ -182,7 +181,7 @@ def clipped(xyxy: XYXY) -> XYXY | None:
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
-def raw_box(said: SaidBox, path: Path, unit: Unit, size: tuple[int, int]) -> XYXY:
+def raw_box(said: RawBox, path: Path, unit: Unit, size: tuple[int, int]) -> XYXY:
     """A file's xyxy box as relative numbers, neither clipped nor rounded.
 
     Raises:

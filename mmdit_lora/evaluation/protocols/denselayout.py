@@ -119,7 +119,7 @@ def _case(row: Any, location: str, path: Path) -> Case:
     things = []
     for index, said in enumerate(dense_layout_boxes(row, location)):
         label = text(said.short, "category_name", said.location)
-        detail = said.spoken(True)  # what InstanceAssemble paints: `caption`
+        detail = said.phrase(True)  # what InstanceAssemble paints: `caption`
         things.append(Thing(raw_box(said, path, "pixel", size), label, detail, detail, str(index)))
     id_ = str(key_of(row, "id", location))
     caption = text(need(row, "prompt", location), "prompt", location)

@@ -111,7 +111,7 @@ def _case(row: Any, location: str, path: Path) -> Case:
     for index, said in enumerate(layout_sam_eval_boxes(row, location)):
         # Three decimals, as the authors' BboxDataset rounds them before anything is painted or cut out.
         x0, y0, x1, y1 = (round(v, 3) for v in raw_box(said, path, "pixel", size))
-        phrase, detail = said.spoken(False), said.spoken(True)
+        phrase, detail = said.phrase(False), said.phrase(True)
         things.append(Thing((x0, y0, x1, y1), phrase, phrase, detail, str(index)))
     name = text(need(row, "file_name", location), "file_name", location)
     caption = text(need(row, "global_caption", location), "global_caption", location)

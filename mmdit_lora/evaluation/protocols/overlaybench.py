@@ -226,7 +226,7 @@ def _case(row: Any, location: str, path: Path, split: str) -> Case:
     size = (OVERLAY_SIDE, OVERLAY_SIDE)
     things = []
     for name, said in overlay_bench_boxes(annotation, location).items():
-        label, detail = text(said.short, "category", said.location), said.spoken(True)
+        label, detail = text(said.short, "category", said.location), said.phrase(True)
         things.append(Thing(raw_box(said, path, "pixel", size), label, detail, detail, name))
     relations = annotation.get("relations") or {}
     if not isinstance(relations, Mapping):
