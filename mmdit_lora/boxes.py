@@ -63,6 +63,18 @@ def clip(xyxy: Four) -> Four:
     return min(max(left, 0.0), 1.0), min(max(top, 0.0), 1.0), min(max(right, 0.0), 1.0), min(max(bottom, 0.0), 1.0)
 
 
+def box_iou(a: Any, b: Any) -> Any:
+    """IoU of every xyxy box of `a` (A, 4) with every one of `b` (B, 4), in the same units: a NumPy array (A, B); 0 where a
+    union has no area. `torchvision.ops.box_iou` gives the same for tensors; light commands do not load it."""
+    import numpy as np
+
+    a, b = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (a, b))
+    sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+    both = sides.clip(min=0).prod(-1)
+    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1) - both
+    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+
+
 @dataclass
 class EdgeCount:
     """Boxes that left their image by little and were clipped.

@@ -22,9 +22,9 @@ from PIL import Image
 
 from mmdit_lora import Box, Layout
 from mmdit_lora.cli.main import main
-from mmdit_lora.data.buckets import make_buckets, one_size
+from mmdit_lora.data.buckets import Buckets, make_buckets, one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
-from mmdit_lora.data.check.findings import Example
+from mmdit_lora.data.check.findings import Example, Finding, Findings
 from mmdit_lora.data.check.images import ImageFacts, look_at
 from mmdit_lora.data.check.page import by_powers, thumbnail
 from mmdit_lora.data.check.sizes import size_findings
@@ -280,6 +280,12 @@ def test_every_place_is_listed_where_the_examples_are_few(tmp_path: Path) -> Non
     assert found.to_dict()["places"] == [f"{planted.folder / METADATA}:{n}" for n in range(1, 21)]
 
 
+def crop_findings(record: Record, size: tuple[int, int], buckets: Buckets) -> list[Finding]:
+    found = Findings({"boxes": len(record.layout.boxes)})
+    size_findings(found, [record], [ImageFacts(record, size=size)], buckets=buckets)
+    return [f for f in found.result() if f.name == "cropped-boxes"]
+
+
 def test_boxes_lost_to_the_crop_are_those_that_the_transform_drops() -> None:
     rng = np.random.default_rng(1)
     buckets = make_buckets([64], [1.0, 2.0], multiple=8)
@@ -289,16 +295,11 @@ def test_boxes_lost_to_the_crop_are_those_that_the_transform_drops() -> None:
         layout, path = Layout("c", every), Path("a.png")
         _, kept = prepare(Image.new("RGB", size), layout, (64, 64))
         record = Record(path, layout, "a:1")
-        findings = size_findings([record], [ImageFacts(record, size=size)], buckets=one_size((64, 64)))
-        lost = [f for f in findings if f.name == "cropped-boxes"]
+        lost = crop_findings(record, size, one_size((64, 64)))
         assert sum(f.count for f in lost) == len(every) - len(kept.boxes)
         assert bool(lost) == (size[0] != size[1])
         _, kept = prepare(Image.new("RGB", size), layout, buckets.of((size[1], size[0])))
-        lost = [
-            f
-            for f in size_findings([record], [ImageFacts(record, size=size)], buckets=buckets)
-            if f.name == "cropped-boxes"
-        ]
+        lost = crop_findings(record, size, buckets)
         assert sum(f.count for f in lost) == len(every) - len(kept.boxes)
 
 

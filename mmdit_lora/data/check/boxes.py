@@ -1,149 +1,113 @@
-"""Boxes: tiny ones, and the same thing boxed twice."""
+"""Boxes: how they are written, tiny ones, and the same thing boxed twice."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from mmdit_lora.data.check.findings import EXAMPLES_KEPT, Corners, Example, Finding, example, finding
-from mmdit_lora.data.records import Record
-from mmdit_lora.layout import Box
+from mmdit_lora.boxes import EDGE_SHARE, Evidence, Four, Reading, box_iou, relative, told_apart
+from mmdit_lora.data.check.findings import SAME_IOU, TINY, Example, Findings
+from mmdit_lora.data.records import Record, Written
 
-TINY = 0.01  # of the image's side
-SAME_IOU = 0.95
-
-
-def box_findings(records: Sequence[Record]) -> list[Finding]:
-    """Warnings of boxes."""
-    total = sum(len(record.layout.boxes) for record in records)
-    return [
-        *_tiny(records, total),
-        *_twice(records, total),
-        *finding(
-            "no-boxes",
-            "{n} records have no box: the layout stream learns nothing there",
-            "box them, or leave them out",
-            [example(record, "no box") for record in records if not record.layout.boxes],
-            total=len(records),
-            unit="records",
-        ),
-    ]
+# With fewer boxes, that all lie in the upper left quarter may be chance.
+_ENOUGH_FOR_FORMAT = 12
 
 
-def _tiny(records: Sequence[Record], total: int) -> list[Finding]:
-    found = []
-    for record in records:
-        for n, box in enumerate(record.layout.boxes):
-            if min(box.width, box.height) < TINY:
-                text = f"objects.bbox[{n}] {box.phrase!r}: {box.width:.2%} wide, {box.height:.2%} high"
-                found.append((min(box.width, box.height), example(record, text, [n])))
-    found.sort(key=lambda pair: pair[0])
-    return finding(
-        "tiny-boxes",
-        "{n} of {total} boxes are less than 1 % of the image wide or high",
-        "remove them: they are smaller than what the model can draw",
-        [shown for _, shown in found],
-        total=total,
-        unit="boxes",
-    )
-
-
-def _twice(records: Sequence[Record], total: int) -> list[Finding]:
-    equal: list[Example] = []
-    near: list[Example] = []
-    other: list[Example] = []
-    count: Counter[str] = Counter()
-
-    def note(found: list[Example], record: Record, text: str, boxes: list[int]) -> None:
-        """Of an image with hundreds of boxes in one place a few tell it all; all pairs would fill the memory."""
-        if len(found) < EXAMPLES_KEPT or found[-1].location != record.location:
-            found.append(example(record, text, boxes))
-
+def box_findings(found: Findings, records: Sequence[Record]) -> None:
+    """Boxes that a model cannot draw, and those that repeat others."""
     for record in records:
         boxes = record.layout.boxes
-        first: dict[tuple[str, Corners], int] = {}
-        for j, box in enumerate(boxes):
-            i = first.setdefault((_plain(box.phrase), box.xyxy), j)
-            if i != j:
-                count["equal"] += 1
-                note(equal, record, f"objects.bbox[{j}] repeats [{i}], {boxes[i].phrase!r}", [i, j])
-        distinct = list(first.values())
-        for i, same, different in _overlapping(distinct, boxes):
-            one = boxes[i]
-            count["near"] += same.number
-            count["other"] += different.number
-            for j, overlap in same.first:
-                text = f"objects.bbox[{i}] and [{j}], both {one.phrase!r}: IoU {overlap:.3f}"
-                note(near, record, text, [i, j])
-            for j, overlap in different.first:
-                text = f"objects.bbox[{i}] {one.phrase!r} and [{j}] {boxes[j].phrase!r}: IoU {overlap:.3f}"
-                note(other, record, text, [i, j])
-    return [
-        *finding(
-            "duplicate-boxes",
-            "{n} boxes repeat another one of their image, phrase and all",
-            "remove the second",
-            equal,
-            total=total,
-            unit="boxes",
-            count=count["equal"],
-        ),
-        *finding(
-            "near-identical-boxes",
-            f"{{n}} pairs of boxes with the same phrase overlap by more than {SAME_IOU:g} (IoU)",
-            "keep one of each pair: a thing was probably boxed twice",
-            near,
-            total=total,
-            unit="boxes",
-            count=count["near"],
-        ),
-        *finding(
-            "same-box-other-phrase",
-            f"{{n}} pairs of boxes with different phrases overlap by more than {SAME_IOU:g} (IoU)",
-            "keep the right phrase: one thing was probably named twice",
-            other,
-            total=total,
-            unit="boxes",
-            count=count["other"],
-        ),
-    ]
+        if not boxes:
+            found.add("no-boxes", record, "no box")
+        first: dict[tuple[str, Four], int] = {}
+        for n, box in enumerate(boxes):
+            if (side := min(box.width, box.height)) < TINY:
+                text = f"objects.bbox[{n}] {box.phrase!r}: {box.width:.2%} wide, {box.height:.2%} high"
+                found.add("tiny-boxes", record, text, [n], rank=side)
+            i = first.setdefault((_plain(box.phrase), box.xyxy), n)
+            if i != n:
+                found.add("duplicate-boxes", record, f"objects.bbox[{n}] repeats [{i}], {box.phrase!r}", [i, n])
+        _overlaps(found, record, list(first.values()))
 
 
-class Hits(NamedTuple):
-    """How many boxes overlap one, and the first few of them: (index, IoU)."""
-
-    number: int
-    first: list[tuple[int, float]]
-
-
-def _overlapping(chosen: Sequence[int], boxes: Sequence[Box]) -> Iterator[tuple[int, Hits, Hits]]:
-    """(i, those of the same phrase, those of another) of the boxes behind i in `chosen` that overlap it by more than `SAME_IOU`.
-
-    Row by row: there may be thousands.
-    """
-    indices = np.array(chosen, dtype=int)
+def _overlaps(found: Findings, record: Record, chosen: list[int]) -> None:
+    """Pairs of the `chosen` boxes of a record that are nearly the same, row by row: there may be thousands."""
+    boxes = record.layout.boxes
     corners = np.array([boxes[i].xyxy for i in chosen]).reshape(-1, 4)
-    numbers: dict[str, int] = {}
-    phrases = np.array([numbers.setdefault(_plain(boxes[i].phrase), len(numbers)) for i in chosen], dtype=int)
-    areas = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
-    for i in range(len(corners) - 1):
-        rest = corners[i + 1 :]
-        sides = np.minimum(corners[i, 2:], rest[:, 2:]) - np.maximum(corners[i, :2], rest[:, :2])
-        shared = sides.clip(min=0).prod(axis=1)
-        overlap = shared / (areas[i] + areas[i + 1 :] - shared)
-        hits = np.flatnonzero(overlap > SAME_IOU)
-        if len(hits):
-            same = phrases[i + 1 + hits] == phrases[i]
-            behind = indices[i + 1 :]
-            yield int(indices[i]), _hits(behind, overlap, hits[same]), _hits(behind, overlap, hits[~same])
+    for row, i in enumerate(chosen[:-1]):
+        ious = box_iou(corners[row : row + 1], corners[row + 1 :])[0]
+        for column in np.flatnonzero(ious > SAME_IOU):
+            j, iou, one = chosen[row + 1 + column], ious[column], boxes[i]
+            if _plain(one.phrase) == _plain(boxes[j].phrase):
+                name, text = "near-identical-boxes", f"objects.bbox[{i}] and [{j}], both {one.phrase!r}"
+            else:
+                name = "same-box-other-phrase"
+                text = f"objects.bbox[{i}] {one.phrase!r} and [{j}] {boxes[j].phrase!r}"
+            found.add(name, record, f"{text}: IoU {iou:.3f}", [i, j])
 
 
-def _hits(indices: np.ndarray, overlap: np.ndarray, some: np.ndarray) -> Hits:
-    few = some[:EXAMPLES_KEPT]
-    return Hits(len(some), list(zip(indices[few].tolist(), overlap[few].tolist(), strict=True)))
+def corners_of(line: Written, reading: Reading | None = None) -> list[Four]:
+    """Relative xyxy of a line's boxes, not clipped, as they are declared or under another reading; none where that needs a
+    size that is not known."""
+    reading = reading or line.reading
+    if reading.unit == "pixel" and line.size is None:
+        return []
+    return [relative(four, reading, line.size) for four in line.numbers]
+
+
+def fits(four: Four) -> bool:
+    """Whether relative xyxy lies in the image (or is clipped to it), and is neither inverted nor empty."""
+    left, top, right, bottom = four
+    return min(four) >= -EDGE_SHARE and max(four) <= 1 + EDGE_SHARE and left < right and top < bottom
+
+
+def reading_findings(found: Findings, lines: Sequence[Written], evidence: Evidence | None) -> None:
+    """Whether another reading explains the boxes better than the declared one, and sizes that are not the images'.
+
+    In xyxy the right and lower corners reach the far sides of the images; sizes added to left and top seldom pass 1.
+
+    Args:
+        evidence: the boxes of the lines under each reading (`set_evidence`); None where every line declares its own.
+    """
+    for line in lines:
+        if line.declared and line.size and line.declared != line.size:
+            turned = "; the sides are swapped, as EXIF rotation does" if line.declared == line.size[::-1] else ""
+            stated, has = (f"{w:g} x {h:g}" for w, h in (line.declared, line.size))
+            text = f"declared {stated}, the image has {has} upright{turned}"
+            found.add("declared-size", Example(line.location, text, line.image), total=len(lines))
+    if evidence is None:
+        return
+    declared, wrong, total = evidence.declared, evidence.wrong[evidence.declared], evidence.total
+    if evidence.proposed:
+        better = evidence.proposed[0]
+        names = " or ".join(evidence.name(reading) for reading in evidence.proposed)
+        what = (
+            f"{wrong} of {total} boxes are wrong as {declared.order}, {evidence.wrong[better]} as {names}: "
+            f"the boxes are probably {names}"
+        )
+        declare = evidence.hint
+    elif (
+        declared.order == "xyxy"
+        and not wrong
+        and not evidence.wrong[Reading("xywh", declared.unit)]
+        and told_apart(four for line in lines for four in corners_of(line)) >= _ENOUGH_FOR_FORMAT
+    ):
+        better = Reading("xywh", declared.unit)
+        what = f"all {total} boxes would be right as xywh too, which is rare for xyxy: check bbox_format"
+        declare = "set bbox_format on the lines or in the config if another reading is right"
+    else:
+        return
+    names = f"red as {evidence.name(declared)}, blue as {evidence.name(better)}"
+    values: dict[str, Any] = {"what": what, "declare": declare, "evidence": evidence.line, "total": total}
+    found.add("box-format", None, count=wrong or total, **values)
+    for line in lines:
+        if line.numbers:
+            own = corners_of(line)
+            text = f"{names}: {', '.join(str([round(v, 3) for v in four]) for four in line.numbers[:3])}"
+            shown = Example(line.location, text, line.image, tuple(own), tuple(corners_of(line, better)))
+            found.add("box-format", shown, count=0, rank=all(map(fits, own)))
 
 
 def _plain(text: str) -> str:

@@ -8,24 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmdit_lora.boxes import BBOX_UNITS, EDGE_RULE, Evidence
+from mmdit_lora.boxes import Evidence, Reading
 from mmdit_lora.data.buckets import MIN_VISIBLE, Buckets, size_counts
-from mmdit_lora.data.check.boxes import TINY, box_findings
-from mmdit_lora.data.check.findings import Example, Finding, finding
-from mmdit_lora.data.check.images import image_findings, look_at_all
-from mmdit_lora.data.check.readings import (
-    Written,
-    as_written,
-    corners_of,
-    fits,
-    reading_findings,
-)
-from mmdit_lora.data.check.sets import leak_findings, set_findings
-from mmdit_lora.data.check.sizes import size_findings, trained_sizes
+from mmdit_lora.data.check.boxes import box_findings, corners_of, fits, reading_findings
+from mmdit_lora.data.check.findings import Example, Finding, Findings
+from mmdit_lora.data.check.images import image_findings, leak_findings, look_at_all, set_findings
+from mmdit_lora.data.check.sizes import size_findings
 from mmdit_lora.data.check.texts import FEW_PHRASES, TokenCount, clip_tokens, few_phrases, text_findings
-from mmdit_lora.data.records import COLUMNS, Record, evidence_hint, set_evidence
+from mmdit_lora.data.records import COLUMNS, Record, Written, evidence_hint, set_evidence
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import BoxError
+
+_PLAIN = Reading("xyxy", "relative")
 
 
 @dataclass(frozen=True)
@@ -103,43 +97,45 @@ def check_dataset(
     """
     records = list(records)
     images = look_at_all(records)
-    lines = as_written(records) if written is None else written
-    trained = {} if buckets is None or buckets.is_single else trained_sizes(images, buckets)[0]
-    evidence = set_evidence(lines)
-    extra = Counter(column for record in records for column in record.extra)
-    found = [
-        *_reader_findings(errors, len(records) + len(errors), {line.location: line for line in lines}),
-        *image_findings(images),
-        *reading_findings(lines, evidence),
-        *_column_findings(extra, len(records)),
-        *box_findings(records),
-        *size_findings(records, images, buckets=buckets, batch=batch, min_visible=min_visible),
-        *text_findings(records, tokens or clip_tokens(None)),
-        *set_findings(records, images),
-        *(leak_findings(images, others) if (others := look_at_all(against)) else ()),
-    ]
-    found.sort(key=lambda f: f.severity != "error")
-    wrong = [line for f in found if f.severity == "error" for line in (f.lines or (f.message,))]
-    mild = [f.message for f in found if f.severity == "warning"]
-    left = {what: count for what, count in (left_out or {}).items() if count}
-    count = {f.name: f.count for f in found}
     boxes = [box for record in records for box in record.layout.boxes]
+    lines = written
+    if lines is None:  # a reader that converts: the boxes of its records, which are relative xyxy
+        lines = [Written(r.location, r.image, _PLAIN, tuple(box.xyxy for box in r.layout.boxes)) for r in records]
+    evidence = set_evidence(lines)
+    found = Findings({"records": len(records), "images": len(images), "boxes": len(boxes)})
+    _reader_findings(found, errors, len(records) + len(errors), {line.location: line for line in lines})
+    image_findings(found, images)
+    reading_findings(found, lines, evidence)
+    extra = Counter(column for record in records for column in record.extra)
+    for column, number in extra.items():
+        if near := difflib.get_close_matches(column, COLUMNS, n=1, cutoff=0.8):
+            found.add("misspelt-column", None, count=number, variant=column, meant=near[0])
+    box_findings(found, records)
+    trained = size_findings(found, records, images, buckets=buckets, batch=batch, min_visible=min_visible)
+    text_findings(found, records, tokens or clip_tokens(None))
+    set_findings(found, records, images)
+    leak_findings(found, images, look_at_all(against))
+    findings = found.result()
+    wrong = [line for f in findings if f.severity == "error" for line in (f.lines or (f.message,))]
+    mild = [f.message for f in findings if f.severity == "warning"]
+    left = {what: count for what, count in (left_out or {}).items() if count}
+    count = {f.name: f.count for f in findings}
     return CheckReport(
         records=len(records),
         images=len(images),
         boxes=len(boxes),
         phrases=len({box.phrase for box in boxes}),
         image_sizes=dict(Counter(f"{p.size[0]}x{p.size[1]}" for p in images if p.size and not p.error).most_common()),
-        buckets=size_counts(list(trained.values())),
+        buckets={} if buckets is None or buckets.is_single else size_counts(list(trained.values())),
         boxes_per_image=dict(sorted(Counter(len(record.layout.boxes) for record in records).items())),
         phrase_counts=dict(Counter(box.phrase for box in boxes).most_common()),
-        tiny_boxes=sum(box.width < TINY or box.height < TINY for box in boxes),
+        tiny_boxes=count.get("tiny-boxes", 0),
         undecodable_images=sum(p.error is not None for p in images),
         duplicate_records=count.get("duplicate-records", 0),
         duplicate_images=count.get("duplicate-images", 0),
         extra_columns=dict(extra),
         left_out=dict(left_out or {}),
-        findings=found,
+        findings=findings,
         notes=_notes(records, evidence),
         hint=evidence_hint(evidence) if any(isinstance(error, BoxError) for error in errors) else None,
         errors=wrong,
@@ -156,81 +152,25 @@ def _notes(records: Sequence[Record], evidence: Evidence | None) -> list[str]:
     return notes
 
 
-# What a reader refuses, by what its message says: (name, parts of the message, message of the finding, cure).
-_REFUSED = (
-    (
-        "inverted-boxes",
-        ("is inverted", "is empty: its"),
-        "{n} lines hold an inverted or empty box",
-        "check the order of the four numbers",
-    ),
-    (
-        "outside-boxes",
-        ("leaves the image", "outside the image"),
-        "{n} lines hold a box outside its image",
-        f"correct it, or declare its units: bbox_units is one of {', '.join(BBOX_UNITS)} ({EDGE_RULE})",
-    ),
-    (
-        "wrong-size",
-        ("(upright)",),
-        "{n} annotations declare another size than their image has",
-        "annotate it as it is",
-    ),
-    ("empty-phrases", ("the phrase is",), "{n} lines hold an empty phrase", "give each box a phrase"),
-    (
-        "missing-images",
-        ("does not exist",),
-        "{n} lines name an image that does not exist",
-        "restore it, or remove them",
-    ),
-    ("unreadable-lines", ("",), "{n} lines cannot be read", "mend them as the messages say, or remove them"),
-)
+# What a reader refuses, by what its message says.
+_REFUSED = {
+    "inverted-boxes": ("is inverted", "is empty: its"),
+    "outside-boxes": ("leaves the image", "outside the image"),
+    "wrong-size": ("(upright)",),
+    "empty-phrases": ("the phrase is",),
+    "missing-images": ("does not exist",),
+    "unreadable-lines": ("",),
+}
 
 
-def _reader_findings(errors: Sequence[InputError], total: int, lines: Mapping[str, Written]) -> list[Finding]:
-    by_name: dict[str, list[InputError]] = {name: [] for name, *_ in _REFUSED}
-    for error in errors:
-        by_name[next(name for name, parts, *_ in _REFUSED if any(part in error.what for part in parts))].append(error)
-    return [
-        one
-        for name, _, message, hint in _REFUSED
-        for one in finding(
-            name,
-            message,
-            hint,
-            [_refused(error, lines) for error in by_name[name]],
-            total=total,
-            unit="records",
-            severity="error",
-            lines=[str(error) for error in by_name[name]],
-        )
-    ]
-
-
-def _refused(error: InputError, lines: Mapping[str, Written]) -> Example:
+def _reader_findings(found: Findings, errors: Sequence[InputError], total: int, lines: Mapping[str, Written]) -> None:
     """What a reader refused, with the boxes that are wrong as the line declares them, where its numbers can be read."""
-    location = error.location or ""
-    line = lines.get(location.split(": ")[0])
-    if line is None:
-        return Example(location, error.what)
-    corners = corners_of(line)
-    wrong = tuple(four for four in corners if not fits(four))
-    return Example(location, error.what, line.image, wrong, tuple(four for four in corners if fits(four)))
-
-
-def _column_findings(extra: Counter[str], total: int) -> list[Finding]:
-    near = {column: difflib.get_close_matches(column, COLUMNS, n=1, cutoff=0.8) for column in extra}
-    return [
-        one
-        for column, match in near.items()
-        if match
-        for one in finding(
-            "misspelt-column",
-            f"the column {column!r} is ignored: did you mean {match[0]!r}?",
-            "rename it",
-            [],
-            total=total,
-            unit="records",
-            count=extra[column],
-        )
-    ]
+    for error in errors:
+        name = next(name for name, parts in _REFUSED.items() if any(part in error.what for part in parts))
+        location = error.location or ""
+        shown, line = Example(location, error.what), lines.get(location.split(": ")[0])
+        if line is not None:
+            corners = corners_of(line)
+            wrong = tuple(four for four in corners if not fits(four))
+            shown = Example(location, error.what, line.image, wrong, tuple(four for four in corners if fits(four)))
+        found.add(name, shown, line=str(error), total=total)

@@ -6,9 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from mmdit_lora.data.check.findings import Finding, example, finding
+from mmdit_lora.data.check.findings import Findings
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 
@@ -64,62 +66,24 @@ def estimate_tokens(text: str) -> int:
     return 2 + sum(-(-len(piece) // 8) + 2 * sum(not c.isascii() for c in piece) for piece in pieces)
 
 
-def text_findings(records: Sequence[Record], tokens: TokenCount) -> list[Finding]:
-    """Warnings of captions and phrases."""
-    boxes = sum(len(record.layout.boxes) for record in records)
-    return [
-        *finding(
-            "empty-captions",
-            "{n} records have an empty caption",
-            "write one: the text stream has nothing to go by",
-            [example(record, "empty caption") for record in records if not record.layout.caption.strip()],
-            total=len(records),
-            unit="records",
-        ),
-        *_too_long(records, tokens, boxes),
-        *_at_odds(records, boxes),
-        *_uneven(records, boxes),
-    ]
-
-
-def _too_long(records: Sequence[Record], tokens: TokenCount, boxes: int) -> list[Finding]:
+def text_findings(found: Findings, records: Sequence[Record], tokens: TokenCount) -> None:
+    """Captions and phrases that are missing, too long, at odds, or unevenly spread."""
     how = "estimated from words: give --base for the tokenizer's own count" if tokens.estimated else "counted by CLIP"
-    count: dict[str, int] = {}
-
-    def length(text: str) -> int:
-        if text not in count:
-            count[text] = tokens.of(text)
-        return count[text]
-
-    captions, phrases = [], []
+    beyond = f"longer than the {tokens.limit} tokens that the CLIP encoder reads ({how}): the rest is cut off"
+    length = cache(tokens.of)
     for record in records:
-        if (n := length(record.layout.caption)) > tokens.limit:
-            captions.append((n, example(record, f"{n} tokens: {_short(record.layout.caption)}")))
+        caption = record.layout.caption
+        if not caption.strip():
+            found.add("empty-captions", record, "empty caption")
+        if (n := length(caption)) > tokens.limit:
+            found.add("long-captions", record, f"{n} tokens: {_short(caption)}", rank=-n, beyond=beyond)
         for index, box in enumerate(record.layout.boxes):
             if (n := length(box.phrase)) > tokens.limit:
                 text = f"objects.phrase[{index}], {n} tokens: {_short(box.phrase)}"
-                phrases.append((n, example(record, text, [index])))
-    captions.sort(key=lambda pair: -pair[0])
-    phrases.sort(key=lambda pair: -pair[0])
-    beyond = f"longer than the {tokens.limit} tokens that the CLIP encoder reads ({how}): the rest is cut off"
-    return [
-        *finding(
-            "long-captions",
-            f"{{n}} captions are {beyond}",
-            "shorten them, or put what matters first (a base with T5 still reads the rest there)",
-            [shown for _, shown in captions],
-            total=len(records),
-            unit="records",
-        ),
-        *finding(
-            "long-phrases",
-            f"{{n}} phrases are {beyond}",
-            "shorten them: a phrase is what one box shows",
-            [shown for _, shown in phrases],
-            total=boxes,
-            unit="boxes",
-        ),
-    ]
+                found.add("long-phrases", record, text, [index], rank=-n, beyond=beyond)
+    if counts := few_phrases(records):
+        _at_odds(found, records, counts)
+        _uneven(found, records, counts)
 
 
 def few_phrases(records: Sequence[Record]) -> Counter[str] | None:
@@ -128,75 +92,41 @@ def few_phrases(records: Sequence[Record]) -> Counter[str] | None:
     return counts if len(counts) <= FEW_PHRASES else None
 
 
-def _at_odds(records: Sequence[Record], boxes: int) -> list[Finding]:
+def _at_odds(found: Findings, records: Sequence[Record], counts: Counter[str]) -> None:
     """Known phrases that a caption names and no box shows, and the reverse.
 
     A caption that names no phrase of its boxes at all is general ("a street in the rain"), not wrong.
     """
-    counts = few_phrases(records)
-    if not counts:
-        return []
     # The longest first, so that "a red circle" is not also read as "circle".
     known = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(map(re.escape, counts), key=len, reverse=True))})(?:e?s)?(?!\w)")
-    unshown, unnamed, unnamed_count = [], [], 0
     for record in records:
         caption = " ".join(record.layout.caption.casefold().split())
         shown = {_plain(box.phrase) for box in record.layout.boxes}
-        named = {_known(match, counts) for match in known.findall(caption)}
+        named = set()
+        for match in known.findall(caption):
+            named.add(
+                next((m for m in (match, match.removesuffix("s"), match.removesuffix("es")) if m in counts), match)
+            )
         if missing := sorted(named - shown):
-            unshown.append(example(record, f"names {', '.join(map(repr, missing))}: {_short(record.layout.caption)}"))
+            text = f"names {', '.join(map(repr, missing))}: {_short(record.layout.caption)}"
+            found.add("caption-without-box", record, text)
         absent = {text for text in shown if not re.search(rf"(?<!\w){re.escape(text)}(?:e?s)?(?!\w)", caption)}
         if absent and absent != shown:
-            indices = [n for n, box in enumerate(record.layout.boxes) if _plain(box.phrase) in absent]
-            unnamed_count += len(indices)
+            boxes = [n for n, box in enumerate(record.layout.boxes) if _plain(box.phrase) in absent]
             text = f"leaves out {', '.join(map(repr, sorted(absent)))}: {_short(record.layout.caption)}"
-            unnamed.append(example(record, text, indices))
-    return [
-        *finding(
-            "caption-without-box",
-            "{n} captions name what no box shows",
-            "box it, or take it out of the caption",
-            unshown,
-            total=len(records),
-            unit="records",
-        ),
-        *finding(
-            "box-without-caption",
-            f"{{n}} boxes, in {len(unnamed)} records, show what the caption leaves out, though it names others",
-            "name all of them, or none",
-            unnamed,
-            total=boxes,
-            unit="boxes",
-            count=unnamed_count,
-        ),
-    ]
+            found.add("box-without-caption", record, text, boxes, count=len(boxes))
 
 
-def _known(match: str, counts: Counter[str]) -> str:
-    return next((m for m in (match, match.removesuffix("s"), match.removesuffix("es")) if m in counts), match)
-
-
-def _uneven(records: Sequence[Record], boxes: int) -> list[Finding]:
-    counts = few_phrases(records)
-    if not counts or len(counts) < 2 or boxes / len(counts) < _ENOUGH_BOXES:
-        return []
+def _uneven(found: Findings, records: Sequence[Record], counts: Counter[str]) -> None:
     (most, many), (least, few) = counts.most_common()[0], counts.most_common()[-1]
-    if many < UNEVEN * few:
-        return []
-    rare = [
-        example(record, f"one of the {few} boxes of {least!r}", hit)
-        for record in records
-        if (hit := [n for n, box in enumerate(record.layout.boxes) if _plain(box.phrase) == least])
-    ]
-    return finding(
-        "label-imbalance",
-        f"{many} boxes say {most!r}, {few} say {least!r}: {many / few:.1f} times as many",
-        "add images of the rare ones, or repeat their lines",
-        rare,
-        total=boxes,
-        unit="boxes",
-        count=few,
-    )
+    if len(counts) < 2 or counts.total() / len(counts) < _ENOUGH_BOXES or many < UNEVEN * few:
+        return
+    values: dict[str, Any] = {"most": most, "many": many, "least": least, "few": few, "times": many / few}
+    for record in records:
+        boxes = [n for n, box in enumerate(record.layout.boxes) if _plain(box.phrase) == least]
+        if boxes:
+            text = f"one of the {few} boxes of {least!r}"
+            found.add("label-imbalance", record, text, boxes, count=len(boxes), **values)
 
 
 def _plain(text: str) -> str:
