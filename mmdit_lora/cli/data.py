@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -31,12 +31,17 @@ from mmdit_lora.errors import InputError, several, shown, unknown_key
 from mmdit_lora.outputs import check_new_file, check_new_folder, new_folder, refuse_inputs
 
 if TYPE_CHECKING:
-    from mmdit_lora.data.records import Item, Record
-if TYPE_CHECKING:
-    from mmdit_lora.data.stats import Stats
-if TYPE_CHECKING:
     from mmdit_lora.data.check import CheckReport
-    from mmdit_lora.data.records import Record
+    from mmdit_lora.data.formats import Source
+    from mmdit_lora.data.records import Item, Record
+    from mmdit_lora.data.stats import Stats
+
+SAMPLE = 10_000  # records of shards that are looked at
+DEFAULT_FOLDER = "outputs/cache"
+_LARGEST = 2**40  # bytes of a shard; places in an index reach twice as far
+_PHRASES_SHOWN = 12
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def register(app: typer.Typer) -> None:
@@ -165,24 +170,18 @@ def convert(
 def _phrase_map(pairs: Iterable[str]) -> dict[str, str]:
     phrases: dict[str, str] = {}
     for pair in pairs:
-        name, equals, phrase = pair.partition("=")
-        if not equals or not name.strip() or not phrase.strip():
-            raise InputError(
-                f"is {pair!r}", location="--map", hint='write a class and its phrase: --map RBC="a red blood cell"'
-            )
-        if phrases.setdefault(name.strip(), phrase.strip()) != phrase.strip():
-            raise InputError(
-                f"gives {shown(name.strip())} two phrases, {shown(phrases[name.strip()])} and {shown(phrase.strip())}",
-                location="--map",
-                hint="keep one of the two",
-            )
+        name, _, phrase = (part.strip() for part in pair.partition("="))
+        if not name or not phrase:
+            hint = 'write a class and its phrase: --map RBC="a red blood cell"'
+            raise InputError(f"is {pair!r}", location="--map", hint=hint)
+        if phrases.setdefault(name, phrase) != phrase:
+            what = f"gives {shown(name)} two phrases, {shown(phrases[name])} and {shown(phrase)}"
+            raise InputError(what, location="--map", hint="keep one of the two")
     return phrases
 
 
 def _file_names(records: Iterable[Record]) -> dict[Path, str]:
     """Names for the images: their own, or, where two folders hold one name, their paths below what they share."""
-    import os
-
     images = {record.image for record in records}
     if len({image.name for image in images}) == len(images):
         return {image: image.name for image in images}
@@ -190,7 +189,7 @@ def _file_names(records: Iterable[Record]) -> dict[Path, str]:
     return {image: image.relative_to(shared).as_posix() for image in images}
 
 
-def _items(records: Iterable[Record], names: Mapping[Path, str]) -> Iterable[Item]:
+def _items(records: Iterable[Record], names: Mapping[Path, str]) -> list[Item]:
     return [(names[record.image], record.image, record.layout) for record in records]
 
 
@@ -201,19 +200,13 @@ def formats(
     from mmdit_lora.data.formats import FORMATS, format_table
 
     if as_json:
-        print(
-            json.dumps(
-                {
-                    name: {"source": kind.source, "convention": kind.convention, "written": kind.write is not None}
-                    for name, kind in FORMATS.items()
-                }
-            )
-        )
+        facts = {
+            n: {"source": f.source, "convention": f.convention, "written": f.write is not None}
+            for n, f in FORMATS.items()
+        }
+        print(json.dumps(facts))
     else:
         print(format_table())
-
-
-_LARGEST = 2**40  # bytes; places in an index reach twice as far
 
 
 def shard(
@@ -313,11 +306,9 @@ def split(
     check_new_folder(out, verb="data split", inputs={"DATA": data})
     records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
     train, validation = split_records(records, share, by=by, location=str(data))
-    write_splits(
-        out,
-        {"train": _as_items(train, data), "validation": _as_items(validation, data)},
-        verb="data split",
-    )
+    names = {record.image: record.image.relative_to(data).as_posix() for record in records}
+    parts = {"train": _items(train, names), "validation": _items(validation, names)}
+    write_splits(out, parts, verb="data split")
     extra = Counter(column for record in records for column in record.extra)
     if extra:
         say(f"warning: columns that mean nothing here were not written: {', '.join(sorted(extra))}")
@@ -325,15 +316,6 @@ def split(
     say(f"wrote {len(train)} layouts to {out / 'train'}, {len(validation)} to {out / 'validation'}")
     if as_json:
         emit({"out": str(out), "by": by, **counts})
-
-
-def _as_items(records: Sequence[Record], folder: Path) -> list[Item]:
-    return [(record.image.relative_to(folder).as_posix(), record.image, record.layout) for record in records]
-
-
-_PHRASES_SHOWN = 12
-
-SAMPLE = 10_000  # records of shards that are looked at
 
 
 def stats(
@@ -363,14 +345,10 @@ def stats(
 
 
 def _lines(found: Stats) -> Iterator[str]:
-    yield (
-        f"{found.images} images, {found.layouts} layouts, {found.boxes} boxes, "
-        f"{found.distinct_phrases} distinct phrases"
-    )
-    counts = ", ".join(f"{boxes} ({count}x)" for boxes, count in found.boxes_per_layout.items())
-    yield f"boxes a layout: {counts}"
-    yield f"{'':24}" + "".join(f"{name:>9}" for name in ("min", "q05", "q25", "median", "q75", "q95", "max"))
-    rows = {
+    counts = f"{found.images} images, {found.layouts} layouts, {found.boxes} boxes"
+    yield f"{counts}, {found.distinct_phrases} distinct phrases"
+    yield f"boxes a layout: {', '.join(f'{boxes} ({count}x)' for boxes, count in found.boxes_per_layout.items())}"
+    spreads = {
         "width, pixels": found.width,
         "height, pixels": found.height,
         "width / height": found.aspect,
@@ -378,18 +356,14 @@ def _lines(found: Stats) -> Iterator[str]:
         "box's width / height": found.box_aspect,
         "words a caption": found.caption_words,
     }
-    for name, spread in rows.items():
+    yield f"{'':24}" + "".join(f"{name:>9}" for name in ("min", "q05", "q25", "median", "q75", "q95", "max"))
+    for name, spread in spreads.items():
         if spread is not None:
             yield f"{name:24}" + "".join(f"{value:>9.4g}" for value in spread.values())
     for phrase, count in list(found.phrases.items())[:_PHRASES_SHOWN]:
         yield f"{count:>7}x {phrase}"
     if found.distinct_phrases > _PHRASES_SHOWN:
         yield f"         and {found.distinct_phrases - _PHRASES_SHOWN} other phrases"
-
-
-DEFAULT_FOLDER = "outputs/cache"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def cache(
@@ -534,12 +508,12 @@ def check(
     else:
         own_format, own_units = bbox_format, bbox_units
     tokens = clip_tokens(base)
-    found = _read(data, from_, split, images, skip_missing, own_format, own_units)
+    found = _read(data, from_, own_format, own_units, split=split, images=images, skip_missing=skip_missing)
     other_format = against_from or from_
     # The conventions that were declared are of DATA; those of a set in another format are its own.
     declared = (own_format, own_units) if other_format == from_ else (None, None)
-    others = _read(against, other_format, None, None, skip_missing, *declared).records if against else []
-    report = check_dataset(found.records, against=others, tokens=tokens, **judged, **found.told)
+    others = _read(against, other_format, *declared, skip_missing=skip_missing).records if against else []
+    report = check_dataset(found.records, against=others, tokens=tokens, **judged, **found.given)
     report.notes.extend(found.notes)
     _print(report)
     if out is not None:
@@ -550,24 +524,24 @@ def check(
     _raise_errors(report, data)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Records, what `check_dataset` is told of how they were read, and lines for people."""
+class _Found(NamedTuple):
+    """Records, what `check_dataset` is given of how they were read, and lines for people."""
 
     records: Sequence[Record]
-    told: dict[str, Any]
-    notes: list[str]
-    source: Any = None  # holds images that lay inside other files, as long as this lives
+    given: dict[str, Any]
+    notes: Sequence[str] = ()
+    source: Source | None = None  # holds images that lay inside other files, as long as this lives
 
 
 def _read(
     data: str,
     from_: str | None,
-    split: str | None,
-    images: Path | None,
-    skip_missing: bool,
     bbox_format: str | None,
     bbox_units: str | None,
+    *,
+    split: str | None = None,
+    images: Path | None = None,
+    skip_missing: bool = False,
 ) -> _Found:
     from mmdit_lora.data.check import read_written
     from mmdit_lora.data.formats import read_format
@@ -579,7 +553,7 @@ def _read(
     if from_ not in (None, "jsonl"):
         source = read_format(
             from_,
-            Path(data),
+            data,
             split=split,
             images=images,
             bbox_format=bbox_format,
@@ -587,37 +561,34 @@ def _read(
             skip_missing=skip_missing,
             collect_errors=True,
         )
-        told = {"errors": source.errors, "left_out": dict(source.left_out), "warnings": source.warnings}
-        return _Found(source.records, told, list(source.remarks), source)
+        given = {"errors": source.errors, "left_out": dict(source.left_out), "warnings": source.warnings}
+        return _Found(source.records, given, source.remarks, source)
     for option, value in (("--images", images), ("--split", split)):
         if value is not None:
             raise InputError("belongs to --from FORMAT", location=option, hint="leave it away")
     conventions = {"bbox_format": bbox_format or "xyxy", "bbox_units": bbox_units or "relative"}
     if is_scenes(data) or is_sharded(
         data
-    ):  # opening them reads every layout and every header, unless an index says it was done
+    ):  # opening shards reads every layout and header, unless an index says it was done
         lines: list[str] = []
         records, total = sample_dataset(data, SAMPLE, **conventions, tell=lines.append)
-        return _Found(
-            records,
-            {"warnings": lines},
-            [f"{len(records)} of {total} records, evenly spread, are what the rest is about"],
-        )
+        note = f"{len(records)} of {total} records, evenly spread, are what the rest is about"
+        return _Found(records, {"warnings": lines}, [note])
     warnings = Warnings()
     records, errors = scan_dataset(data, **conventions, warnings=warnings)
-    written = read_written(Path(data), **conventions)
-    return _Found(records, {"errors": errors, "written": written, "warnings": warnings.lines()}, [])
+    written = read_written(data, **conventions)
+    return _Found(records, {"errors": errors, "written": written, "warnings": warnings.lines()})
 
 
 def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str | None, str | None]]:
     """Data, validation set, base, how the images are used, and the conventions, as a run's config has them."""
+    import torch
+
     from mmdit_lora.config.loading import load_config
     from mmdit_lora.training.load_base import open_encoders
     from mmdit_lora.training.setup import run_buckets
 
     config = load_config(path)
-    import torch
-
     section = config.data
     judged = {
         "buckets": run_buckets(config, open_encoders(config, torch.float32, texts=False)),
@@ -678,6 +649,5 @@ def _raise_errors(report: CheckReport, data: str) -> None:
     if len(report.errors) == 1:
         raise InputError("\n".join(filter(None, (report.errors[0], report.hint))))
     if report.errors:
-        raise several(
-            [InputError(message.splitlines()[0]) for message in report.errors], location=data, hint=report.hint
-        )
+        first = [InputError(message.splitlines()[0]) for message in report.errors]
+        raise several(first, location=data, hint=report.hint)

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageDraw
 
-from mmdit_lora.data.check.findings import Corners, Example
+from mmdit_lora.boxes import Four
+from mmdit_lora.data.check.findings import Example
 from mmdit_lora.data.check.report import CheckReport
 from mmdit_lora.data.images import load_image, opened
 from mmdit_lora.errors import InputError
@@ -118,7 +119,7 @@ def thumbnail(example: Example) -> str | None:
     canvas.paste(image.resize((width, height)), (left, top))
     draw = ImageDraw.Draw(canvas)
 
-    def corners(box: Corners, grow: int) -> tuple[float, float, float, float]:
+    def corners(box: Four, grow: int) -> tuple[float, float, float, float]:
         """In pixels and in order, whichever order the box has them in."""
         x = sorted(left + min(max(v, -0.5), 1.5) * (width - 1) for v in box[0::2])
         y = sorted(top + min(max(v, -0.5), 1.5) * (height - 1) for v in box[1::2])
