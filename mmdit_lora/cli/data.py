@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -25,16 +25,27 @@ from mmdit_lora.cli.options import (
     SkipMissing,
     number,
 )
-from mmdit_lora.cli.output import emit, say
+from mmdit_lora.cli.output import ProgressLines, emit, say
+from mmdit_lora.config.loading import Config, load_config
 from mmdit_lora.config.ranges import COUNT, PART, SEED, Range
+from mmdit_lora.data.buckets import one_size
+from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, read_written
+from mmdit_lora.data.check.page import page
+from mmdit_lora.data.filters import filter_records, parse_filter
+from mmdit_lora.data.formats import FORMATS, Source, find_format, format_table, read_format, write_format
+from mmdit_lora.data.init_config import commented_config
+from mmdit_lora.data.records import Item, Record, Warnings, read_dataset, scan_dataset, write_splits
+from mmdit_lora.data.shapes import DOMAINS, is_scenes, write_dataset
+from mmdit_lora.data.shards import is_sharded
+from mmdit_lora.data.shards.write import write_shards
+from mmdit_lora.data.sources import sample_dataset
+from mmdit_lora.data.split import split_records
+from mmdit_lora.data.stats import Stats, dataset_stats
 from mmdit_lora.errors import InputError, several, shown, unknown_key
+from mmdit_lora.files import write_json, write_text
 from mmdit_lora.outputs import check_new_file, check_new_folder, new_folder, refuse_inputs
-
-if TYPE_CHECKING:
-    from mmdit_lora.data.check import CheckReport
-    from mmdit_lora.data.formats import Source
-    from mmdit_lora.data.records import Item, Record
-    from mmdit_lora.data.stats import Stats
+from mmdit_lora.visual import contact_sheet, is_marked_png, save_png
+from mmdit_lora.visual.compose import fit
 
 SAMPLE = 10_000  # records of shards that are looked at
 DEFAULT_FOLDER = "outputs/cache"
@@ -63,9 +74,6 @@ def init(
     bbox_units: BoxUnits = "relative",
 ) -> None:
     """Print a commented config for your own data set."""
-    from mmdit_lora.data.init_config import commented_config
-    from mmdit_lora.files import write_text
-
     if out is not None:
         check_new_file(out, verb="init", inputs={"DATA": data, "--base": base})
     text = commented_config(data, base=base, bbox_format=bbox_format, bbox_units=bbox_units)
@@ -87,8 +95,6 @@ def make(
     as_json: JsonFlag = False,
 ) -> None:
     """Make a procedural data set."""
-    from mmdit_lora.data.shapes import DOMAINS, write_dataset
-
     if domain not in DOMAINS:
         raise unknown_key(domain, DOMAINS, location="--domain")
     check_new_folder(out, verb="data make")
@@ -131,9 +137,6 @@ def convert(
     as_json: JsonFlag = False,
 ) -> None:
     """Convert a data set of another format."""
-    from mmdit_lora.data.formats import find_format, read_format, write_format
-    from mmdit_lora.data.split import split_records
-
     find_format(to, option="--to")
     inputs = {"SRC": src, "--images": images, "--captions": captions}
     check_new_folder(out, verb="data convert", inputs=inputs)
@@ -197,8 +200,6 @@ def formats(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the formats of data sets that are read and written."""
-    from mmdit_lora.data.formats import FORMATS, format_table
-
     if as_json:
         facts = {
             n: {"source": f.source, "convention": f.convention, "written": f.write is not None}
@@ -219,10 +220,6 @@ def shard(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a data set as tar shards (webdataset's convention): a few large files, read from any store without a list in memory."""
-    from mmdit_lora.data.filters import filter_records, parse_filter
-    from mmdit_lora.data.records import read_dataset
-    from mmdit_lora.data.shards.write import write_shards
-
     most = parse_bytes(size, location="--size")
     if not 0 < most <= _LARGEST:
         raise InputError(f"is {size}", location="--size", hint="give from 1 to 1TiB, e.g. 500MB")
@@ -254,11 +251,6 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Draw a contact sheet: images with their boxes, phrases and captions."""
-    from mmdit_lora.data.filters import filter_records, parse_filter
-    from mmdit_lora.data.sources import sample_dataset
-    from mmdit_lora.visual import contact_sheet, is_marked_png, save_png
-    from mmdit_lora.visual.compose import fit
-
     if Path(out).suffix.lower() != ".png":
         raise InputError("is no .png", location=f"--out {out}", hint="give a file name that ends in .png")
     check_new_file(out, verb="data show", inputs={"DATA": data}, is_own=is_marked_png)
@@ -300,9 +292,6 @@ def split(
     as_json: JsonFlag = False,
 ) -> None:
     """Part a data set in two, the same way each time; all layouts of an image go to one side."""
-    from mmdit_lora.data.records import read_dataset, write_splits
-    from mmdit_lora.data.split import split_records
-
     check_new_folder(out, verb="data split", inputs={"DATA": data})
     records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
     train, validation = split_records(records, share, by=by, location=str(data))
@@ -326,10 +315,6 @@ def stats(
     as_json: JsonFlag = False,
 ) -> None:
     """Say how large images and boxes are, how many, and what the phrases are; with a filter, of what it leaves."""
-    from mmdit_lora.data.filters import filter_records, parse_filter
-    from mmdit_lora.data.sources import sample_dataset
-    from mmdit_lora.data.stats import dataset_stats
-
     rules = parse_filter(filter_ or [])
     records, total = sample_dataset(data, SAMPLE, bbox_format=bbox_format, bbox_units=bbox_units)
     filtered = filter_records(records, rules, location="--filter")
@@ -392,8 +377,6 @@ def cache(
     ] = False,
 ) -> None:
     """Encode images, captions and phrases in advance. It goes on where it was stopped; several may fill one folder."""
-    from mmdit_lora.config.loading import Config, load_config
-
     most = None if prune is None else parse_bytes(prune, location="--prune")
     if source.is_dir():
         if overrides:
@@ -408,7 +391,6 @@ def cache(
     folder = Path(out if out is not None else config.data.cache or DEFAULT_FOLDER)
     inputs = {"base": config.base, "data.path": config.data.path, "data.validation": config.data.validation}
     refuse_inputs([folder], inputs, verb="data cache", inside=False)
-    from mmdit_lora.cli.output import ProgressLines
     from mmdit_lora.data.cache import DiskCache
     from mmdit_lora.training.fill_cache import fill_cache
 
@@ -490,8 +472,6 @@ def check(
 
     With a run's config, it is judged as that run would use it: its buckets, its crop, its batch, its validation set.
     """
-    from mmdit_lora.data.buckets import one_size
-    from mmdit_lora.data.check import check_dataset, clip_tokens
 
     inputs: dict[str, str | Path | None] = {"DATA": data, "--images": images, "--against": against, "--base": base}
     if out is not None:
@@ -543,12 +523,6 @@ def _read(
     images: Path | None = None,
     skip_missing: bool = False,
 ) -> _Found:
-    from mmdit_lora.data.check import read_written
-    from mmdit_lora.data.formats import read_format
-    from mmdit_lora.data.records import Warnings, scan_dataset
-    from mmdit_lora.data.shapes import is_scenes
-    from mmdit_lora.data.shards import is_sharded
-    from mmdit_lora.data.sources import sample_dataset
 
     if from_ not in (None, "jsonl"):
         source = read_format(
@@ -584,7 +558,6 @@ def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str 
     """Data, validation set, base, how the images are used, and the conventions, as a run's config has them."""
     import torch
 
-    from mmdit_lora.config.loading import load_config
     from mmdit_lora.training.load_base import open_encoders
     from mmdit_lora.training.setup import run_buckets
 
@@ -635,8 +608,6 @@ def _print_table(report: CheckReport) -> None:
 
 
 def _write(report: CheckReport, records: Iterable[Record], data: str, out: Path) -> None:
-    from mmdit_lora.data.check.page import page
-    from mmdit_lora.files import write_json, write_text
 
     boxes = [box for record in records for box in record.layout.boxes]
     with new_folder(out, verb="data check") as folder:
