@@ -30,7 +30,6 @@ from mmdit_lora.config.loading import Config, load_config
 from mmdit_lora.config.ranges import COUNT, PART, SEED, Range
 from mmdit_lora.data.buckets import one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, read_written
-from mmdit_lora.data.check.page import page
 from mmdit_lora.data.filters import filter_records, parse_filter
 from mmdit_lora.data.formats import FORMATS, Source, find_format, format_table, read_format, write_format
 from mmdit_lora.data.init_config import commented_config
@@ -608,6 +607,7 @@ def _print_table(report: CheckReport) -> None:
 
 
 def _write(report: CheckReport, records: Iterable[Record], data: str, out: Path) -> None:
+    from mmdit_lora.data.check.page import page
 
     boxes = [box for record in records for box in record.layout.boxes]
     with new_folder(out, verb="data check") as folder:
