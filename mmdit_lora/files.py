@@ -33,6 +33,7 @@ _OLD = "was"  # in a temporary folder: what was moved aside, under its own name
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_MOST_WIDE = 2**30  # bytes of a UTF-16 file that is read line by line
 
 
 def require_file(path: str | Path, *, what: str = "file", hint: str | None = None) -> Path:
@@ -54,10 +55,8 @@ def require_file(path: str | Path, *, what: str = "file", hint: str | None = Non
         reason = f"no such {what}" if missing else f"cannot be read: {getattr(error, 'strerror', error)}"
         raise InputError(reason, location=str(path), hint=hint) from None
     if not stat.S_ISREG(mode):
-        article = "an" if what[0] in "aeiou" else "a"
-        raise InputError(
-            f"is {kind_of(mode)}, not {article} {what}", location=str(path), hint=hint or "give a regular file"
-        )
+        wrong = f"is {kind_of(mode)}, not {'an' if what[0] in 'aeiou' else 'a'} {what}"
+        raise InputError(wrong, location=str(path), hint=hint or "give a regular file")
     return path
 
 
@@ -72,11 +71,8 @@ def inside(folder: str | Path, name: Any, *, location: str, what: str = "file") 
     """
     parts = PureWindowsPath(name).parts if isinstance(name, str) else ()  # both separators, and drives
     if not parts or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
-        raise InputError(
-            f"names the {what} {shown(name)}",
-            location=location,
-            hint="give a relative path below the folder, without '..'",
-        )
+        hint = "give a relative path below the folder, without '..'"
+        raise InputError(f"names the {what} {shown(name)}", location=location, hint=hint)
     return Path(folder) / name
 
 
@@ -178,26 +174,17 @@ def read_lines(
     path = require_file(path, what=what, hint=hint)
     try:
         with path.open("rb") as file:
-            start = file.read(4)
-            _refuse_utf32(start, str(path))
-            wide = start.startswith(_UTF16)
-            file.seek(0)
-            lines = io.TextIOWrapper(file, encoding="utf-16", newline="\n") if wide else file
+            wide = file.peek(4).startswith((*_UTF32, *_UTF16))
+            lines = io.BytesIO(read_text(path, what=what, limit=_MOST_WIDE).encode()) if wide else file
             for number in itertools.count(1):
                 line = lines.readline(longest + 1)
                 if not line:
                     return
                 if len(line) > longest:
-                    what_line = f"is longer than {longest / 2**20:g} MiB, the limit of a line"
-                    raise InputError(what_line, location=f"{path}:{number}", hint="write one record a line")
-                if isinstance(line, bytes):
-                    if number == 1:
-                        line = line.removeprefix(codecs.BOM_UTF8)
-                    line = decode_text(line, location=str(path), first_line=number)
-                if line := line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not whole UTF-16 text ({error.reason})", location=str(path)) from None
+                    too_long = f"is longer than {longest / 2**20:g} MiB, the limit of a line"
+                    raise InputError(too_long, location=f"{path}:{number}", hint="write one record a line")
+                if text := decode_text(line, location=str(path), first_line=number).strip():
+                    yield number, text
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", location=str(path)) from None
 
@@ -211,35 +198,24 @@ def decode_text(content: bytes, *, location: str, first_line: int = 1) -> str:
     Raises:
         InputError: the encoding is another one.
     """
-    _refuse_utf32(content, location)
+    hint = "save it as UTF-8"
+    if content.startswith(_UTF32):  # before UTF-16, whose mark the one of UTF-32 begins with
+        raise InputError("is UTF-32 text", location=location, hint=f"{hint} (iconv -f UTF-32 -t UTF-8 OLD > NEW)")
     wide = content.startswith(_UTF16)
+    if not wide and (nul := content.find(b"\0")) >= 0:
+        line = content.count(b"\n", 0, nul) + first_line
+        what = f"holds a NUL in line {line}, as UTF-16 or UTF-32 without a byte order mark does"
+        raise InputError(what, location=location, hint=hint)
     try:
-        if not wide and b"\0" in content:
-            line = content[: content.index(b"\0")].count(b"\n") + first_line
-            raise InputError(
-                f"holds a NUL in line {line}, as UTF-16 or UTF-32 without a byte order mark does",
-                location=location,
-                hint="save it as UTF-8",
-            )
-        return content.decode("utf-16") if wide else content.decode("utf-8-sig")
+        return content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         if wide:
-            raise InputError(
-                f"is not whole UTF-16 text ({error.reason} at byte {error.start})", location=location
-            ) from None
-        line = content[: error.start].count(b"\n") + first_line
-        raise InputError(
-            f"is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}, probably Windows-1252 (Latin-1)",
-            location=location,
-            hint="save it as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)",
-        ) from None
-
-
-def _refuse_utf32(content: bytes, location: str) -> None:
-    if content.startswith(_UTF32):  # before UTF-16, whose mark the one of UTF-32 begins with
-        raise InputError(
-            "is UTF-32 text", location=location, hint="save it as UTF-8 (iconv -f UTF-32 -t UTF-8 OLD > NEW)"
-        )
+            what = f"is not whole UTF-16 text ({error.reason} at byte {error.start})"
+            raise InputError(what, location=location) from None
+        line = content.count(b"\n", 0, error.start) + first_line
+        what = f"is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}, probably Windows-1252 (Latin-1)"
+        hint += " (iconv -f CP1252 -t UTF-8 OLD > NEW)"
+        raise InputError(what, location=location, hint=hint) from None
 
 
 @contextmanager
@@ -297,8 +273,9 @@ def atomic_folder(path: str | Path, *, before_swap: Callable[[Path], None] | Non
         temporary = _temporary(path)
 
         def undo() -> None:
-            for mine in path.parent.glob(f"{RESERVED}{tag_of(path.name)}-{os.getpid()}-*"):
-                _put_back(mine)
+            for moved in path.parent.glob(f"{RESERVED}{tag_of(path.name)}-{os.getpid()}-*/{_OLD}"):
+                _put_back(moved.parent)
+            shutil.rmtree(temporary, ignore_errors=True)
             remove_empty(made)
 
         with undone_at_end(undo):
