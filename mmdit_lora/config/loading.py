@@ -335,8 +335,8 @@ def _as_input_error(error: ValidationError, places: Mapping[tuple[Any, ...], str
     errors = error.errors()
     for unknown in errors:  # before all others
         if unknown["type"] in ("extra_forbidden", "invalid_key"):
-            *section, key = map(str, unknown["loc"])
-            return _unknown(key, tuple(section), _place((*section, key), places, file))
+            keys = tuple(map(str, unknown["loc"]))
+            return _unknown(unknown["loc"][-1], keys[:-1], _place(keys, places, file))
     first = errors[0]
     own = first.get("ctx", {}).get("error")
     if isinstance(own, InputError):
