@@ -30,6 +30,7 @@ from mmdit_lora.lora.style_names import EMBEDDINGS, LEAVES, REFUSED, FamilyNames
 
 logger = logging.getLogger("mmdit_lora")
 
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)  # sd-scripts writes an integer alpha as one
 _ADDED = {"alpha", "bias", "up_bias", "dora_scale", "magnitude"}  # beside any method's own tensors
 # Method: tensors that it needs, tensors that it may have.
 _METHODS: dict[str, tuple[set[str], set[str]]] = {
@@ -143,20 +144,24 @@ def read_style(
         raise InputError(
             "holds no LoRA for this pipeline: " + "; ".join(f"{why}: {listed(names)}" for why, names in ignored.items())
         )
-    _refuse_twice(found)
+    carriers: dict[tuple[str, str], str] = {}
+    for name, place in found.items():
+        for module in place.modules:
+            if (other := carriers.setdefault((place.component, module), name)) != name:
+                raise InputError(f"changes {module} twice: as {clip(other)} and as {clip(name)}")
 
     deltas: dict[str, dict[str, _Delta]] = {}
     without_alpha: list[str] = []
     for name, place in found.items():
         targets = [places.modules[place.component][module] for module in place.modules]
-        hint = _Hint(metadata or {}, place)
-        if "down" in modules[name] and "alpha" not in modules[name] and hint.alpha() is None:
-            without_alpha += [module for module in place.modules if "layout" in module]
         try:
-            whole = _delta(modules[name], targets, place, hint)
+            alpha, root = (None, False) if "alpha" in modules[name] else _stated(metadata or {}, place)
+            delta = _delta(modules[name], targets, place, alpha, root=root)
         except InputError as error:
             raise error.at(clip(name)) from None
-        deltas.setdefault(place.component, {}).update(_split(whole, place, targets))
+        if "down" in modules[name] and "alpha" not in modules[name] and alpha is None:
+            without_alpha += [module for module in place.modules if "layout" in module]
+        deltas.setdefault(place.component, {}).update(_split(delta, place, targets))
     if not any(delta.alpha or delta.bias is not None for there in deltas.values() for delta in there.values()):
         raise InputError("does nothing: every alpha in it is 0")
     parts = {component: _part(found_there, places.modules[component]) for component, found_there in deltas.items()}
@@ -189,7 +194,7 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
             refused[f"{REFUSED[ending]}, e.g. {clip(key)}"] += 1
         elif not ending or not isinstance(value, Tensor):
             unknown.append(key)
-        elif not value.dtype.is_floating_point and not (LEAVES[ending] == "alpha" and _is_integer(value)):
+        elif not value.dtype.is_floating_point and not (LEAVES[ending] == "alpha" and value.dtype in _INTEGERS):
             raise InputError(
                 f"is stored as {value.dtype}", location=clip(key), hint="give the file in fp32, fp16, bf16 or fp8"
             )
@@ -213,41 +218,18 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
     return modules, ignored
 
 
-def _is_integer(value: Tensor) -> bool:
-    """sd-scripts writes an alpha that was given as an integer as one."""
-    return value.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def _refuse_twice(found: Mapping[str, Place]) -> None:
-    carriers: dict[tuple[str, str], str] = {}
-    for name, place in found.items():
-        for module in place.modules:
-            if (other := carriers.setdefault((place.component, module), name)) != name:
-                raise InputError(f"changes {module} twice: as {clip(other)} and as {clip(name)}")
-
-
-class _Hint:
-    """What a file's metadata say about one module."""
-
-    def __init__(self, metadata: Mapping[str, Any], place: Place) -> None:
-        prefix = f"{place.component}."
-        self.config = {
-            key.removeprefix(prefix): value for key, value in metadata.items() if str(key).startswith(prefix)
-        }
-        self.modules = place.modules
-
-    def alpha(self) -> float | None:
-        """lora_alpha or what its pattern says; None where nothing is stated."""
-        alphas = {self._of(module) for module in self.modules}
-        if len(alphas) > 1:
-            raise InputError(f"the metadata state several alphas for one fused linear: {sorted(map(str, alphas))}")
-        return alphas.pop()
-
-    def _of(self, module: str) -> float | None:
-        value = self.config.get("lora_alpha")
-        patterns = self.config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise InputError(f"alpha_pattern is {clip(repr(patterns))}, not an object")
+def _stated(metadata: Mapping[str, Any], place: Place) -> tuple[float | None, bool]:
+    """What a file's metadata say of a module: its alpha (None where nothing is stated), and whether it is rank-stabilised."""
+    prefix = f"{place.component}."
+    config = {str(key).removeprefix(prefix): value for key, value in metadata.items() if str(key).startswith(prefix)}
+    root, patterns = config.get("use_rslora") or False, config.get("alpha_pattern") or {}
+    if not isinstance(root, bool):
+        raise InputError(f"use_rslora is {clip(repr(root))}, not true or false")
+    if not isinstance(patterns, dict):
+        raise InputError(f"alpha_pattern is {clip(repr(patterns))}, not an object")
+    alphas: set[float | None] = set()
+    for module in place.modules:
+        value = config.get("lora_alpha")
         for pattern, stated in patterns.items():
             # PEFT takes these for regular expressions; writers give plain names, with "^" for a whole one.
             if re.search(r"[^\w.^-]", pattern):
@@ -256,22 +238,22 @@ class _Hint:
             if module == bare or (bare == pattern and module.endswith(f".{bare}")):
                 value = stated
                 break
-        if value is None:
-            return None
-        if value not in FINITE:
+        if value is not None and value not in FINITE:
             raise InputError(f"lora_alpha is {clip(repr(value))}, not a finite number")
-        return float(value)
-
-    @property
-    def by_root(self) -> bool:
-        value = self.config.get("use_rslora") or False
-        if not isinstance(value, bool):
-            raise InputError(f"use_rslora is {clip(repr(value))}, not true or false")
-        return value
+        alphas.add(None if value is None else float(value))
+    if len(alphas) > 1:
+        raise InputError(f"the metadata state several alphas for one fused linear: {sorted(map(str, alphas))}")
+    return alphas.pop(), root
 
 
-def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, hint: _Hint) -> _Delta:
-    """The change of the (fused) linear that `targets` make up, in the file's order of rows."""
+def _delta(
+    tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, alpha: float | None, *, root: bool
+) -> _Delta:
+    """The change of the (fused) linear that `targets` make up, in the file's order of rows.
+
+    Args:
+        alpha, root: what the metadata state, where the tensors hold no alpha.
+    """
     method = _method(tensors)
     width_in = math.prod(targets[0].weight.shape[1:]) if isinstance(targets[0], nn.Conv2d) else targets[0].in_features
     width_out = sum(_rows(target) for target in targets)
@@ -288,8 +270,11 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
         )
     if not down.shape[0]:
         raise InputError("has rank 0")
-    alpha = _alpha(tensors, rank, hint)
-    scale = 1.0 if alpha is None or rank is None else alpha / (math.sqrt(rank) if _root(tensors, hint) else rank)
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1:
+            raise InputError(f"alpha has {tensors['alpha'].numel()} numbers")
+        alpha = float(tensors["alpha"].item())
+    scale = 1.0 if alpha is None or rank is None else alpha / (math.sqrt(rank) if root else rank)
     full = down.shape[0] >= min(width_out, width_in) and method != "LoRA"
     bias = _bias(tensors, scale, width_out)
     if bias is not None and any(target.bias is None for target in targets):
@@ -297,10 +282,9 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
     magnitude = tensors.get("magnitude")
     if magnitude is not None and magnitude.numel() != width_out:
         raise InputError(f"has {magnitude.numel()} magnitudes, and {location} has {width_out} rows")
-    kept = (
-        alpha is not None and rank == down.shape[0] and not _root(tensors, hint)
-    )  # its own bits, as PEFT divides them
-    delta = _Delta(up, down, alpha if kept else scale * down.shape[0], bias, magnitude, full)  # type: ignore[arg-type]
+    if alpha is None or rank != down.shape[0] or root:  # else its own bits, as PEFT divides them
+        alpha = scale * down.shape[0]
+    delta = _Delta(up, down, alpha, bias, magnitude, full)
     if "dora_scale" in tensors:
         weight = torch.cat([_weight(target).flatten(1) for target in targets])
         if place.halves_swapped:
@@ -313,17 +297,14 @@ def _delta(tensors: Mapping[str, Tensor], targets: Sequence[Any], place: Place, 
     if not all(number.float().isfinite().all() for number in (delta.up, delta.down, largest)):
         factors = f"factors up to {delta.up.abs().max():.3g} and {delta.down.abs().max():.3g}"
         raise InputError(f"its change is not finite in fp32: {factors}, alpha {delta.alpha:.3g}")
-    if largest > MAX_UPDATE and (entry := _largest(delta)) > MAX_UPDATE:
-        raise InputError(
-            f"changes a weight by {entry:.3g}, more than {MAX_UPDATE:g}",
-            hint="its alpha or its weights are wrong: get it anew",
-        )
+    if largest > MAX_UPDATE:  # a bound alone
+        entry = abs(delta.alpha) / delta.down.shape[0] * (delta.up.double() @ delta.down.double()).abs().max().item()
+        if entry > MAX_UPDATE:
+            raise InputError(
+                f"changes a weight by {entry:.3g}, more than {MAX_UPDATE:g}",
+                hint="its alpha or its weights are wrong: get it anew",
+            )
     return delta
-
-
-def _largest(delta: _Delta) -> float:
-    """The largest entry of a change."""
-    return abs(delta.alpha) / delta.down.shape[0] * (delta.up.double() @ delta.down.double()).abs().max().item()
 
 
 def _method(tensors: Mapping[str, Tensor]) -> str:
@@ -360,11 +341,12 @@ def _factors(method: str, t: Mapping[str, Tensor], width_out: int, width_in: int
         (up_1, down_1), (up_2, down_2) = pairs
         if up_1.shape[0] != up_2.shape[0] or down_1.shape[1] != down_2.shape[1]:
             raise RuntimeError
+        rank = t["hada_w1_b"].shape[0]
         if up_1.shape[1] * up_2.shape[1] >= min(width_out, width_in):
-            return *_whole((up_1 @ down_1) * (up_2 @ down_2)), t["hada_w1_b"].shape[0]
+            return *_whole((up_1 @ down_1) * (up_2 @ down_2)), rank
         up = (up_1[:, :, None] * up_2[:, None, :]).flatten(1)
         down = (down_1[:, None, :] * down_2[None, :, :]).flatten(0, 1)
-        return up, down, t["hada_w1_b"].shape[0]
+        return up, down, rank
     if method == "LoKr":
         decomposed: int | None = None
         kron = []
@@ -410,18 +392,6 @@ def _whole(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if columns <= rows:
         return matrix, torch.eye(columns, dtype=matrix.dtype)
     return torch.eye(rows, dtype=matrix.dtype), matrix
-
-
-def _alpha(tensors: Mapping[str, Tensor], rank: int | None, hint: _Hint) -> float | None:
-    if "alpha" not in tensors:
-        return hint.alpha() if rank is not None else None
-    if tensors["alpha"].numel() != 1:
-        raise InputError(f"alpha has {tensors['alpha'].numel()} numbers")
-    return float(tensors["alpha"].item())
-
-
-def _root(tensors: Mapping[str, Tensor], hint: _Hint) -> bool:
-    return "alpha" not in tensors and hint.by_root
 
 
 def _bias(tensors: Mapping[str, Tensor], scale: float, width_out: int) -> Tensor | None:
