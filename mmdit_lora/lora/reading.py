@@ -16,8 +16,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from math import isfinite
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +44,7 @@ MAX_RANK = 16_384
 MAX_ALPHA = 1e6
 _MAX_PATTERNS = 4_096
 _MATCHING_SECONDS = 2.0
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias")
 # Fields of PEFT's config that say what a plain LoRA is; `bias` is refused by its value. Any other must be at its default.
 _PLAIN_FIELDS = frozenset(
     [
@@ -129,15 +129,15 @@ def read_adapter(source: str | Path, model: nn.Module) -> StoredAdapter:
                 hint="load it with pipe.load_lora_weights",
             )
         state = {name.removeprefix(prefix): value for name, value in tensors.items()}
-        told = _json_object(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), LORA_ADAPTER_METADATA_KEY, path)
-        told = {key.removeprefix(prefix): value for key, value in told.items()}
+        stated = _json_object(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), LORA_ADAPTER_METADATA_KEY, path)
+        stated = {key.removeprefix(prefix): value for key, value in stated.items()}
         if form == "creatilayout":
-            state, told = _from_creatilayout(state, told, model, path)
-        if told and "r" not in told:
+            state, stated = _from_creatilayout(state, stated, model, path)
+        if stated and "r" not in stated:
             raise InputError(f"{LORA_ADAPTER_METADATA_KEY} in its header states no rank (r)", location=str(path))
-        if not told:
+        if not stated:
             warn_without_alpha(clip(path, 300), len(_ranks(state)))
-        config = _config_of(_ranks(state), {}) if not told else _valid_config(told, str(path))
+        config = _config_of(_ranks(state), {}) if not stated else _valid_config(stated, str(path))
     tensors = {KEY_PREFIX + name: value for name, value in state.items()}
     return StoredAdapter(path, form, tensors, _resolved(config, tensors, path), header)
 
@@ -272,35 +272,16 @@ def _valid_config(data: Mapping[str, Any], location: str) -> peft.LoraConfig:
     Raises:
         InputError: PEFT takes no such config, or an entry cannot be applied.
     """
-    ranks, alphas = (_patterns(data, kind, location) for kind in ("rank_pattern", "alpha_pattern"))
-    entries = _plain_entries(data, location) | {"rank_pattern": ranks, "alpha_pattern": alphas}
     try:
+        entries = _plain_entries(data, location)
+        for kind in ("rank_pattern", "alpha_pattern"):
+            patterns = entries[kind] = entries.get(kind) or {}
+            if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
+                raise ValueError(f"{kind} is no object of names and values")
+            if len(patterns) > _MAX_PATTERNS:
+                raise ValueError(f"{kind} has {len(patterns):,} entries; {_MAX_PATTERNS:,} are read at most")
         config = peft.LoraConfig(**entries)
-        for name, rank in {"r": config.r, **_entries("rank_pattern", ranks)}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
-                raise ValueError(f"{name} is {clip(repr(rank), 60)}, not a whole number from 1 to {MAX_RANK:,}")
-        for name, alpha in {"lora_alpha": config.lora_alpha, **_entries("alpha_pattern", alphas)}.items():
-            if not _is_number(alpha) or not abs(alpha) <= MAX_ALPHA:
-                raise ValueError(f"{name} is {clip(repr(alpha), 60)}, not a finite number up to {MAX_ALPHA:,.0f}")
-            if alpha == 0 and name == "lora_alpha" and not any(alphas.values()):  # one of a few may be switched off
-                raise ValueError(f"{name} is 0, with which the adapter does nothing")
-        if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {clip(repr(config.lora_dropout), 60)}, not a share from 0 to below 1")
-        targets = config.target_modules
-        if not (targets is None or isinstance(targets, str) or _all(targets, str)):
-            raise ValueError("target_modules are no names")
-        if isinstance(targets, Collection) and not isinstance(targets, str) and len(targets) > _MAX_PATTERNS:
-            raise ValueError(f"target_modules has {len(targets):,} entries; {_MAX_PATTERNS:,} are read at most")
-        excluded, layers, pattern = config.exclude_modules, config.layers_to_transform, config.layers_pattern
-        if not (excluded is None or isinstance(excluded, str) or _all(excluded, str)):
-            raise ValueError("exclude_modules are no names")
-        if not (layers is None or (isinstance(layers, int) and not isinstance(layers, bool)) or _all(layers, int)):
-            raise ValueError(f"layers_to_transform is {clip(repr(layers), 60)}, not numbers of layers")
-        if not (pattern is None or isinstance(pattern, str) or _all(pattern, str)):
-            raise ValueError("layers_pattern are no names")
-        for name in ("use_rslora", "use_dora", "lora_bias"):
-            if not isinstance(getattr(config, name), bool):
-                raise ValueError(f"{name} is {clip(repr(getattr(config, name)), 60)}, not true or false")
+        _check_values(config)
     except InputError:
         raise
     except Exception as error:  # whatever PEFT makes of a config that is not one
@@ -308,21 +289,37 @@ def _valid_config(data: Mapping[str, Any], location: str) -> peft.LoraConfig:
     return config
 
 
-def _patterns(data: Mapping[str, Any], kind: str, location: str) -> dict[str, Any]:
-    """`rank_pattern` or `alpha_pattern` of a stored config, by name.
+def _check_values(config: peft.LoraConfig) -> None:
+    """Raises ValueError: a value that PEFT takes, and that is not of its kind."""
 
-    Raises:
-        InputError: it is no object, or a larger one than is read.
-    """
-    patterns = data.get(kind) or {}
-    if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
-        raise InputError(f"is not a valid LoraConfig: {kind} is no object of names and values", location=location)
-    if len(patterns) > _MAX_PATTERNS:
-        raise InputError(
-            f"is not a valid LoraConfig: {kind} has {len(patterns):,} entries; {_MAX_PATTERNS:,} are read at most",
-            location=location,
-        )
-    return patterns
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and abs(value) <= MAX_ALPHA  # not so NaN
+
+    def are(kind: type, value: Any) -> bool:
+        one = value is None or type(value) is kind
+        return one or (isinstance(value, list | set | tuple) and all(type(each) is kind for each in value))
+
+    def entries(kind: str) -> list[tuple[str, Any]]:
+        return [(f"{kind}[{clip(repr(key), 60)}]", value) for key, value in (getattr(config, kind) or {}).items()]
+
+    rank, alpha = f"a whole number from 1 to {MAX_RANK:,}", f"a finite number up to {MAX_ALPHA:,.0f}"
+    targets, dropout = config.target_modules, config.lora_dropout
+    if isinstance(targets, Collection) and not isinstance(targets, str) and len(targets) > _MAX_PATTERNS:
+        raise ValueError(f"target_modules has {len(targets):,} entries; {_MAX_PATTERNS:,} are read at most")
+    for name, value, kind, fits in (
+        *((n, v, rank, type(v) is int and 0 < v <= MAX_RANK) for n, v in [("r", config.r), *entries("rank_pattern")]),
+        *((n, v, alpha, is_number(v)) for n, v in [("lora_alpha", config.lora_alpha), *entries("alpha_pattern")]),
+        ("lora_dropout", dropout, "a share from 0 to below 1", is_number(dropout) and 0 <= dropout < 1),
+        ("layers_to_transform", config.layers_to_transform, "numbers of layers", are(int, config.layers_to_transform)),
+        *((n, v := getattr(config, n), "true or false", isinstance(v, bool)) for n in _SWITCHES),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {clip(repr(value), 60)}, not {kind}")
+    if config.lora_alpha == 0 and not any((config.alpha_pattern or {}).values()):  # one of a few may be switched off
+        raise ValueError("lora_alpha is 0, with which the adapter does nothing")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if not are(str, getattr(config, name)):
+            raise ValueError(f"{name} are no names")
 
 
 def _plain_entries(data: Mapping[str, Any], location: str) -> dict[str, Any]:
@@ -338,35 +335,18 @@ def _plain_entries(data: Mapping[str, Any], location: str) -> dict[str, Any]:
     for field in fields(peft.LoraConfig):
         if field.name not in data:
             continue
-        value = data[field.name]
+        value, default = data[field.name], field.default
         if field.name in _PLAIN_FIELDS:
             entries[field.name] = value
-        elif not (value is None or value is False or value in ([], {}) or _is_default(value, field.default)):
+        elif not (
+            value is None or value is False or value in ([], {}) or (type(value), value) == (type(default), default)
+        ):
             raise InputError(
                 f"{field.name} is set",
                 location=location,
                 hint=f"leave {field.name} out: only LoRA on linear layers is part of an adapter",
             )
     return entries
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    return default is not MISSING and type(value) is type(default) and value == default
-
-
-def _all(values: Any, kind: type) -> bool:
-    return isinstance(values, list | set | tuple) and all(type(value) is kind for value in values)
-
-
-def _entries(kind: str, patterns: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{kind}[{clip(repr(key), 60)}]": value for key, value in patterns.items()}
-
-
-def _is_number(value: Any) -> bool:
-    # An int may be too large for a float, and is finite.
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and (isinstance(value, int) or isfinite(value))
-    )
 
 
 def _config_of(ranks: Mapping[str, int], alphas: Mapping[str, float], **more: Any) -> peft.LoraConfig:
@@ -412,7 +392,8 @@ def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], location: 
     ranks = {name.removeprefix(KEY_PREFIX): rank for name, rank in _ranks(tensors).items()}
     if len(ranks) > _MAX_PATTERNS:
         raise InputError(f"adapts {len(ranks):,} linears; {_MAX_PATTERNS:,} are read at most", location=str(location))
-    _require_own_targets(config, ranks, str(location))
+    match = _Matcher(str(location))
+    _require_own_targets(config, ranks, match)
     by_expression = isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
     if (by_expression or config.layers_to_transform is not None or config.layers_pattern) and ranks:
         config.target_modules = sorted(ranks)
@@ -420,101 +401,95 @@ def _resolved(config: peft.LoraConfig, tensors: Mapping[str, Tensor], location: 
     for kind in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, kind) or {}
         if len(patterns) > 512 or not all(_PLAIN.fullmatch(pattern) for pattern in patterns):
-            setattr(config, kind, _by_module(patterns, ranks, kind, str(location)))
+            setattr(config, kind, _by_module(patterns, ranks, kind, match))
     return config
 
 
-def _require_own_targets(config: peft.LoraConfig, names: Collection[str], location: str) -> None:
+class _Matcher:
+    """A file's regular expressions on names of modules, within `_MATCHING_SECONDS` for all of them."""
+
+    def __init__(self, location: str) -> None:
+        self.location, self.seconds = location, _MATCHING_SECONDS
+
+    def __call__(self, pattern: str, name: str, kind: str, *, whole: bool = False) -> Any:
+        """The match of the end of a name, or of the `whole` name, as in PEFT; None where there is none.
+
+        Args:
+            kind: what the pattern is in the config, for messages.
+
+        Raises:
+            InputError: the pattern is no regular expression, is longer than anybody writes one, or no time is left.
+        """
+        if len(pattern) > 1_000:
+            raise self._refusal(pattern, kind, "is longer than 1,000 characters")
+        before = time.monotonic()
+        try:
+            regex.compile(pattern)  # alone: `a)(b` is none
+            match = regex.fullmatch if whole else regex.match
+            return match(pattern if whole else rf"(.*\.)?({pattern})$", name, timeout=max(self.seconds, 1e-3))
+        except TimeoutError:
+            raise self._refusal(pattern, kind, "takes too long to match") from None
+        except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+            raise self._refusal(pattern, kind, f"is no regular expression: {error}") from None
+        finally:
+            self.seconds -= time.monotonic() - before
+
+    def _refusal(self, pattern: str, kind: str, what: str) -> InputError:
+        return InputError(
+            f"{kind} {clip(repr(pattern), 100)} {what}", location=self.location, hint="state module names"
+        )
+
+
+def _require_own_targets(config: peft.LoraConfig, names: Collection[str], match: _Matcher) -> None:
     """Whether what the config selects by expression or by layer, which is all that PEFT goes by, is all that has tensors.
 
     Raises:
         InputError: it is not; PEFT would load a part, without a word.
     """
-    left = _MATCHING_SECONDS
+
+    def contradiction(what: str, name: str) -> InputError:
+        return InputError(
+            f"{what} {clip(name, 100)}, which the adapter holds: PEFT would not load it",
+            location=match.location,
+            hint="state the names of the modules in target_modules; `export --to peft` writes them",
+        )
+
     for kind, wanted in (("target_modules", True), ("exclude_modules", False)):
         pattern = getattr(config, kind)
         if not isinstance(pattern, str) or not pattern or (wanted and pattern.lower() == "all-linear"):
             continue
         for name in names:
-            matched, left = _matches(pattern, name, kind, location, left, whole=True)
-            if bool(matched) != wanted:
+            if bool(match(pattern, name, kind, whole=True)) != wanted:
                 how = "does not match" if wanted else "leaves out"
-                raise _contradiction(f"{kind} {clip(repr(pattern), 100)} {how}", name, location)
-    layers = config.layers_to_transform
+                raise contradiction(f"{kind} {clip(repr(pattern), 100)} {how}", name)
+    layers, patterns = config.layers_to_transform, config.layers_pattern or [r"[^.]*"]
     if layers is None or isinstance(config.target_modules, str):
         return
-    patterns = config.layers_pattern or [r"[^.]*"]
     for name in set(names) - set(config.target_modules or []):  # PEFT takes a module that is named whole from any layer
-        found = None
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            whole = rf"(?:.*?\.)?{pattern}\.(?P<layer>\d+)\..*"
-            found, left = _matches(whole, name, "layers_pattern", location, left, whole=True)
+            found = match(rf"(?:.*?\.)?{pattern}\.(?P<layer>\d+)\..*", name, "layers_pattern", whole=True)
             if found:
                 break
-        if found is None or int(found["layer"]) not in ([layers] if isinstance(layers, int) else layers):
-            raise _contradiction(f"layers_to_transform {clip(repr(layers), 100)} leaves out", name, location)
+        if not found or int(found["layer"]) not in ([layers] if isinstance(layers, int) else layers):
+            raise contradiction(f"layers_to_transform {clip(repr(layers), 100)} leaves out", name)
 
 
-def _contradiction(what: str, name: str, location: str) -> InputError:
-    return InputError(
-        f"{what} {clip(name, 100)}, which the adapter holds: PEFT would not load it",
-        location=location,
-        hint="state the names of the modules in target_modules; `export --to peft` writes them",
-    )
-
-
-def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, location: str) -> dict[str, Any]:
+def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, match: _Matcher) -> dict[str, Any]:
     """For every module that a pattern matches, its value by the full name; the first pattern counts, as in PEFT."""
     found: dict[str, Any] = {}
-    left = _MATCHING_SECONDS
     for pattern, value in patterns.items():
-        hit = False
-        for name in names:
-            if _PLAIN.fullmatch(pattern):
-                literal = pattern.replace("\\.", ".").removesuffix("$")
-                bare = literal.removeprefix("^")
-                matches = name == bare or (bare == literal and name.endswith(f".{bare}"))
-            else:
-                matches, left = _matches(pattern, name, kind, location, left)
-            if matches:
-                hit = True
-                found.setdefault(name, value)
-        if not hit:
-            raise InputError(f"{kind} {clip(repr(pattern), 100)} matches no module of the adapter", location=location)
+        if _PLAIN.fullmatch(pattern):
+            literal = pattern.replace("\\.", ".").removesuffix("$")
+            bare = literal.removeprefix("^")
+            hits = [name for name in names if name == bare or (bare == literal and name.endswith(f".{bare}"))]
+        else:
+            hits = [name for name in names if match(pattern, name, kind)]
+        if not hits:
+            what = f"{kind} {clip(repr(pattern), 100)} matches no module of the adapter"
+            raise InputError(what, location=match.location)
+        for name in hits:
+            found.setdefault(name, value)
     return {_exact(name): value for name, value in found.items()}
-
-
-def _matches(
-    pattern: str, name: str, kind: str, location: str, seconds: float, *, whole: bool = False
-) -> tuple[Any, float]:
-    """As PEFT matches a pattern, which is of a name's end, or of the `whole` name: the match or None, and the seconds left for others.
-
-    Raises:
-        InputError: the pattern is none, or no time is left.
-    """
-    _compiled(pattern, kind, location)
-    try:
-        before = time.monotonic()
-        of_end = pattern if whole else rf"(.*\.)?({pattern})$"
-        match = regex.fullmatch if whole else regex.match
-        matched = match(of_end, name, timeout=max(seconds, 1e-3))
-        return matched, seconds - (time.monotonic() - before)
-    except TimeoutError:
-        what = f"{kind} {clip(repr(pattern), 100)}"
-        raise InputError(f"{what} takes too long to match", location=location, hint="state module names") from None
-
-
-def _compiled(pattern: str, kind: str, location: str) -> None:
-    """Raises `InputError`: `pattern` is no regular expression, or longer than anybody writes one."""
-    what = f"{kind} {clip(repr(pattern), 100)}"
-    if len(pattern) > 1_000:
-        raise InputError(f"{what} is longer than 1,000 characters", location=location, hint="state module names")
-    try:
-        regex.compile(pattern)
-    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
-        raise InputError(
-            f"{what} is no regular expression: {error}", location=location, hint="state module names"
-        ) from None
 
 
 # -- names of others
@@ -560,14 +535,15 @@ def _from_kohya(
 
 
 def _from_creatilayout(
-    state: Mapping[str, Tensor], told: Mapping[str, Any], model: nn.Module, path: Path
+    state: Mapping[str, Tensor], stated: Mapping[str, Any], model: nn.Module, path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config under CreatiLayout's module names as PEFT has them on our modules."""
     try:
         variant = variant_of_model(model)
     except InputError as error:
         raise error.at(f"{path} is for CreatiLayout's stream") from None
-    told_by_kind = {kind: _patterns(told, kind, str(path)) for kind in ("rank_pattern", "alpha_pattern")}
+    config = _valid_config(stated, str(path))
+    patterns = {"rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}}
     ours: dict[str, str] = {}
     for name in _module_names(model):
         # Of the two that share a fused projection, the MLP's part is the one that can carry LoRA.
@@ -575,7 +551,7 @@ def _from_creatilayout(
         if is_linear and "layout" in name and not (name.startswith("single") and ".to_out" in name):
             ours[to_creatilayout(name, variant)] = name
     theirs = {name.partition(".lora_")[0] for name in state}
-    theirs |= {name.lstrip("^") for patterns in told_by_kind.values() for name in patterns}
+    theirs |= {name.lstrip("^") for each in patterns.values() for name in each}
     if unknown := sorted(theirs - ours.keys()):
         raise InputError(
             f"{clip(repr(unknown[0]), 100)} stands for no module of this base",
@@ -589,7 +565,9 @@ def _from_creatilayout(
         width = int(cast(Any, model.get_submodule(name)).in_features)
         # What a fused projection reads before the MLP's columns is the attention's, which the LoRA leaves alone.
         renamed[f"{name}.lora_{leaf}"] = value[:, -width:].contiguous() if leaf == "A.weight" else value
-    config = dict(told)
-    for kind, patterns in told_by_kind.items():
-        config[kind] = {_exact(ours[name.lstrip("^")]): each for name, each in patterns.items()}
-    return renamed, config | {"target_modules": sorted(_ranks(renamed))} if told else {}
+    if not stated:
+        return renamed, {}
+    by_name = {
+        kind: {_exact(ours[n.lstrip("^")]): value for n, value in each.items()} for kind, each in patterns.items()
+    }
+    return renamed, {**stated, **by_name, "target_modules": sorted(_ranks(renamed))}
