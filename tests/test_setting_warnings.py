@@ -12,7 +12,7 @@ import pytest
 
 from mmdit_lora.config.loading import Config
 from mmdit_lora.pipelines import load_pipeline
-from mmdit_lora.pipelines.texts import long_texts
+from mmdit_lora.pipelines.sampling import long_texts
 from mmdit_lora.training.preflight import idle_keys, preflight, setting_warnings
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_preflight import short_texts

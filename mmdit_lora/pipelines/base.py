@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import diffusers
 import torch
 import transformers
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import PeftModel
@@ -41,7 +42,6 @@ from mmdit_lora.models.adapter_layers import (
 from mmdit_lora.models.base import LayoutModelMixin
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.models.weight_files import forget_paths, opened_from, refuse_pickle, refuse_pickled_weights
-from mmdit_lora.pipelines.finite import FiniteImageProcessor, each_finite, require_finite
 from mmdit_lora.pipelines.styles import StyleLoader
 from mmdit_lora.resources import here_or_packaged
 
@@ -61,6 +61,34 @@ _SHARED_OPTIONS = (
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
 
+def each_finite(images: Tensor) -> Tensor:
+    """(B, ...) -> (B,) bool on the same device, which is not waited for."""
+    return torch.isfinite(images).flatten(1).all(1)
+
+
+def require_finite(images: Tensor, what: str) -> None:
+    """Check a batch (B, ...) with one transfer from its device. NaN would be rounded to black pixels.
+
+    Args:
+        what: "images" or "latents", for the message.
+
+    Raises:
+        NonFiniteError: an element of some of them is NaN or infinite.
+    """
+    bad = (~each_finite(images)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(bad, len(images), what=what, dtype=str(images.dtype).removeprefix("torch."))
+
+
+class FiniteImageProcessor(VaeImageProcessor):
+    """diffusers' image processor, which first checks what the VAE has decoded."""
+
+    def postprocess(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers'. Raises `NonFiniteError`, see `require_finite`."""
+        require_finite(image, "images")
+        return super().postprocess(image, *args, **kwargs)
+
+
 def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
     """A method of a pipeline during which no component drops out, whatever mode it or an adapter's layers are in."""
 
@@ -73,10 +101,15 @@ def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LayoutPipeline(StyleLoader, DiffusionPipeline):
-    """Mixed into a diffusers pipeline, in front of it: `pipe(layout=...)` paints images that obey layouts.
+    """Mixed into a diffusers pipeline, in front of it: `pipe(layout=...)` generates images that follow layouts.
+
+        pipe = load_pipeline("path/to/base", dtype=torch.bfloat16).to("cuda")
+        load_adapter(pipe.transformer, "outputs/run/adapter")
+        layout = Layout("two shapes", boxes=[Box((0.1, 0.1, 0.4, 0.5), "a red circle"), Box((0.5, 0.4, 0.9, 0.9), "a blue square")])
+        image = pipe(layout, num_inference_steps=28, generator=torch.Generator().manual_seed(0)).images[0]
 
     `from_pretrained` opens a folder or hub id with a layout stream, and a plain one, whose transformer gets a fresh stream
-    with zero gates (so it paints as before until the stream is trained).
+    with zero gates (so its images are as before until the stream is trained).
 
     A base can state in its model_index.json how it wants to be sampled (`num_inference_steps`, `guidance_scale`,
     `max_sequence_length`); a call's own arguments win. Offloading, VAE tiling and slicing, schedulers and LoRA loading
@@ -130,14 +163,14 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             )
         elif transformer_options:
             raise ValueError("transformer_options belong to a transformer that is opened, and one is given")
-        kwargs |= cls._whole_parts(path, kwargs)
+        kwargs |= cls._complete_parts(path, kwargs)
         pipe = super().from_pretrained(path, **kwargs)
         _check_parts(pipe, path)
         pipe.opened_from = opened_from(path)
         return pipe
 
     @classmethod
-    def _whole_parts(cls, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _complete_parts(cls, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """The models beside the transformer, with all of their weights. Where a file lacks some, transformers makes them up
         and diffusers leaves them on the meta device, both with a mere warning.
 
@@ -304,11 +337,11 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
 
     @property
     def default_side(self) -> int:
-        """Side in pixels of the square images that are painted where no size is given."""
+        """Side in pixels of the square images that are generated where no size is given."""
         return self.default_sample_size * self.vae_scale_factor
 
     def check_side(self, side: int) -> None:
-        """Whether this base can paint `side` pixels.
+        """Whether this base can generate images with a side of `side` pixels.
 
         Raises:
             InputError: no multiple of what an image token covers, or more than there are position embeddings for.
@@ -559,11 +592,15 @@ def _layouts_and_prompt(
     """
     if layout is None:
         return None, prompt
-    items = [layout] if isinstance(layout, Layout | Mapping | str) else layout
-    if not isinstance(items, Sequence):
-        raise _no_layout(layout)
-    texts = [item for item in items if isinstance(item, str)]
-    if texts:
+    items = layout if isinstance(layout, Sequence) and not isinstance(layout, str) else [layout]
+    for item in items:
+        if not isinstance(item, Layout | Mapping | str):
+            raise InputError(
+                f"is a {type(item).__name__}",
+                location="layout",
+                hint="give a Layout, a dict of one, a text, or a list of these",
+            )
+    if texts := [item for item in items if isinstance(item, str)]:
         if len(texts) < len(items):
             raise InputError("holds texts and layouts", location="layout", hint="give layouts only, or texts only")
         if prompt is not None:
@@ -571,23 +608,11 @@ def _layouts_and_prompt(
         return None, layout if isinstance(layout, str) else texts
     layouts = []
     for number, item in enumerate(items):
-        if isinstance(item, Mapping):
-            try:
-                item = Layout.from_dict(dict(item))
-            except InputError as error:
-                raise error.at("layout" if item is layout else f"layout {number}") from None
-        if not isinstance(item, Layout):
-            raise _no_layout(item)
-        layouts.append(item)
+        try:
+            layouts.append(Layout.from_dict(dict(item)) if isinstance(item, Mapping) else item)
+        except InputError as error:
+            raise error.at("layout" if item is layout else f"layout {number}") from None
     return layouts, prompt
-
-
-def _no_layout(item: Any) -> InputError:
-    return InputError(
-        f"is a {type(item).__name__}",
-        location="layout",
-        hint="give a Layout, a dict of one, a text, or a list of these",
-    )
 
 
 def steps_that_run(steps: int, strength: float) -> int:

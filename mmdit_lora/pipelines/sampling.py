@@ -1,8 +1,10 @@
-"""Many layouts to many images: batches, a seed for each image, the settings in one value."""
+"""Many layouts to many images: batches, a seed for each image, the settings in one value; and texts that are too long."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,10 @@ from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines.base import LayoutPipeline
 
+_CLIP_TOKENS = 77
+_MOST_STATED = 100_000  # a tokenizer without a limit states a huge one
+_THEIRS = ("was truncated because", "Token indices sequence length is longer")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -24,7 +30,7 @@ class SamplingConfig:
             None = what the base states.
         layout_scale, layout_window: see `LayoutPipeline`.
         size: (height, width) in pixels, where a call gives none an image; None = the base's own.
-        batch_size: images at a time; does not change what is painted beyond rounding.
+        batch_size: images at a time; it changes the images by rounding only.
 
     Raises:
         InputError: a number is outside its range (`mmdit_lora.config.ranges`), or the window is empty.
@@ -59,14 +65,16 @@ def generate(
 ) -> list[Image.Image]:
     """One RGB image for each layout. Image number i starts from the noise of `seed + i`, whatever the batch.
 
+        images = generate(pipe, layouts, SamplingConfig(steps=28, batch_size=4), seed=7)
+
     Args:
         sizes: (height, width) in pixels of each image; None = all as `settings` has it.
         same_noise: all images start from the noise of `seed`, to compare layouts.
         on_progress: called with the number of images done.
 
     Raises:
-        InputError: the base cannot paint a size, or the window covers no step.
-        NonFiniteError: images hold NaN or infinity; the batches behind them are not painted any more.
+        InputError: the base cannot generate a size, or the window covers no step.
+        NonFiniteError: images hold NaN or infinity; later batches are not generated.
     """
     of_size: dict[tuple[int, int] | None, list[int]] = {}
     for number, size in enumerate(sizes if sizes is not None else [settings.size] * len(layouts)):
@@ -100,3 +108,54 @@ def generate(
             if on_progress is not None:
                 on_progress(len(images))
     return [images[number] for number in range(len(layouts))]
+
+
+def long_texts(pipe: LayoutPipeline, texts: Iterable[str], what: str) -> str | None:
+    """One line that counts the texts of which a text encoder reads a part only; None where all are read whole.
+
+    Args:
+        what: they are, in the plural, e.g. "captions". Phrases are read by CLIP, or, as token embeddings, up to the
+            base's `phrase_tokens`.
+    """
+    texts = list(texts)
+    readers: dict[tuple[int, str], list[Any]] = {}
+    for name, tokenizer in pipe.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+        is_clip = hasattr(getattr(encoder, "config", None), "max_position_embeddings")
+        limit = pipe.config.max_sequence_length
+        if is_clip:
+            limit = tokenizer.model_max_length if tokenizer.model_max_length < _MOST_STATED else _CLIP_TOKENS
+        if what == "phrases":
+            tokens = pipe.transformer.phrase_tokens
+            if is_clip != (tokens is None):
+                continue
+            limit = tokens or limit
+        readers.setdefault((limit, "CLIP" if is_clip else "T5"), []).append(tokenizer)
+    parts = []
+    for (limit, reader), tokenizers in sorted(readers.items(), key=lambda item: item[0]):
+        # A token is one byte at least: most texts need not be counted. Two tokens are start and end.
+        near = [text for text in texts if len(text.encode()) + 2 > limit]
+        count = sum(any(len(t(text, verbose=False).input_ids) > limit for t in tokenizers) for text in near)
+        if count:
+            parts.append(f"{count:,} of {len(texts):,} {what} are longer than the {limit} tokens that {reader} reads")
+    return f"{'; '.join(parts)}: the rest is cut off there" if parts else None
+
+
+@contextmanager
+def quiet_texts(pipe: LayoutPipeline) -> Iterator[None]:
+    """Without their warnings of texts that are cut off: one a text, and one of "indexing errors" that never come."""
+    modules = {c.__module__ for c in type(pipe).__mro__ if c.__module__.startswith("diffusers.")}
+    loggers = [logging.getLogger(name) for name in (*modules, "transformers.tokenization_utils_base")]
+    for logger in loggers:
+        logger.addFilter(_counted_here)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_counted_here)
+
+
+def _counted_here(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _THEIRS)

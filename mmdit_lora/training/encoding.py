@@ -35,7 +35,7 @@ from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, VIEWS, WEIGHTS, Dis
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline
-from mmdit_lora.pipelines.texts import quiet_texts
+from mmdit_lora.pipelines.sampling import quiet_texts
 
 _TEXT = ("text_encoder", "tokenizer")
 

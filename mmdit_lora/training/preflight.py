@@ -35,7 +35,7 @@ from mmdit_lora.data.sampler import seeded
 from mmdit_lora.data.shards import ShardedRecords, Subset, spread
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.lora.inject import with_adapter
-from mmdit_lora.pipelines.texts import long_texts
+from mmdit_lora.pipelines.sampling import long_texts
 from mmdit_lora.training.checkpoint import Checkpoint, trainable_parameters
 from mmdit_lora.training.run_dir import CHECKPOINTS
 from mmdit_lora.training.setup import Run

@@ -22,7 +22,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text, write_text
 from mmdit_lora.layout import Layout, read_layouts
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
-from mmdit_lora.pipelines.texts import quiet_texts
+from mmdit_lora.pipelines.sampling import quiet_texts
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.step import Batch, Objective, flow_matching_loss, predict
 from mmdit_lora.visual import save_png
