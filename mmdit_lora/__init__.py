@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from mmdit_lora.layout import Box, Layout
     from mmdit_lora.lora import add_layout_lora, load_adapter, save_adapter
     from mmdit_lora.pipelines import load_pipeline
-    from mmdit_lora.training.step import flow_matching_loss
+    from mmdit_lora.training.callbacks import Callback
+    from mmdit_lora.training.loss import flow_matching_loss
     from mmdit_lora.training.trainer import train
 
 __version__ = "0.1.0"
 __all__ = [
     "Box",
+    "Callback",
     "Layout",
     "__version__",
     "add_layout_lora",
@@ -31,11 +33,12 @@ __all__ = [
 ]
 _MODULES = {
     "Box": "layout",
+    "Callback": "training.callbacks",
     "Layout": "layout",
     "add_layout_lora": "lora",
     "evaluate": "evaluation.evaluate",
     "export_adapter": "export.export",
-    "flow_matching_loss": "training.step",
+    "flow_matching_loss": "training.loss",
     "load_adapter": "lora",
     "load_pipeline": "pipelines",
     "save_adapter": "lora",

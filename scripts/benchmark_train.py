@@ -53,10 +53,18 @@ def loop(steps: int = 60) -> dict[str, Any]:
     from mmdit_lora.config.loading import load_config
     from mmdit_lora.data.cache import DiskCache
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
+    from mmdit_lora.training.callbacks import Callback
     from mmdit_lora.training.fill_cache import fill_cache
+    from mmdit_lora.training.step import StepRecord
     from mmdit_lora.training.trainer import train
 
     seen: list[dict[str, float]] = []
+
+    class Speeds(Callback):
+        def on_step(self, record: StepRecord) -> None:
+            if record.logged:
+                seen.append({name.removeprefix("speed/"): value for name, value in record.logged.items()})
+
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_dataset(work / "data", DOMAINS["page"], count=500, seed=11)
@@ -73,7 +81,7 @@ def loop(steps: int = 60) -> dict[str, Any]:
         ]
         config = load_config("configs/quickstart.yaml", changes)
         fill_cache(config, DiskCache(work / "cache"))
-        train(config, on_progress=lambda _, scalars: seen.append(scalars))
+        train(config, callbacks=[Speeds()])
     late = seen[1:]  # the first holds what is done once
     mean = {key: statistics.mean(row[key] for row in late) for key in ("share_data", "share_other", "samples_per_s")}
     return {

@@ -45,7 +45,7 @@ def _m(name: str, file: str, old: str, new: str, *tests: str) -> Mutation:
 
 
 STREAM, BASE, SD3, FLUX = "models/layout_stream.py", "models/base.py", "models/sd3.py", "models/flux.py"
-STEP, LOOP, FLOW, EXAMPLES = "training/step.py", "training/loop.py", "flow.py", "training/examples.py"
+STEP, LOSS, FLOW, EXAMPLES = "training/step.py", "training/loss.py", "flow.py", "training/examples.py"
 MUTATIONS = (
     # the model
     _m(
@@ -213,7 +213,7 @@ MUTATIONS = (
     ),
     _m(
         "the weight inside boxes is not applied",
-        STEP,
+        LOSS,
         "weight = inside_weight(batch.layout.boxes, batch.layout.mask, height, width, objective.inside)",
         "pass",
         "every_key",
@@ -222,7 +222,7 @@ MUTATIONS = (
     ),
     _m(
         "the weight by time is not applied",
-        STEP,
+        LOSS,
         "each = each * time_weight(batch.t, objective.weighting, gamma=objective.min_snr_gamma)",
         "pass",
         "every_key",
@@ -230,7 +230,7 @@ MUTATIONS = (
     ),
     _m(
         "prior preservation: its weight",
-        LOOP,
+        STEP,
         "run.config.prior.weight * moved / settings.gradient_accumulation",
         "moved / settings.gradient_accumulation",
         "every_key",
@@ -296,7 +296,7 @@ MUTATIONS = (
     _m("the adapter's dropout does not rescale", "lora/dropout.py", "/ (1 - self.p)", "", "dropout"),
     _m(
         "the learning rate stands still",
-        LOOP,
+        STEP,
         "run.schedule.step()",
         "pass",
         "every_key",
@@ -305,14 +305,14 @@ MUTATIONS = (
     ),
     _m(
         "accumulated gradients are not averaged",
-        LOOP,
-        "accelerator.backward(found.mean() / settings.gradient_accumulation)",
-        "accelerator.backward(found.mean())",
+        STEP,
+        "accelerator.backward(losses.mean() / settings.gradient_accumulation)",
+        "accelerator.backward(losses.mean())",
         "trainer",
         "every_key",
     ),
-    _m("gradients are never zeroed", LOOP, "run.optimizer.zero_grad()", "pass", "trainer", "every_key"),
-    _m("the moving average is not updated", LOOP, "run.average.update()", "pass", "training_choices", "every_key"),
+    _m("gradients are never zeroed", STEP, "run.optimizer.zero_grad()", "pass", "trainer", "every_key"),
+    _m("the moving average is not updated", STEP, "run.average.update()", "pass", "training_choices", "every_key"),
     _m(
         "resume: the optimizer starts anew",
         "training/checkpoint.py",

@@ -41,8 +41,8 @@ from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.models import LayoutInputs, LayoutSD3Transformer2DModel
 from mmdit_lora.pipelines import LayoutStableDiffusion3Pipeline, SamplingConfig, generate, load_pipeline, quiet
-from mmdit_lora.training.checkpoint import OptimizerState, load_optimizer
-from mmdit_lora.training.step import Batch, flow_matching_loss
+from mmdit_lora.training.checkpoint import load_optimizer, optimizer_writer
+from mmdit_lora.training.loss import Batch, flow_matching_loss
 from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
@@ -459,7 +459,7 @@ def save_progress(
 ) -> None:
     with atomic_folder(folder) as temporary:
         save_file(model.state_dict(), temporary / "model.safetensors")
-        OptimizerState.of(optimizer).save(temporary / "optimizer.safetensors")
+        optimizer_writer(optimizer)(temporary / "optimizer.safetensors")
         write_json(temporary / "progress.json", {"step": step, "curve": curve})
 
 

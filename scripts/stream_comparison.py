@@ -30,7 +30,9 @@ from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import atomic_folder, write_json
 from mmdit_lora.models import LayoutModelMixin
 from mmdit_lora.pipelines import SamplingConfig, load_pipeline
-from mmdit_lora.training.step import flow_matching_loss
+from mmdit_lora.training.callbacks import Callback
+from mmdit_lora.training.loss import flow_matching_loss
+from mmdit_lora.training.step import StepRecord
 from mmdit_lora.training.trainer import prepare_run, train
 from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
@@ -77,12 +79,17 @@ def run_config(file: str, work: Path, *overrides: str) -> Config:
     return load_config(file, [f"base={work / 'plain'}", "train.sample_every=0", *overrides])
 
 
+class LogLoss(Callback):
+    def on_step(self, record: StepRecord) -> None:
+        if record.logged:
+            log(f"  {record.step} loss {record.loss:.4f}")
+
+
 def trained(config: Config) -> dict[str, Any]:
     """The report of a run, which is taken up again where it was stopped."""
     report = Path(config.output_dir) / "report.json"
     if not report.exists():
-        last = config.train.max_steps
-        train(config, resume=True, on_progress=lambda step, s: log(f"  {step}/{last} loss {s['loss']:.4f}"))
+        train(config, resume=True, callbacks=[LogLoss()])
     return json.loads(report.read_text())
 
 

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmdit_lora.analysis.plan.bases import PlannedBase, preset_base
 from mmdit_lora.analysis.plan.forecast import DTYPES, Method, Setup, forecast, set_for
 from mmdit_lora.models import FAMILIES, LayoutInputs
-from mmdit_lora.training.step import Batch, flow_matching_loss
+from mmdit_lora.training.loss import Batch, flow_matching_loss
 
 # 10 M parameters and more: a step holds 100 to 500 MB.
 _SD3: dict[str, Any] = {

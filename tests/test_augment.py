@@ -22,7 +22,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.encoding import Encoder
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.step import Batch
+from mmdit_lora.training.loss import Batch
 from tests.data_makers import dataset, line, objects
 
 

@@ -27,6 +27,7 @@ from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.fill_cache import fill_cache
 from mmdit_lora.training.setup import run_buckets
 from mmdit_lora.training.trainer import prepare_run, train
+from tests.callbacks import Calls
 from tests.data_makers import line, make_image, objects
 
 ALWAYS = settings(derandomize=True, deadline=None, max_examples=200, database=None)
@@ -318,4 +319,4 @@ def stop(config: Config, *, at: int) -> None:
             raise Stopped
 
     with pytest.raises(Stopped):
-        train(config, on_progress=halt)
+        train(config, callbacks=[Calls(logged=halt)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
 from PIL import Image
+from safetensors import safe_open
 
 from mmdit_lora.training.trainer import train
 from tests.test_trainer import make_config
@@ -43,3 +45,31 @@ def test_a_card_without_images_or_held_out_ones_says_so(base: Path, data: Path, 
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+def test_card_and_header_tell_every_setting_of_the_adapter(base: Path, data: Path, tmp_path: Path) -> None:
+    lora = {
+        "targets": ["layout_mlp.fc1", "layout_stream.attn.add_q_proj"],
+        "rank_pattern": {"layout_mlp.fc1": 4},
+        "alpha_pattern": {"layout_mlp.fc1": 2.0},
+        "rslora": True,
+        "dora": True,
+        "dropout": 0.25,
+    }
+    train(make_config(base, data, tmp_path / "run", train={"max_steps": 1, "lora_plus": 8.0}, lora=lora))
+    folder = tmp_path / "run" / "adapter"
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        header = json.loads(file.metadata()["mmdit_lora"])["lora"]
+    card = (folder / "README.md").read_text()
+    for text in (card, header):
+        assert "DoRA (r=" in text
+        for word in (
+            "rank-stabilised",
+            "dropout=0.25",
+            "LoRA+ 8",
+            "r=4 on layout_mlp.fc1",
+            "alpha=2 on layout_mlp.fc1",
+        ):
+            assert word in text
+        assert "layout_stream.attn.add_q_proj" in text
+    assert " on `layout_mlp.fc1`, `layout_stream.attn.add_q_proj` of the layout stream" in card

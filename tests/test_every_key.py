@@ -28,11 +28,12 @@ from mmdit_lora.config.loading import Config
 from mmdit_lora.config.schema import nested
 from mmdit_lora.models import LayoutInputs
 from mmdit_lora.training import trainer
-from mmdit_lora.training.loop import StepRecord
+from mmdit_lora.training.loss import Objective, flow_matching_loss, predict
 from mmdit_lora.training.preflight import Preflight
 from mmdit_lora.training.setup import prepare_run
-from mmdit_lora.training.step import Objective, flow_matching_loss, predict
+from mmdit_lora.training.step import StepRecord
 from mmdit_lora.training.tracking import NullTracker
+from tests.callbacks import Calls
 from tests.test_layout_stream_method import stock_sd3
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer
 from tests.tiny_flux import tiny_flux_pipeline
@@ -263,7 +264,10 @@ def outcome(config: Config) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "make_tracker", told)
         result = trainer.train(
-            config, on_step=seen.append, on_progress=lambda step, _: logged.append(step), on_preflight=looked.append
+            config,
+            callbacks=[Calls(step=seen.append)],
+            on_progress=lambda step, _: logged.append(step),
+            on_preflight=looked.append,
         )
     folder, report = result.folder, result.report
     adapter = folder / "adapter"
@@ -369,7 +373,7 @@ def test_the_inside_of_boxes_weighs_what_is_set(places: dict[str, str], tmp_path
 def first_losses(places: dict[str, str], out: Path, **changes: Any) -> tuple[Tensor, Tensor]:
     seen: list[StepRecord] = []
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    trainer.train(make(places, out, changes | {"train.max_steps": 1}), on_step=seen.append)
+    trainer.train(make(places, out, changes | {"train.max_steps": 1}), callbacks=[Calls(step=seen.append)])
     return seen[0].losses, seen[0].times
 
 
@@ -419,7 +423,7 @@ def test_gradients_are_scaled_down_to_the_norm_that_is_set(
     seen: list[StepRecord] = []
     for most in (1e-3, 1e6):
         config = make(places, tmp_path / str(most), {"train.max_grad_norm": most, "train.max_steps": 1})
-        trainer.train(config, on_step=seen.append)
+        trainer.train(config, callbacks=[Calls(step=seen.append)])
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
     assert norms[1] == pytest.approx(seen[1].grad_norm, rel=1e-5)  # below the norm they are left alone
     assert norms[1] > 2e-3

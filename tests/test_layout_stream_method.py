@@ -17,7 +17,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.load_base import load_base
-from mmdit_lora.training.step import Objective, flow_matching_loss
+from mmdit_lora.training.loss import Objective, flow_matching_loss
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config
 from tests.tiny import plain_twin, tiny_pipeline, tiny_transformer

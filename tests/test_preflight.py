@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 
+import mmdit_lora
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.outputs import MARKER
 from mmdit_lora.pipelines import load_pipeline
-from mmdit_lora.training import preflight, trainer
-from mmdit_lora.training import preflight as needs
-from mmdit_lora.training import preflight as trial
+from mmdit_lora.training import preflight
 from mmdit_lora.training import setup as run
 from mmdit_lora.training.checkpoint import checkpoints, trainable_parameters
-from mmdit_lora.training.full_disk import DiskFull, disk_full_as_error
 from mmdit_lora.training.preflight import Preflight, duration_text, events, size_text
+from mmdit_lora.training.stopping import DiskFull, disk_full_as_error
 from mmdit_lora.training.trainer import prepare_run, train
+from tests.callbacks import Calls
 from tests.test_trainer import adapter_of, stop_after
 from tests.test_trainer import make_config as config_of
 from tests.tiny import tiny_pipeline, tiny_transformer
@@ -87,7 +87,9 @@ def test_a_good_run_passes_every_check(base: Path, data: Path, tmp_path: Path) -
 
 def test_the_costly_part_can_be_left_out(base: Path, data: Path, tmp_path: Path) -> None:
     seen: list[Preflight] = []
-    train(make_config(base, data, tmp_path / "run", train={"preflight": False}), on_preflight=seen.append)
+    train(
+        make_config(base, data, tmp_path / "run", train={"preflight": False}), callbacks=[Calls(preflight=seen.append)]
+    )
     assert list(states(seen[0])) == ["data", "targets", "base", "disk", "tracker"]
 
 
@@ -97,16 +99,16 @@ def test_the_trial_puts_back_every_bit_and_every_generator(base: Path, data: Pat
     model = ready.pipe.transformer
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moved: list[bool] = []
-    original = trial._move
+    original = preflight._move
 
     def move(trainable: dict[str, torch.nn.Parameter]) -> None:
         original(trainable)
         moved.append(any(not torch.equal(before[name], p.detach()) for name, p in trainable.items()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "_move", move)
+        patch.setattr(preflight, "_move", move)
         generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
-        found = trial.try_steps(ready)
+        found = preflight.dry_run(ready)
     assert moved == [True]
     assert found.alive > 0
     assert found.still == [n for n in found.still if n in preflight._expected_still(ready)]
@@ -224,8 +226,9 @@ def test_freezing_after_the_adapter_was_added_is_refused(
 ) -> None:
     original = run.set_trainable
 
-    def freeze_late(model: Any, config: Config) -> Any:
-        report = original(model, config)
+    def freeze_late(*given: Any) -> Any:
+        report = original(*given)
+        model = given[0]
         model.requires_grad_(False)
         return report
 
@@ -233,8 +236,9 @@ def test_freezing_after_the_adapter_was_added_is_refused(
     monkeypatch.setattr(run, "set_trainable", freeze_late)
     assert "everything is frozen" in refused(path, capsys)
 
-    def free_late(model: Any, config: Config) -> Any:
-        report = original(model, config)
+    def free_late(*given: Any) -> Any:
+        report = original(*given)
+        model = given[0]
         model.proj_out.requires_grad_(True)
         return report
 
@@ -279,10 +283,9 @@ def test_dead_targets_are_told_and_stop_several_processes_where_no_gradient_come
 
 def test_a_gradient_outside_the_adapter_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
     ready = prepare_run(make_config(base, data, tmp_path / "run"))
-    odd = trial.Trial(loss=1.0, outside=["proj_out.weight"], alive=3)
+    odd = preflight.DryRun(loss=1.0, outside=["proj_out.weight"], alive=3)
     report = Preflight()
-    with report.timed("gradients") as lines:
-        preflight._check_gradients(ready, odd, lines)
+    report.add("gradients", preflight._check_gradients(ready, odd))
     assert "proj_out.weight" in report.failed[0].found
 
 
@@ -353,11 +356,11 @@ def test_want_of_memory_is_told_with_what_helps(
         raise torch.OutOfMemoryError("of the GPU")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "flow_matching_loss", burst)
+        patch.setattr(preflight, "flow_matching_loss", burst)
         (failed,) = preflight.preflight(ready).failed
     assert failed.name == "memory"
     assert "gradient_checkpointing" in str(failed.hint)
-    monkeypatch.setattr(needs.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(-(10**9)))
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(-(10**9)))
     (failed,) = preflight.preflight(ready).failed
     assert failed.name == "memory"
 
@@ -365,8 +368,8 @@ def test_want_of_memory_is_told_with_what_helps(
 def test_the_forecast_of_time_counts_what_the_run_will_do(base: Path, data: Path, tmp_path: Path) -> None:
     every = {"max_steps": 100, "validate_every": 30, "sample_every": 50, "sample_count": 2, "batch_size": 3}
     ready = prepare_run(make_config(base, data, tmp_path / "run", train=every, sample={"steps": 10}))
-    measured = trial.Trial(step_seconds=3.0, data_seconds=1.0, encode_seconds=0.3)
-    assert needs.estimate_seconds(ready, measured, done=40) == pytest.approx(
+    measured = preflight.DryRun(step_seconds=3.0, data_seconds=1.0, encode_seconds=0.3)
+    assert preflight.estimate_seconds(ready, measured, done=40) == pytest.approx(
         {
             "steps": 60 * 4.0,
             "encoding": 3 * 0.3,  # nine images, three a batch, each once
@@ -392,7 +395,7 @@ def test_a_disk_that_is_too_small_is_refused(
 ) -> None:
     config = make_config(base, data, tmp_path / "run", data={"path": str(data), "cache": str(tmp_path / "cache")})
     path = write_config(config, tmp_path / "run.yaml")
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
     report = look(config, write_cache=False)
     assert [check.name for check in report.failed] == ["disk", "disk"]
     assert report.failed[1].found.startswith("cache: ")
@@ -402,7 +405,7 @@ def test_a_disk_that_is_too_small_is_refused(
 def test_the_forecast_of_disk_covers_what_a_run_leaves(base: Path, data: Path, tmp_path: Path) -> None:
     chosen = {"checkpoint_every": 1, "keep_checkpoints": 3, "ema_decay": 0.9, "sample_every": 2, "sample_count": 4}
     config = make_config(base, data, tmp_path / "run", train=chosen, sample={"steps": 1})
-    forecast = needs._output_bytes(prepare_run(config), done=0)
+    forecast = preflight._output_bytes(prepare_run(config), done=0)
     train(config)
     left = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
     assert left < forecast < 3 * left
@@ -445,9 +448,8 @@ def test_a_disk_that_fills_up_ends_the_run_cleanly_and_it_can_go_on(
             one = sum(file.stat().st_size for file in (folder / "step_0000003").iterdir())
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - one // 2))
 
-    original = trainer.train_loop
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_loop", lambda run, tracker, _, on_step: original(run, tracker, fill, on_step))
+        patch.setattr(mmdit_lora, "train", lambda config, **_: train(config, callbacks=[Calls(logged=fill)]))
         assert main(["train", path]) == 1
     said = capsys.readouterr().err
     assert said.count("error: ") == 1
@@ -485,8 +487,7 @@ def test_the_tracker_is_asked_before_the_work(
     def found(**tracking: str) -> tuple[str, str]:
         ready.config = make_config(base, data, tmp_path / "run", tracking=tracking)
         report = Preflight()
-        with report.timed("tracker") as lines:
-            needs.check_tracker(ready, lines)
+        report.add("tracker", preflight.check_tracker(ready))
         (check,) = report.checks
         return check.state, check.found
 
@@ -502,14 +503,14 @@ def test_the_tracker_is_asked_before_the_work(
         assert (state, "cannot be reached" in text) == ("failed", True)
         listening.listen()
         assert found(tracker="wandb", wandb_mode="online") == ("ok", "W&B, online at 127.0.0.1")
-    monkeypatch.setattr(needs, "find_spec", lambda _: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
     assert found(tracker="tensorboard") == ("failed", "the package tensorboard is not installed")
     assert found(tracker="none") == ("ok", "none")
 
 
 def test_trainable_set_is_the_one_the_trial_looks_at(base: Path, data: Path, tmp_path: Path) -> None:
     ready = prepare_run(make_config(base, data, tmp_path / "run"))
-    found = trial.try_steps(ready)
+    found = preflight.dry_run(ready)
     assert found.alive == len(trainable_parameters(ready.pipe.transformer))
     assert found.step_seconds > 0
     assert found.peak_bytes > 0

@@ -12,10 +12,11 @@ import torch
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
+from mmdit_lora.training.loss import Objective, predict
 from mmdit_lora.training.prior_preservation import prior_losses, without_adapter
 from mmdit_lora.training.setup import Run
-from mmdit_lora.training.step import Objective, predict
 from mmdit_lora.training.trainer import prepare_run, train
+from tests.callbacks import Calls
 from tests.test_trainer import adapter_of, make_config
 
 
@@ -128,7 +129,7 @@ def test_a_resumed_run_with_it_is_the_undisturbed_one(base: Path, data: Path, la
             raise Stop
 
     with pytest.raises(Stop):
-        train(config, on_progress=stop)
+        train(config, callbacks=[Calls(logged=stop)])
     train(config, resume=True)
     one, two = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "halves")
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -17,7 +17,7 @@ from mmdit_lora.lora import base_fingerprint, load_adapter, merge_adapter, read_
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.load_base import NEVER_QUANTISED, check_quantization, load_base
-from mmdit_lora.training.step import flow_matching_loss
+from mmdit_lora.training.loss import flow_matching_loss
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_layout_stream_method import stock_sd3, weights_of
 from tests.test_trainer import adapter_of, make_config

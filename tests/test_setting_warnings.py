@@ -15,6 +15,7 @@ from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.pipelines.sampling import long_texts
 from mmdit_lora.training.preflight import idle_keys, preflight, setting_warnings
 from mmdit_lora.training.trainer import prepare_run, train
+from tests.callbacks import Calls
 from tests.test_preflight import short_texts
 from tests.test_trainer import make_config
 
@@ -69,7 +70,7 @@ def test_the_rate_that_a_long_warm_up_is_said_to_reach_is_the_one_it_reaches(
 ) -> None:
     rates: list[float] = []
     config = make_config(base, short, tmp_path, train={"warmup_steps": 8, "max_steps": 3, "preflight": False})
-    train(config, on_step=lambda record: rates.append(record.learning_rate))
+    train(config, callbacks=[Calls(step=lambda record: rates.append(record.learning_rate))])
     (line,) = [found for found, _ in setting_warnings(prepare_run(config, resume=True))]
     assert f"reaches {max(rates):g} at most" in line
 
@@ -116,7 +117,7 @@ def test_long_captions_are_counted_in_one_line_and_not_told_one_by_one(
     )
     looked: list[Any] = []
     with caplog.at_level(logging.WARNING):
-        train(config, on_preflight=looked.append)
+        train(config, callbacks=[Calls(preflight=looked.append)])
     (first,) = [check for check in looked[0].checks if check.name == "data"]
     assert first.state == "warning"
     assert "6 of 12 captions are longer than the 16 tokens that CLIP reads: the rest is cut off there" in first.found

@@ -23,6 +23,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.trainable import FoldedMethod
 from mmdit_lora.training.trainer import prepare_run, train
+from tests.callbacks import Calls
 from tests.test_trainer import make_config
 from tests.tiny import tiny_transformer, velocity
 
@@ -195,7 +196,11 @@ def test_a_subspace_run_that_was_stopped_goes_on_to_the_same_weights(base: Path,
             raise Enough
 
     with pytest.raises(Enough):
-        train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), on_step=stop, method=method)
+        train(
+            make_config(base, data, tmp_path / "stopped", **changes, train=steps),
+            callbacks=[Calls(step=stop)],
+            method=method,
+        )
     train(make_config(base, data, tmp_path / "stopped", **changes, train=steps), resume=True, method=method)
     files = [next((tmp_path / run / "base/transformer").glob("*.safetensors")) for run in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -20,7 +20,7 @@ from mmdit_lora.training.tracking import Tracker
 from mmdit_lora.training.trainer import train
 from tests.test_kill import train_here
 from tests.test_trainer import make_config
-from tests.wandb_reader import read_offline_runs
+from tests.wandb_reader import read_offline_runs, records
 
 STEPS = 9
 Rows = list[tuple[int, str]]
@@ -107,12 +107,10 @@ def test_a_killed_and_resumed_run_is_one_curve(
 def test_a_wandb_run_holds_fingerprints_and_the_adapter_with_its_card(base: Path, data: Path, tmp_path: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    from mmdit_lora.training.tracking import records
-
     report = train(make_config(base, data, tmp_path, tracking={"tracker": "wandb"})).report
     (run,) = read_offline_runs(tmp_path)
     assert run.config["fingerprints"] == report["fingerprints"]
-    assert set(run.config["fingerprints"]) == {"base", "encoders", "data", "validation"}
+    assert set(run.config["fingerprints"]) == {"base", "encoders", "data", "validation", "split"}
     assert run.config["train"]["max_steps"] == 4
     (file,) = (path for path in tmp_path.rglob("run-*.wandb") if not path.parent.is_symlink())
     kept = [r.request.log_artifact.artifact for r in map(Record.FromString, records(file.read_bytes()))]

@@ -15,8 +15,9 @@ from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import read_adapter_header
 from mmdit_lora.training.checkpoint import checkpoints, trainable_parameters
-from mmdit_lora.training.loop import StepRecord
+from mmdit_lora.training.step import StepRecord
 from mmdit_lora.training.trainer import prepare_run, train
+from tests.callbacks import Calls
 from tests.test_trainer import adapter_of, make_config, stop_after
 from tests.test_training_choices import same
 
@@ -43,7 +44,7 @@ def test_a_run_begins_from_an_adapter_with_a_fresh_optimizer_and_schedule(
     assert not run.optimizer.state
     assert set(run.pipe.transformer.peft_config) == {"default"}
     rates: list[float] = []
-    report = train(config, on_step=lambda record: rates.append(record.learning_rate)).report
+    report = train(config, callbacks=[Calls(step=lambda record: rates.append(record.learning_rate))]).report
     assert rates[0] == config.train.learning_rate
     # The base's own loss is that of the base, not of the adapter that it began from.
     assert report["held_out_loss"]["base"] == pytest.approx(
@@ -120,7 +121,7 @@ def test_a_run_that_began_from_an_adapter_resumes_to_the_bit_also_without_it(
 
 def rates_of(config: Any, **options: Any) -> dict[int, float]:
     seen: list[StepRecord] = []
-    train(config, on_step=seen.append, **options)
+    train(config, callbacks=[Calls(step=seen.append)], **options)
     return {record.step: record.learning_rate for record in seen}
 
 

@@ -21,6 +21,7 @@ from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.encoding import Encoder, TensorCache
 from mmdit_lora.training.held_out import compare_losses
 from mmdit_lora.training.trainer import prepare_run, train
+from tests.callbacks import Calls
 from tests.tiny import tiny_pipeline, tiny_transformer
 from tests.wandb_reader import read_offline_run
 
@@ -308,4 +309,4 @@ def stop_after(config: Config, *, step: int) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        train(config, on_progress=stop)
+        train(config, callbacks=[Calls(logged=stop)])

@@ -22,12 +22,13 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.flow import time_weight
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.held_out import HeldOutLosses, layout_matters
-from mmdit_lora.training.loop import StepRecord
-from mmdit_lora.training.step import flow_matching_loss
+from mmdit_lora.training.loss import flow_matching_loss
+from mmdit_lora.training.step import StepRecord
 from mmdit_lora.training.stopping import Diverged, Interrupted
 from mmdit_lora.training.throughput import Throughput
 from mmdit_lora.training.trainer import prepare_run, train
 from mmdit_lora.training.validation import gradient_norms
+from tests.callbacks import Calls
 from tests.test_trainer import adapter_of, make_config
 
 EVERY = {"checkpoint_every": 1, "keep_checkpoints": 20}
@@ -92,7 +93,7 @@ def test_a_resumed_run_is_the_undisturbed_one_whatever_was_chosen(
             raise Stop
 
     with pytest.raises(Stop):
-        train(config, on_progress=stop)
+        train(config, callbacks=[Calls(logged=stop)])
     train(config, resume=True)
     assert same(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "halves"))
     if "ema_decay" not in choice and "final" not in choice:
@@ -292,8 +293,9 @@ def test_a_witness_sees_every_step_and_what_it_saw_is_the_logged_loss(base: Path
     logged: dict[int, float] = {}
     train(
         make_config(base, data, tmp_path / "run"),
-        on_progress=lambda step, scalars: logged.__setitem__(step, scalars["loss"]),
-        on_step=seen.append,
+        callbacks=[
+            Calls(step=seen.append, logged=lambda step, scalars: logged.__setitem__(step, scalars["loss"])),
+        ],
     )
     assert [record.step for record in seen] == [1, 2, 3, 4]
     assert all(len(record.samples) == len(record.times) == len(record.losses) == 3 for record in seen)
@@ -318,7 +320,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_undisturbed_one(
 
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=f"{number.name}; step 3 is saved"):
-        train(config, on_step=send)
+        train(config, callbacks=[Calls(step=send)])
     assert signal.getsignal(number) is before
     assert [c.step for c in checkpoints(tmp_path / "stopped" / "checkpoints")] == [3]
     train(config, resume=True)

@@ -1,14 +1,47 @@
-"""Read back what W&B wrote offline, from the bytes of the run file (`mmdit_lora/training/tracking.py`): for tests."""
+"""Read back what W&B wrote offline, from the bytes of the run file.
+
+It is LevelDB's log with a header of 7 bytes: blocks of 32 KiB of chunks, each a checksum (4 bytes), a length (2), a type
+(1: whole record, 2: first part, 3: middle, 4: last) and the data.
+"""
 
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.training.tracking import records
+BLOCK, HEADER = 32768, 7
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """The serialised `wandb_internal_pb2.Record`s of a run file, up to where a killed run stopped writing.
+
+    Raises:
+        ValueError: it is no run file, or damaged.
+    """
+    if data[:4] != b":W&B":
+        raise ValueError("not a W&B run file")
+    position, parts = HEADER, b""
+    while position + HEADER <= len(data):
+        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that is too short for a chunk is padding
+            position += BLOCK - position % BLOCK
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        chunk = data[position + HEADER : position + HEADER + length]
+        if kind not in (1, 2, 3, 4):
+            raise ValueError(f"a chunk of kind {kind} at byte {position}")
+        if len(chunk) < length:  # the run was killed while it wrote; what came before is whole
+            return
+        if checksum != zlib.crc32(bytes([kind]) + chunk):
+            raise ValueError(f"wrong checksum at byte {position}")
+        parts = chunk if kind in (1, 2) else parts + chunk
+        position += HEADER + length
+        if kind in (1, 4):
+            yield parts
 
 
 @dataclass

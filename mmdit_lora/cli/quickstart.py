@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmdit_lora.cli.run_display import ShowProgress
 from mmdit_lora.config.loading import Config, load_config
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
@@ -99,9 +100,8 @@ def _run(out: Path, config: Config, data: dict[str, Path], tell: OnProgress) -> 
             if not folder.exists():  # whole or absent
                 write_dataset(folder, DOMAINS[domain], count=count, seed=seed, verb="quickstart")
     with phase("train"):
-        steps = config.train.max_steps
         try:
-            result = train(config, resume=True, on_progress=lambda step, scalars: tell("train", step, steps, scalars))
+            result = train(config, resume=True, callbacks=[ShowProgress(tell, config.train.max_steps)])
         except Interrupted as error:
             raise Interrupted(error.signal_name, error.step, again="the same call") from None
     with phase("evaluate"):

@@ -10,8 +10,6 @@ import typer
 import mmdit_lora
 from mmdit_lora.cli.options import JsonFlag, number
 from mmdit_lora.cli.output import ProgressLines, emit, fidelity_table, say
-from mmdit_lora.cli.preflight import check_only as run_preflight
-from mmdit_lora.cli.preflight import show_preflight
 from mmdit_lora.config.loading import load_config
 from mmdit_lora.config.ranges import Range
 from mmdit_lora.errors import Stopped
@@ -62,18 +60,17 @@ def train(
     """Train an adapter (or, by `method`, the layout stream, or everything)."""
     settings = load_config(config, overrides or ())
     output_path(settings.output_dir, folder=True)
+    from mmdit_lora.cli.run_display import ShowRun
+    from mmdit_lora.cli.run_display import check_only as run_preflight
+
     if check_only:
         run_preflight(settings, resume=resume is not None, as_json=as_json)
         return
-    last, plan = settings.train.max_steps, settings.train
+    plan = settings.train
     pauses = {"validation": plan.validate_every, "images": plan.sample_every, "checkpoint": plan.checkpoint_every}
     with ProgressLines(pauses=pauses) as tell:
-        result = mmdit_lora.train(
-            settings,
-            resume=resume is not None,
-            on_progress=lambda step, scalars: tell("train", step, last, scalars),
-            on_preflight=show_preflight,
-        )
+        show = ShowRun(tell, plan.max_steps)
+        result = mmdit_lora.train(settings, resume=resume is not None, callbacks=[show])
     if not result.is_main:
         return
     loss = result.report["held_out_loss"]

@@ -261,25 +261,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         )
     places = {keys: f"{path}:{line}" for keys, line in lines.items()}
     data = {key: _section_as_mapping(key, value) for key, value in data.items()}
+    for override in overrides:
+        _apply_override(data, places, override)
+    return _validated(data, places, str(path))
+
+
+def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    """A config as it is, or from its values, or from the path of its YAML file. Raises `InputError` as `load_config` does."""
+    if isinstance(config, Config):
+        return config
+    if not isinstance(config, Mapping):
+        return load_config(config)
+    return _validated({key: _section_as_mapping(key, value) for key, value in config.items()}, {}, "config")
+
+
+def _validated(data: dict[str, Any], places: Mapping[tuple[Any, ...], str], file: str) -> Config:
     version = data.get("version", VERSION)
     if version != VERSION or type(version) is not int:
         what = f"version is {shown(version)}, and this mmdit-lora knows configs up to {VERSION}"
         later = "install a newer mmdit-lora, or write a new config with `mmdit-lora init`"
         is_later = type(version) is int and version > VERSION
-        raise InputError(what, location=str(path), hint=later if is_later else "leave it out")
-    for override in overrides:
-        _apply_override(data, places, override)
+        raise InputError(what, location=file, hint=later if is_later else "leave it out")
     if data.get("method") in _STUDY_METHODS:
         raise InputError(
             f"is {data['method']}, which only studies train",
-            location=f"{_place(('method',), places, str(path))}: method",
+            location=f"{_place(('method',), places, file)}: method",
             hint="give lora, layout_stream or full; `mmdit-lora study methods` and `study intrinsic` compare with it",
         )
     data.pop("subspace", None)  # configs that earlier versions wrote hold its defaults
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise _as_input_error(error, places, str(path)) from None
+        raise _as_input_error(error, places, file) from None
 
 
 def _section_as_mapping(key: Any, value: Any) -> Any:

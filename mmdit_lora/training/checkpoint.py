@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +30,27 @@ from mmdit_lora.training.sharding import like, put, whole
 _GROUPS = "groups"
 
 
-@dataclass(frozen=True)
-class OptimizerState:
-    """Everything that an optimizer knows, whole and on the CPU.
+def optimizer_writer(optimizer: Optimizer) -> Callable[[Path], None]:
+    """What writes all that an optimizer knows, whole: `<parameter index>.<name>` -> state, the numbers of its groups in the
+    header. (Most of these come from the config; but Prodigy keeps what it has found out among them.)
 
-    Args:
-        tensors: `<parameter index>.<name>` -> state. groups: the numbers of its groups. Most hyperparameters come from the
-            config; but Prodigy keeps what it has found out among them.
+    It is gathered now: collective where parameters are spread over processes.
     """
-
-    tensors: dict[str, Tensor]
-    groups: list[dict[str, int | float]]
-
-    @classmethod
-    def of(cls, optimizer: Optimizer) -> OptimizerState:
-        """Collective where parameters are spread over processes."""
-        groups = optimizer.param_groups
-        numbers = [{name: _number(v) for name, v in group.items() if _is_number(v)} for group in groups]
-        if is_zero_optimizer(optimizer):
-            return cls(optimizer_tensors(optimizer), numbers)
-        tensors = {
-            f"{index}.{name}": whole(torch.as_tensor(value))
-            for index, state in optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-            if value is not None
-        }
-        return cls(tensors, numbers)
-
-    def save(self, path: Path) -> None:
-        """As safetensors, the groups in the header."""
-        save_file(self.tensors, path, metadata={_GROUPS: json.dumps(self.groups)})
+    groups = [
+        {name: torch.as_tensor(value).item() for name, value in group.items() if _is_number(value)}
+        for group in optimizer.param_groups
+    ]
+    if is_zero_optimizer(optimizer):
+        tensors = optimizer_tensors(optimizer)
+    else:
+        states = optimizer.state_dict()["state"].items()
+        known = ((f"{n}.{name}", value) for n, state in states for name, value in state.items() if value is not None)
+        tensors = {key: whole(torch.as_tensor(value)) for key, value in known}
+    return lambda path: save_file(tensors, path, metadata={_GROUPS: json.dumps(groups)})
 
 
 def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
-    """Take back what `OptimizerState.save` wrote, for an optimizer over the same parameters in the same order.
+    """Take back what `optimizer_writer` wrote, for an optimizer over the same parameters in the same order.
 
     Raises:
         InputError: the state belongs to other parameters.
@@ -74,41 +62,31 @@ def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = file.get_tensor(key)
     zero = is_zero_optimizer(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if zero:
-        parameters = zero_parameters(optimizer)
+    parameters = zero_parameters(optimizer) if zero else [p for g in optimizer.param_groups for p in g["params"]]
     shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]  # ZeRO-3 empties what it has spread
-    if state and (
-        set(state) != set(range(len(parameters)))
+    if (
+        (state and state.keys() != set(range(len(parameters))))
+        or len(groups or optimizer.param_groups) != len(optimizer.param_groups)
         or any(
-            t.ndim and t.shape not in (shapes[i], torch.Size([shapes[i].numel()]))
-            for i, entry in state.items()
-            for t in entry.values()
+            tensor.ndim and tensor.shape not in (shapes[n], (shapes[n].numel(),))
+            for n, entry in state.items()
+            for tensor in entry.values()
         )
-        or (groups and len(groups) != len(optimizer.param_groups))
     ):
         raise InputError("the optimizer state is of another set of parameters", location=str(path))
     now = optimizer.param_groups if zero else optimizer.state_dict()["param_groups"]
     for group, saved in zip(now, groups or [{}] * len(now), strict=True):
         # A schedule sets the rate; what a group has beyond the constructor's arguments is the optimizer's own finding.
         group |= {name: value for name, value in saved.items() if name in group}
-    if zero:
-        if state:
-            put_optimizer(optimizer, state)
-        return
-    spread = {
-        index: {name: like(tensor, parameters[index]) for name, tensor in entry.items()}
-        for index, entry in state.items()
-    }
-    optimizer.load_state_dict({"state": spread, "param_groups": now})
+    if zero and state:
+        put_optimizer(optimizer, state)
+    elif not zero:
+        spread = {n: {name: like(t, parameters[n]) for name, t in entry.items()} for n, entry in state.items()}
+        optimizer.load_state_dict({"state": spread, "param_groups": now})
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
-def _number(value: object) -> int | float:
-    return value.item() if isinstance(value, Tensor) else value  # type: ignore[return-value]
 
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
@@ -170,23 +148,23 @@ class Checkpoint:
             InputError: a file is missing or changed; the newest older checkpoint that is whole is named.
         """
         try:
-            state = self._stated()
+            state = self._read()
             for name, digest in state["sha256"].items():
                 if not (self.folder / name).is_file() or _sha256(self.folder / name) != digest:
                     raise InputError(f"{name} is missing or not what was saved", location=str(self.folder))
         except InputError as error:
-            raise InputError(error.what, location=error.location, hint=self._cure()) from None
+            raise InputError(error.what, location=error.location, hint=self._hint()) from None
         return state
 
     def others(self) -> set[str]:
         """Names of files in it that no checkpoint has: the user's; where its state cannot be read, all of them."""
         try:
-            written = {STATE, *self._stated()["sha256"]}
+            written = {STATE, *self._read()["sha256"]}
         except InputError:
             written = set()
         return {path.name for path in self.folder.iterdir()} - written
 
-    def _stated(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         file = self.folder / STATE
         state = read_object(file, what="state of a checkpoint")
         try:
@@ -197,13 +175,13 @@ class Checkpoint:
             raise InputError(f"is not what was saved: {key}: {first['msg']}", location=str(file)) from None
         return state
 
-    def _cure(self) -> str:
+    def _hint(self) -> str:
         older = [other for other in checkpoints(self.folder.parent) if other.step < self.step]
         if not older:
             return "it is the oldest one: start the run anew in another output_dir"
         try:
             older[-1].state()
-        except InputError as error:  # its cure names those before it
+        except InputError as error:  # its hint names those before it
             return f"remove this checkpoint and {older[-1].folder.name}, which is damaged too; {error.hint}"
         return f"remove this checkpoint; `--resume latest` then takes the one before, {older[-1].folder.name}"
 
@@ -256,15 +234,17 @@ def save_checkpoint(
     """
     target = folder / f"step_{step:07d}"
     tensors = {name: whole(p) for name, p in trainable_parameters(model).items()}
-    kept = OptimizerState.of(optimizer)
+    files: dict[str, Callable[[Path], Any]] = {
+        WEIGHTS: partial(save_file, tensors),
+        OPTIMIZER: optimizer_writer(optimizer),
+        **extra,
+    }
     if not write:
         return Checkpoint(target)
     with atomic_folder(target) as temporary:
-        save_file(tensors, temporary / WEIGHTS)
-        kept.save(temporary / OPTIMIZER)
-        for name, write_file in extra.items():
+        for name, write_file in files.items():
             write_file(temporary / name)
-        digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER, *extra)}
+        digests = {name: _sha256(temporary / name) for name in files}
         write_json(temporary / STATE, {**state, "step": step, "sha256": digests})
     prune_checkpoints(folder, keep, best)
     return Checkpoint(target)

@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO: weights and optimizer state whole from its parts and back, so that checkpoints stay safetensors.
+"""DeepSpeed's ZeRO: what its engine takes from our config, and its optimizer's state whole and back (weights: `sharding`).
 
-Its engine keeps fp32 weights and optimizer state flat, a part in each process, and saves them as pickles; these functions go
-through its own calls for single parameters (`deepspeed.utils.safe_get_full_fp32_param` and its like, 0.19) instead. All of
-them are collective. Only ZeRO-2 and ZeRO-3, with the optimizer on the device.
+Its engine keeps fp32 weights and optimizer state flat, a part in each process, and saves them as pickles; so that checkpoints
+stay safetensors, these functions go through its own calls for single parameters instead (`deepspeed.utils`, 0.19). Those of
+the optimizer are collective. Only ZeRO-2 and ZeRO-3, with the optimizer on the device.
 """
 
 from __future__ import annotations
@@ -57,31 +57,6 @@ def set_engine(accelerator: Accelerator, config: Config) -> None:
     }
 
 
-def is_zero(parameter: Tensor) -> bool:
-    """Whether ZeRO has a master of this parameter in parts: one that trains."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def whole_master(parameter: Tensor) -> Tensor:
-    """The fp32 master of a parameter, in its shape."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    master: Tensor = safe_get_full_fp32_param(parameter)
-    return master
-
-
-@torch.no_grad()
-def put_master(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter and its fp32 master."""
-    import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    values = values.to(parameter.device)
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
-        parameter.copy_(values)
-    safe_set_full_fp32_param(parameter, values.float())
-
-
 def is_zero_optimizer(optimizer: Any) -> bool:
     """Whether it is ZeRO's, in Accelerate's wrapper."""
     return hasattr(getattr(optimizer, "optimizer", None), "dp_process_group")
@@ -100,7 +75,8 @@ def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
                 found[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
             else:
                 full = safe_get_full_optimizer_state(parameter, name)
-                found[f"{index}.{name}"] = full.detach().cpu().reshape(_shape(parameter)).contiguous()
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                found[f"{index}.{name}"] = full.detach().cpu().reshape(shape).contiguous()
     return found
 
 
@@ -132,8 +108,3 @@ def _flat(inner: Any) -> list[Tensor]:
     """This process's flat fp32 parts, one a group; the keys of the optimizer's state."""
     parts: list[Tensor] = getattr(inner, "single_partition_of_fp32_groups", None) or inner.fp32_partitioned_groups_flat
     return parts
-
-
-def _shape(parameter: Tensor) -> torch.Size:
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape

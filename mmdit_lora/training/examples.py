@@ -27,7 +27,7 @@ from mmdit_lora.data.transforms import augment_boxes, prepare
 from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
 from mmdit_lora.training.encoding import CACHE_BYTES, Encoder
-from mmdit_lora.training.step import Batch
+from mmdit_lora.training.loss import Batch
 
 _MOST_KNOWN = 100_000  # views whose place in the store is remembered: about 1 kB each
 

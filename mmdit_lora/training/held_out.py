@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.models import LayoutInputs
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.step import Objective, flow_matching_loss
+from mmdit_lora.training.loss import Objective, flow_matching_loss
 
 _MOST_IMAGES, _DRAWS, _PROBE_DRAWS = 64, 8, 2
 

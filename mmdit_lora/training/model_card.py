@@ -10,6 +10,8 @@ import yaml
 
 from mmdit_lora.config.loading import Config
 from mmdit_lora.files import public_name
+from mmdit_lora.lora import describe_lora
+from mmdit_lora.training.trainable import lora_config
 from mmdit_lora.visual.pages import code_markdown
 
 IMAGES = "samples.png"
@@ -30,7 +32,9 @@ def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, image
         "license": config.license,
         "tags": ["lora", "layout-to-image", "mmdit", f"base_model:adapter:{base}"],
     }
-    lora, targets = config.lora, ", ".join(map(code_markdown, config.lora.targets))
+    lora, targets = lora_config(config.lora), ", ".join(map(code_markdown, config.lora.targets))
+    lora.target_modules = None  # they follow, each as code
+    described = code_markdown(describe_lora(lora, lora_plus=config.train.lora_plus))
     shown = f"![Held-out layouts with their boxes]({IMAGES})\n\nHeld-out layouts, boxes drawn.\n" if images else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -38,7 +42,7 @@ def adapter_card(config: Config, report: dict[str, Any], pipeline: str, *, image
 
 # Layout LoRA for {code_markdown(base)}
 
-A LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on {targets} of the layout stream:
+A {described} on {targets} of the layout stream:
 {report["trainable_params"]:,} of {report["total_params"]:,} parameters, trained for {report["steps"]:,} steps on
 {report["images"]:,} images{_chosen(report)}. It makes the base obey boxes with phrases.
 

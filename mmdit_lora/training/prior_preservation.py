@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmdit_lora.config.loading import Config
@@ -24,7 +25,7 @@ from mmdit_lora.layout import Layout, read_layouts
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.pipelines.sampling import quiet_texts
 from mmdit_lora.training.examples import Examples
-from mmdit_lora.training.step import Batch, Objective, flow_matching_loss, predict
+from mmdit_lora.training.loss import Batch, Objective, flow_matching_loss, predict
 from mmdit_lora.visual import save_png
 
 FOLDER = "prior"
@@ -97,9 +98,9 @@ class Prior:
     def __init__(self, examples: Examples, batch_size: int) -> None:
         self.examples, self.batch_size = examples, batch_size
 
-    def batch(self, micro_batch: int, world: int, process: int) -> Batch:
-        """The samples beside micro-batch number `micro_batch` of the run."""
-        first = (micro_batch * world + process) * self.batch_size
+    def batch(self, micro_batch: int, accelerator: Accelerator) -> Batch:
+        """This process's samples beside micro-batch number `micro_batch` of the run."""
+        first = (micro_batch * accelerator.num_processes + accelerator.process_index) * self.batch_size
         return self.examples.training_batch(range(first, first + self.batch_size))
 
 

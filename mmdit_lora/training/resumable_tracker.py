@@ -1,16 +1,19 @@
 """A run's rows in a file of our own beside the tracker's, so that a killed and resumed run is one curve without a gap.
 
-`<output_dir>/tracking.jsonl`: a first line {"tracker", "run_id"}, then each row before it is handed to the tracker. A line is
-in the system's hands when `log` returns, so it survives SIGKILL; what the trackers hold does not (see `wandb_file`). A
-resumed run
+`<output_dir>/tracking.jsonl`: a first line {"tracker", "run_id"}, then each row before it is handed to the tracker, and
+{"finished": true} once a tracker has written all that it was given. A line is in the system's hands when `log` returns, so it
+survives SIGKILL; what the trackers hold does not. A resumed run
 
 - goes on with the run id of the first line: the newest checkpoint may be older than the run's start, or there may be none;
-- logs again, first of all, the rows up to the checkpoint that the tracker lost; lost ones behind it come by themselves;
-- skips every (step, key) that was logged already. A resumed run makes the same draws, so that the values that stand there
+- logs again, first of all, the rows up to the checkpoint that the tracker lost, or may have lost; lost ones behind it come by
+  themselves;
+- skips every (step, key) that was certainly logged. A resumed run makes the same draws, so that the values that stand there
   are those that it would log; only `speed/` is that of the killed start.
 
-What is not restored: images of steps up to the checkpoint that W&B lost (their sheets are in `samples/`); and of a W&B run that is online,
-rows that were not yet sent when the machine, and not only the process, died: nobody but the server knows of them.
+What is not restored: images of steps up to the checkpoint that W&B lost (their sheets are in `samples/`). What may stand
+twice, with equal values: rows of an offline W&B run that had reached its file when it was killed, since nothing public tells
+which did. And of a W&B run that is online, rows that were not yet sent when the machine, and not only the process, died, are
+lost: nobody but the server knows of them.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from mmdit_lora.layout import Layout
 from mmdit_lora.training.tracking import Tracker
 
 JOURNAL = "tracking.jsonl"
+_FINISHED = {"finished": True}
 
 
 def resumable(
@@ -64,20 +68,20 @@ class ResumableTracker(Tracker):
 
     def __init__(self, tracker: Tracker, path: Path, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         self.tracker = tracker
-        there = tracker.logged()
-        known = {pair for row in rows for pair in _pairs(row)}
-        if there is not None:  # what is lost and will be done again is logged when it is done, so that steps go up
-            known = {(at, key) for at, key in known if at <= step or (at, key) in there}
-        rows = [row for row in rows if any(pair in known for pair in _pairs(row))]
+        safe = tracker.logged()
+        last = max((number for number, row in enumerate(rows) if row == _FINISHED), default=0)
+        safe = {pair for row in (rows if safe is None else rows[:last]) for pair in _pairs(row)} | (safe or set())
+        # What is lost and will be done again is logged when it is done, so that steps go up.
+        known = {pair for row in rows for pair in _pairs(row) if pair[0] <= step or pair in safe}
+        rows = [row for row in rows if row == _FINISHED or any(pair in known for pair in _pairs(row))]
         lines = [{"tracker": name, "run_id": tracker.run_id}, *rows]
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # without half a line that a kill left
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._done = known | (there or set())
-        if there is not None:
-            for row in rows:
-                lost = {key: value for key, value in row.get("scalars", {}).items() if (row["step"], key) not in there}
-                if lost and row["step"] <= step:
-                    tracker.log(row["step"], lost)
+        self._done = known | safe
+        for row in rows:
+            lost = {name: value for name, value in row.get("scalars", {}).items() if (row["step"], name) not in safe}
+            if lost and row["step"] <= step:
+                tracker.log(row["step"], lost)
 
     @property
     def run_id(self) -> str | None:
@@ -112,21 +116,23 @@ class ResumableTracker(Tracker):
         return set(self._done)
 
     def finish(self, *, failed: bool = False) -> None:
-        self._file.close()
         self.tracker.finish(failed=failed)
+        self._file.write(json.dumps(_FINISHED) + "\n")
+        self._file.close()
 
 
 def _pairs(row: Mapping[str, Any]) -> list[tuple[int, str]]:
-    return [(row["step"], key) for key in ([row["images"]] if "images" in row else row["scalars"])]
+    return [(row["step"], key) for key in ([row["images"]] if "images" in row else row.get("scalars", ()))]
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """First line and rows. Raises `InputError` for a file that was not written so."""
+    """First line, or None, and rows. Raises `InputError` for a file that was not written so."""
     hint = "move it away: the run goes on without its earlier rows"
     lines = read_rows(path, what="journal of a run", hint=hint)
     for number, line in enumerate(lines, start=1):
-        kinds = (("tracker", str), ("run_id", str | None)) if number == 1 else (("step", int),)
-        whole = all(key in line and isinstance(line[key], kind) for key, kind in kinds)
-        if not whole or (number > 1 and not isinstance(line.get("scalars", line.get("images")), dict | str)):
+        kinds: dict[str, Any] = {"step": int} if number > 1 else {"tracker": str, "run_id": str | None}
+        right = all(key in line and isinstance(line[key], kind) for key, kind in kinds.items())
+        right = right and (number == 1 or isinstance(line.get("scalars", line.get("images")), dict | str))
+        if not right and (number == 1 or line != _FINISHED):
             raise InputError("is no row of a run's journal", location=f"{path}:{number}", hint=hint)
     return (lines[0], lines[1:]) if lines else (None, [])

@@ -39,12 +39,12 @@ from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.fingerprints import fingerprint_encoders, fingerprint_layouts, first_change
 from mmdit_lora.training.held_out import PairedLoss
 from mmdit_lora.training.load_base import DTYPES, load_base
+from mmdit_lora.training.loss import Objective
 from mmdit_lora.training.optim import make_optimizer, make_schedule
 from mmdit_lora.training.performance import apply_performance
 from mmdit_lora.training.prior_preservation import FOLDER, Prior, generate_prior, prior_layouts
 from mmdit_lora.training.run_dir import CHECKPOINTS, check_output
 from mmdit_lora.training.sharding import check_sharding, shards_parameters
-from mmdit_lora.training.step import Objective
 from mmdit_lora.training.trainable import FoldedMethod, TrainableReport, refuse_frozen, set_trainable
 
 _OWN, _START = "default", "start"
@@ -313,6 +313,15 @@ class Run:
             layout_window=sample.layout_window,
         )
 
+    def name_of(self, position: int) -> str:
+        """`file:line` of the record that comes at a position of the run."""
+        return self.examples.record_at(position).location
+
+    def last_saved(self) -> str:
+        """The newest checkpoint, for messages."""
+        saved = checkpoints(self.folder / CHECKPOINTS)
+        return f"{saved[-1].folder} is from before." if saved else "There is no checkpoint yet."
+
     @property
     def seconds(self) -> float:
         return self.state.seconds + time.perf_counter() - self.started
@@ -357,7 +366,7 @@ class Run:
         """Whether a forward of the model needs every process."""
         return shards_parameters(self.accelerator.distributed_type)
 
-    def save(self) -> None:
+    def save(self) -> Checkpoint:
         """Write a checkpoint, and prune: the newest `train.keep_checkpoints` stay, and the best.
 
         In the main process; where parameters are spread over processes, all of them call it, and the main one writes.
@@ -372,7 +381,7 @@ class Run:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "run": asdict(self.state) | {"seconds": self.seconds},
         }
-        save_checkpoint(
+        return save_checkpoint(
             self.folder / CHECKPOINTS,
             self.state.step,
             self.bare_model,
@@ -433,7 +442,8 @@ def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | 
     """
     check_output(Path(config.output_dir), config, resume)
     settings = config.train
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    # Its state is the process's: an earlier run, or the caller, may have another precision, and keeps it.
+    AcceleratorState._shared_state = {}
     # Without the hint, Accelerate takes several CPU processes for as many lone ones, which would all write the run.
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.accelerator.is_available())
     dtype = DTYPES[settings.mixed_precision]

@@ -1,6 +1,10 @@
 """Parameters that are spread over processes (FSDP2's DTensors, ZeRO's parts): whole for a checkpoint, spread again from one.
 
-Both are collective: every process calls them, in the same order.
+All are collective: every process calls them, in the same order.
+
+Why not `torch.distributed.checkpoint.state_dict` (read in 2.15) or `Accelerator.save_state` (1.15): the former knows DTensors,
+for which one line is enough here, and not ZeRO; and to load an optimizer's state it first steps the optimizer once, with
+gradients of 0, which changes what Prodigy keeps of its own. The latter writes pickles, and the base with what trains.
 """
 
 from __future__ import annotations
@@ -13,26 +17,33 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.deepspeed import is_zero, put_master, whole_master
 
 _SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor on the CPU, contiguous."""
+    """The full tensor on the CPU, contiguous; of a parameter under ZeRO, its fp32 master."""
+    if _is_zero(tensor):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        tensor = safe_get_full_fp32_param(tensor)
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    if is_zero(tensor):
-        full = whole_master(tensor)
     return full.detach().cpu().contiguous()
 
 
 @torch.no_grad()
 def put(target: Tensor, values: Tensor) -> None:
-    """Copy a full tensor into one that may be spread."""
-    if is_zero(target):
-        put_master(target, values)
-    else:
+    """Copy a full tensor into one that may be spread; under ZeRO, into its fp32 master too."""
+    if not _is_zero(target):
         target.copy_(like(values, target))
+        return
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    values = values.to(target.device)
+    with deepspeed.zero.GatheredParameters([target], modifier_rank=0, enabled=hasattr(target, "ds_id")):
+        target.copy_(values)
+    safe_set_full_fp32_param(target, values.float())
 
 
 def like(values: Tensor, target: Tensor) -> Tensor:
@@ -63,33 +74,35 @@ def check_sharding(kind: DistributedType, config: Config) -> None:
     """
     if kind not in _SHARDED:
         return
-    name = _SHARDED[kind]
-    if config.method != "lora":
-        raise InputError(
-            f"is {config.method} with {name}, which trains adapters here",
-            location="method",
-            hint="use DDP, or method lora",
-        )
-    if config.prior.layouts is not None:
-        raise InputError(f"is given with {name}", location="prior.layouts", hint="use DDP, or set it to null")
-    if kind != DistributedType.DEEPSPEED:
-        return
-    train = config.train
-    if train.ema_decay:
-        raise InputError(
-            f"is {train.ema_decay:g} with {name}, which has no average of its masters",
-            location="train.ema_decay",
-            hint="set it to 0, or use DDP or FSDP2",
-        )
-    if train.mixed_precision == "fp16":
-        raise InputError(
-            f"is fp16 with {name}, whose loss scale is in none of our checkpoints",
-            location="train.mixed_precision",
-            hint="set it to bf16",
-        )
-    if train.optimizer != "adamw":
-        raise InputError(
-            f"is {train.optimizer} with {name}, which flattens the weights",
-            location="train.optimizer",
-            hint="set it to adamw",
-        )
+    name, train = _SHARDED[kind], config.train
+    refused = [
+        ("method", config.method, config.method != "lora", "trains adapters here", "use DDP, or method lora"),
+        (
+            "prior.layouts",
+            "given",
+            config.prior.layouts is not None,
+            "paints no old domain",
+            "use DDP, or set it to null",
+        ),
+    ]
+    if kind == DistributedType.DEEPSPEED:
+        precision, average = train.mixed_precision, "set it to 0, or use DDP or FSDP2"
+        refused += [
+            ("train.ema_decay", f"{train.ema_decay:g}", train.ema_decay > 0, "has no average of its masters", average),
+            (
+                "train.mixed_precision",
+                precision,
+                precision == "fp16",
+                "keeps its loss scale in none of our checkpoints",
+                "set it to bf16",
+            ),
+            ("train.optimizer", train.optimizer, train.optimizer != "adamw", "flattens the weights", "set it to adamw"),
+        ]
+    for key, value, wrong, why, hint in refused:
+        if wrong:
+            raise InputError(f"is {value} with {name}, which {why}", location=key, hint=hint)
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    """Whether ZeRO has a master of this parameter in parts: one that trains."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

@@ -1,108 +1,142 @@
-"""The batch and the loss of a training step."""
+"""One optimizer step of a run, on one screen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmdit_lora.flow import flow_loss, inside_weight, interpolate, time_weight, velocity
-from mmdit_lora.models import LayoutInputs
+from mmdit_lora.data.sampler import seeded
+from mmdit_lora.training.checkpoint import trainable_parameters
+from mmdit_lora.training.loss import Batch, flow_matching_loss
+from mmdit_lora.training.prior_preservation import prior_losses
+from mmdit_lora.training.setup import Run
+from mmdit_lora.training.sharding import whole
+from mmdit_lora.training.stopping import Diverged, check_losses
+from mmdit_lora.training.throughput import Throughput
+from mmdit_lora.training.validation import gradient_norms
 
-
-@dataclass(frozen=True)
-class Batch:
-    """All that a step reads; everything random in it is already drawn.
-
-    Args:
-        x0: (B, C, h, w) latents; noise: the same shape; t: (B,) in [0, 1], 1 = noise.
-        prompt_embeds: (B, S, E); pooled: (B, P).
-        layout: B layouts; a dropped one is masked, never absent.
-        keys: (B,) int32, what the adapter's dropout draws from for each sample; None where nothing drops.
-    """
-
-    x0: Tensor
-    noise: Tensor
-    t: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
-    layout: LayoutInputs
-    keys: Tensor | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in values.items()}
-        return Batch(**moved)
+_AHEAD = 2  # batches of this process that are read ahead
 
 
 @dataclass(frozen=True)
-class Objective:
-    """How a sample's loss is weighted; the defaults are the plain rectified-flow loss.
+class StepRecord:
+    """What a step read and did.
 
     Args:
-        inside: weight inside boxes relative to outside.
-        guidance: see `LayoutModelMixin.model_inputs`.
-        weighting, min_snr_gamma: see `flow.time_weight`.
+        step: counted from 1.
+        positions: of this process's samples in the run.
+        times: (B,) that these were noised to. losses: (B,) theirs.
+        loss, learning_rate, grad_norm: of the step, over all processes.
+        name: of the sample at a position, `file:line` of its record.
+        logged: what the tracker gets at this step: every `train.log_every` steps, in the main process; else empty.
     """
 
-    inside: float = 1.0
-    guidance: float = 1.0
-    weighting: str = "none"
-    min_snr_gamma: float = 5.0
+    step: int
+    positions: Sequence[int]
+    times: Tensor
+    losses: Tensor
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    name: Callable[[int], str] = field(repr=False)
+    logged: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """Names of this process's samples."""
+        return tuple(map(self.name, self.positions))
 
 
-_PLAIN = Objective()
-
-
-def predict(model: nn.Module, batch: Batch, *, guidance: float = 1.0) -> Tensor:
-    """The velocity that the model sees in a noised batch, (B, C, h, w).
-
-    Args:
-        model: a layout transformer of any family, in Accelerate's wrapper or not.
-        guidance: see `LayoutModelMixin.model_inputs`.
-    """
-    x_t = interpolate(batch.x0, batch.noise, batch.t)
-    height, width = x_t.shape[-2:]
-    # The call goes through the wrapper, which gathers gradients over processes; the rest is the model's own.
-    family: Any = extract_model_from_parallel(model)
-    if (shared := getattr(family, "sample_keys", None)) is not None:
-        shared.value = batch.keys
-    dtype = family.dtype
-    inputs = family.model_inputs(
-        x_t.to(dtype), batch.t, batch.prompt_embeds.to(dtype), batch.pooled.to(dtype), guidance=guidance
-    )
-    return family.as_latents(model(**inputs, layout=batch.layout).sample, height, width)
-
-
-def flow_matching_loss(
-    transformer: nn.Module, batch: Batch, objective: Objective = _PLAIN, *, target: Tensor | None = None
-) -> Tensor:
-    """The rectified-flow loss of each sample (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
-
-    The transformer sees x_t = (1 - t) x0 + t noise and predicts the velocity noise - x0; the loss of a sample is the mean
-    squared error over its (C, h, w). `flow_matching_loss(...).mean().backward()` trains.
+def train_step(
+    run: Run, batches: Iterator[tuple[Sequence[int], Batch]], meter: Throughput, *, with_norms: bool = False
+) -> tuple[StepRecord, dict[str, float]]:
+    """Accumulate loss and gradients, clip, update, average.
 
     Args:
-        transformer: a layout transformer of any family, with its adapter, in Accelerate's wrapper or not.
-        batch: x0 and noise (B, C, h, w), t (B,), prompt_embeds (B, S, E), pooled (B, P), B layouts; on the
-            transformer's device, of any floating dtype.
-        objective: weights inside boxes and over time, and the guidance a distilled transformer is told.
-        target: (B, C, h, w) velocity to predict; None = that of the batch, noise - x0.
+        batches: see `training_batches`.
+        with_norms: also the gradient norms of the blocks, before clipping.
 
     Returns:
-        (B,), fp32.
+        The record of the step, and further scalars for the tracker.
+
+    Raises:
+        Diverged: a loss or the gradient is NaN or infinite.
     """
-    prediction = predict(transformer, batch, guidance=objective.guidance)
-    if target is None:
-        target = velocity(batch.x0, batch.noise)
-    weight = None
-    if objective.inside != 1.0:
-        height, width = prediction.shape[-2:]
-        weight = inside_weight(batch.layout.boxes, batch.layout.mask, height, width, objective.inside)
-    each = flow_loss(prediction, target, weight)
-    if objective.weighting != "none":
-        each = each * time_weight(batch.t, objective.weighting, gamma=objective.min_snr_gamma)
-    return each
+    settings, accelerator, step = run.config.train, run.accelerator, run.state.step
+    places: list[int] = []
+    times, each_loss, prior_loss = [], [], torch.zeros((), device=accelerator.device)
+    for micro in range(step * settings.gradient_accumulation, (step + 1) * settings.gradient_accumulation):
+        is_last = (micro + 1) % settings.gradient_accumulation == 0
+        accelerator.sync_gradients = is_last  # DeepSpeed's engine, which steps within `backward`, reads it
+        with meter.phase("data"):
+            positions, batch = next(batches)
+            old = None if run.prior is None else run.prior.batch(micro, accelerator).to(accelerator.device)
+        if not settings.compile:  # the counter sees into no compiled graph
+            meter.count(tuple(batch.x0.shape), partial(_forward_and_backward, run, batch))
+        # The adapter's dropout draws from the samples' keys. Whatever else in a base may draw does so from here.
+        torch.manual_seed(seeded("dropout", settings.seed, positions[0]).initial_seed())
+        with meter.phase("compute"), _exchange(run, is_last and old is None):
+            with accelerator.autocast():
+                losses = flow_matching_loss(run.model, batch, run.objective)
+            check_losses(losses.detach(), partial(map, run.name_of, positions), step=step, checkpoint=run.last_saved)
+            accelerator.backward(losses.mean() / settings.gradient_accumulation)
+        if old is not None:
+            with meter.phase("compute"), _exchange(run, is_last):
+                with accelerator.autocast():
+                    moved = prior_losses(run.model, run.pipe.transformer, old, run.objective).mean()
+                accelerator.backward(run.config.prior.weight * moved / settings.gradient_accumulation)
+            prior_loss += moved.detach() / settings.gradient_accumulation
+        places += positions
+        times.append(batch.t)
+        each_loss.append(losses.detach())
+    norms = gradient_norms(run.bare_model) if with_norms else {}
+    with meter.phase("optimizer"):
+        norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)))
+        if accelerator.scaler is None and not norm.isfinite():  # a scaler expects some, and skips the step
+            raise Diverged(f"the gradient is NaN or infinite in step {step + 1}. {run.last_saved()}")
+        rate = float(run.schedule.get_last_lr()[0])
+        run.optimizer.step()
+        run.schedule.step()
+        run.optimizer.zero_grad()
+        if run.average is not None:
+            run.average.update()
+        means = torch.stack([torch.cat(each_loss).mean(), prior_loss])
+        loss, prior = (accelerator.reduce(means, "mean") if accelerator.num_processes > 1 else means).tolist()
+    record = StepRecord(
+        step + 1, places, torch.cat(times), torch.cat(each_loss), loss, rate, norm.item(), name=run.name_of
+    )
+    return record, norms if run.prior is None else norms | {"prior_loss": prior}
+
+
+def training_batches(run: Run) -> Iterator[tuple[Sequence[int], Batch]]:
+    """This process's micro-batches from the step that the run has reached, without end, on its device.
+
+    Yields:
+        Positions of the samples in the run, and the batch.
+    """
+    settings, accelerator = run.config.train, run.accelerator
+    size, stride = settings.batch_size, settings.batch_size * accelerator.num_processes
+    first = run.state.step * settings.gradient_accumulation * stride + accelerator.process_index * size
+    while True:
+        positions = range(first, first + size)
+        batch = run.examples.training_batch(positions).to(accelerator.device)
+        run.examples.read_ahead([p + n * stride for n in range(1, 1 + _AHEAD) for p in positions])
+        yield positions, batch
+        first += stride
+
+
+def _exchange(run: Run, exchanges: bool) -> AbstractContextManager[None]:
+    """Processes exchange gradients in the last backward of a step, and in no other."""
+    return nullcontext() if exchanges else run.accelerator.no_sync(run.model)
+
+
+def _forward_and_backward(run: Run, batch: Batch) -> None:
+    """To count FLOPs: no gradient is kept, and no other process is asked."""
+    with run.accelerator.autocast():
+        loss = flow_matching_loss(run.pipe.transformer, batch, run.objective).mean()
+    torch.autograd.grad(loss, list(trainable_parameters(run.pipe.transformer).values()), allow_unused=True)

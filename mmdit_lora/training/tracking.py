@@ -1,12 +1,11 @@
 """Trackers: W&B, TensorBoard or none, behind one interface.
 
-Only the main process makes a tracker; the others make a `NullTracker` or none. wandb and tensorboard are imported when a
-tracker is made, never before.
+Only the main process makes a tracker; the others have a `NullTracker`. wandb and tensorboard are imported when a tracker is
+made, never before.
 
-The reader of W&B's run file (wandb 0.31 ships its messages, but no Python reader): LevelDB's log with a header of 7 bytes,
-blocks of 32 KiB of chunks, each a checksum (4 bytes), a length (2), a type (1: whole record, 2: first part, 3: middle,
-4: last) and the data. W&B writes whole blocks: of a run that is killed, the rows of the last one are lost (seen, 0.31: 91 of
-200 rows, although the last was logged 5 s before).
+Not `accelerate.tracking`, of which every method would be overridden (read in 1.15): its W&B tracker passes W&B's own step,
+which only goes up, so that rows of a step done again after a resume are dropped in silence; its TensorBoard tracker takes no
+nested config and writes one event folder a start; neither draws boxes, goes on with a run or marks one as failed.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import struct
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,55 +23,6 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Layout
 from mmdit_lora.visual import draw_boxes, phrase_colors
 
-BLOCK, HEADER = 32768, 7
-
-
-def records(data: bytes) -> Iterator[bytes]:
-    """The serialised `wandb_internal_pb2.Record`s of a run file, up to where a killed run stopped writing.
-
-    Raises:
-        ValueError: it is no run file, or damaged.
-    """
-    if data[:4] != b":W&B":
-        raise ValueError("not a W&B run file")
-    position, parts = HEADER, b""
-    while position + HEADER <= len(data):
-        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that is too short for a chunk is padding
-            position += BLOCK - position % BLOCK
-            continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, position)
-        chunk = data[position + HEADER : position + HEADER + length]
-        if kind not in (1, 2, 3, 4):
-            raise ValueError(f"a chunk of kind {kind} at byte {position}")
-        if len(chunk) < length:  # the run was killed while it wrote; what came before is whole
-            return
-        if checksum != zlib.crc32(bytes([kind]) + chunk):
-            raise ValueError(f"wrong checksum at byte {position}")
-        parts = chunk if kind in (1, 2) else parts + chunk
-        position += HEADER + length
-        if kind in (1, 4):
-            yield parts
-
-
-def logged_keys(files: Iterable[Path]) -> set[tuple[int, str]] | None:
-    """(value of the column `step`, name of another column) of all rows; None where a file is of another format."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    found: set[tuple[int, str]] = set()
-    for file in files:
-        try:
-            for data in records(file.read_bytes() if file.is_file() else b":W&B"):
-                record = Record.FromString(data)
-                if record.WhichOneof("record_type") == "history":
-                    names = {(list(item.nested_key) or [item.key])[0]: item.value_json for item in record.history.item}
-                    step = json.loads(names.get("step", "-1"))
-                    found |= {(step, name) for name in names if name != "step" and not name.startswith("_")}
-        except Exception as error:
-            logger.warning("%s is not read: %s", file, error)
-            return None
-    return found
-
-
 logger = logging.getLogger(__name__)
 
 TrackerName = Literal["wandb", "tensorboard", "none"]
@@ -83,66 +30,48 @@ TRACKERS: tuple[str, ...] = ("wandb", "tensorboard", "none")
 WANDB_MODES: tuple[str, ...] = ("online", "offline", "disabled")
 
 
-class Tracker(ABC):
-    """What a trainer tells about itself. Steps are optimiser steps; they may be logged again after a resume."""
+class Tracker:
+    """What a trainer reports. Steps are optimizer steps; they may be logged again after a resume. This one keeps nothing."""
 
     @property
-    @abstractmethod
     def run_id(self) -> str | None:
         """What `make_tracker(run_id=...)` needs to go on with this run; goes into the checkpoint. None: nothing to go on with."""
+        return None
 
     @property
     def location(self) -> str | None:
-        """Where to look: a web address or a folder."""
+        """A web address or a folder."""
         return None
 
-    @abstractmethod
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars of `step`; NaN and infinite values are logged as they are."""
 
-    @abstractmethod
     def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
-        """Images of `step` with the boxes and phrases that were asked for.
+        """Images of `step`, with the boxes and phrases of their layouts.
 
         Raises:
             ValueError: there are not as many layouts as images.
         """
 
-    @abstractmethod
     def summary(self, values: Mapping[str, Any]) -> None:
         """Numbers and short texts that describe the whole run, e.g. the best fidelity."""
 
-    def artifact(self, folder: Path, metadata: Mapping[str, Any]) -> None:  # noqa: B027 - most have no such thing
+    def artifact(self, folder: Path, metadata: Mapping[str, Any]) -> None:
         """The adapter's folder, with its card; only W&B keeps it."""
 
     def logged(self) -> set[tuple[int, str]] | None:
-        """(step, key) of all scalars and images of this run that earlier starts left on the disk; None: cannot be told.
+        """(step, key) of all that earlier starts of this run certainly left; None: it has all that it was given.
 
-        To be asked before anything is logged. Who asks logs nothing again: what is there already then stays visible.
+        To be asked before anything is logged.
         """
         return None
 
-    @abstractmethod
     def finish(self, *, failed: bool = False) -> None:
         """Write out everything and close. `failed` marks the run as crashed where the tracker knows such a mark."""
 
 
 class NullTracker(Tracker):
-    """Forgets everything."""
-
-    run_id = None
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        pass
-
-    def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
-        pass
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        pass
-
-    def finish(self, *, failed: bool = False) -> None:
-        pass
+    """Keeps nothing."""
 
 
 class WandbTracker(Tracker):
@@ -206,7 +135,6 @@ class WandbTracker(Tracker):
 
     @property
     def location(self) -> str | None:
-        """The address of the run; offline the folder to hand to `wandb sync`."""
         if self._run.disabled:
             return None
         return str(self._run.settings.sync_dir) if self._run.offline else self._run.url
@@ -256,15 +184,14 @@ class WandbTracker(Tracker):
         self._run.log_artifact(artifact)
 
     def logged(self) -> set[tuple[int, str]] | None:
-        if self._run.disabled or not self._run.offline:
-            return None
-        folders = Path(self._run.settings.wandb_dir).glob(f"offline-run-*-{self._run.id}")
-        return logged_keys(folder / f"run-{self._run.id}.wandb" for folder in folders)
+        # Of an offline start that is killed, the last rows are lost: W&B writes whole blocks of 32 KiB (seen, 0.31: 91 of 200
+        # rows, although the last was logged 5 s before). No public call tells which.
+        return set() if self._run.offline and not self._run.disabled else None
 
     def finish(self, *, failed: bool = False) -> None:
         self._run.finish(exit_code=1 if failed else 0)
-        # Offline, `finish` returns before the run file is on the disk (seen, 0.31.0: 7 bytes of it under load); only the
-        # end of wandb's own process is waited for. Not with a run of somebody else's still going on in it.
+        # Offline, `finish` returns before the run file is on the disk (seen, 0.31.0); only the end of wandb's own process is
+        # waited for. Not while a run of somebody else's goes on in it.
         if self._run.offline and self._wandb.run is None:
             self._wandb.teardown()
 
@@ -310,7 +237,6 @@ class TensorBoardTracker(Tracker):
 
     @property
     def location(self) -> str | None:
-        """The folder of the event files."""
         return str(self._folder)
 
     def _open(self, step: int | None) -> Any:

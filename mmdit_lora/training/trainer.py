@@ -1,35 +1,42 @@
-"""A training run from its config to what it leaves behind."""
+"""A training run from its config to what it leaves behind: the steps, and what comes between them (log, validate, save, stop).
+
+What is drawn comes from (seed, position) alone: a run that was killed and resumed makes the same draws as one that was not,
+and two processes those of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.config.loading import Config
+from accelerate.utils import broadcast_object_list
+
+from mmdit_lora.config.loading import Config, as_config
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.pipelines import LayoutPipeline
+from mmdit_lora.training.callbacks import Callback
 from mmdit_lora.training.checkpoint import Checkpoint, checkpoints, prune_checkpoints, trainable_parameters
-from mmdit_lora.training.full_disk import disk_full_as_error
 from mmdit_lora.training.held_out import PairedLoss, held_out_losses
-from mmdit_lora.training.loop import OnStep, Progress, train_loop
-from mmdit_lora.training.preflight import Preflight, preflight
+from mmdit_lora.training.isolation import isolated
+from mmdit_lora.training.preflight import preflight
 from mmdit_lora.training.prior_preservation import without_adapter
 from mmdit_lora.training.result import save_result
 from mmdit_lora.training.resumable_tracker import resumable
 from mmdit_lora.training.run_dir import CHECKPOINTS, CONFIG, REPORT, run_folder
 from mmdit_lora.training.setup import AVERAGE, Run, prepare_run, settle
 from mmdit_lora.training.sharding import parted, whole
-from mmdit_lora.training.stopping import Interrupted
-from mmdit_lora.training.tracking import Tracker, make_tracker
+from mmdit_lora.training.step import train_step, training_batches
+from mmdit_lora.training.stopping import Interrupted, caught_signals, disk_full_as_error
+from mmdit_lora.training.throughput import Throughput
+from mmdit_lora.training.tracking import NullTracker, Tracker, make_tracker
 from mmdit_lora.training.trainable import FoldedMethod
-from mmdit_lora.training.validation import validate
+from mmdit_lora.training.validation import compare, is_due, validate
 
-__all__ = ["TrainResult", "prepare_run", "train"]
+__all__ = ["Callback", "TrainResult", "prepare_run", "train"]
 
 
 @dataclass
@@ -44,135 +51,228 @@ class TrainResult:
 
 
 def train(
-    config: Config,
+    config: Config | Mapping[str, Any] | str | Path,
     *,
     resume: bool = False,
-    on_progress: Progress | None = None,
-    on_step: OnStep | None = None,
-    on_preflight: Callable[[Preflight], None] | None = None,
+    callbacks: Sequence[Callback] = (),
     method: FoldedMethod | None = None,
 ) -> TrainResult:
     """Train what `config.method` names, and leave `<output_dir>/adapter` (or `base`) and `report.json`.
 
+    What a run sets for the whole process (Accelerate's state, generators, os.environ, ...) is afterwards what it was.
+
     Args:
+        config: a config, its values as a mapping, or the path of its YAML file.
         resume: go on from the newest checkpoint of `output_dir`; without one, start.
-        on_progress, witness: see `train_loop`.
-        on_preflight: called with what the look before the run found, in the main process.
+        callbacks: called as the run goes on, see `Callback`.
         method: instead of the config's, which must be layout_stream; for comparisons, see `FoldedMethod`.
 
     Raises:
         InputError: the base, the data, the machine or the output folder do not allow the run; nothing is written then.
-        Diverged, Interrupted: see `train_loop`. DiskFull: the last checkpoint is whole.
+        Diverged: the loss or the gradient is NaN or infinite. Interrupted: SIGTERM or Ctrl-C came; the run is saved.
+        DiskFull: the disk is full; the last checkpoint is whole.
     """
-    with run_folder(config, resume=resume), disk_full_as_error(Path(config.output_dir)):
+    config = as_config(config)
+    with isolated(), run_folder(config, resume=resume), disk_full_as_error(Path(config.output_dir)):
         run = prepare_run(config, resume=resume, method=method)
-        found = checkpoints(run.folder / CHECKPOINTS) if resume else []
-        looked = preflight(run, checkpoint=found[-1] if found else None, costly=config.train.preflight)
-        if run.accelerator.is_main_process and on_preflight is not None:
-            on_preflight(looked)
-        looked.refuse_failed()
-        return _train(run, found[-1] if found else None, resume, on_progress or (lambda *_: None), on_step)
+        saved = checkpoints(run.folder / CHECKPOINTS) if resume else []
+        checkpoint = saved[-1] if saved else None
+        report = preflight(run, checkpoint=checkpoint, costly=config.train.preflight)
+        if run.accelerator.is_main_process:
+            for callback in callbacks:
+                callback.on_preflight(report)
+        report.refuse_failed()
+        return _Trainer(run, callbacks).train(checkpoint, resume=resume)
 
 
-def _train(
-    run: Run, checkpoint: Checkpoint | None, resume: bool, on_progress: Progress, on_step: OnStep | None
-) -> TrainResult:
-    config, main = run.config, run.accelerator.is_main_process
-    if main:
-        write_text(run.folder / CONFIG, config.to_yaml())
-    run.start_prior()
-    if run.held_out is not None:
-        # A new adapter changes nothing; one that was trained before is off for the base's own losses.
-        alone = nullcontext() if run.start is None else without_adapter(run.pipe.transformer)
-        with alone:
-            found = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
-        run.base_losses = found.per_image
-    parted(run.pipe.transformer)
-    if checkpoint is not None:
-        run.load(checkpoint)
-        if main:
-            prune_checkpoints(run.folder / CHECKPOINTS, config.train.keep_checkpoints, run.state.best_step)
-    tracker = _make_tracker(run, resume) if main else None
-    run.state.tracker_run_id = tracker.run_id if tracker else None
-    try:
-        train_loop(run, tracker, on_progress, on_step)
-        _choose_weights(run)
-        comparison = _compare(run, tracker) if main or run.is_sharded else None
+class _Trainer:
+    """One run.
+
+    Args:
+        run: set up, with nothing written yet.
+    """
+
+    def __init__(self, run: Run, callbacks: Sequence[Callback]) -> None:
+        self.run, self.callbacks = run, callbacks
+        self.is_main = run.accelerator.is_main_process
+        self.takes_part = self.is_main or run.is_sharded  # in what needs the whole model
+        self.tracker: Tracker = NullTracker()
+
+    def train(self, checkpoint: Checkpoint | None, *, resume: bool) -> TrainResult:
+        """Begin, take the steps, save the result."""
+        run, config = self.run, self.run.config
+        if self.is_main:
+            write_text(run.folder / CONFIG, config.to_yaml())
+        run.start_prior()
+        if run.held_out is not None:
+            # A new adapter changes nothing; one that was trained before is off for the base's own losses.
+            with nullcontext() if run.start is None else without_adapter(run.pipe.transformer):
+                base = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
+            run.base_losses = base.per_image
+        parted(run.pipe.transformer)
+        if checkpoint is not None:
+            run.load(checkpoint)
+            if self.is_main:
+                prune_checkpoints(run.folder / CHECKPOINTS, config.train.keep_checkpoints, run.state.best_step)
+        if self.is_main:
+            self.tracker = _make_tracker(run, resume=resume)
+        run.state.tracker_run_id = self.tracker.run_id
+        try:
+            self.take_steps()
+            result = self.finish()
+        except BaseException as error:
+            self.tracker.finish(failed=not isinstance(error, Interrupted))
+            raise
+        self.tracker.finish()
+        return result
+
+    def take_steps(self) -> None:
+        """Every step up to `train.max_steps`, or to an early stop. Raises `Diverged`, `Interrupted`."""
+        run, settings, state = self.run, self.run.config.train, self.run.state
+        meter, batches = Throughput(), training_batches(run)
+        measured = saved = state.step  # every process counts: what is on the disk depends on when it looks
+        with caught_signals() as signal_name:
+            # A run may have been killed after its early stop was saved: it trains no further.
+            while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):
+                logs = (state.step + 1) % settings.log_every == 0 or state.step + 1 == settings.max_steps
+                record, more = train_step(run, batches, meter, with_norms=logs and self.takes_part)
+                state.step += 1
+                if logs:
+                    speed = meter.read((state.step - measured) * run.batches["train.batch_size"])
+                    measured = state.step
+                    scalars = {name: getattr(record, name) for name in ("loss", "learning_rate", "grad_norm")}
+                    scalars |= more | {f"speed/{name}": value for name, value in speed.items()}
+                    self.tracker.log(state.step, scalars)
+                    record = replace(record, logged=scalars if self.is_main else {})
+                for callback in self.callbacks:
+                    callback.on_step(record)
+                with meter.phase("pause"):
+                    better = is_due(run) and self.validate()
+                    stops = self._agree(signal_name() is not None)
+                    due = settings.checkpoint_every and (state.step % settings.checkpoint_every == 0 or better or stops)
+                    if due:
+                        self.save()
+                        saved = state.step
+                if stops:
+                    raise Interrupted(signal_name() or "a signal", state.step if settings.checkpoint_every else None)
+        # A run that ended may go on with more steps, from where it ended.
+        if settings.checkpoint_every and saved != state.step:
+            self.save()
+
+    def validate(self) -> bool:
+        """Validate and sample in the main process; whether this is the best so far, known to all."""
+        run, state = self.run, self.run.state
+        if self.takes_part:
+            metrics, score = validate(run, self.tracker)
+            self._on_validation(metrics)
+            if score is not None and (state.best is None or score > state.best):
+                state.best_step, state.best, state.stale = state.step, score, 0
+            elif score is not None:
+                state.stale += 1
+        if run.accelerator.num_processes > 1:
+            shared = [(state.best_step, state.best, state.stale)]
+            broadcast_object_list(shared)
+            state.best_step, state.best, state.stale = shared[0]
+        return state.best_step == state.step
+
+    def save(self) -> None:
+        """Write a checkpoint in the main process; where parameters are spread over processes, all take part."""
+        if self.takes_part:
+            self._on_save(self.run.save().folder)
+
+    def finish(self) -> TrainResult:
+        """Save the weights that were chosen, the report, and what the tracker gets at the end."""
+        run, config = self.run, self.run.config
+        self._choose_weights()
+        comparison = self._compare() if self.takes_part else None
         trained = trainable_parameters(run.bare_model)
         weights = {name: whole(parameter) for name, parameter in trained.items()} if run.is_sharded else None
         run.accelerator.wait_for_everyone()
         run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         report = _report(run, comparison)
-        if main:
-            result = save_result(
+        if self.is_main:
+            folder = save_result(
                 run.pipe, config, report, weights, fold=None if run.method is None else run.method.fold
             )
             settle(run)
             write_json(run.folder / REPORT, report)
-        if tracker is not None:
+            self._on_save(folder)
             if config.method == "lora":
-                tracker.artifact(result, report)
-            tracker.summary({key: value for key, value in report.items() if isinstance(value, int | float | str)})
-    except BaseException as error:
-        if tracker is not None:
-            tracker.finish(failed=not isinstance(error, Interrupted))
-        raise
-    if tracker is not None:
-        tracker.finish()
-    return TrainResult(run.pipe, run.folder, report, main, comparison)
+                self.tracker.artifact(folder, report)
+            self.tracker.summary({key: value for key, value in report.items() if isinstance(value, int | float | str)})
+        return TrainResult(run.pipe, run.folder, report, self.is_main, comparison)
 
+    def _on_validation(self, metrics: Mapping[str, float]) -> None:
+        if metrics:
+            self.tracker.log(self.run.state.step, metrics)
+        if metrics and self.is_main:
+            for callback in self.callbacks:
+                callback.on_validation(self.run.state.step, metrics)
 
-def _choose_weights(run: Run) -> None:
-    """Put what is to be saved into the model: the moving average, and of the best step where that is asked for.
+    def _on_save(self, folder: Path) -> None:
+        for callback in self.callbacks if self.is_main else ():
+            callback.on_save(folder)
 
-    Raises:
-        InputError: the best step has no checkpoint.
-    """
-    best = run.state.best_step
-    if run.config.train.final == "best" and best is not None and best != run.state.step:
-        found = [c for c in checkpoints(run.folder / CHECKPOINTS) if c.step == best]
-        if not found:
-            raise InputError(
-                f"is best, and the checkpoint of the best step, {best}, is gone",
-                location="train.final",
-                hint="set it to last",
-            )
-        found[0].state()  # whole, or refused
-        found[0].load_weights(run.bare_model)
+    def _agree(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all stop after the same step."""
+        accelerator = self.run.accelerator
+        if accelerator.num_processes == 1:
+            return asked
+        if asked:
+            accelerator.set_trigger()
+        return bool(accelerator.check_trigger())
+
+    def _choose_weights(self) -> None:
+        """Put what is to be saved into the model: the moving average, and of the best step where that is asked for.
+
+        Raises:
+            InputError: the best step has no checkpoint.
+        """
+        run, best = self.run, self.run.state.best_step
+        if run.config.train.final == "best" and best is not None and best != run.state.step:
+            saved = {checkpoint.step: checkpoint for checkpoint in checkpoints(run.folder / CHECKPOINTS)}
+            if best not in saved:
+                raise InputError(
+                    f"is best, and the checkpoint of the best step, {best}, is gone",
+                    location="train.final",
+                    hint="set it to last",
+                )
+            saved[best].state()  # whole, or refused
+            saved[best].load_weights(run.bare_model)
+            if run.average is not None:
+                run.average.load(saved[best].folder / AVERAGE)
+            run.compared = None
         if run.average is not None:
-            run.average.load(found[0].folder / AVERAGE)
-        run.compared = None
-    if run.average is not None:
-        run.average.put()
+            run.average.put()
+
+    def _compare(self) -> PairedLoss | None:
+        """What is saved against the base, on the held-out images."""
+        run = self.run
+        if run.compared is not None and run.compared[0] == run.state.step:
+            return run.compared[1]
+        run.average = None  # its weights are in the model
+        comparison = compare(run)
+        if comparison is not None:
+            self._on_validation(
+                {"held_out/loss": comparison.trained, "held_out/loss_minus_base": comparison.difference}
+            )
+        return comparison
 
 
-def _compare(run: Run, tracker: Tracker | None) -> PairedLoss | None:
-    if run.compared is not None and run.compared[0] == run.state.step:
-        return run.compared[1]
-    run.average = None  # its weights are in the model
-    comparison = validate(run)
-    if comparison is not None and tracker is not None:
-        tracker.log(
-            run.state.step, {"held_out/loss": comparison.trained, "held_out/loss_minus_base": comparison.difference}
-        )
-    return comparison
-
-
-def _make_tracker(run: Run, resume: bool) -> Tracker:
+def _make_tracker(run: Run, *, resume: bool) -> Tracker:
     tracking = run.config.tracking
-    make = partial(
-        make_tracker,
-        tracking.tracker,
-        project=tracking.project,
-        run_name=tracking.run_name,
-        mode=tracking.wandb_mode,
-        folder=run.folder,
-        config=run.config.model_dump(mode="json") | {"fingerprints": run.fingerprints},
-    )
     return resumable(
         run.folder,
         tracking.tracker,
-        lambda run_id: make(run_id=run_id),
+        lambda run_id: make_tracker(
+            tracking.tracker,
+            project=tracking.project,
+            run_name=tracking.run_name,
+            mode=tracking.wandb_mode,
+            folder=run.folder,
+            run_id=run_id,
+            config=run.config.model_dump(mode="json") | {"fingerprints": run.fingerprints},
+        ),
         run_id=run.state.tracker_run_id,
         step=run.state.step,
         resume=resume,

@@ -43,7 +43,7 @@ def shown_weights(run: Run) -> Iterator[None]:
         transformer.train()
 
 
-def validate(run: Run) -> PairedLoss | None:
+def compare(run: Run) -> PairedLoss | None:
     """The held-out loss against the base's; None where no image is held out."""
     if run.held_out is None or run.base_losses is None:
         return None
@@ -53,34 +53,32 @@ def validate(run: Run) -> PairedLoss | None:
     return compare_losses(run.base_losses, now.per_image)
 
 
-def watch(run: Run, tracker: Tracker) -> float | None:
-    """Validate, paint, log. On the main process.
+def validate(run: Run, tracker: Tracker) -> tuple[dict[str, float], float | None]:
+    """What is due at this step: held-out losses, sampled images. On the main process.
 
     Returns:
-        How good it is, higher is better: the images' mIoU where it was measured, else minus the held-out loss; None
+        Metrics, and a score, higher is better: the images' mIoU where it was measured, else minus the held-out loss; None
         where neither was.
     """
     settings, step = run.config.train, run.state.step
     last = step == settings.max_steps
-    scalars: dict[str, float] = {}
-    good = None
+    metrics: dict[str, float] = {}
+    score = None
     with shown_weights(run):
         if run.held_out is not None and run.base_losses is not None and _due(step, settings.validate_every, last):
             device = run.accelerator.device
             now = held_out_losses(run.pipe.transformer, run.held_out, device)
             loss = compare_losses(run.base_losses, now.per_image)
             run.compared = step, loss
-            scalars |= {"held_out/loss": loss.trained, "held_out/loss_minus_base": loss.difference}
-            scalars |= {f"held_out/loss_t{n}": value for n, value in enumerate(now.by_time())}
-            scalars |= layout_matters(run.pipe.transformer, run.held_out, device)
-            good = -loss.trained
+            metrics |= {"held_out/loss": loss.trained, "held_out/loss_minus_base": loss.difference}
+            metrics |= {f"held_out/loss_t{n}": value for n, value in enumerate(now.by_time())}
+            metrics |= layout_matters(run.pipe.transformer, run.held_out, device)
+            score = -loss.trained
         if _due(step, settings.sample_every, last=False):
-            fidelity = _show(run, tracker)
-            scalars |= fidelity
-            good = fidelity.get("fidelity/miou", good)
-    if scalars:
-        tracker.log(step, scalars)
-    return good
+            fidelity = _sample(run, tracker)
+            metrics |= fidelity
+            score = fidelity.get("fidelity/miou", score)
+    return metrics, score
 
 
 def is_due(run: Run) -> bool:
@@ -104,8 +102,8 @@ def _due(step: int, every: int, last: bool) -> bool:
     return bool(every) and (step % every == 0 or last)
 
 
-def _show(run: Run, tracker: Tracker) -> dict[str, float]:
-    """Paint the first held-out layouts at their images' size, always from the same noise.
+def _sample(run: Run, tracker: Tracker) -> dict[str, float]:
+    """Sample the first held-out layouts at their images' size, always from the same noise.
 
     Returns:
         Where the reader can judge them, their fidelity. Images that hold NaN or infinity are not written; a warning says so.

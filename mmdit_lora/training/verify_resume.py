@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ import torch
 from safetensors import safe_open
 
 from mmdit_lora import json_files
-from mmdit_lora.config.loading import Config, load_config
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError, Stopped
-from mmdit_lora.training.checkpoint import WEIGHTS, Checkpoint, checkpoints
-from mmdit_lora.training.loop import StepRecord
+from mmdit_lora.training.callbacks import Callback
+from mmdit_lora.training.checkpoint import WEIGHTS, checkpoints
 from mmdit_lora.training.run_dir import CHECKPOINTS
 from mmdit_lora.training.setup import read_data
+from mmdit_lora.training.step import StepRecord
 from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.trainer import train
 
@@ -47,21 +48,16 @@ _FIELDS = {
     "learning_rate": "the schedule did not go on where it was",
     "grad_norm": "the backward pass is not the same",
 }
-# Of the state: what may differ between equal runs.
+# Of a checkpoint's state: what is compared beside the run's own, and what of that may differ between equal runs.
+_STATE = ("schedule_step", "scaler", "fingerprints")
 _FREE = {"seconds", "tracker_run_id"}
 
 
 def row_of(record: StepRecord) -> Row:
     """A step as JSON can hold it, without loss: what Python writes of a float reads back as the same one."""
-    return {
-        "step": record.step,
-        "samples": list(record.samples),
-        "times": record.times.tolist(),
-        "losses": record.losses.tolist(),
-        "loss": record.loss,
-        "learning_rate": record.learning_rate,
-        "grad_norm": record.grad_norm,
-    }
+    tensors = {"times": record.times.tolist(), "losses": record.losses.tolist()}
+    numbers = {name: getattr(record, name) for name in ("loss", "learning_rate", "grad_norm")}
+    return {"step": record.step, "samples": list(record.samples), **tensors, **numbers}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -75,33 +71,28 @@ def first_difference(one: Iterable[Row], two: Iterable[Row]) -> str | None:
     Args:
         one: every step once. two: of the other run, in any order; a step that was done again after a kill is there again.
     """
-    expected = {row["step"]: row for row in one}
-    seen: set[int] = set()
+    expected, seen = {row["step"]: row for row in one}, set()
     for row in sorted(two, key=lambda row: row["step"]):
         seen.add(row["step"])
         if row["step"] not in expected:
             return f"step {row['step']}: the undisturbed run ended before it"
-        if (found := _difference(expected[row["step"]], row)) is not None:
-            return found
+        for name, meaning in _FIELDS.items():
+            a, b = expected[row["step"]][name], row[name]
+            if a != b:
+                return f"step {row['step']}: the {_difference(name, a, b, row['samples'])} ({meaning})"
     missing = sorted(expected.keys() - seen)
     return f"step {missing[0]}: only the undisturbed run came to it" if missing else None
 
 
-def _difference(one: Row, two: Row) -> str | None:
-    for name, meaning in _FIELDS.items():
-        a, b = one[name], two[name]
-        if a == b:
-            continue
-        what = f"the {name.replace('_', ' ')}"
-        if isinstance(a, list):
-            pairs = [(x, y, n) for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
-            if name != "samples" and pairs:
-                place = _short([one["samples"][pairs[0][2]]])
-                return f"step {one['step']}: {what} differ, at {place}: {pairs[0][0]!r} against {pairs[0][1]!r} ({meaning})"
-            a, b = [x for x, _, _ in pairs] or a, [y for _, y, _ in pairs] or b
-            return f"step {one['step']}: {what} differ: {_short(a)} against {_short(b)} ({meaning})"
-        return f"step {one['step']}: {what} differs: {a!r} against {b!r} ({meaning})"
-    return None
+def _difference(name: str, a: Any, b: Any, samples: list[str]) -> str:
+    what = name.replace("_", " ")
+    if not isinstance(a, list):
+        return f"{what} differs: {a!r} against {b!r}"
+    pairs = [(x, y, sample) for x, y, sample in zip(a, b, samples, strict=False) if x != y]
+    if name != "samples" and pairs:
+        x, y, sample = pairs[0]
+        return f"{what} differ, at {_short([sample])}: {x!r} against {y!r}"
+    return f"{what} differ: {_short([x for x, *_ in pairs] or a)} against {_short([y for _, y, _ in pairs] or b)}"
 
 
 def _short(samples: Sequence[str]) -> str:
@@ -112,56 +103,46 @@ def _short(samples: Sequence[str]) -> str:
 
 def end_difference(one: Path, two: Path) -> str | None:
     """What differs in two output folders: the last checkpoints' weights, optimizer, average and state, then the result."""
-    first, second = _last(one), _last(two)
+    first, second = (checkpoints(folder / CHECKPOINTS)[-1] for folder in (one, two))
     if first.step != second.step:
         return f"the last checkpoint: step {first.step} against step {second.step}"
+    location = f"the checkpoint of step {first.step}"
     states = first.state(), second.state()
     files = sorted(states[0]["sha256"].keys() | states[1]["sha256"].keys(), key=lambda name: name != WEIGHTS)
     for name in files:
-        if found := _file_difference(first.folder / name, second.folder / name, name):
-            return f"the checkpoint of step {first.step}: {found}"
-    for key in ("schedule_step", "scaler", "fingerprints"):
-        if states[0][key] != states[1][key]:
-            return f"the checkpoint of step {first.step}: {key} is {states[0][key]!r} against {states[1][key]!r}"
-    for key in (key for key in states[0]["run"] if key not in _FREE):
-        a, b = states[0]["run"][key], states[1]["run"][key]
-        if a != b:
-            return f"the checkpoint of step {first.step}: {key} is {a!r} against {b!r}"
+        if difference := _file_difference(first.folder / name, second.folder / name, name):
+            return f"{location}: {difference}"
+    a, b = ({key: state[key] for key in _STATE} | state["run"] for state in states)
+    for key in a:
+        if key not in _FREE and a[key] != b[key]:
+            return f"{location}: {key} is {a[key]!r} against {b[key]!r}"
     names = [path.relative_to(one) for path in result_files(one)]
     if names != [path.relative_to(two) for path in result_files(two)]:
         return "the result has other files"
-    for path in names:
-        if found := _file_difference(one / path, two / path, str(path)):
-            return found
-    return None
+    return next(filter(None, (_file_difference(one / name, two / name, str(name)) for name in names)), None)
 
 
 def result_files(folder: Path) -> list[Path]:
     """The weights that a run left: of its adapter, or of its base's transformer."""
-    found = [*folder.glob("adapter/*.safetensors"), *folder.glob("base/transformer/*.safetensors")]
-    return sorted(found)
+    return sorted([*folder.glob("adapter/*.safetensors"), *folder.glob("base/transformer/*.safetensors")])
 
 
 def digest(paths: Iterable[Path]) -> str:
     """SHA-256 of what safetensors files hold. (Not of their bytes: the order of a header's entries is drawn anew each time.)"""
-    whole = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for path in paths:
         tensors, header = _content(path)
-        whole.update(json.dumps(header, sort_keys=True).encode())
+        sha256.update(json.dumps(header, sort_keys=True).encode())
         for name in sorted(tensors):
             tensor = tensors[name].contiguous()
-            whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+            sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def _content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
-
-
-def _last(folder: Path) -> Checkpoint:
-    return checkpoints(folder / CHECKPOINTS)[-1]
 
 
 def _file_difference(one: Path, two: Path, name: str) -> str | None:
@@ -170,16 +151,11 @@ def _file_difference(one: Path, two: Path, name: str) -> str | None:
     (a, header), (b, other_header) = _content(one), _content(two)
     if a.keys() != b.keys():
         return f"{name} holds other tensors: {', '.join(sorted(a.keys() ^ b.keys())[:4])}"
-    bad = [key for key in a if not _same_bits(a, b, key)]
+    bad = [key for key in a if a[key].dtype != b[key].dtype or not torch.equal(a[key], b[key])]
     if not bad:
         return None if header == other_header else f"{name} has another header"
     most = max((a[key].double() - b[key].double()).abs().max().item() for key in bad)
     return f"{name} differs in {len(bad)} of {len(a)} tensors, first {bad[0]}, by at most {most:.3g}"
-
-
-def _same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor], key: str) -> bool:
-    a, b = one[key], two[key]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 LEAST, MOST = 4, 40  # steps of each half, where nobody says how many
@@ -241,7 +217,7 @@ def verify_resume(
     Args:
         steps: N; None = enough to cross the warm-up and an epoch's end, where that takes at most `MOST`.
         kills: how many, at moments drawn from the config's seed.
-        on_progress: called as it goes on.
+        tell: called as it goes on, with the run, steps done, of how many, and scalars.
 
     Raises:
         InputError: the config allows no run. Stopped: a run ended by itself, for another reason.
@@ -259,29 +235,31 @@ def verify_resume(
     verdict = Verdict(steps, *_crossings(config, steps, records, batch))
     with tempfile.TemporaryDirectory(prefix="mmdit_lora_verify_", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
-        whole, verdict.seconds = _timed(lambda: _run(_shortened(config, steps, folder / "whole"), tell, "undisturbed"))
-        verdict.sha256 = digest(result_files(folder / "whole"))
+        whole, halves, killed, again = (folder / name for name in ("whole", "halves", "killed", "again"))
+        start = time.perf_counter()
+        rows = _run(_shortened(config, steps, whole), tell, "undisturbed")
+        verdict.seconds = time.perf_counter() - start
+        verdict.sha256 = digest(result_files(whole))
 
-        def compare(name: str, run: Callable[[], list[Row]], place: str) -> None:
-            rows, seconds = _timed(run)
-            differs = first_difference(whole, rows) or end_difference(folder / "whole", folder / place)
-            verdict.trials.append(Trial(name, differs, seconds))
+        def in_halves() -> list[Row]:
+            """The step after the checkpoint is done twice: what is not in the checkpoint must not matter."""
+            short = _shortened(config, steps, halves)
+            return _run(short, tell, "to be resumed", until=steps + 1) + _run(short, tell, "resumed", resume=True)
 
-        halves = _shortened(config, steps, folder / "halves")
-        compare(f"{steps} + {steps} steps", lambda: _halves(halves, steps, tell), "halves")
-        if kills:
-            pace = verdict.seconds / (2 * steps)
-            killed = _shortened(config, steps, folder / "killed", checkpoint_every=max(1, steps // 8))
-            compare(
-                f"{kills} kill{'s' * (kills > 1)}",
-                lambda: _killed(killed, steps, kills, pace, folder, verdict.kills, tell),
-                "killed",
-            )
+        def with_kills() -> list[Row]:
+            short = _shortened(config, steps, killed, checkpoint_every=max(1, steps // 8))
+            return _killed(short, steps, kills, verdict.seconds / (2 * steps), folder, verdict.kills, tell)
+
+        trials = [(f"{steps} + {steps} steps", in_halves, halves)]
+        trials += [(f"{kills} kill{'s' * (kills > 1)}", with_kills, killed)] if kills else []
+        for name, run, place in trials:
+            start = time.perf_counter()
+            other = run()
+            seconds = time.perf_counter() - start
+            verdict.trials.append(Trial(name, first_difference(rows, other) or end_difference(whole, place), seconds))
         if not verdict.equal:
-            again = _run(_shortened(config, steps, folder / "again"), tell, "undisturbed, again")
-            verdict.undisturbed_differs = first_difference(whole, again) or end_difference(
-                folder / "whole", folder / "again"
-            )
+            twice = _run(_shortened(config, steps, again), tell, "undisturbed, again")
+            verdict.undisturbed_differs = first_difference(rows, twice) or end_difference(whole, again)
     return verdict
 
 
@@ -297,55 +275,39 @@ def _epoch_end(records: int, batch: int) -> int:
 
 def _crossings(config: Config, steps: int, records: int, batch: int) -> tuple[list[str], list[str]]:
     train, end = _shortened(config, steps, Path()).train, _epoch_end(records, batch)
-    crossed, not_crossed = [], []
-    if train.warmup_steps:
-        cut = "" if train.warmup_steps == config.train.warmup_steps else f" (cut from {config.train.warmup_steps})"
-        crossed.append(f"a warm-up of {train.warmup_steps} steps{cut}")
-    if end < 2 * steps:
-        crossed.append(f"the end of an epoch in step {end}")
-    else:
-        not_crossed.append(f"the end of an epoch is in step {end}: `--steps {end // 2 + 1}` crosses it")
-    if train.validate_every:
-        crossed.append(f"validations every {train.validate_every} steps")
-    if train.sample_every:
-        crossed.append(f"images every {train.sample_every} steps")
-    return crossed, not_crossed
+    cut = "" if train.warmup_steps == config.train.warmup_steps else f" (cut from {config.train.warmup_steps})"
+    crossed = [f"a warm-up of {train.warmup_steps} steps{cut}"] if train.warmup_steps else []
+    crossed += [f"the end of an epoch in step {end}"] if end < 2 * steps else []
+    crossed += [f"validations every {train.validate_every} steps"] if train.validate_every else []
+    crossed += [f"images every {train.sample_every} steps"] if train.sample_every else []
+    late = f"the end of an epoch is in step {end}: `--steps {end // 2 + 1}` crosses it"
+    return crossed, [] if end < 2 * steps else [late]
 
 
 def _shortened(config: Config, steps: int, folder: Path, *, checkpoint_every: int | None = None) -> Config:
-    train = config.train
-    changes: dict[str, Any] = {
-        "max_steps": 2 * steps,
-        "checkpoint_every": checkpoint_every or steps,
-        "keep_checkpoints": 2,
-        "warmup_steps": min(train.warmup_steps, steps),
-        "validate_every": min(train.validate_every, steps),
-        "sample_every": min(train.sample_every, steps),
-        "sample_count": min(train.sample_count, 2),
-        "early_stop": 0,
-        "preflight": False,
+    train, length = config.train, {"max_steps": 2 * steps, "checkpoint_every": checkpoint_every or steps}
+    cut = {name: min(getattr(train, name), steps) for name in ("warmup_steps", "validate_every", "sample_every")}
+    rest = {"sample_count": min(train.sample_count, 2), "keep_checkpoints": 2, "early_stop": 0, "preflight": False}
+    sections = {
+        "train": train.model_copy(update=length | cut | rest),
+        "tracking": config.tracking.model_copy(update={"tracker": "none"}),
     }
-    return config.model_copy(
-        update={
-            "output_dir": str(folder),
-            "train": train.model_copy(update=changes),
-            "tracking": config.tracking.model_copy(update={"tracker": "none"}),
-        }
-    )
+    return config.model_copy(update={"output_dir": str(folder), **sections})
 
 
 def _run(config: Config, tell: OnProgress, name: str, *, resume: bool = False, until: int | None = None) -> list[Row]:
     """Train in this process; the steps that were done."""
     rows: list[Row] = []
 
-    def on_step(record: StepRecord) -> None:
-        rows.append(row_of(record))
-        tell(name, record.step, config.train.max_steps, {"loss": record.loss})
-        if record.step == until:
-            raise _Enough
+    class Rows(Callback):
+        def on_step(self, record: StepRecord) -> None:
+            rows.append(row_of(record))
+            tell(name, record.step, config.train.max_steps, {"loss": record.loss})
+            if record.step == until:
+                raise _Enough
 
     try:
-        train(config, resume=resume, on_step=on_step)
+        train(config, resume=resume, callbacks=[Rows()])
     except _Enough:
         pass
     except Interrupted as error:
@@ -354,11 +316,6 @@ def _run(config: Config, tell: OnProgress, name: str, *, resume: bool = False, u
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return rows
-
-
-def _halves(config: Config, steps: int, tell: OnProgress) -> list[Row]:
-    """The step after the checkpoint is done twice: what is not in the checkpoint must not matter."""
-    return _run(config, tell, "to be resumed", until=steps + 1) + _run(config, tell, "resumed", resume=True)
 
 
 def _killed(
@@ -370,16 +327,16 @@ def _killed(
         pace: seconds a step. folder: for its files. at: gets the steps that were done at each kill.
     """
     chance = random.Random(config.train.seed)
-    file, out, said = folder / "killed.yaml", folder / "killed.jsonl", folder / "killed.txt"
+    file, out, messages = folder / "killed.yaml", folder / "killed.jsonl", folder / "killed.txt"
     file.write_text(config.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "mmdit_lora.training.verify_resume", str(file), str(out)]
     # Each in a stretch of its own, so that every kill comes, whatever the pace.
     stretch = max(1, 2 * steps // (kills + 1))
     goals = [min(number * stretch + chance.randrange(stretch), 2 * steps - 1) for number in range(kills)]
-    told = -1
+    shown = -1
     for goal in [*goals, None]:
         before = len(read_rows(out))
-        with said.open("w", encoding="utf-8") as errors:
+        with messages.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 [*command, str(torch.get_num_threads())],
                 stdout=errors,
@@ -391,8 +348,8 @@ def _killed(
                 time.sleep(0.02)
                 rows = read_rows(out)
                 done = max((row["step"] for row in rows), default=0)
-                if done != told:
-                    tell("with kills", told := done, config.train.max_steps, {})
+                if done != shown:
+                    tell("with kills", shown := done, config.train.max_steps, {})
                 if goal is not None and len(rows) > before and done >= goal:
                     time.sleep(chance.uniform(0, 1.5 * pace))  # in the step, in a validation, in a checkpoint
                     if process.poll() is None:
@@ -402,14 +359,10 @@ def _killed(
             process.kill()
             process.wait()
         if process.returncode > 0:
-            last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-            raise Stopped(f"the run that was to be killed ended by itself (exit code {process.returncode}): {last[-1]}")
+            lines = messages.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "it said nothing"
+            raise Stopped(f"the run that was to be killed ended by itself (exit code {process.returncode}): {last}")
     return read_rows(out)
-
-
-def _timed(run: Callable[[], list[Row]]) -> tuple[list[Row], float]:
-    start = time.perf_counter()
-    return run(), time.perf_counter() - start
 
 
 def main(config: str, rows: str, threads: str) -> int:
@@ -417,11 +370,12 @@ def main(config: str, rows: str, threads: str) -> int:
     torch.set_num_threads(int(threads))  # sums over other numbers of threads differ in the last bits
     with Path(rows).open("a", encoding="utf-8", buffering=1) as file:
 
-        def note(record: StepRecord) -> None:
-            file.write(json.dumps(row_of(record)) + "\n")
+        class Rows(Callback):
+            def on_step(self, record: StepRecord) -> None:
+                file.write(json.dumps(row_of(record)) + "\n")
 
         try:
-            train(load_config(config), resume=True, on_step=note)
+            train(config, resume=True, callbacks=[Rows()])
         except (InputError, Stopped) as error:
             print(error, file=sys.stderr)
             return 1

@@ -14,7 +14,7 @@ from mmdit_lora.analysis.plan.trace import DeviceKind, OptimizerName, StepTrace,
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.models import LayoutInputs
-from mmdit_lora.training.step import Batch, flow_matching_loss
+from mmdit_lora.training.loss import Batch, flow_matching_loss
 from mmdit_lora.training.trainable import set_trainable
 
 Method = Literal["lora", "layout_stream", "full"]

@@ -1,8 +1,8 @@
-"""The look before a run as a table on stderr, at 80 columns and in a pipe too; and `train --check-only`."""
+"""What `train` shows on stderr: the checks before the run as a table, and its progress; and `train --check-only`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,13 +10,39 @@ from rich.table import Table
 from rich.text import Text
 
 from mmdit_lora.cli.output import emit
+from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
-
-if TYPE_CHECKING:
-    from mmdit_lora.config.loading import Config
-    from mmdit_lora.training.preflight import Preflight
+from mmdit_lora.training.callbacks import Callback
+from mmdit_lora.training.checkpoint import checkpoints
+from mmdit_lora.training.preflight import Preflight, preflight
+from mmdit_lora.training.run_dir import CHECKPOINTS
+from mmdit_lora.training.setup import prepare_run
+from mmdit_lora.training.step import StepRecord
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+
+
+class ShowProgress(Callback):
+    """Progress of the phase "train".
+
+    Args:
+        progress: to show it by. steps: in all.
+    """
+
+    def __init__(self, progress: Callable[[str, int, int, dict[str, float]], None], steps: int) -> None:
+        self._progress, self._steps = progress, steps
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.logged:
+            scalars = {name.removeprefix("speed/"): value for name, value in record.logged.items()}
+            self._progress("train", record.step, self._steps, scalars)
+
+
+class ShowRun(ShowProgress):
+    """The checks before a run, then its progress."""
+
+    def on_preflight(self, report: Preflight) -> None:
+        show_preflight(report)
 
 
 def show_preflight(report: Preflight) -> None:
@@ -42,16 +68,11 @@ def show_preflight(report: Preflight) -> None:
 
 
 def check_only(config: Config, *, resume: bool, as_json: bool) -> None:
-    """Set a run up, look at all of it, train nothing, write nothing.
+    """Set a run up and check it; train nothing, write nothing.
 
     Raises:
         InputError: the run could not start. With `as_json`, the object is printed before that.
     """
-    from mmdit_lora.training.checkpoint import checkpoints
-    from mmdit_lora.training.preflight import preflight
-    from mmdit_lora.training.run_dir import CHECKPOINTS
-    from mmdit_lora.training.setup import prepare_run
-
     try:
         run = prepare_run(config, resume=resume)
     except InputError as error:
