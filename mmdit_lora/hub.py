@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub import constants
+
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import decode_text, exists, nearest, read_bytes, require_file, written_as_path
 from mmdit_lora.json_files import parse_object
 from mmdit_lora.resources import here_or_packaged
 
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w.-]+")
 
 
 def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignore: Sequence[str] = ()) -> Path:
@@ -35,49 +38,34 @@ def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignor
     owner, _, rest = text.partition("/")
     name, _, inside = rest.partition("/")
     repository = f"{owner}/{name}"
-    if not _REPOSITORY.fullmatch(repository) or ".." in inside.split("/"):
-        raise InputError(
-            "no such file or folder", location=f"{location} {clip(text)}", hint="give a path, or a hub id: OWNER/NAME"
-        )
-    from huggingface_hub import snapshot_download
-
+    location = f"{location} {clip(text)}"
+    if not name or not _HUB_ID.fullmatch(repository) or ".." in inside.split("/"):
+        raise InputError("no such file or folder", location=location, hint="give a path, or a hub id: OWNER/NAME")
     head = f"{inside}/" if inside else ""
     wanted = [*([inside] if inside else []), *(head + pattern for pattern in allow)]
     unwanted = [head + pattern for pattern in ignore]
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub's client and its HTTP library raise types of their own
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = f"`hf download {repository}` where there is a connection; `hf auth login` where it asks for a licence"
-        raise InputError(
-            f"is not here, and as a hub id it is neither in the cache nor to be had ({clip(first)})",
-            location=f"{location} {clip(text)}",
-            hint=hint,
-        ) from None
+        what = f"is not here, and as a hub id it is neither in the cache nor to be had ({clip(first)})"
+        raise InputError(what, location=location, hint=hint) from None
     if not (folder / inside).exists():
         held = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-        raise InputError(
-            f"{repository} holds no {inside}",
-            location=location,
-            hint=f"it holds {', '.join(held[:8])}" if held else f"`hf download {repository} {inside}` first",
-        )
+        hint = f"it holds {', '.join(held[:8])}" if held else f"`hf download {repository} {inside}` first"
+        raise InputError(f"{repository} holds no {inside}", location=location, hint=hint)
     return folder / inside
 
 
 def no_such_base(base: str) -> InputError:
     """The error for a base that is neither a folder nor a hub id that can be reached; it names the nearest folder."""
-    found = nearest(base)
-    near = found if found is not None and found.is_dir() and not exists(base) else None
+    near = None if exists(base) else nearest(base)
     what = "there is no such folder"
     if not written_as_path(base):
         what += ", nor a hub id of this name that is cached or can be reached"
-    return InputError(
-        what,
-        location=base,
-        hint=f"did you mean {near}?"
-        if near
-        else "give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id",
-    )
+    hint = "give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id"
+    return InputError(what, location=base, hint=f"did you mean {near}?" if near is not None and near.is_dir() else hint)
 
 
 def require_base(base: str, *, whole: bool = True) -> str:
@@ -96,14 +84,8 @@ def require_base(base: str, *, whole: bool = True) -> str:
     elif written_as_path(base):
         raise no_such_base(base)
     else:
-        from huggingface_hub import constants
-        from huggingface_hub.file_download import repo_folder_name
-
-        try:
-            cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model")
-        except ValueError:  # no possible id
-            raise no_such_base(base) from None
-        if constants.HF_HUB_OFFLINE and not exists(cached):
+        cached = Path(constants.HF_HUB_CACHE) / f"models--{base.replace('/', '--')}"
+        if not _HUB_ID.fullmatch(base) or (constants.HF_HUB_OFFLINE and not exists(cached)):
             raise no_such_base(base)
     return base
 
@@ -127,9 +109,8 @@ def check_base_folder(folder: Path) -> None:
     parts = [part for part, source in content.items() if isinstance(source, list) and source and source[0] is not None]
     absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if absent:
-        raise InputError(
-            f"lacks {', '.join(absent)}, which model_index.json names", location=str(folder), hint="copy it whole"
-        )
+        what = f"lacks {', '.join(absent)}, which model_index.json names"
+        raise InputError(what, location=str(folder), hint="copy it whole")
     for file in (file for part in parts for file in sorted((folder / part).iterdir())):
         if not file.is_dir():
             require_file(file, what="file of a base")  # reading a FIFO waits for ever
@@ -145,9 +126,6 @@ def read_base_config(file: Path) -> dict[str, Any]:
     """
     content = read_bytes(file, what="config", limit=64 * 2**20)
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(
-            "begins with a byte order mark, and diffusers reads a base's files as UTF-8 without one",
-            location=str(file),
-            hint="save it as UTF-8 without BOM",
-        )
+        what = "begins with a byte order mark, and diffusers reads a base's files as UTF-8 without one"
+        raise InputError(what, location=str(file), hint="save it as UTF-8 without BOM")
     return parse_object(decode_text(content, location=str(file)), location=str(file))

@@ -26,6 +26,7 @@ from mmdit_lora.files import (
     RESERVED,
     atomic_folder,
     before_replacing,
+    exists,
     is_reserved,
     kind_of,
     make_folders,
@@ -268,9 +269,7 @@ def check_new_file(
     refuse_inputs([out], inputs or {}, verb=verb)
     if out.exists() and (is_own is None or not is_own(out)):
         why = "" if is_own is None else f" and is not what `{verb}` wrote, or was changed since"
-        raise InputError(
-            f"exists already{why}", location=_where(out, verb), hint="give another --out, or remove it yourself"
-        )
+        raise _refusal(out, verb, f"exists already{why}", "give another --out, or remove it yourself")
     _report(out, remove_temporaries(out))
     return out
 
@@ -282,9 +281,7 @@ def refuse_inputs(targets: Iterable[Path], inputs: Inputs, *, verb: str, inside:
         targets: what will be written or replaced. inputs: option or key -> path, pattern, or what is no path.
     """
     read = {label: place for label, given in inputs.items() if (place := _existing(given)) is not None}
-    if not read:
-        return
-    for target in targets:
+    for target in targets if read else ():
         for label, place in read.items():
             if _is_same(target, place):
                 what = "is"
@@ -295,19 +292,18 @@ def refuse_inputs(targets: Iterable[Path], inputs: Inputs, *, verb: str, inside:
             else:
                 continue
             what += f" what is read: {label} {inputs[label]}"
-            raise InputError(what, location=_where(target, verb), hint="give another place to write")
+            raise _refusal(target, verb, what, "give another place to write")
 
 
 def refuse_unmarked(folder: Path, *, own: str) -> None:
     """Raises `InputError`: `folder` has files, and no folder `own`, which stands for the marker where many processes write at
     once, and only files whose names say what they are."""
     found = _top(output_path(folder, folder=True))
-    if found and (marker := Marker.read(folder)) is not None:
-        raise InputError(f"holds what `{marker.verb}` wrote", location=str(folder), hint=_HINT)
-    if found and not (folder / own).is_dir():
-        raise InputError(
-            f"is not empty, and holds no {own}: it holds {listed(found)}", location=str(folder), hint=_HINT
-        )
+    marker = Marker.read(folder) if found else None
+    if marker is not None or (found and not (folder / own).is_dir()):
+        what = f"is not empty, and holds no {own}: it holds {listed(found)}"
+        what = what if marker is None else f"holds what `{marker.verb}` wrote"
+        raise InputError(what, location=str(folder), hint=_HINT)
 
 
 @contextmanager
@@ -337,11 +333,7 @@ def _refuse_irreplaceable(out: Path, verb: str) -> None:
     if not kind and os.path.ismount(out):
         kind = "a mount point"
     if kind:
-        raise InputError(
-            f"is {kind}, and `{verb}` replaces its folder as a whole",
-            location=_where(out, verb),
-            hint="give a folder in it",
-        )
+        raise _refusal(out, verb, f"is {kind}, and `{verb}` replaces its folder as a whole", "give a folder in it")
 
 
 def _refuse_held(out: Path) -> None:
@@ -363,11 +355,8 @@ def _report(out: Path, lines: list[str]) -> None:
 
 
 def _foreign(out: Path, verb: str, marker: Marker, names: list[str]) -> InputError:
-    return InputError(
-        f"holds files that `{marker.verb}` did not write, or that were changed since: {listed(names)}",
-        location=_where(out, verb),
-        hint="move them away, or give another folder",
-    )
+    what = f"holds files that `{marker.verb}` did not write, or that were changed since: {listed(names)}"
+    return _refusal(out, verb, what, "move them away, or give another folder")
 
 
 def _require_own(out: Path, verbs: tuple[str, ...], *, found: list[str], names: list[str]) -> None:
@@ -384,14 +373,13 @@ def _require_own(out: Path, verbs: tuple[str, ...], *, found: list[str], names: 
     what = f"is not empty, and carries no {MARKER} that says the program wrote it (it holds {listed(found)})"
     if marker is not None:
         what = f"holds what `{marker.verb}` wrote"
-    raise InputError(what, location=_where(out, verbs[0]), hint=_HINT)
+    raise _refusal(out, verbs[0], what)
 
 
-def _where(out: Path, verb: str) -> str:
-    """An output, as the user gave it to a verb."""
-    if verb.startswith(("save", "write")):
-        return str(out)
-    return f"output_dir {out}" if verb == "train" else f"--out {out}"
+def _refusal(out: Path, verb: str, what: str, hint: str = _HINT) -> InputError:
+    """The error of an output, named as the user gave it to the verb."""
+    option = "" if verb.startswith(("save", "write")) else "output_dir " if verb == "train" else "--out "
+    return InputError(what, location=f"{option}{out}", hint=hint)
 
 
 def _top(folder: Path) -> list[str]:
@@ -401,9 +389,8 @@ def _top(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(
-            f"cannot be read: {error.strerror}", location=str(folder), hint="give another folder"
-        ) from None
+        what = f"cannot be read: {error.strerror}"
+        raise InputError(what, location=str(folder), hint="give another folder") from None
     return [name for name in names if name != MARKER and not is_reserved(name) and name not in _LITTER]
 
 
@@ -452,13 +439,10 @@ def _is_unchanged(path: Path, stamp: Stamp) -> bool:
         found = path.lstat()
     except OSError:
         return False
-    if stat.S_ISREG(found.st_mode):
-        if found.st_size != stamp[0]:
-            return False
-        if stamp[2:] == _times(found):
-            return True
-    now = _stamp(path)
-    return now is not None and now[:2] == stamp[:2]
+    same_size = found.st_size == stamp[0]
+    if stat.S_ISREG(found.st_mode) and (not same_size or stamp[2:] == _times(found)):
+        return same_size
+    return (_stamp(path) or [])[:2] == stamp[:2]
 
 
 def _existing(given: str | Path | None) -> Path | None:
@@ -470,13 +454,10 @@ def _existing(given: str | Path | None) -> Path | None:
         # Of a chain (`zip://a::file:///p`) the last link says where it lies.
         text = os.path.expanduser(re.sub(r"^(file|local):(//)?", "", text.rpartition("::")[2]))  # noqa: PTH111
     path = Path(text)
-    try:
-        while not path.exists():
-            if not any(letter in path.name for letter in "*?[{"):
-                return None
-            path = path.parent
-    except (OSError, ValueError):
-        return None
+    while not exists(path):
+        if not set(path.name) & set("*?[{"):
+            return None
+        path = path.parent
     return Path(os.path.realpath(path))
 
 
