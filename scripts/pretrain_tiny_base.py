@@ -361,7 +361,7 @@ def publish(work: Path, out: Path) -> None:
             log(f"{domain}: {json.dumps(reports[domain]['base'])}")
             shown = [
                 draw_boxes(p, b, colors=phrase_colors(evaluation.layouts))
-                for p, b in zip(evaluation.sides["base"].images[:16], evaluation.layouts, strict=False)
+                for p, b in zip(evaluation.conditions["base"].images[:16], evaluation.layouts, strict=False)
             ]
             save_png(contact_sheet(shown), temporary / f"samples_{domain}.png")
         write_json(temporary / "training_log.json", {"curves": curves, "evaluation": reports})

@@ -85,7 +85,7 @@ def one_run(out: Path, data: dict[str, Path], seed: int, weight: float, steps: i
     found: dict[str, Any] = {"weight": weight, "seed": seed, "train_s": round(seconds, 1)}
     for name in ("held_out", "old"):
         judged = evaluate(result.pipe, read_dataset(data[name]), SamplingConfig(), seed=0)
-        found["new" if name == "held_out" else "old"] = {side: one.fidelity for side, one in judged.sides.items()}
+        found["new" if name == "held_out" else "old"] = {side: one.fidelity for side, one in judged.conditions.items()}
     write_json(folder / "judged.json", found)
     print(json.dumps({k: found[k] for k in ("weight", "seed", "train_s")}), flush=True)
     return found

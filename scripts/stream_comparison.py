@@ -110,13 +110,13 @@ def fidelity(base: Path, data: Path, *, adapter: Path | None = None, sheet: Path
         pipe.transformer.eval()
     result = evaluate(pipe, read_dataset(data), SamplingConfig(), seed=0)
     if sheet is not None:
-        side = result.sides["adapter" if adapter else "base"]
+        side = result.conditions["adapter" if adapter else "base"]
         colors = phrase_colors(result.layouts)
         shown = [
             draw_boxes(p, layout, colors=colors) for p, layout in zip(side.images[:16], result.layouts, strict=False)
         ]
         save_png(contact_sheet(shown), sheet)
-    return {name: side.fidelity for name, side in result.sides.items()}
+    return {name: side.fidelity for name, side in result.conditions.items()}
 
 
 def seconds_per_step(work: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation import Detection
 from mmdit_lora.evaluation.detectors import DETECTORS, Detector, known_layouts, open_detector
-from mmdit_lora.evaluation.detectors.common import agrees
+from mmdit_lora.evaluation.detectors.base import agrees
 from tests.detector_makers import CLASSES, SSD, asked, grounding_dino_folder, noise, owlv2_folder, ssd_file
 
 PHRASES = ("a red circle", "the big sofa", "an blue square")
@@ -136,7 +136,7 @@ def overlap(a: Detection, b: Detection) -> bool:
 def test_grounding_dino_asks_for_many_phrases_in_parts_and_cuts_long_ones(folders: dict[str, Path]) -> None:
     detector = everything("grounding-dino", folders)
     many = [f"{'big ' * n}dog" for n in range(1, 9)]  # 44 tokens and 8 stops, and 30 fit beside first and last
-    parts = detector._parts(many)
+    parts = detector._groups(many)
     assert [phrase for part in parts for phrase in part] == many
     assert [sum(len(detector._tokens(p)) + 1 for p in part) for part in parts] == [25, 27]
     (found,) = detector.detect([noise()], [asked(*many)])
@@ -204,7 +204,7 @@ def test_without_weights_the_message_says_how_to_get_them(kind: str, tmp_path: P
 def test_a_hub_id_is_fetched_without_its_pickles(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for: list[Any] = []
 
-    def fetched(hub_id: str, *, allow_patterns: list[str]) -> str:
+    def fetched(hub_id: str, *, allow_patterns: list[str], **_: Any) -> str:
         asked_for.append((hub_id, allow_patterns))
         return str(folders["owlv2"])
 

@@ -23,11 +23,17 @@ from safetensors.torch import load_file, save_file
 from mmdit_lora.cli.main import main
 from mmdit_lora.data.records import write_dataset
 from mmdit_lora.data.shapes import COLORS, shape_coverage
-from mmdit_lora.evaluation.detection_cache import DetectionCache
+from mmdit_lora.evaluation.cache import DetectionCache
 from mmdit_lora.evaluation.detectors import Detection, open_detector
-from mmdit_lora.evaluation.groups import box_groups, image_groups
-from mmdit_lora.evaluation.intervals import Bootstrap, value
-from mmdit_lora.evaluation.metrics import average_precision, judged, kept_relations, sums
+from mmdit_lora.evaluation.intervals import Bootstrap, ratio
+from mmdit_lora.evaluation.metrics import (
+    average_precision,
+    box_groups,
+    image_groups,
+    kept_relations,
+    match_images,
+    metric_sums,
+)
 from mmdit_lora.layout import Box, Layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,12 +128,12 @@ def test_relations_are_counted_by_hand() -> None:
     layout = Layout("", (Box((0.0, 0.0, 0.2, 0.2), "a red square"), Box((0.5, 0.02, 0.7, 0.22), "a blue square")))
     detector = open_detector()
     seen = [Detection(box.xyxy, "", color=box.phrase.split()[1], shape="square") for box in layout.boxes]
-    (image,) = judged(detector, [seen], [layout])
+    (image,) = match_images(detector, [seen], [layout])
     assert kept_relations(image) == (1, 1)  # side by side; 0.02 apart in height is no order
     there = [replace(seen[0], xyxy=(0.15, 0.0, 0.35, 0.2)), replace(seen[1], xyxy=(0.5, 0.02, 0.7, 0.22))]
-    assert kept_relations(judged(detector, [there], [layout])[0]) == (1, 1)
-    assert kept_relations(judged(detector, [seen[:1]], [layout])[0]) == (0, 1)
-    assert kept_relations(judged(detector, [[]], [layout])[0]) == (0, 1)
+    assert kept_relations(match_images(detector, [there], [layout])[0]) == (1, 1)
+    assert kept_relations(match_images(detector, [seen[:1]], [layout])[0]) == (0, 1)
+    assert kept_relations(match_images(detector, [[]], [layout])[0]) == (0, 1)
 
 
 def random_images(detector: Any) -> Any:
@@ -146,7 +152,7 @@ def random_images(detector: Any) -> Any:
             label = str(rng.choice(phrases)) if rng.random() < 0.2 else box.phrase
             things.append(Detection(tuple(map(float, jitter)), label, score=float(rng.random())))
         seen.append(things)
-    return judged(detector, seen, layouts)
+    return match_images(detector, seen, layouts)
 
 
 def test_average_precision_is_that_of_torchmetrics() -> None:
@@ -166,12 +172,12 @@ def test_average_precision_is_that_of_torchmetrics() -> None:
     for image in images:
         sides = []
         for boxes, labels in (
-            ([d.xyxy for d in image.seen], [d.label for d in image.seen]),
+            ([d.xyxy for d in image.detections], [d.label for d in image.detections]),
             ([b.xyxy for b in image.layout.boxes], [b.phrase for b in image.layout.boxes]),
         ):
             numbered = [numbers.setdefault(label, len(numbers) + 1) for label in labels]
             sides.append({"boxes": torch.tensor(boxes) * 1000, "labels": torch.tensor(numbered)})
-        sides[0]["scores"] = torch.tensor([d.score for d in image.seen])
+        sides[0]["scores"] = torch.tensor([d.score for d in image.detections])
         theirs.update([sides[0]], [sides[1]])
     expected = theirs.compute()
     assert 0.2 < ours["ap"] < 0.8
@@ -186,7 +192,7 @@ def test_average_precision_by_hand() -> None:
     wrong = Detection((0.8, 0.0, 1.0, 0.2), "a red square", score=0.9)
     right = Detection((0, 0, 0.2, 0.2), "a red square", score=0.8)
     detector = open_detector()
-    assert average_precision(judged(detector, [[wrong, right]], [layout]), detector) == pytest.approx(
+    assert average_precision(match_images(detector, [[wrong, right]], [layout]), detector) == pytest.approx(
         {"ap": 0.5 * 51 / 101, "ap50": 0.5 * 51 / 101, "ar_100": 0.5}
     )
 
@@ -202,7 +208,7 @@ def test_intervals_are_those_of_scipy() -> None:
     ).confidence_interval
     assert low == pytest.approx(theirs.low, abs=0.006)
     assert high == pytest.approx(theirs.high, abs=0.006)
-    assert low < value(table) < high
+    assert low < ratio(table) < high
     assert Bootstrap(80).interval(table) == (low, high)  # the same every time
     shifted = table + np.array([0.3, 0.0])
     assert Bootstrap(80).difference(shifted, table) == pytest.approx((0.1, 0.1))  # paired: nothing varies
@@ -235,9 +241,9 @@ def test_a_figure_that_a_detector_cannot_tell_is_absent() -> None:
 
     layout = Layout("", (Box((0, 0, 0.5, 0.5), "a dog"),))
     seen = [Detection((0, 0, 0.5, 0.5), "dog", score=0.9), Detection((0, 0, 1, 1), "sofa", score=0.9)]
-    tables = sums(judged(Plain(), [seen], [layout]))  # type: ignore[arg-type]
+    tables = metric_sums(match_images(Plain(), [seen], [layout]))  # type: ignore[arg-type]
     assert set(tables) == {"miou", "iou50", "precision", "count_acc", "count_error"}  # one box: no relation either
-    assert value(tables["precision"]) == value(tables["count_acc"]) == 1  # nobody asked for the sofa
+    assert ratio(tables["precision"]) == ratio(tables["count_acc"]) == 1  # nobody asked for the sofa
 
 
 def test_what_was_seen_is_kept_by_content(tmp_path: Path) -> None:
@@ -456,7 +462,7 @@ def test_clip_scores_are_those_of_the_model_itself(squares: Path, tiny_clip: Pat
 
     clip = Clip(str(tiny_clip))
     image, layout = drawn(SQUARES), layout_of(SQUARES)
-    tables, features = clip.look([image, image], [layout, replace(layout, caption="")])
+    tables, features = clip.score([image, image], [layout, replace(layout, caption="")])
     model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
 
     def theirs(shown: Image.Image, text: str) -> float:

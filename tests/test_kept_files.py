@@ -16,9 +16,8 @@ from torch import nn
 
 from mmdit_lora import Layout
 from mmdit_lora.errors import InputError, shown
-from mmdit_lora.evaluation.detection_cache import DetectionCache
+from mmdit_lora.evaluation.cache import PLAN, DetectionCache, ImageCache
 from mmdit_lora.evaluation.detectors import Detection
-from mmdit_lora.evaluation.image_cache import PLAN, ImageCache
 from mmdit_lora.files import json_text, printable, write_json, write_text
 from mmdit_lora.json_files import read_cached, read_object
 from mmdit_lora.outputs import MARKER, Marker
@@ -200,7 +199,7 @@ def test_damaged_digests_have_their_images_painted_again(
         painted.append(len(part))
         return [Image.new("RGB", (4, 4), (seed, 0, 0)) for _ in part]
 
-    monkeypatch.setattr("mmdit_lora.evaluation.image_cache.generate", generate)
+    monkeypatch.setattr("mmdit_lora.evaluation.cache.generate", generate)
     settings: Any = type("Settings", (), {"batch_size": 2})
     digests = tmp_path / "images" / "base" / "digests.json"
     for want in ([2, 1], [2, 1], [2, 1, 2, 1]):
@@ -211,7 +210,7 @@ def test_damaged_digests_have_their_images_painted_again(
             None,  # type: ignore[arg-type]
             [Layout("x", ())] * 3,
             settings,
-            side="base",
+            condition="base",
             seed=7,
             on_progress=lambda _: None,
         )

@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdit_lora.evaluation.protocols import PROTOCOLS, Case, Seen
+from mmdit_lora.evaluation.protocols import PROTOCOLS, Case, Observation
 from mmdit_lora.evaluation.protocols.cocomig import opencv_hsv
 from tests.format_makers import parquet, write
 
@@ -51,15 +51,15 @@ def mig(folder: Path) -> list[Case]:
 
 MIG_SEEN = [
     # car: 0.5 x 0.4 of 0.5 x 0.5 = 0.8 and red: met, adds 0.8. dog: 0.8 too, but a tenth is blue: not met, adds 0.
-    Seen([Det((0, 0, 0.5, 0.4), "car"), Det((0.5, 0.5, 1, 0.9), "dog")], measured={"0": 0.3, "1": 0.1}),
+    Observation([Det((0, 0, 0.5, 0.4), "car"), Det((0.5, 0.5, 1, 0.9), "dog")], measured={"0": 0.3, "1": 0.1}),
     # apple: 0.36 / 0.4 = 0.9, exactly a fifth green: met, adds 0.9. hydrant: 0.1 / 0.5 = 0.2: not met, adds 0.2 (the colour
     # does not matter below 0.5). cup: not found; another noun at its place does not count.
-    Seen(
+    Observation(
         [Det((0, 0, 0.4, 0.36), "apple"), Det((0.5, 0, 0.6, 0.5), "Fire hydrant "), Det((0.5, 0.5, 1, 1), "bowl")],
         measured={"0": 0.2, "1": 0.0, "2": 1.0},
     ),
     # The first again, of another seed: both met, adds 2. The better of two cars counts.
-    Seen(
+    Observation(
         [Det((0, 0, 0.1, 0.1), "car"), Det((0, 0, 0.5, 0.5), "car"), Det((0.5, 0.5, 1, 1), "dog")],
         measured={"0": 0.9, "1": 0.9},
     ),
@@ -88,8 +88,8 @@ def test_coco_mig_counts_the_colour_of_things_in_their_place_only(tmp_path: Path
     first, _ = mig(tmp_path)
     detections = [Det((0, 0, 0.5, 0.5), "car"), Det((0.5, 0.5, 1, 1), "dog")]
     protocol = PROTOCOLS["coco-mig"]
-    right = protocol.score([first], [Seen(detections, measured={"0": 0.2, "1": 0.2})])
-    wrong = protocol.score([first], [Seen(detections, measured={"0": 0.2, "1": 0.1999})])
+    right = protocol.score([first], [Observation(detections, measured={"0": 0.2, "1": 0.2})])
+    wrong = protocol.score([first], [Observation(detections, measured={"0": 0.2, "1": 0.1999})])
     assert (right["sr"], right["isr"], right["miou"]) == (1.0, 1.0, 1.0)
     assert (wrong["sr"], wrong["isr"], wrong["miou"]) == (0.0, 0.5, 0.5)
 
@@ -100,7 +100,7 @@ def test_coco_mig_takes_the_surer_of_two_that_are_one(tmp_path: Path) -> None:
     # dogs that overlap by 0.7 both count: the better.
     cars = [Det((0, 0, 0.45, 0.5), "car", 0.8), Det((0, 0, 0.5, 0.5), "car", 0.7)]
     dogs = [Det((0.5, 0.5, 0.85, 1), "dog", 0.8), Det((0.5, 0.5, 1, 1), "dog", 0.7)]
-    scores = PROTOCOLS["coco-mig"].score([first], [Seen(cars + dogs, measured={"0": 1, "1": 1})])
+    scores = PROTOCOLS["coco-mig"].score([first], [Observation(cars + dogs, measured={"0": 1, "1": 1})])
     assert scores["miou"] == pytest.approx((0.9 + 1) / 2, abs=EXACT)
 
 
@@ -204,7 +204,7 @@ def test_overlaybench_by_hand(tmp_path: Path) -> None:
         on_square("bird", 512, 256, 1024, 768),
     ]
     answers = {"entity: cat_1": True, "entity: cat_2": None, "entity: dog_1": False, "relation: (cat_1, dog_1)": True}
-    scores = PROTOCOLS["overlaybench"].score([case], [Seen(detections, answers)])
+    scores = PROTOCOLS["overlaybench"].score([case], [Observation(detections, answers)])
     expected = {
         "miou": (0.5 + 1 + 0) / 3,
         # cat_1 and cat_2 meet in [256, 0, 512, 512], what was found for them in [256, 0, 512, 256]: 0.5. The dog was not
@@ -229,7 +229,7 @@ def test_overlaybench_pairs_greedily(tmp_path: Path) -> None:
     )
     # [100, 700]: 500 / 700 with a, 400 / 800 with b. [0, 300]: 300 / 600 with a, 0 with b, which it gets all the same.
     detections = [on_square("cat", 100, 0, 700, 100), on_square("cat", 0, 0, 300, 100)]
-    scores = PROTOCOLS["overlaybench"].score([case], [Seen(detections)])
+    scores = PROTOCOLS["overlaybench"].score([case], [Observation(detections)])
     assert scores["miou"] == pytest.approx((500 / 700 + 0) / 2, abs=EXACT)
     assert scores["o_miou"] == 0.0  # the asked boxes meet in [300, 600], the found ones in [100, 300]
 
@@ -243,7 +243,7 @@ def test_overlaybench_means_over_images_not_boxes(tmp_path: Path) -> None:
         valid_overlap=[],
     )
     all_found = [on_square("dog", 0, 0, 100, 100)]
-    scores = PROTOCOLS["overlaybench"].score([three, one], [Seen([]), Seen(all_found)])
+    scores = PROTOCOLS["overlaybench"].score([three, one], [Observation([]), Observation(all_found)])
     assert scores["miou"] == pytest.approx(1 / 2, abs=EXACT)  # not 1 of 4 boxes
     assert scores["o_miou"] == 0.0  # of the first alone; the second lists no overlap
     assert "sr_e" not in scores
@@ -251,7 +251,9 @@ def test_overlaybench_means_over_images_not_boxes(tmp_path: Path) -> None:
 
 def test_overlaybench_result_files(tmp_path: Path) -> None:
     (case,) = overlay(tmp_path)
-    seen = Seen([on_square("cat", 0, 0, 512, 256)], {"entity: cat_1": True}, image="simple/seed_2/000000000017.png")
+    seen = Observation(
+        [on_square("cat", 0, 0, 512, 256)], {"entity: cat_1": True}, image="simple/seed_2/000000000017.png"
+    )
     files = PROTOCOLS["overlaybench"].write_results([case], [seen], tmp_path / "out")
     written = {file.relative_to(tmp_path / "out").as_posix(): json.loads(file.read_text()) for file in files}
     assert written == {
@@ -284,7 +286,7 @@ DENSE_SEEN = [
 def test_denselayout_by_hand(tmp_path: Path) -> None:
     (case,) = dense(tmp_path)
     protocol = PROTOCOLS["denselayout"]
-    questions = protocol.questions(case, Seen(DENSE_SEEN))
+    questions = protocol.questions(case, Observation(DENSE_SEEN))
     # The chair's caption says no more than its name, and the table is below 0.5: neither is asked about.
     assert [(q.key, q.xyxy) for q in questions] == [
         *((f"0: {kind}", (0, 0, 0.5, 0.4)) for kind in ("color", "texture", "shape")),
@@ -295,15 +297,17 @@ def test_denselayout_by_hand(tmp_path: Path) -> None:
         'lamp"? Strictly answer with "Yes" or "No". If the color is not mentioned, answer "Yes".'
     )
     answers = {"0: color": True, "0: texture": False, "0: shape": True, "1: color": True, "1: texture": None}
-    scores = protocol.score([case], [Seen(DENSE_SEEN, answers)])
+    scores = protocol.score([case], [Observation(DENSE_SEEN, answers)])
     expected = {"miou": (0.8 + 0.5 + 1 + 0) / 4, "color": (0.8 + 0.5) / 4, "texture": 0.0, "shape": 0.8 / 4}
     assert scores == pytest.approx(expected, abs=EXACT)
-    assert protocol.score([case], [Seen(DENSE_SEEN)]) == {"miou": pytest.approx(0.575)}
+    assert protocol.score([case], [Observation(DENSE_SEEN)]) == {"miou": pytest.approx(0.575)}
 
 
 def test_denselayout_result_files(tmp_path: Path) -> None:
     (case,) = dense(tmp_path)
-    detailed, text = PROTOCOLS["denselayout"].write_results([case], [Seen(DENSE_SEEN, {"1: shape": True})], tmp_path)
+    detailed, text = PROTOCOLS["denselayout"].write_results(
+        [case], [Observation(DENSE_SEEN, {"1: shape": True})], tmp_path
+    )
     assert detailed.name == "lgs_score_detailed.json"
     assert json.loads(detailed.read_text()) == {
         "3.jpg": {"box_count": 4, "sum_iou": pytest.approx(2.3), "sum_color": 0, "sum_texture": 0, "sum_shape": 0.5}
@@ -332,7 +336,7 @@ def layout_sam(folder: Path) -> list[Case]:
 
 def test_layoutsam_eval_asks_as_its_code_does(tmp_path: Path) -> None:
     case, _ = layout_sam(tmp_path)
-    assert case.things[0].xyxy == (0.101, 0.2, 0.303, 0.8)  # three decimals: 10 / 99 = 0.10101
+    assert case.regions[0].xyxy == (0.101, 0.2, 0.303, 0.8)  # three decimals: 10 / 99 = 0.10101
     questions = {q.key: q for q in PROTOCOLS["layoutsam-eval"].questions(case)}
     assert questions["1: spatial"].text == (
         'Is the subject "a dogwolf" present in the image? Strictly answer with "Yes" or "No", without any irrelevant words.'
@@ -349,9 +353,11 @@ def test_layoutsam_eval_asks_as_its_code_does(tmp_path: Path) -> None:
 
 
 LAYOUTSAM_SEEN = [
-    Seen(answers={"0: spatial": True, "0: color": True, "0: texture": None, "1: spatial": True, "1: color": True}),
+    Observation(
+        answers={"0: spatial": True, "0: color": True, "0: texture": None, "1: spatial": True, "1: color": True}
+    ),
     # Not there: its colour does not count, whatever was said of it.
-    Seen(answers={"0: spatial": False, "0: color": True, "1: spatial": True, "1: shape": True}),
+    Observation(answers={"0: spatial": False, "0: color": True, "1: spatial": True, "1: shape": True}),
 ]
 
 
@@ -420,10 +426,10 @@ def test_coco_filter(tmp_path: Path) -> None:
         crowd=3,
     )
     cases = PROTOCOLS["coco"].read(path)
-    assert [(case.id, len(case.things)) for case in cases] == [("1", 2), ("5", 2), ("7", 10)]
+    assert [(case.id, len(case.regions)) for case in cases] == [("1", 2), ("5", 2), ("7", 10)]
     assert cases[0].layout.caption == "image 1"
     assert cases[0].layout.boxes[0].phrase == "dog"
-    assert cases[0].things[0].xyxy == pytest.approx((0, 0, 0.2, 0.1))
+    assert cases[0].regions[0].xyxy == pytest.approx((0, 0, 0.2, 0.1))
 
 
 def test_coco_figures_are_pycocotools(tmp_path: Path) -> None:
@@ -440,11 +446,11 @@ def test_coco_figures_are_pycocotools(tmp_path: Path) -> None:
     seen = []
     for case in cases:
         detections = [Det((0.1, 0.1, 0.3, 0.4), "no category", 0.99)]
-        for thing in case.things:
+        for thing in case.regions:
             near = tuple(min(max(v + draw.gauss(0, 0.03), 0), 1) for v in thing.xyxy)
             label = draw.choice(("person", "dog", thing.label, thing.label, thing.label))
             detections.append(Det(near, label, draw.random()))  # type: ignore[arg-type]
-        seen.append(Seen(detections))
+        seen.append(Observation(detections))
     results, truth = protocol.write_results(cases, seen, tmp_path / "out")
     assert results.name == "detections_val2017_mmdit_lora_results.json"
     ground = COCO(str(truth))
@@ -464,15 +470,15 @@ def test_coco_figures_are_pycocotools(tmp_path: Path) -> None:
 
 def test_coco_without_a_detection_is_nothing_and_with_the_truth_all(tmp_path: Path) -> None:
     cases = PROTOCOLS["coco"].read(coco(tmp_path, {1: [(DOG, [0, 0, 50, 100]), (PERSON, [50, 0, 50, 100])]}))
-    assert PROTOCOLS["coco"].score(cases, [Seen([])])["ap"] == 0.0
-    exact = Seen([Det(thing.xyxy, thing.label, 0.5) for thing in cases[0].things])
+    assert PROTOCOLS["coco"].score(cases, [Observation([])])["ap"] == 0.0
+    exact = Observation([Det(thing.xyxy, thing.label, 0.5) for thing in cases[0].regions])
     scores = PROTOCOLS["coco"].score(cases, [exact])
     assert (scores["ap"], scores["ar_100"]) == (pytest.approx(1), pytest.approx(1))
-    swapped = Seen([Det(t.xyxy, "dog" if t.label == "person" else "person", 0.5) for t in cases[0].things])
+    swapped = Observation([Det(t.xyxy, "dog" if t.label == "person" else "person", 0.5) for t in cases[0].regions])
     assert PROTOCOLS["coco"].score(cases, [swapped])["ap"] == 0.0
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_as_many_cases_as_images_seen(name: str) -> None:
     with pytest.raises(ValueError, match="0 cases, but 1"):
-        PROTOCOLS[name].score([], [Seen([])])
+        PROTOCOLS[name].score([], [Observation([])])

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmdit_lora.cli.evaluate import score_protocol, write_layouts
 from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluation.detectors import Detection
 from mmdit_lora.evaluation.protocols import PROTOCOLS
 from mmdit_lora.evaluation.protocols.published import KINDS, OWN, beside, published, tables
-from mmdit_lora.evaluation.protocols.runner import Found
+from mmdit_lora.evaluation.protocols.runner import score_protocol, write_layouts
 from mmdit_lora.layout import Box, Layout, read_layouts
 from mmdit_lora.visual.pages import render
 from tests.detector_makers import owlv2_folder
@@ -39,15 +39,15 @@ class Exact:
     asked: list[list[str]] = field(default_factory=list)
     dies_after: int | None = None
 
-    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         assert len(images) == len(layouts)
         if self.dies_after is not None and len(self.asked) >= self.dies_after:
             raise KeyboardInterrupt
         self.asked += [[box.phrase for box in layout.boxes] for layout in layouts]
         return [[self._found(*box.xyxy, box.phrase) for box in layout.boxes] for layout in layouts]
 
-    def _found(self, x0: float, y0: float, x1: float, y1: float, phrase: str) -> Found:
-        return Found((x0, y0, x1 - self.short * (x1 - x0), y1), phrase, 0.9)
+    def _found(self, x0: float, y0: float, x1: float, y1: float, phrase: str) -> Detection:
+        return Detection((x0, y0, x1 - self.short * (x1 - x0), y1), phrase, 0.9)
 
     def fingerprint(self) -> str:
         return f"exact-{self.short}"

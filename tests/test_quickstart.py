@@ -43,7 +43,7 @@ def test_the_embedded_base_obeys_layouts(tmp_path: Path) -> None:
 
     write_dataset(tmp_path / "scenes", DOMAINS["basic"], count=16, seed=21)
     result = evaluate(load_pipeline(str(BASE)), read_dataset(tmp_path / "scenes"), SamplingConfig(steps=12))
-    sides = {name: side.fidelity for name, side in result.sides.items()}
+    sides = {name: side.fidelity for name, side in result.conditions.items()}
     assert sides["base"]["miou"] > 0.8
     assert sides["base"]["color_acc"] > 0.9
     assert sides["base"]["shape_acc"] > 0.8

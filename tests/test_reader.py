@@ -14,7 +14,8 @@ from PIL import Image, ImageFilter
 from mmdit_lora.data.shapes import COLORS, DOMAINS, SHAPES, make_scene, phrase_attributes, shape_coverage
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation import Detection, Fidelity, detect, detect_all, measure, per_image, readable, summarise
-from mmdit_lora.evaluation.detectors.shapes import _draw, _match
+from mmdit_lora.evaluation.detectors import match
+from mmdit_lora.evaluation.detectors.shapes import _render
 from mmdit_lora.layout import Box, Layout
 
 SCENES = 32
@@ -183,12 +184,12 @@ def test_matching_prefers_the_colour_in_near_ties_and_reports_the_pure_iou() -> 
     layout = Layout("", (Box((0, 0, 0.5, 0.5), "a red circle"),))
     blue = Detection((0, 0, 0.5, 0.48), "blue circle", color="blue", shape="circle")
     red = Detection((0, 0, 0.5, 0.47), "red square", color="red", shape="square")
-    (reading,) = _match([blue, red], layout)
+    (reading,) = match([blue, red], layout, by_label=False, attributes=True)
     assert (reading.color, reading.shape) == (True, False)
     assert reading.iou == pytest.approx(0.94)
-    (reading,) = _match([blue, replace(red, xyxy=(0, 0, 0.5, 0.4))], layout)
+    (reading,) = match([blue, replace(red, xyxy=(0, 0, 0.5, 0.4))], layout, by_label=False, attributes=True)
     assert (reading.color, reading.shape) == (False, True)
-    (reading,) = _match([replace(red, xyxy=(0.6, 0.6, 0.9, 0.9))], layout)
+    (reading,) = match([replace(red, xyxy=(0.6, 0.6, 0.9, 0.9))], layout, by_label=False, attributes=True)
     assert (reading.iou, reading.color, reading.shape) == (0, False, False)
 
 
@@ -236,12 +237,13 @@ def test_readable() -> None:
 def test_the_fit_draws_as_the_generator_does(shape: str) -> None:
     box: NDArray[np.float32] = np.array([[5.25, 3.4, 27.3, 22.75]], np.float32)
     index = np.array([SHAPES.index(shape)])
-    image, slopes = _draw(box, index, np.array([0]), (32, 32))
+    image, slopes = _render(box, index, np.array([0]), (32, 32))
     assert np.abs(image[0] - shape_coverage(shape, tuple(box[0]), 32)).mean() < 0.01
     for side in range(4):
         step = np.zeros((1, 4), np.float32)
         step[0, side] = 0.02
         change = (
-            _draw(box + step, index, np.array([0]), (32, 32))[0] - _draw(box - step, index, np.array([0]), (32, 32))[0]
+            _render(box + step, index, np.array([0]), (32, 32))[0]
+            - _render(box - step, index, np.array([0]), (32, 32))[0]
         ) / 0.04
         assert np.abs(change[0] - slopes[0, side]).mean() < 0.01

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from mmdit_lora.boxes import box_iou
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation import Detection, per_image
 from mmdit_lora.evaluation.detectors import Detector, SelfTest, match, open_detector, self_test
-from mmdit_lora.evaluation.detectors.matching import iou_table
 from mmdit_lora.evaluation.detectors.self_testing import TRUSTED, USELESS, shifted
 from mmdit_lora.layout import Box, Layout
 
@@ -34,7 +34,7 @@ A, B = (0.0, 0.0, 0.4, 0.4), (0.5, 0.5, 0.9, 0.9)
 
 
 def test_iou_by_hand() -> None:
-    table = iou_table([A, (0.2, 0.2, 0.6, 0.6)], [A, B, (0.1, 0.1, 0.1, 0.1)])
+    table = box_iou([A, (0.2, 0.2, 0.6, 0.6)], [A, B, (0.1, 0.1, 0.1, 0.1)])
     assert table == pytest.approx(np.array([[1, 0, 0], [1 / 7, 1 / 31, 0]]))
 
 
@@ -198,4 +198,4 @@ def test_shifts_go_to_where_there_is_room() -> None:
         pytest.approx((0.56, 0.56, 0.96, 0.96)),
         pytest.approx((0.1, 0.1, 1.0, 1.0)),
     ]
-    assert iou_table([A], [moved.boxes[0].xyxy])[0, 0] == pytest.approx(0.81 / 1.19)
+    assert box_iou([A], [moved.boxes[0].xyxy])[0, 0] == pytest.approx(0.81 / 1.19)

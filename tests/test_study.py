@@ -22,14 +22,12 @@ from mmdit_lora.analysis.studies.setup import Arm, Scan, Setup
 from mmdit_lora.analysis.studies.similarity import adapter_directions, directions
 from mmdit_lora.analysis.studies.statistics import (
     Curve,
-    Interval,
     above,
     all_of,
     below,
     bootstrap_d90,
     d90,
     log_ratio,
-    mean_interval,
 )
 from mmdit_lora.analysis.studies.study import STUDIES, run_study
 from mmdit_lora.analysis.studies.subspace import subspace_linears
@@ -37,6 +35,7 @@ from mmdit_lora.analysis.studies.table import Table
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluation.intervals import Interval, mean_interval
 from mmdit_lora.lora import add_layout_lora
 from mmdit_lora.training.stopping import Diverged
 from mmdit_lora.training.trainable import lora_config

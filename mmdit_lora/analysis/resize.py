@@ -246,8 +246,8 @@ def _fidelity(
             on_progress(name if side == "adapter" else side, done)
 
     opened.pipe.to(device)
-    sides = evaluate(opened.pipe, records, settings, seed=seed, on_progress=tell).sides
-    return {"base": dict(sides["base"].fidelity), name: dict(sides["adapter"].fidelity)}
+    conditions = evaluate(opened.pipe, records, settings, seed=seed, on_progress=tell).conditions
+    return {"base": dict(conditions["base"].fidelity), name: dict(conditions["adapter"].fidelity)}
 
 
 def _metadata(opened: OpenedAdapter, config: peft.LoraConfig, report: Resized, how: str) -> dict[str, Any]:

@@ -14,12 +14,10 @@ from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.evaluate import Evaluation, evaluate
-from mmdit_lora.evaluation.image_cache import ImageCache
 from mmdit_lora.export import Target
 from mmdit_lora.export.export import export_adapter
 from mmdit_lora.files import read_text, write_json, write_text
 from mmdit_lora.json_files import read_cached
-from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.outputs import open_folder
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
 from mmdit_lora.training.run_dir import WRITTEN
@@ -113,7 +111,7 @@ def _run(out: Path, config: Config, data: dict[str, Path], tell: OnProgress) -> 
         exports = [export_adapter(out / "adapter", to=to, out=out / to, base=config.base) for to in EXPORTS]
     report = {
         **{key: value for key, value in new.to_dict().items() if key != "by_boxes"},
-        "old_domain": {name: side.fidelity for name, side in old.sides.items()},
+        "old_domain": {name: one.fidelity for name, one in old.conditions.items()},
         "held_out_loss": result.report["held_out_loss"],
         "trainable_params": result.report["trainable_params"],
         "total_params": result.report["total_params"],
@@ -134,13 +132,13 @@ def _evaluate(pipe: LayoutPipeline, folder: Path, images: Path, name: str, tell:
         records,
         SamplingConfig(),
         seed=0,
-        store=ImageCache(images, {"weights": base_fingerprint(pipe.transformer)}),
-        on_progress=lambda side, done: tell(f"sample {name}, {side}", done, len(records), {}),
+        cache_dir=images,
+        on_progress=lambda condition, done: tell(f"sample {name}, {condition}", done, len(records), {}),
     )
 
 
 def _figure(evaluation: Evaluation) -> Any:
-    base, adapter = evaluation.sides["base"], evaluation.sides["adapter"]
+    base, adapter = evaluation.conditions["base"], evaluation.conditions["adapter"]
     return before_after(
         evaluation.layouts[:SHOWN],
         base.images[:SHOWN],

@@ -1,6 +1,6 @@
-"""What an image shows, and how well that is the layout that was asked for."""
+"""Detect objects in images, and measure how well they obey layouts."""
 
-from mmdit_lora.evaluation.detectors.common import Detection
+from mmdit_lora.evaluation.detectors.base import Detection
 from mmdit_lora.evaluation.detectors.shapes import (
     Fidelity,
     detect,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,112 +17,121 @@ from PIL import Image
 from torch import Tensor
 
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.sources import open_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluation.cache import DETECTIONS, DetectionCache, ImageCache, LazyImages, images_of
 from mmdit_lora.evaluation.clip import Clip, kid, spread
-from mmdit_lora.evaluation.detection_cache import DetectionCache
-from mmdit_lora.evaluation.detectors import Detection, Detector, SelfTest, open_detector, self_test
-from mmdit_lora.evaluation.groups import box_groups, image_groups, phrase_groups
-from mmdit_lora.evaluation.image_cache import ImageCache, Lazy
-from mmdit_lora.evaluation.intervals import Bootstrap, value
-from mmdit_lora.evaluation.metrics import Judged, Table, average_precision, box_sums, judged, sums
+from mmdit_lora.evaluation.detectors import Detector, SelfTest, open_detector, self_test
+from mmdit_lora.evaluation.intervals import Bootstrap, Table, ratio
+from mmdit_lora.evaluation.metrics import (
+    MatchedImage,
+    average_precision,
+    box_groups,
+    box_metrics,
+    image_groups,
+    match_images,
+    metric_sums,
+)
 from mmdit_lora.layout import Layout
+from mmdit_lora.lora import base_fingerprint
+from mmdit_lora.models.adapter_layers import adapter_layers
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 
 ADAPTERS = ("adapter", *(f"adapter_{number}" for number in range(2, 10)))
-SIDES = ("base", *ADAPTERS, "text_only", "layout_only", "images", "ground_truth", "shuffled")
-_AT_ONCE = 64  # images that are held decoded while they are judged
-VARIED = 16
-_FAR = 1_000_003  # between the seeds of an image and of its variations: further than an evaluation is long
-_TESTED = 256  # of the data set's own images that the detector is tried on
-
-Progress = Callable[[str, int], None]
+CONDITIONS = ("base", *ADAPTERS, "text_only", "layout_only", "images", "ground_truth", "shuffled")
+VARIED = 16  # layouts that are generated from several noises
+_CHUNK = 64  # images that are decoded at once
+_SEED_STEP = 1_000_003  # between the seeds of an image and of its variations: more than an evaluation has images
+_TESTED = 256  # of the data set's own images that the detector is tested on
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Images of one kind, and what a detector saw in them."""
+    """Images of one kind, and the detections in them matched to the layouts.
+
+    Args:
+        clip: sums of the CLIP scores, see `metric_sums`. extra: metrics of all images together (COCO's average precision,
+            spread, KID).
+    """
 
     images: Sequence[Image.Image]
-    judged: list[Judged]
+    matches: list[MatchedImage]
     clip: dict[str, Table] = field(default_factory=dict)
-    whole: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def sums(self) -> dict[str, Table]:
-        return sums(self.judged) | self.clip
+        return metric_sums(self.matches) | self.clip
 
     @property
     def fidelity(self) -> dict[str, float]:
-        """Every figure by name (see `judged.FIGURES`), those that only all images together have (`whole`: COCO's average
-        precision, spread, KID), and the number of boxes."""
-        found = {name: value(table) for name, table in self.sums.items()}
-        return found | self.whole | {"boxes": sum(len(image.boxes) for image in self.judged)}
+        """Every metric by name (see `metrics.FIGURES`), and the number of boxes."""
+        return {name: ratio(table) for name, table in self.sums.items()} | self.extra | {"boxes": _boxes(self.matches)}
 
     @property
     def image_ious(self) -> list[float]:
-        """Mean IoU of each image, over its boxes; NaN where it has none."""
-        return [image.miou for image in self.judged]
+        """Mean IoU of each image, over its boxes; NaN without any."""
+        return [image.miou for image in self.matches]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sides by name, in the order of `SIDES`, all on `layouts`.
+    """Conditions by name, in the order of `CONDITIONS`, all on `layouts`.
 
-    `base`, with an adapter `adapter` (several, each apart: `adapter`, `adapter_2`, ...); `text_only` and `layout_only`: painted without boxes, and without a caption, by the last
-    of these; `images`: made by something else; `ground_truth`: the data set's own images (through the VAE: the ceiling);
-    `shuffled`: those against the layouts of others (the floor).
+    `base`, with an adapter `adapter` (several, each apart: `adapter`, `adapter_2`, ...); `text_only` and `layout_only`:
+    generated without boxes, and without a caption, by the last of these; `images`: made by something else; `ground_truth`: the
+    data set's own images (through the VAE: the ceiling); `shuffled`: those against the layouts of others (the floor).
     """
 
     layouts: list[Layout]
-    sides: dict[str, Condition]
+    conditions: dict[str, Condition]
     settings: SamplingConfig
     seed: int
     detector: SelfTest | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `report.json` holds."""
-        draws = Bootstrap(len(self.layouts))
+        """The content of `report.json`."""
+        bootstrap = Bootstrap(len(self.layouts))
         report: dict[str, Any] = {
-            name: side.fidelity | {"intervals": {key: draws.interval(table) for key, table in side.sums.items()}}
-            for name, side in self.sides.items()
+            name: one.fidelity | {"intervals": {key: bootstrap.interval(table) for key, table in one.sums.items()}}
+            for name, one in self.conditions.items()
         }
-        report["differences"] = self._differences(draws)
+        report["differences"] = self._differences(bootstrap)
         report["by_boxes"] = {
-            name: {
-                "layouts": len(rows),
-                **{side: _figures([self.sides[side].judged[row] for row in rows]) for side in self.sides},
-            }
-            for name, rows in image_groups(self.layouts).items()
+            group: {"layouts": len(rows)}
+            | {name: _ratios([one.matches[row] for row in rows]) for name, one in self.conditions.items()}
+            for group, rows in image_groups(self.layouts).items()
         }
         report["phrases"] = len({" ".join(box.phrase.split()) for layout in self.layouts for box in layout.boxes})
-        for key, groups in (*box_groups(self.layouts).items(), ("by_phrase", phrase_groups(self.layouts))):
+        for key, groups in box_groups(self.layouts).items():
             report[key] = {
-                name: {
-                    "boxes": len(places),
-                    **{
-                        side: box_sums([found.judged[row].boxes[box] for row, box in places])
-                        for side, found in self.sides.items()
-                        if side != "shuffled"  # its boxes are those of other layouts
-                    },
+                group: {"boxes": len(places)}
+                | {
+                    name: box_metrics([one.matches[row].boxes[box] for row, box in places])
+                    for name, one in self.conditions.items()
+                    if name != "shuffled"  # its boxes are those of other layouts
                 }
-                for name, places in groups.items()
+                for group, places in groups.items()
             }
         report["detector"] = None if self.detector is None else self.detector.to_dict()
         return report | {"layouts": len(self.layouts), "seed": self.seed, "settings": asdict(self.settings)}
 
-    def _differences(self, draws: Bootstrap) -> dict[str, Any]:
-        """Of each painted side to the one that it is compared with, paired by images."""
-        adapters = [name for name in ADAPTERS if name in self.sides]
-        whole = adapters[-1] if adapters else "base"
+    def _differences(self, bootstrap: Bootstrap) -> dict[str, Any]:
+        """Of each generated condition to the one that it is compared with, paired by images."""
+        adapters = [name for name in ADAPTERS if name in self.conditions]
+        last = adapters[-1] if adapters else "base"
         pairs = [(name, "base") for name in adapters] + [(name, "adapter") for name in adapters[1:]]
-        pairs += [(name, whole) for name in ("text_only", "layout_only", "images")]
+        pairs += [(name, last) for name in ("text_only", "layout_only", "images")]
         out = {}
         for one, other in pairs:
-            if one in self.sides and other in self.sides:
-                a, b = self.sides[one].sums, self.sides[other].sums
+            if one in self.conditions and other in self.conditions:
+                a, b = self.conditions[one].sums, self.conditions[other].sums
                 out[f"{one}_minus_{other}"] = {
-                    name: {"value": value(a[name]) - value(b[name]), "interval": draws.difference(a[name], b[name])}
+                    name: {
+                        "value": ratio(a[name]) - ratio(b[name]),
+                        "interval": bootstrap.difference(a[name], b[name]),
+                    }
                     for name in a
                     if name in b
                 }
@@ -127,132 +139,174 @@ class Evaluation:
 
 
 def evaluate(
-    pipe: LayoutPipeline | None,
-    records: Sequence[Record],
-    settings: SamplingConfig,
+    pipeline: LayoutPipeline | None,
+    data: str | Path | Sequence[Record],
+    settings: SamplingConfig | None = None,
     *,
+    count: int | None = None,
+    steps: int | None = None,
     seed: int = 0,
-    detector: Detector | None = None,
-    each: Mapping[str, float] | None = None,
+    adapters: Sequence[str] | Mapping[str, float] | None = None,
+    detector: Detector | str = "shapes",
     ablations: bool = False,
     variations: int = 0,
-    clip: Clip | None = None,
-    images: Sequence[Image.Image] | None = None,
-    store: ImageCache | None = None,
+    clip: Clip | str | None = None,
+    images: Sequence[Image.Image] | str | Path | None = None,
+    cache_dir: str | Path | None = None,
     test_detector: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[str, int], None] | None = None,
 ) -> Evaluation:
-    """Paint the records' layouts and look at the images.
+    """Measure how well layouts are obeyed, without and with the adapter, on the same noise.
+
+    Example:
+        >>> pipe = load_pipeline("data/tiny_base")
+        >>> load_adapter(pipe.transformer, "outputs/quickstart/adapter")
+        >>> result = evaluate(pipe, "outputs/page256", steps=20, count=64)
+        >>> result.conditions["adapter"].fidelity["miou"] - result.conditions["base"].fidelity["miou"]
 
     Args:
-        pipe: an active adapter on its transformer becomes the side `adapter`, and is off for `base`. None: nothing is painted,
-            and the ground truth is the records' images as they are.
-        detector: None = the exact reader of procedural scenes.
-        each: names and weights of adapters on the transformer, each a side of its own; None = all that are active together.
-        ablations: also paint without boxes, and without captions.
-        variations: paint the first `VARIED` layouts from so many other noises too, for the figure `spread`.
-        clip: for the figures `clip_score`, `clip_box` and `kid_clip`.
-        images: made by something else, one a record.
-        store: where painted images are kept and found again; None = in memory only.
-        test_detector: try it on the records' own images (`Evaluation.detector`).
-        on_progress: called with the side and the number of its images that are done.
+        pipeline: an active adapter on its transformer becomes the condition `adapter`, and is off for `base`. None: nothing
+            is generated, and the ground truth is the data set's images as they are.
+        data: a data set folder, `shapes://DOMAIN?count=N&seed=S`, or records. count: only the first layouts.
+        settings: how images are sampled. steps: sampling steps, in place of `settings.steps`.
+        adapters: names (and weights) of adapters on the transformer, each a condition of its own; None = all that are active
+            together.
+        detector: the detector or its spec, e.g. "grounding-dino:FOLDER"; "shapes" reads procedural scenes.
+        ablations: also generate without boxes, and without captions.
+        variations: generate the first `VARIED` layouts from so many other noises too, for the metric `spread`.
+        clip: a CLIP model, folder or hub id, for the metrics `clip_score`, `clip_box` and `kid_clip`.
+        images: made by something else, one per record, or their folder (see `images_of`).
+        cache_dir: keeps generated images and detections, from which a call that was stopped continues; None = in memory.
+        test_detector: try it on the data set's own images (`Evaluation.detector`).
+        on_progress: called with the condition and the number of its images that are done.
 
     Raises:
-        InputError: there is no box, or the detector cannot look for a phrase.
+        InputError: the data set cannot be read, there is no box, the detector cannot look for a phrase, or `cache_dir` holds
+            another evaluation.
     """
-    detector = detector or open_detector()
-    _refuse_unreadable(records, detector)
-    tell = on_progress or (lambda *_: None)
-    look = _Look(detector, clip, None if store is None else DetectionCache(store.folder / "seen"))
+    records = list((open_dataset(data) if isinstance(data, str | Path) else data)[:count])
+    settings = settings or SamplingConfig()
+    if steps is not None:
+        settings = replace(settings, steps=steps)
+    detector = open_detector(detector) if isinstance(detector, str) else detector
+    _refuse_unknown_phrases(records, detector)
+    images_dir = str(images) if isinstance(images, str | Path) else None
+    if isinstance(images, str | Path):
+        images = images_of(Path(images), records)
+    weights = adapters if isinstance(adapters, Mapping) or adapters is None else dict.fromkeys(adapters, 1.0)
+    cache = None
+    if cache_dir is not None:
+        cache = ImageCache(
+            Path(cache_dir), _plan(pipeline, records, settings, seed) | {"each": weights, "images": images_dir}
+        )
+    measure = _Measure(detector, Clip(clip) if isinstance(clip, str) else clip, cache)
     layouts = [record.layout for record in records]
-    if pipe is None:
-        truth: Sequence[Image.Image] = Lazy([record.load for record in records])
+    if pipeline is None:
+        truth: Sequence[Image.Image] = LazyImages([record.load for record in records])
     else:
-        size = settings.size or (pipe.default_side,) * 2
+        size = settings.size or (pipeline.default_side,) * 2
         prepared = [prepare(record.load(), record.layout, size) for record in records]
         layouts = [layout for _, layout in prepared]
-        truth = through_vae(pipe, [pixels for pixels, _ in prepared], batch_size=settings.batch_size)
+        truth = through_vae(pipeline, [pixels for pixels, _ in prepared], batch_size=settings.batch_size)
         del prepared
-    sides = {"ground_truth": look.at(truth, layouts)}
-    sides["shuffled"] = look.at(truth, layouts[1:] + layouts[:1])
-    if pipe is not None:
-        painter = partial(_in_memory, pipe) if store is None else partial(store.generate, pipe)
-        for name, active, wanted in _painted(pipe, layouts, each, ablations):
-            say = partial(tell, name)
-            with _only(pipe, active, each):
-                generated = painter(wanted, settings, seed=seed, on_progress=say, side=name)
-                others = [
-                    painter(
-                        wanted[:VARIED],
-                        settings,
-                        seed=seed + (n + 1) * _FAR,
-                        on_progress=partial(tell, f"{name}, noise {n + 2}"),
-                        side=f"{name}_noise_{n + 2}",
-                    )
-                    for n in range(variations)
-                ]
-            sides[name] = look.at(generated, layouts, others=[generated[:VARIED], *others] if others else ())
+    conditions = {"ground_truth": measure(truth, layouts), "shuffled": measure(truth, layouts[1:] + layouts[:1])}
+
+    def paint(name: str, asked: Sequence[Layout], number: int = 0) -> Sequence[Image.Image]:
+        assert pipeline is not None
+        label = f"{name}, noise {number + 1}" if number else name
+        tell = partial(on_progress or (lambda *_: None), label)
+        where, own_seed = f"{name}_noise_{number + 1}" if number else name, seed + number * _SEED_STEP
+        if cache is None:
+            return generate(pipeline, asked, settings, seed=own_seed, on_progress=tell)
+        return cache.generate(pipeline, asked, settings, condition=where, seed=own_seed, on_progress=tell)
+
+    if pipeline is not None:
+        for name, active, asked in _to_generate(pipeline, layouts, weights, ablations):
+            with _active_adapters(pipeline, active, weights or {}):
+                generated = paint(name, asked)
+                others = [paint(name, asked[:VARIED], number + 1) for number in range(variations)]
+            conditions[name] = measure(generated, layouts)
+            if others:
+                conditions[name].extra["spread"] = spread([generated[:VARIED], *others])
     if images is not None:
-        sides["images"] = look.at(images, [record.layout for record in records])
-    sides = {name: sides[name] for name in SIDES if name in sides}
+        conditions["images"] = measure(images, [record.layout for record in records])
     tested = None
     if test_detector and len(records) > 1:
-        tried = records[:_TESTED]
-        tested = self_test(detector, [record.load() for record in tried], [record.layout for record in tried])
-    return Evaluation(layouts, sides, settings, seed, tested)
+        sample = records[:_TESTED]
+        tested = self_test(detector, [record.load() for record in sample], [record.layout for record in sample])
+    if cache is not None:
+        cache.begin()
+    ordered = {name: conditions[name] for name in CONDITIONS if name in conditions}
+    return Evaluation(layouts, ordered, settings, seed, tested)
 
 
-class _Look:
-    """What looks at images: a detector, and CLIP where it is given."""
+class _Measure:
+    """Detects objects in images and matches them with layouts; scores them by CLIP if it is given."""
 
-    def __init__(self, detector: Detector, clip: Clip | None, kept: DetectionCache | None) -> None:
-        self.detector, self.clip, self.kept = detector, clip, kept
-        self._truth: Tensor | None = None  # features of the images that were looked at first
+    def __init__(self, detector: Detector, clip: Clip | None, cache: ImageCache | None) -> None:
+        self.detector, self.clip = detector, clip
+        cached = None if cache is None else DetectionCache(cache.folder / DETECTIONS)
+        self._detect = detector.detect if cached is None else partial(cached.detect, detector)
+        self._truth: Tensor | None = None  # features of the first images
 
-    def at(
-        self, images: Sequence[Image.Image], layouts: Sequence[Layout], others: Sequence[Sequence[Image.Image]] = ()
-    ) -> Condition:
-        seen: list[Judged] = []
+    def __call__(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> Condition:
+        matches: list[MatchedImage] = []
         tables: list[dict[str, Table]] = []
         features: list[Tensor] = []
-        for start in range(0, len(images), _AT_ONCE):
-            shown, asked = images[start : start + _AT_ONCE], layouts[start : start + _AT_ONCE]
-            things = (self.kept.detect if self.kept else _detect)(self.detector, shown, asked)
-            seen += judged(self.detector, things, asked)
+        for start in range(0, len(images), _CHUNK):
+            shown, asked = images[start : start + _CHUNK], layouts[start : start + _CHUNK]
+            matches += match_images(self.detector, self._detect(shown, asked), asked)
             if self.clip is not None:
-                table, feature = self.clip.look(shown, asked)
+                table, feature = self.clip.score(shown, asked)
                 tables.append(table)
                 features.append(feature)
-        whole = average_precision(seen, self.detector)
-        if others:
-            whole["spread"] = spread(others)
+        extra = average_precision(matches, self.detector)
         if self.clip is None:
-            return Condition(images, seen, {}, whole)
-        found = torch.cat(features)
-        self._truth = found if self._truth is None else self._truth
-        if (distance := kid(found, self._truth)) is not None and found is not self._truth:
-            whole["kid_clip"] = distance
+            return Condition(images, matches, {}, extra)
+        own = torch.cat(features)
+        if self._truth is None:
+            self._truth = own
+        elif (distance := kid(own, self._truth)) is not None:
+            extra["kid_clip"] = distance
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-        return Condition(images, seen, {name: table for name, table in joined.items() if table[:, 1].any()}, whole)
+        return Condition(images, matches, {name: table for name, table in joined.items() if table[:, 1].any()}, extra)
 
 
-def _detect(detector: Detector, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
-    return detector.detect(images, layouts)
+def _plan(
+    pipeline: LayoutPipeline | None, records: Sequence[Record], settings: SamplingConfig, seed: int
+) -> dict[str, Any]:
+    """What generated images depend on."""
+    layouts = json.dumps([record.layout.to_dict() for record in records], ensure_ascii=False)
+    plan: dict[str, Any] = {
+        "layouts": hashlib.sha256(layouts.encode()).hexdigest(),
+        "settings": asdict(settings),
+        "seed": seed,
+    }
+    if pipeline is None:
+        return plan
+    transformer = pipeline.transformer
+    scalings = [sorted(layer.scaling.items()) for _, layer in adapter_layers(transformer) if hasattr(layer, "scaling")]
+    return plan | {
+        "base": str(pipeline.config.get("_name_or_path")),
+        "weights": base_fingerprint(transformer),  # with the adapters': they are parameters of the transformer
+        "adapter_weights": hashlib.sha256(repr(scalings).encode()).hexdigest(),
+        "dtype": str(transformer.dtype),
+    }
 
 
 _Active = str | bool  # an adapter's name; or whether all are on
 
 
-def _painted(
-    pipe: LayoutPipeline, layouts: Sequence[Layout], each: Mapping[str, float] | None, ablations: bool
+def _to_generate(
+    pipeline: LayoutPipeline, layouts: Sequence[Layout], weights: Mapping[str, float] | None, ablations: bool
 ) -> Iterator[tuple[str, _Active, Sequence[Layout]]]:
-    """Sides to paint, with which adapters, and what is asked for in each."""
+    """Conditions to generate, with which adapters, and their layouts."""
     yield "base", False, layouts
     last: _Active = False
-    if each is not None:
-        for name, last in zip(ADAPTERS, each, strict=False):
+    if weights is not None:
+        for name, last in zip(ADAPTERS, weights, strict=False):
             yield name, last, layouts
-    elif getattr(pipe.transformer, "peft_config", None):
+    elif getattr(pipeline.transformer, "peft_config", None):
         last = True
         yield "adapter", last, layouts
     if ablations:
@@ -260,33 +314,27 @@ def _painted(
         yield "layout_only", last, [Layout("", layout.boxes) for layout in layouts]
 
 
-def _in_memory(
-    pipe: LayoutPipeline, layouts: Sequence[Layout], settings: SamplingConfig, *, side: str, **options: Any
-) -> list[Image.Image]:
-    del side
-    return generate(pipe, layouts, settings, **options)
-
-
 @contextmanager
-def _only(pipe: LayoutPipeline, active: _Active, each: Mapping[str, float] | None) -> Iterator[None]:
+def _active_adapters(pipeline: LayoutPipeline, active: _Active, weights: Mapping[str, float]) -> Iterator[None]:
     """Within it, these adapters are on; then all of them."""
-    if active is True or not getattr(pipe.transformer, "peft_config", None):
+    transformer = pipeline.transformer
+    if active is True or not getattr(transformer, "peft_config", None):
         yield
-        return
-    if active is False:
-        pipe.transformer.disable_lora()
+    elif active is False:
+        transformer.disable_lora()
+        try:
+            yield
+        finally:
+            transformer.enable_lora()
     else:
-        pipe.transformer.set_adapters([active], [(each or {})[active]])
-    try:
-        yield
-    finally:
-        if active is False:
-            pipe.transformer.enable_lora()
-        else:
-            pipe.transformer.set_adapters(list(each or {}), list((each or {}).values()))
+        transformer.set_adapters([active], [weights[active]])
+        try:
+            yield
+        finally:
+            transformer.set_adapters(list(weights), list(weights.values()))
 
 
-def _refuse_unreadable(records: Sequence[Record], detector: Detector) -> None:
+def _refuse_unknown_phrases(records: Sequence[Record], detector: Detector) -> None:
     for record in records:
         for box in record.layout.boxes:
             if not detector.knows(box.phrase):
@@ -301,17 +349,19 @@ def _refuse_unreadable(records: Sequence[Record], detector: Detector) -> None:
 
 
 @torch.no_grad()
-def through_vae(pipe: LayoutPipeline, pixels: Sequence[torch.Tensor], *, batch_size: int) -> list[Image.Image]:
-    """(3, H, W) images in [-1, 1], encoded and decoded: the best that this base could paint."""
+def through_vae(pipeline: LayoutPipeline, pixels: Sequence[Tensor], *, batch_size: int) -> list[Image.Image]:
+    """(3, H, W) images in [-1, 1], encoded and decoded: the best that this base could generate."""
     out: list[Image.Image] = []
     for start in range(0, len(pixels), batch_size):
-        x = torch.stack(list(pixels[start : start + batch_size])).to(pipe.vae.device, pipe.vae.dtype)
-        decoded = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
-        out += pipe.image_processor.postprocess(decoded.float(), output_type="pil")
+        x = torch.stack(list(pixels[start : start + batch_size])).to(pipeline.vae.device, pipeline.vae.dtype)
+        decoded = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mode()).sample
+        out += pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
     return out
 
 
-def _figures(images: Sequence[Judged]) -> dict[str, float]:
-    return {name: value(table) for name, table in sums(images).items()} | {
-        "boxes": sum(len(image.boxes) for image in images)
-    }
+def _ratios(images: Sequence[MatchedImage]) -> dict[str, float]:
+    return {name: ratio(table) for name, table in metric_sums(images).items()} | {"boxes": _boxes(images)}
+
+
+def _boxes(images: Sequence[MatchedImage]) -> int:
+    return sum(len(image.boxes) for image in images)

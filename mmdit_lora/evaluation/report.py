@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from mmdit_lora.errors import clip
-from mmdit_lora.evaluation.evaluate import ADAPTERS, SIDES, Evaluation
+from mmdit_lora.evaluation.evaluate import ADAPTERS, CONDITIONS, Evaluation
 from mmdit_lora.evaluation.metrics import FIGURES
 from mmdit_lora.visual import draw_boxes, phrase_colors
 from mmdit_lora.visual.charts import figure, to_svg
@@ -85,7 +85,7 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
     Args:
         report: `evaluation.to_dict()`.
     """
-    chief = next(name for name in ("adapter", "images", "base", "ground_truth") if name in evaluation.sides)
+    chief = next(name for name in ("adapter", "images", "base", "ground_truth") if name in evaluation.conditions)
     own, moved = report[chief], report["differences"].get("adapter_minus_base", {}).get("miou")
     verdict = f"{_words(chief)}: mIoU {own['miou']:.3f} {interval(own['intervals']['miou'])}"
     if moved is not None:
@@ -117,7 +117,7 @@ def page(evaluation: Evaluation, report: Mapping[str, Any], *, title: str) -> st
 
 def _sides(report: Mapping[str, Any]) -> list[str]:
     """The sides that a report (or one of its groups) has, in order."""
-    return [name for name in SIDES if name in report]
+    return [name for name in CONDITIONS if name in report]
 
 
 def _figures(report: Mapping[str, Any]) -> list[str]:
@@ -208,7 +208,7 @@ def _plot(report: Mapping[str, Any]) -> str:
 
 def _galleries(evaluation: Evaluation, chief: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """The images of highest and lowest mIoU, beside the base's and the data set's own."""
-    ious = np.array(evaluation.sides[chief].image_ious)
+    ious = np.array(evaluation.conditions[chief].image_ious)
     order = [int(n) for n in np.argsort(ious, kind="stable") if not np.isnan(ious[n])]
     colors = phrase_colors(evaluation.layouts)
     return [
@@ -220,8 +220,8 @@ def _galleries(evaluation: Evaluation, chief: str) -> list[tuple[str, list[dict[
 def _case(evaluation: Evaluation, row: int, chief: str, colors: Mapping[str, Rgb]) -> dict[str, Any]:
     layout, images = evaluation.layouts[row], []
     for side in dict.fromkeys(("base", chief, "ground_truth")):
-        if side in evaluation.sides:
-            shown = evaluation.sides[side]
+        if side in evaluation.conditions:
+            shown = evaluation.conditions[side]
             drawn = draw_boxes(shown.images[row], layout, scale_to=256, labels=False, colors=colors)
             drawn.thumbnail((256, 512))
             images.append((side, data_url(drawn.quantize(64), "PNG"), shown.image_ious[row]))

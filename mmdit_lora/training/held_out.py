@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor, nn
 
+from mmdit_lora.evaluation.intervals import mean_interval
 from mmdit_lora.models import LayoutInputs
 from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.loss import Objective, flow_matching_loss
@@ -119,9 +118,8 @@ class PairedLoss:
 def compare_losses(base: Tensor, trained: Tensor) -> PairedLoss:
     """Paired comparison of the losses of the same images by two sets of weights, each (images,)."""
     difference = (trained - base).double()
-    mean, count = difference.mean().item(), len(difference)
-    interval = None
-    if count > 1:
-        margin = float(stdtrit(count - 1, 0.975)) * difference.std().item() / math.sqrt(count)
-        interval = (mean - margin, mean + margin)
-    return PairedLoss(base.mean().item(), trained.mean().item(), mean, interval, count, tuple(difference.tolist()))
+    found, count = mean_interval(difference.numpy(force=True)[None]), len(difference)
+    interval = (found.low, found.high) if count > 1 else None
+    return PairedLoss(
+        base.mean().item(), trained.mean().item(), found.mean, interval, count, tuple(difference.tolist())
+    )

@@ -14,10 +14,11 @@ import torch
 
 from mmdit_lora.analysis.studies.plots import Canvas
 from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup, scaled
-from mmdit_lora.analysis.studies.statistics import Verdict, mean_interval
+from mmdit_lora.analysis.studies.statistics import Verdict
 from mmdit_lora.analysis.studies.subspace import subspace_linears
 from mmdit_lora.analysis.studies.table import BASE, Decided, Table, measure_name
 from mmdit_lora.errors import InputError
+from mmdit_lora.evaluation.intervals import mean_interval
 from mmdit_lora.training.load_base import open_encoders
 
 ONE, OTHER, BOTH, ATTENTION, ALL = "fc1", "fc2", "fc1 + fc2", "attention q, v", "all linears"

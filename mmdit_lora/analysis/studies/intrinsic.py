@@ -17,9 +17,10 @@ import torch
 
 from mmdit_lora.analysis.studies.plots import Canvas
 from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup, scaled
-from mmdit_lora.analysis.studies.statistics import Curve, Interval, all_of, below, bootstrap_d90, log_ratio
+from mmdit_lora.analysis.studies.statistics import Curve, all_of, below, bootstrap_d90, log_ratio
 from mmdit_lora.analysis.studies.subspace import subspace, subspace_linears
 from mmdit_lora.analysis.studies.table import Decided, Table, measure_name
+from mmdit_lora.evaluation.intervals import Interval
 from mmdit_lora.training.load_base import open_encoders
 
 KINDS = {"DID": False, "SAID": True}

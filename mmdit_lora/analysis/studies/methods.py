@@ -9,8 +9,9 @@ from typing import Any
 from mmdit_lora.analysis.studies.ia3 import ia3
 from mmdit_lora.analysis.studies.plots import Canvas
 from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup, scaled
-from mmdit_lora.analysis.studies.statistics import above, mean_interval
+from mmdit_lora.analysis.studies.statistics import above
 from mmdit_lora.analysis.studies.table import BASE, Decided, Table, measure_name
+from mmdit_lora.evaluation.intervals import mean_interval
 
 LORA, FULL = "LoRA", "full fine-tuning"
 # Changes of the config, and factors of its learning rate, which is one for LoRA: whole weights want a far smaller one.

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdit_lora.analysis.studies.statistics import SHARE, Array, mean_interval
+from mmdit_lora.analysis.studies.statistics import SHARE, Array
 from mmdit_lora.analysis.studies.table import BASE, Measure, Table
+from mmdit_lora.evaluation.intervals import mean_interval
 from mmdit_lora.files import atomic_file
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

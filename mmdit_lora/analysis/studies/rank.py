@@ -11,8 +11,9 @@ import numpy as np
 from mmdit_lora.analysis.studies import similarity as sim
 from mmdit_lora.analysis.studies.plots import Canvas
 from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup, scaled
-from mmdit_lora.analysis.studies.statistics import above, mean_interval
+from mmdit_lora.analysis.studies.statistics import above
 from mmdit_lora.analysis.studies.table import BASE, Decided, Table, measure_name
+from mmdit_lora.evaluation.intervals import mean_interval
 
 _RANKS, _SMALL, _MIDDLE = (1, 2, 4, 8, 16, 64), 4, 8
 _QUICK = (2, 4)

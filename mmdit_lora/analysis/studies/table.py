@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from mmdit_lora.analysis.studies.runs import Figures
-from mmdit_lora.analysis.studies.statistics import Array, Interval, Verdict, mean_interval
+from mmdit_lora.analysis.studies.statistics import Array, Verdict
+from mmdit_lora.evaluation.intervals import Interval, mean_interval
 
 Measure = Literal["ious", "old_ious", "loss", "old_loss"]
 _KEYS: dict[Measure, str] = {"loss": "loss_minus_base", "old_loss": "old_losses"}

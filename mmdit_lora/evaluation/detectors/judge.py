@@ -11,32 +11,25 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import torch
+import transformers
 from PIL import Image
 from pydantic import Field
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation.detectors.common import (
-    Options,
-    default_device,
-    digest,
-    digest_of_files,
-    folder_files,
-    load_whole,
-    model_folder,
-    part_of,
-)
+from mmdit_lora.evaluation.detectors.base import Options, TransformersModel, digest
 from mmdit_lora.json_files import parse_json
 from mmdit_lora.layout import Layout
 
-QUESTION = "Does this image show {phrase}? Answer with yes or no only."
 EXAMPLE = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
-_LONGEST = 2**24  # bytes of a server's answer
+_MAX_REPLY_BYTES = 2**24
+
+Pair = tuple[Image.Image, str]  # an image and a question
 
 
 class Judge(Protocol):
@@ -48,37 +41,36 @@ class Judge(Protocol):
         """Answers to each image's questions: True for yes, False for no, None for neither.
 
         Args:
-            questions: one list an image; they are put as they are, so they should ask for yes or no.
+            questions: one list per image; they are sent as they are, so they should ask for yes or no.
 
         Raises:
-            ValueError: not as many lists as images.
+            ValueError: the numbers of images and lists differ.
             InputError: the model cannot be reached or refuses.
         """
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides its answers, as far as it can be known from here: the key of stored answers."""
+        """SHA-256 of everything known here that determines the answers: the key of caches."""
         ...
 
 
 def yes_or_no(answer: str) -> bool | None:
-    """What a model's answer means. Where it does not begin with yes or no, only one of both may occur in it.
+    """What a model's answer means. If it does not begin with yes or no, only one of the two may occur in it.
 
-    What stands in <think> tags is no answer.
+    Text in <think> tags is ignored.
     """
     text = re.sub(r"<think>.*?(</think>|$)", " ", answer, flags=re.DOTALL | re.IGNORECASE).casefold()
-    found = re.findall(r"\b(yes|no)\b", text)
-    first = re.match(r"\W*(yes|no)\b(?!\s+or\b)", text)
-    if first:
+    if first := re.match(r"\W*(yes|no)\b(?!\s+or\b)", text):
         return first[1] == "yes"
-    return found[0] == "yes" if len(set(found)) == 1 else None
+    found = set(re.findall(r"\b(yes|no)\b", text))
+    return found == {"yes"} if len(found) == 1 else None
 
 
 def crops(image: Image.Image, layout: Layout, *, margin: float = 0.0, least: int = 32) -> list[Image.Image]:
-    """What stands in each box of a layout, in its order.
+    """The crop of each box of a layout.
 
     Args:
-        margin: how much is added on every side, as a share of the box's own sides.
+        margin: how much is added on every side, as a share of the box's sides.
         least: pixels of the shorter side; smaller crops are enlarged, as many models refuse those below 28.
     """
     out = []
@@ -97,46 +89,53 @@ def crops(image: Image.Image, layout: Layout, *, margin: float = 0.0, least: int
     return out
 
 
+class _PairJudge(Judge):
+    """Judges that answer (image, question) pairs one by one."""
+
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+        """As `Judge.ask`."""
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images, but questions for {len(questions)}")
+        pairs = [(image, text) for image, texts in zip(images, questions, strict=True) for text in texts]
+        answers = iter(self._answer_pairs(pairs))
+        return [[next(answers) for _ in texts] for texts in questions]
+
+    def _answer_pairs(self, pairs: Sequence[Pair]) -> list[bool | None]:
+        raise NotImplementedError
+
+
 class TransformersOptions(Options):
     batch_size: int = Field(default=8, ge=1, description="questions at once")
     max_new_tokens: int = Field(default=16, ge=1, description="tokens of an answer")
 
 
-class TransformersJudge:
-    """An image-text-to-text model of transformers with a chat template; answers are its likeliest words, never drawn."""
+class TransformersJudge(_PairJudge, TransformersModel):
+    """An image-text-to-text model of transformers with a chat template; decoding is greedy.
+
+    Raises:
+        InputError: as `TransformersModel`, or the model has no chat template.
+    """
+
+    options_type = TransformersOptions
 
     def __init__(self, target: str | None, options: TransformersOptions, *, spec: str, device: str | None) -> None:
-        import transformers
-
-        self.name, self.options, self.device = spec.partition("?")[0], options, default_device(device)
-        folder = model_folder(target, spec=spec, example=EXAMPLE)
-        load = transformers.AutoModelForImageTextToText.from_pretrained
-        self.model = load_whole(load, folder, spec=spec, dtype="auto").to(self.device)
-        self.processor = part_of(transformers.AutoProcessor.from_pretrained, folder, spec=spec)
+        self.name, self.options = spec.partition("?")[0], options
+        kind = transformers.AutoModelForImageTextToText
+        TransformersModel.__init__(self, kind, target, spec=spec, example=EXAMPLE, device=device, dtype="auto")
         if not getattr(self.processor, "chat_template", None):
-            raise InputError(
-                f"{folder} has no chat template", location=spec, hint=f"take a model tuned for chats, as {EXAMPLE}"
-            )
-        self.processor.tokenizer.padding_side = "left"  # answers are appended on the right
-        if self.processor.tokenizer.pad_token is None:
-            self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
-        self._folder = folder
-        self._version = transformers.__version__
-
-    @cached_property
-    def _weights(self) -> list[list[str]]:
-        return digest_of_files(*folder_files(self._folder))  # reads them all: only where it is asked for
+            hint = f"take a model tuned for chats, as {EXAMPLE}"
+            raise InputError(f"{self._folder} has no chat template", location=spec, hint=hint)
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"  # answers are appended on the right
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
 
     def fingerprint(self) -> str:
-        return digest("transformers judge", self._version, self._weights, self.options.model_dump())
+        return digest("transformers judge", transformers.__version__, self.file_digests, self.options.model_dump())
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
-        """As `Judge.ask`."""
-        return _one_by_one(images, questions, self._answers)
-
-    def _answers(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[bool | None]:
-        import torch
-
+    @torch.inference_mode()
+    def _answer_pairs(self, pairs: Sequence[Pair]) -> list[bool | None]:
+        tokenizer = self.processor.tokenizer
         out: list[bool | None] = []
         for start in range(0, len(pairs), self.options.batch_size):
             part = pairs[start : start + self.options.batch_size]
@@ -145,22 +144,19 @@ class TransformersJudge:
                 for _, question in part
             ]
             texts = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-            begin = self.processor.tokenizer.bos_token
-            twice = begin is not None and texts[0].startswith(begin)  # the template has written it already
+            begin = tokenizer.bos_token
+            has_begin = begin is not None and texts[0].startswith(begin)  # written by the template
             inputs = self.processor(
                 text=texts,
                 images=[[image.convert("RGB")] for image, _ in part],
                 padding=True,
                 return_tensors="pt",
-                **({"add_special_tokens": False} if twice else {}),
+                **({"add_special_tokens": False} if has_begin else {}),
             ).to(self.device, self.model.dtype)
-            with torch.inference_mode():
-                tokens = self.model.generate(
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=self.options.max_new_tokens,
-                    pad_token_id=self.processor.tokenizer.pad_token_id,
-                )
+            limit = self.options.max_new_tokens
+            tokens = self.model.generate(
+                **inputs, do_sample=False, max_new_tokens=limit, pad_token_id=tokenizer.pad_token_id
+            )
             new = tokens[:, inputs["input_ids"].shape[1] :]
             out += [yes_or_no(text) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
         return out
@@ -169,28 +165,32 @@ class TransformersJudge:
 class EndpointOptions(Options):
     timeout: float = Field(default=120, gt=0, description="seconds to wait for an answer")
     max_tokens: int = Field(default=16, ge=1, description="tokens of an answer")
-    workers: int = Field(default=4, ge=1, le=64, description="questions under way at once")
+    workers: int = Field(default=4, ge=1, le=64, description="concurrent questions")
     key_env: str | None = Field(default=None, description="the environment variable that holds the server's key")
 
 
-class EndpointJudge:
-    """A server that speaks OpenAI's chat form (vLLM, llama.cpp, Ollama, LM Studio ...). Images travel in the request as PNG.
+class EndpointJudge(_PairJudge):
+    """A server with OpenAI's chat API (vLLM, llama.cpp, Ollama, LM Studio ...). Images are sent as PNG.
 
-    Nothing but the URL given is asked. A server that does not answer, or answers 429 or 5xx, is asked three times in
-    all. The fingerprint holds the URL, the model's name and the options: a server that changes its weights behind the
-    same name is not noticed.
+    Only the given URL is contacted. A server that does not answer, or answers 429 or 5xx, is asked three times in all. The
+    fingerprint holds the URL, the model's name and the options: other weights under the same name are not noticed.
+
+    Raises:
+        InputError: the target is not URL#MODEL, or the variable of the key is not set.
     """
 
+    options_type = EndpointOptions
     tries = 3
 
-    def __init__(self, target: str | None, options: EndpointOptions, *, spec: str, wait: float = 1.0) -> None:
+    def __init__(
+        self, target: str | None, options: EndpointOptions, *, spec: str, device: str | None = None, wait: float = 1.0
+    ) -> None:
+        del device
         url, _, model = (target or "").partition("#")
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname or not model:
-            raise InputError(
-                f"{target!r} is not URL#MODEL",
-                location=spec,
-                hint="write for example openai:http://localhost:8000/v1#MODEL",
-            )
+        host = urlsplit(url).hostname
+        if urlsplit(url).scheme not in ("http", "https") or not host or not model:
+            hint = "write for example openai:http://localhost:8000/v1#MODEL"
+            raise InputError(f"{target!r} is not URL#MODEL", location=spec, hint=hint)
         self.name, self.options, self.url, self.model = spec.partition("?")[0], options, url.rstrip("/"), model
         self._spec, self._wait = spec, wait
         self._headers = {"Content-Type": "application/json"}
@@ -198,48 +198,25 @@ class EndpointJudge:
             if options.key_env not in os.environ:
                 raise InputError(f"the environment variable {options.key_env} is not set", location=spec)
             self._headers["Authorization"] = f"Bearer {os.environ[options.key_env]}"
-        # A proxy of the environment cannot know this machine's own servers.
-        local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+        # A proxy of the environment cannot reach this machine's own servers.
+        local = host in ("localhost", "127.0.0.1", "::1")
         self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
 
     def fingerprint(self) -> str:
-        decides = self.options.model_dump(include={"max_tokens"})
-        return digest("openai judge", self.url, self.model, decides)
+        return digest("openai judge", self.url, self.model, self.options.model_dump(include={"max_tokens"}))
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[bool | None]]:
-        """As `Judge.ask`."""
-        return _one_by_one(images, questions, self._answers)
-
-    def _answers(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[bool | None]:
+    def _answer_pairs(self, pairs: Sequence[Pair]) -> list[bool | None]:
         with ThreadPoolExecutor(self.options.workers) as pool:
-            asked = [pool.submit(self._answer, image, question) for image, question in pairs]
-            try:
-                return [answer.result() for answer in asked]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            return list(pool.map(self._answer, pairs))  # an error cancels what has not begun
 
-    def _answer(self, image: Image.Image, question: str) -> bool | None:
-        held = io.BytesIO()
-        image.convert("RGB").save(held, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-        reply = self._post(
-            {
-                "model": self.model,
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image_url", "image_url": {"url": url}},
-                            {"type": "text", "text": question},
-                        ],
-                    }
-                ],
-                "temperature": 0,
-                "seed": 0,
-                "max_tokens": self.options.max_tokens,
-            }
-        )
+    def _answer(self, pair: Pair) -> bool | None:
+        image, question = pair
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        reply = self._post(body | {"temperature": 0, "seed": 0, "max_tokens": self.options.max_tokens})
         try:
             return yes_or_no(reply["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError, AttributeError):
@@ -250,7 +227,7 @@ class EndpointJudge:
         for left in reversed(range(self.tries)):
             try:
                 with self._opener.open(request, timeout=self.options.timeout) as answer:
-                    return parse_json(answer.read(_LONGEST).decode(), location="its answer")
+                    return parse_json(answer.read(_MAX_REPLY_BYTES).decode(), location="its answer")
             except urllib.error.HTTPError as error:
                 text = error.read(400).decode(errors="replace").strip()
                 if not left or (error.code != 429 and error.code < 500):
@@ -264,34 +241,6 @@ class EndpointJudge:
         raise AssertionError("the last try returns or raises")
 
     def _error(self, what: str) -> InputError:
-        return InputError(
-            f"{self.url} {what}",
-            location=self._spec,
-            hint=f"start a server there that offers {self.model}, for example `vllm serve {self.model} --port "
-            f"{urlsplit(self.url).port or 80}`, or give another URL#MODEL",
-        )
-
-
-def open_transformers(
-    target: str | None, options: TransformersOptions, *, spec: str, device: str | None
-) -> TransformersJudge:
-    """Raises InputError where the model is not to be had, does not load whole or cannot chat."""
-    return TransformersJudge(target, options, spec=spec, device=device)
-
-
-def open_endpoint(target: str | None, options: EndpointOptions, *, spec: str, device: str | None) -> EndpointJudge:  # noqa: ARG001
-    """Raises InputError for a target that is not URL#MODEL. The server is first asked by `ask`."""
-    return EndpointJudge(target, options, spec=spec)
-
-
-def _one_by_one(
-    images: Sequence[Image.Image],
-    questions: Sequence[Sequence[str]],
-    answers: Callable[[Sequence[tuple[Image.Image, str]]], list[bool | None]],
-) -> list[list[bool | None]]:
-    """All pairs of image and question through `answers`, and back into one list an image."""
-    if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images, but questions for {len(questions)}")
-    flat = answers([(image, question) for image, asked in zip(images, questions, strict=True) for question in asked])
-    rest = iter(flat)
-    return [[next(rest) for _ in asked] for asked in questions]
+        port = urlsplit(self.url).port or 80
+        hint = f"start a server there that offers {self.model}, e.g. `vllm serve {self.model} --port {port}`"
+        return InputError(f"{self.url} {what}", location=self._spec, hint=f"{hint}, or give another URL#MODEL")

@@ -1,4 +1,4 @@
-"""COCO layouts: AP and AR of a detector on the painted images against the boxes that were asked for, by pycocotools.
+"""COCO layouts: AP and AR of a detector on the generated images against the layout's boxes, by pycocotools.
 
 Which images and boxes: the filter of CreatiLayout for COCO 2017, as its author and a user who got the paper's counts state it
 (github.com/HuiZhang0812/CreatiLayout, issue 9):
@@ -12,79 +12,73 @@ AP, AR: COCO's own definitions (cocodataset.org, "Detection Evaluation"; pycocot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdit_lora.data.formats.coco import Instances, annotation_box, read_instances
-from mmdit_lora.data.formats.common import Context, four, need, number, text
+from mmdit_lora.data.formats.common import Context, four, need_text, number
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation.metrics import coco_figures
-from mmdit_lora.evaluation.protocols.common import (
+from mmdit_lora.evaluation.metrics import COCO_METRICS, coco_metrics
+from mmdit_lora.evaluation.protocols.base import (
     Case,
+    Observation,
     PublishedProtocol,
-    Seen,
-    Thing,
-    checked,
-    layout_of,
-    paired,
-    stated_size,
+    Region,
+    image_size,
 )
 from mmdit_lora.files import write_json
 
-SMALLEST = 0.02  # of the image's area
+MIN_AREA = 0.02  # of the image's
 BOXES = (2, 10)
-PERSONS = 3
+MAX_PERSONS = 3
+_MEANINGS = (
+    "average precision, mean over IoU 0.50 to 0.95 and over categories",
+    "at IoU 0.50",
+    "at IoU 0.75",
+    "of things below 32 x 32 pixels",
+    "of things up to 96 x 96 pixels",
+    "of larger ones",
+    "average recall with one detection an image",
+    "with ten",
+    "with a hundred",
+)
 
 
 class CocoLayout(PublishedProtocol):
-    """`annotations/instances_*.json` with `captions_*.json` beside it. Detectors label things with COCO's names."""
+    """`annotations/instances_*.json` with `captions_*.json` beside it. Detectors label objects with COCO's names.
+
+    A case's caption is the image's first; without captions, one is made of the phrases.
+    """
 
     name = "coco"
     title = "COCO layout"
     source = "pycocotools.cocoeval; the filter: github.com/HuiZhang0812/CreatiLayout issue 9, arXiv 2412.03859"
-    metrics = {  # noqa: RUF012
-        "ap": "average precision, mean over IoU 0.50 to 0.95 and over categories",
-        "ap50": "at IoU 0.50",
-        "ap75": "at IoU 0.75",
-        "ap_small": "of things below 32 x 32 pixels",
-        "ap_medium": "of things up to 96 x 96 pixels",
-        "ap_large": "of larger ones",
-        "ar_1": "average recall with one detection an image",
-        "ar_10": "with ten",
-        "ar_100": "with a hundred",
-    }
+    metrics = dict(zip(COCO_METRICS, _MEANINGS, strict=True))  # noqa: RUF012
     deviations = (
         "things that were left out by the filter are no ground truth: a detector that sees them painted is charged",
         "published figures differ in detector and selection of images; each row says which, where it is known",
     )
 
-    def read(self, path: str | Path) -> list[Case]:
-        """An instances file, or a COCO folder whose `annotations` holds exactly one; the caption is the first of its captions."""
-        path = _instances_file(Path(path))
+    def _cases(self, path: Path) -> Iterator[Case]:
+        path = _instances_file(path)
         said = read_instances(path)
         for _, location in said.strays:
             raise InputError("its image_id is that of no image", location=location)
-        cases = [_case(image, location, own, said, path) for image, location, own in said.images]
-        return checked([case for case in cases if case is not None], path)
+        for image, location, own in said.images:
+            if (case := _case(image, location, own, said, path)) is not None:
+                yield case
 
-    def score(self, cases: Sequence[Case], seen: Sequence[Seen]) -> dict[str, float]:
-        """COCO's twelve figures, without those that no thing decides (e.g. `ap_small` without small things)."""
-        pairs = paired(cases, seen)
-        cases = [case for case, _ in pairs]
-        truth = _truth(cases)
-        results = [entry | {"area": entry["bbox"][2] * entry["bbox"][3]} for entry in _results(pairs)]
-        return coco_figures(truth["images"], truth["categories"], truth["annotations"], results)
+    def _score(self, pairs: Sequence[tuple[Case, Observation]]) -> dict[str, float]:
+        truth = _truth([case for case, _ in pairs])
+        return coco_metrics(truth["images"], truth["categories"], truth["annotations"], _results(pairs))
 
-    def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
+    def write_results(self, cases: Sequence[Case], observations: Sequence[Observation], out: str | Path) -> list[Path]:
         """The detections in COCO's result format, and the filtered ground truth that they are scored against."""
-        pairs = paired(cases, seen)
         split = cases[0].extra["split"]
-        files = [
-            Path(out) / f"detections_{split}_mmdit_lora_results.json",
-            Path(out) / f"instances_{split}_filtered.json",
-        ]
-        write_json(files[0], _results(pairs))
+        names = f"detections_{split}_mmdit_lora_results.json", f"instances_{split}_filtered.json"
+        files = [Path(out) / name for name in names]
+        write_json(files[0], _results(list(zip(cases, observations, strict=True))))
         write_json(files[1], _truth(cases))
         return files
 
@@ -100,72 +94,51 @@ def _instances_file(path: Path) -> Path:
 
 
 def _case(image: Any, location: str, own: list[tuple[Any, str]], said: Instances, path: Path) -> Case | None:
-    """The image's case, or None where the filter leaves it out."""
-    size = stated_size(image, location)
-    file = text(need(image, "file_name", location), "file_name", location)
+    """The image's case; None if the filter leaves it out."""
+    (width, height), file = image_size(image, location), need_text(image, "file_name", location)
     if any(annotation.get("iscrowd") for annotation, _ in own):
         return None
-    things: list[Thing] = []
+    regions: list[Region] = []
     truth: list[dict[str, Any]] = []
     persons = 0
     for annotation, place in own:
         category = said.category(annotation, place)
-        persons += said.names[category].lower() == "person"
-        left, top, across, down = four(annotation_box(annotation, size, place), place)
-        Context(path).box(
-            (left, top, across, down), "xywh", place, unit="pixel", size=size, around=True
-        )  # for what it refuses
-        if across * down < SMALLEST * size[0] * size[1]:
-            continue
-        xyxy = (left / size[0], top / size[1], (left + across) / size[0], (top + down) / size[1])
         name = said.names[category]
-        things.append(Thing(xyxy, name, name.lower(), key=str(len(things))))
+        persons += name.lower() == "person"
+        bbox = four(annotation_box(annotation, (width, height), place), place)
+        Context(path).box(bbox, "xywh", place, unit="pixel", size=(width, height), around=True)  # for its checks
+        left, top, across, down = bbox
+        if across * down < MIN_AREA * width * height:
+            continue
+        xyxy = (left / width, top / height, (left + across) / width, (top + down) / height)
+        regions.append(Region(xyxy, name, name.lower(), key=str(len(regions))))
         area = annotation.get("area")
-        truth.append(
-            {
-                "id": annotation.get("id", 0),
-                "category_id": category,
-                "bbox": [left, top, across, down],
-                "area": across * down if area is None else number(area, place),
-            }
-        )
-    if persons > PERSONS or not BOXES[0] <= len(things) <= BOXES[1]:
+        area = across * down if area is None else number(area, place)
+        truth.append({"id": annotation.get("id", 0), "category_id": category, "bbox": [*bbox], "area": area})
+    if persons > MAX_PERSONS or not BOXES[0] <= len(regions) <= BOXES[1]:
         return None
-    phrases = ", ".join(dict.fromkeys(thing.phrase for thing in things))
+    phrases = ", ".join(dict.fromkeys(region.phrase for region in regions))
     caption = said.captions.get(image["id"], f"a photo of {phrases}")
-    extra = {
-        "image_id": image["id"],
-        "file_name": file,
-        "truth": truth,
-        "categories": said.names,
-        "split": path.stem.removeprefix("instances_"),
-    }
-    stem = Path(file).stem
-    return Case(
-        str(image["id"]), layout_of(caption, things, location), size, tuple(things), (file,), (stem,), location, extra
-    )
-
-
-def _images(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    return [
-        {"id": c.extra["image_id"], "file_name": c.extra["file_name"], "width": c.size[0], "height": c.size[1]}
-        for c in cases
-    ]
-
-
-def _categories(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    names: Mapping[Any, str] = cases[0].extra["categories"]
-    return [{"id": number, "name": name} for number, name in names.items()]
+    extra = {"image_id": image["id"], "file_name": file, "truth": truth, "categories": said.names}
+    extra["split"] = path.stem.removeprefix("instances_")
+    id_, keys = str(image["id"]), (Path(file).stem,)
+    return Case(id_, caption, (width, height), tuple(regions), (file,), keys, location, extra)
 
 
 def _truth(cases: Sequence[Case]) -> dict[str, Any]:
     """The filtered ground truth in COCO's structure. Annotations are numbered anew: pycocotools takes an id of 0 for none."""
     entries = [entry | {"image_id": case.extra["image_id"]} for case in cases for entry in case.extra["truth"]]
-    annotations = [entry | {"id": number, "iscrowd": 0} for number, entry in enumerate(entries, start=1)]
-    return {"images": _images(cases), "annotations": annotations, "categories": _categories(cases)}
+    return {
+        "images": [
+            {"id": c.extra["image_id"], "file_name": c.extra["file_name"], "width": c.size[0], "height": c.size[1]}
+            for c in cases
+        ],
+        "annotations": [entry | {"id": number, "iscrowd": 0} for number, entry in enumerate(entries, start=1)],
+        "categories": [{"id": number, "name": name} for number, name in cases[0].extra["categories"].items()],
+    }
 
 
-def _results(pairs: Sequence[tuple[Case, Seen]]) -> list[dict[str, Any]]:
+def _results(pairs: Sequence[tuple[Case, Observation]]) -> list[dict[str, Any]]:
     """COCO's result format: image_id, category_id, bbox (xywh in pixels of the stated size), score.
 
     Detections whose label is no category's name are left out.
@@ -175,8 +148,7 @@ def _results(pairs: Sequence[tuple[Case, Seen]]) -> list[dict[str, Any]]:
         ids = {name.strip().lower(): number for number, name in case.extra["categories"].items()}
         width, height = case.size
         for found in seen.detections or ():
-            category = ids.get(found.label.strip().lower())
-            if category is not None:
+            if (category := ids.get(found.label.strip().lower())) is not None:
                 x0, y0, x1, y1 = (float(v) for v in found.xyxy)
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
                 entry = {"image_id": case.extra["image_id"], "category_id": category, "bbox": bbox}

@@ -1,51 +1,47 @@
 """DenseLayout: the Layout Grounding Score (LGS) of layouts with fifteen boxes and more.
 
 Source: github.com/FireRedTeam/InstanceAssemble, a572349, benchmark/score_LGS.py and benchmark/utils.py (paper: arXiv
-2509.16691). A detector is asked for each box's category alone; the box's IoU is the best of what it finds, and counts only
-from 0.5 on. Where it counts, the *found* box is cut out and a judge asked for colour, texture and shape: yes is worth
-the IoU. All four scores are sums over all boxes, divided by their number.
+2509.16691). A detector looks for each box's category alone; the box's IoU is the best of its detections, and counts only
+from 0.5. If it counts, the *detected* box is cropped and a judge asked for colour, texture and shape: yes is worth the IoU.
+All four scores are sums over all boxes, divided by their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from mmdit_lora.data.formats.common import Context, key_of, need, text
+from mmdit_lora.data.formats.common import key_of, need_text, text
 from mmdit_lora.data.formats.layout_sets import dense_layout_boxes
-from mmdit_lora.data.formats.tables import rows, table_files
-from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation.protocols.common import (
+from mmdit_lora.evaluation.protocols.base import (
+    MATCHED,
     Case,
+    Observation,
+    Pairs,
     PublishedProtocol,
     Question,
-    Seen,
-    Thing,
+    Region,
     best,
-    checked,
-    labelled,
-    layout_of,
-    paired,
+    image_size,
     raw_box,
     share,
-    stated_size,
-    yes,
+    table_rows,
 )
 from mmdit_lora.evaluation.protocols.layoutsam import ATTRIBUTES
 from mmdit_lora.files import write_json, write_text
 
-MET = 0.5  # IoU from which on a box counts (--iou_thr of score_LGS.py)
-
 
 class DenseLayout(PublishedProtocol):
-    """`FireRedTeam/DenseLayout`, 5,000 layouts; the paper detects with Grounding DINO Swin-T and asks MiniCPM-V-2.6."""
+    """`FireRedTeam/DenseLayout`, 5,000 layouts; the paper detects with Grounding DINO Swin-T and asks MiniCPM-V-2.6.
+
+    Its files are *.parquet (or .jsonl, .json): id, prompt, width, height, annos [{bbox, category_name, caption}].
+    """
 
     name = "denselayout"
     title = "DenseLayout (LGS)"
     source = "github.com/FireRedTeam/InstanceAssemble a572349, benchmark/score_LGS.py; arXiv 2509.16691"
     metrics = {  # noqa: RUF012
-        "miou": f"mean over boxes of the IoU with the best detection of the category, 0 below {MET:g}",
+        "miou": f"mean over boxes of the IoU with the best detection of the category, 0 below {MATCHED:g}",
         "color": "mean over boxes of that IoU where the judge finds the described colour, else 0",
         "texture": "the same for the texture",
         "shape": "the same for the shape",
@@ -57,70 +53,59 @@ class DenseLayout(PublishedProtocol):
         "an image that is missing stops the scoring; the authors' script leaves it out of the mean",
     )
 
-    def read(self, path: str | Path) -> list[Case]:
-        """Rows of *.parquet (or .jsonl, .json): id, prompt, width, height, annos [{bbox, category_name, caption}]."""
-        path = Path(path)
-        table = rows(table_files(Context(path), ".parquet", ".jsonl", ".json"), without=("image",))
-        return checked([_case(row, location, path) for location, row in table], path)
+    def _cases(self, path: Path) -> Iterator[Case]:
+        for location, row in table_rows(path, ".parquet", ".jsonl", ".json"):
+            size, regions = image_size(row, location), []
+            for index, said in enumerate(dense_layout_boxes(row, location)):
+                label = text(said.short, "category_name", said.location)
+                detail = said.phrase(True)  # what InstanceAssemble generates: `caption`
+                regions.append(Region(raw_box(said, path, "pixel", size), label, detail, detail, str(index)))
+            id_, caption = str(key_of(row, "id", location)), need_text(row, "prompt", location)
+            yield Case(id_, caption, size, tuple(regions), (f"{id_}.jpg",), (id_,), location)
 
-    def questions(self, case: Case, seen: Seen = Seen()) -> list[Question]:  # noqa: B008
-        """Three for each box that counts and has a description beyond its category; about the detection, cut out."""
+    def questions(self, case: Case, observation: Observation = Observation()) -> list[Question]:  # noqa: B008
+        """Three for each box that counts and has a description beyond its category; about the crop of its detection."""
         out = []
-        for thing in case.things:
-            value, found = best(thing, labelled(seen, thing.label))
-            if value < MET or found is None or thing.label == thing.detail:
+        for region in case.regions:
+            iou, found = best(region.xyxy, observation.labelled(region.label))
+            if iou < MATCHED or found is None or region.label == region.detail:
                 continue
             for kind in ATTRIBUTES:
                 asked = (
-                    f'Is the subject in "{thing.label}" in the image consistent with the {kind} described in the detailed '
-                    f'description: "{thing.detail}"? Strictly answer with "Yes" or "No". If the {kind} is not '
+                    f'Is the subject in "{region.label}" in the image consistent with the {kind} described in the detailed '
+                    f'description: "{region.detail}"? Strictly answer with "Yes" or "No". If the {kind} is not '
                     'mentioned, answer "Yes".'
                 )
-                out.append(Question(f"{thing.key}: {kind}", asked, found.xyxy))
+                out.append(Question(f"{region.key}: {kind}", asked, found.xyxy))
         return out
 
-    def score(self, cases: Sequence[Case], seen: Sequence[Seen]) -> dict[str, float]:
-        """Sums over boxes, divided by the number of all boxes; without a judge the IoU alone."""
-        sums = [_sums(case, one) for case, one in paired(cases, seen)]
-        boxes = sum(int(one["box_count"]) for one in sums)
-        judged = any(one.answers is not None for one in seen)
-        keys = {"miou": "sum_iou"} | ({kind: f"sum_{kind}" for kind in ATTRIBUTES} if judged else {})
-        return {key: share(sum(one[name] for one in sums), boxes) for key, name in keys.items()}
+    def _score(self, pairs: Pairs) -> dict[str, float]:
+        scores = _mean([_sums(*pair) for pair in pairs])
+        return scores if any(seen.answers is not None for _, seen in pairs) else {"miou": scores["miou"]}
 
-    def write_results(self, cases: Sequence[Case], seen: Sequence[Seen], out: str | Path) -> list[Path]:
+    def write_results(self, cases: Sequence[Case], observations: Sequence[Observation], out: str | Path) -> list[Path]:
         """lgs_score_detailed.json (sums by image) and lgs_score.txt, as score_LGS.py writes them."""
-        sums = {f"{case.id}.jpg": _sums(case, one) for case, one in paired(cases, seen)}
-        boxes = sum(int(one["box_count"]) for one in sums.values())
-        lines = [f"dense instance score: {boxes} boxes"]
-        for key in ("iou", *ATTRIBUTES):
-            lines.append(f"\t - {key} score: {share(sum(one[f'sum_{key}'] for one in sums.values()), boxes)}")
+        sums = {f"{c.id}.jpg": _sums(c, seen) for c, seen in zip(cases, observations, strict=True)}
+        lines = [f"dense instance score: {sum(int(one['box_count']) for one in sums.values())} boxes"]
+        lines += [f"\t - {key.removeprefix('m')} score: {value}" for key, value in _mean([*sums.values()]).items()]
         files = [Path(out) / "lgs_score_detailed.json", Path(out) / "lgs_score.txt"]
         write_json(files[0], sums)
         write_text(files[1], "\n".join(lines) + "\n")
         return files
 
 
-def _sums(case: Case, seen: Seen) -> dict[str, float]:
-    sums: dict[str, float] = {"box_count": len(case.things), "sum_iou": 0.0} | {f"sum_{k}": 0.0 for k in ATTRIBUTES}
-    for thing in case.things:
-        value, _ = best(thing, labelled(seen, thing.label))
-        if value < MET:
-            continue
-        sums["sum_iou"] += value
-        for kind in ATTRIBUTES:
-            sums[f"sum_{kind}"] += value * yes(seen, f"{thing.key}: {kind}")
+def _sums(case: Case, seen: Observation) -> dict[str, float]:
+    sums = {"box_count": len(case.regions)} | dict.fromkeys(["sum_iou", *(f"sum_{k}" for k in ATTRIBUTES)], 0.0)
+    for region in case.regions:
+        iou, _ = best(region.xyxy, seen.labelled(region.label))
+        if iou >= MATCHED:
+            sums["sum_iou"] += iou
+            for kind in ATTRIBUTES:
+                sums[f"sum_{kind}"] += iou * seen.yes(f"{region.key}: {kind}")
     return sums
 
 
-def _case(row: Any, location: str, path: Path) -> Case:
-    if isinstance(row, InputError):
-        raise row
-    size = stated_size(row, location)
-    things = []
-    for index, said in enumerate(dense_layout_boxes(row, location)):
-        label = text(said.short, "category_name", said.location)
-        detail = said.phrase(True)  # what InstanceAssemble paints: `caption`
-        things.append(Thing(raw_box(said, path, "pixel", size), label, detail, detail, str(index)))
-    id_ = str(key_of(row, "id", location))
-    caption = text(need(row, "prompt", location), "prompt", location)
-    return Case(id_, layout_of(caption, things, location), size, tuple(things), (f"{id_}.jpg",), (id_,), location)
+def _mean(sums: Sequence[dict[str, float]]) -> dict[str, float]:
+    boxes = int(sum(one["box_count"] for one in sums))
+    names = {"miou": "sum_iou"} | {kind: f"sum_{kind}" for kind in ATTRIBUTES}
+    return {key: share(sum(one[name] for one in sums), boxes) for key, name in names.items()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmdit_lora.errors import clip
-from mmdit_lora.evaluation.protocols.common import PublishedProtocol
+from mmdit_lora.evaluation.protocols.base import PublishedProtocol
 from mmdit_lora.evaluation.protocols.published import OWN, Row, tables
 from mmdit_lora.visual.pages import render
 
