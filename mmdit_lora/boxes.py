@@ -266,7 +266,7 @@ def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:
     return Evidence(declared, len(numbers), wrong, telling, reach)
 
 
-def told_apart(boxes: Iterable[Four]) -> int:
+def distinct_as_xywh(boxes: Iterable[Four]) -> int:
     """How many different boxes of relative numbers xyxy and xywh read differently: those away from the left and upper edge."""
     return len({tuple(four) for four in boxes if four[0] > _SAME or four[1] > _SAME})
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,6 @@ MOST_BOXES = 10_000  # of a layout: every pair of them meets in attention
 MOST_CAPTION, MOST_PHRASE = 100_000, 10_000  # characters; text encoders read a few hundred
 EXAMPLE = '{"caption": "a red square", "boxes": [{"xyxy": [0.1, 0.1, 0.5, 0.5], "phrase": "a red square"}]}'
 _LAYOUT_KEYS = ("caption", "boxes", "bbox_format", "bbox_units", "width", "height")
-_BOX_KEYS = ("xyxy", "bbox", "phrase")
 _LINE_KEYS = ("file_name", "caption", "objects", "bbox_format", "bbox_units", "width", "height")
 
 _PLAIN = Reading("xyxy", "relative")
@@ -132,9 +130,7 @@ class Layout:
         Raises:
             InputError: with the place of the first thing that is wrong (`boxes[2]: ...`). Unknown keys are errors.
         """
-        if not isinstance(data, Mapping):
-            raise InputError(f"is {type(data).__name__}, not an object", hint=f"write {EXAMPLE}")
-        line = "objects" in data
+        line = isinstance(data, Mapping) and "objects" in data
         _check_keys(data, _LINE_KEYS if line else _LAYOUT_KEYS, required=("caption",), near_only=line)
         reading = reading_of(data)
         size = size if line and size is not None else _stated_size(data)
@@ -291,15 +287,15 @@ def boxes_of_layout(
     check_count(len(items))
     boxes = []
     for index, item in enumerate(items):
+        place = f"boxes[{index}]"
         try:
             key = "bbox" if isinstance(item, Mapping) and "bbox" in item else "xyxy"
             if key == "bbox" and "xyxy" in item:
                 raise InputError("holds both xyxy and bbox", hint="give one of the two")
-            _check_keys(item, _BOX_KEYS, required=(key, "phrase"), numbers="xyxy")
-            boxes.append(as_box(item[key], item["phrase"], reading, size, f"boxes[{index}]", clipped))
+            _check_keys(item, ("xyxy", "bbox", "phrase"), required=(key, "phrase"), numbers="xyxy")
         except InputError as error:
-            place = f"boxes[{index}]"
-            raise error if (error.location or "").startswith(place) else error.at(place) from None
+            raise error.at(place) from None
+        boxes.append(as_box(item[key], item["phrase"], reading, size, place, clipped))
     return tuple(boxes)
 
 
@@ -319,9 +315,8 @@ def boxes_of_line(
             raise InputError(what, location=f"objects.{key}", hint=hint)
     bbox, phrases = objects["bbox"], objects["phrase"]
     if len(bbox) != len(phrases):
-        raise InputError(
-            f"{len(bbox)} boxes and {len(phrases)} phrases", location="objects", hint="give each box its phrase"
-        )
+        what = f"{len(bbox)} boxes and {len(phrases)} phrases"
+        raise InputError(what, location="objects", hint="give each box its phrase")
     check_count(len(bbox))
     for index, phrase in enumerate(phrases):
         if not isinstance(phrase, str):
@@ -351,18 +346,12 @@ def as_box(
     """
     numbers = four_numbers(value)
     if numbers is None:
-        raise InputError(
-            f"is {_json(value)}: not four finite numbers", location=location, hint="give [left, top, right, bottom]"
-        )
-    pixels = None
-    if reading.unit == "pixel":
-        if size is None:
-            raise InputError(
-                "boxes in pixels need the size of the image",
-                location=location,
-                hint='add "width" and "height" in pixels to the layout, or write relative boxes',
-            )
-        pixels = size()
+        what = f"is {_json(value)}: not four finite numbers"
+        raise InputError(what, location=location, hint="give [left, top, right, bottom]")
+    if reading.unit == "pixel" and size is None:
+        hint = 'add "width" and "height" in pixels to the layout, or write relative boxes'
+        raise InputError("boxes in pixels need the size of the image", location=location, hint=hint)
+    pixels = size() if reading.unit == "pixel" and size else None
     xyxy = numbers if reading == _PLAIN else relative(numbers, reading, pixels)
     if min(xyxy) < -ROUNDING or max(xyxy) > 1 + ROUNDING:
         by = max(overshoot(xyxy))
@@ -379,9 +368,9 @@ def as_box(
     except BoxError as error:
         if reading == _PLAIN:
             raise BoxError(error.what, location=location, hint=error.hint) from None
-        written = f" (written as {reading.order} {_few(numbers)})"
+        what = f"{error.what} (written as {reading.order} {_few(numbers)})"
         hint = f"correct or remove the box; declared are {reading.allows} ({EDGE_RULE})"
-        raise BoxError(error.what + written, location=location, hint=hint) from None
+        raise BoxError(what, location=location, hint=hint) from None
     except InputError as error:
         raise error.at(location) from None
 
@@ -389,9 +378,8 @@ def as_box(
 def check_count(boxes: int) -> None:
     """Raises `InputError`: more boxes than a layout may have."""
     if boxes > MOST_BOXES:
-        raise InputError(
-            f"holds {boxes:,} boxes, and a layout has at most {MOST_BOXES:,}", hint="leave the smallest ones out"
-        )
+        what = f"holds {boxes:,} boxes, and a layout has at most {MOST_BOXES:,}"
+        raise InputError(what, hint="leave the smallest ones out")
 
 
 def _beside(
@@ -409,9 +397,8 @@ def _stated_size(data: Mapping[str, Any]) -> Callable[[], Size] | None:
         return None
     stated = data.get("width"), data.get("height")
     if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < 2**31 for v in stated):
-        raise InputError(
-            f"width and height are {_json(stated[0])} and {_json(stated[1])}", hint="give both as numbers of pixels"
-        )
+        what = f"width and height are {_json(stated[0])} and {_json(stated[1])}"
+        raise InputError(what, hint="give both as numbers of pixels")
     return lambda: stated  # type: ignore[return-value]
 
 
@@ -479,19 +466,11 @@ def _few(numbers: Four) -> str:
     return f"[{', '.join(f'{v:.6g}' for v in numbers)}]"
 
 
-def _is_finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float holds
-        return False
-
-
 def _check_text(text: str, what: str, most: int) -> None:
     """JSON may spell half a character (a lone surrogate), which no file or tokenizer takes."""
     if len(text) > most:
-        raise InputError(
-            f"{what} has {len(text):,} characters, and at most {most:,} are read", hint="shorten it to what is shown"
-        )
+        what = f"{what} has {len(text):,} characters, and at most {most:,} are read"
+        raise InputError(what, hint="shorten it to what is shown")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -504,35 +483,26 @@ def _validated_xyxy(value: Any) -> Four:
         floats = type(left) is type(top) is type(right) is type(bottom) is float
         if floats and 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
             return value
+    hint = "give four numbers: [left, top, right, bottom], each in [0, 1]"
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4:
-        raise InputError(
-            f"xyxy is {shown(value)}", hint="give four numbers: [left, top, right, bottom], each in [0, 1]"
-        )
-    if any(isinstance(v, bool) or not isinstance(v, int | float) or not _is_finite(v) for v in value):
-        raise InputError(
-            f"xyxy is {shown(list(value))}: not four finite numbers",
-            hint="give [left, top, right, bottom] in [0, 1]",
-        )
-    left, top, right, bottom = (float(v) for v in value)
-    four = left, top, right, bottom
+        raise InputError(f"xyxy is {shown(value)}", hint=hint)
+    four = four_numbers(list(value))
+    if four is None:
+        raise InputError(f"xyxy is {shown(list(value))}: not four finite numbers", hint=hint)
+    left, top, right, bottom = four
     if right < left or bottom < top:
-        raise BoxError(
-            f"the box {_few(four)} is inverted",
-            hint="left must be < right, top < bottom: check the order [left, top, right, bottom], or declare another one (bbox_format)",
-        )
+        hint = "left must be < right, top < bottom: check the order [left, top, right, bottom], or declare another one "
+        raise BoxError(f"the box {_few(four)} is inverted", hint=f"{hint}(bbox_format)")
     if right == left or bottom == top:
         side = "width" if right == left else "height"
         raise BoxError(f"the box {_few(four)} is empty: its {side} is 0", hint="give it one, or remove it")
     if not within_edge(four, None):
-        raise BoxError(
-            f"the box {_few(four)} leaves the image",
-            hint='sides run from 0 to 1, and these look like pixels or thousandths: declare "bbox_units": "pixel" or "permille"'
-            if max(four) > 2
-            else f"correct the box, whose sides run from 0 to 1 ({EDGE_RULE})",
-        )
-    if min(four) >= 0 and max(four) <= 1:
-        return four
-    left, top, right, bottom = clip(four)
+        hint = f"correct the box, whose sides run from 0 to 1 ({EDGE_RULE})"
+        if max(four) > 2:
+            hint = 'sides run from 0 to 1, and these look like pixels or thousandths: declare "bbox_units": '
+            hint += '"pixel" or "permille"'
+        raise BoxError(f"the box {_few(four)} leaves the image", hint=hint)
+    left, top, right, bottom = inner = clip(four)
     if right <= left or bottom <= top:
         raise BoxError(f"the box {_few(four)} lies outside the image", hint="correct the box, or remove it")
-    return (left, top, right, bottom)
+    return inner

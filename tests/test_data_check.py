@@ -25,7 +25,7 @@ from mmdit_lora.cli.main import main
 from mmdit_lora.data.buckets import Buckets, make_buckets, one_size
 from mmdit_lora.data.check import CheckReport, check_dataset, clip_tokens, quick_check, read_written
 from mmdit_lora.data.check.findings import Example, Finding, Findings
-from mmdit_lora.data.check.images import ImageFacts, look_at
+from mmdit_lora.data.check.images import ImageFacts, inspect_image
 from mmdit_lora.data.check.page import by_powers, thumbnail
 from mmdit_lora.data.check.sizes import size_findings
 from mmdit_lora.data.check.texts import CLIP_TOKENS, estimate_tokens
@@ -335,8 +335,8 @@ def test_a_image_that_declares_20000_pixels_a_side_takes_no_memory(tmp_path: Pat
     (tmp_path / "a.png").write_bytes(declared_png(20_000, 20_000))
     script = (
         "import re, sys; from pathlib import Path; from mmdit_lora import Layout;"
-        "from mmdit_lora.data.check.images import look_at; from mmdit_lora.data.records import Record;"
-        "seen = look_at(Record(Path(sys.argv[1]), Layout('c'), 'm:1'));"
+        "from mmdit_lora.data.check.images import inspect_image; from mmdit_lora.data.records import Record;"
+        "seen = inspect_image(Record(Path(sys.argv[1]), Layout('c'), 'm:1'));"
         "peak = re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1];"  # kB; ru_maxrss survives exec
         "print(seen.kind, int(peak) // 1024)"
     )
@@ -360,11 +360,11 @@ def test_one_limit_of_pixels_in_every_verb(verb: str, tmp_path: Path, capsys: py
 
 def test_what_is_said_of_broken_files(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    seen = look_at(Record(tmp_path / "a.png", Layout("c"), "m:1"))
+    seen = inspect_image(Record(tmp_path / "a.png", Layout("c"), "m:1"))
     assert (seen.kind, seen.decoded) == ("empty-file", False)
     assert str(seen.error).startswith(f"m:1: {tmp_path / 'a.png'}: is an empty file of 0 bytes")
     scene(1).save(tmp_path / "a.png")
-    seen = look_at(Record(tmp_path / "a.png", Layout("c"), "m:1"))
+    seen = inspect_image(Record(tmp_path / "a.png", Layout("c"), "m:1"))
     assert (seen.error, seen.decoded, seen.size, seen.frames) == (None, True, (96, 96), 1)
 
 

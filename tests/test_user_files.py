@@ -153,7 +153,7 @@ def test_a_box_at_the_edge_of_a_line(name: str, tmp_path: Path) -> None:
         ):
             read_dataset(folder)
         return
-    records = read_dataset(folder, tell=told.append)
+    records = read_dataset(folder, on_warning=told.append)
     assert list(records[0].layout.boxes[0].xyxy) == pytest.approx(want)
     (said,) = told
     assert "1 box leaves its image by at most " in said
@@ -162,7 +162,7 @@ def test_a_box_at_the_edge_of_a_line(name: str, tmp_path: Path) -> None:
 
 def test_rounding_is_clipped_without_a_word(tmp_path: Path) -> None:
     told: list[str] = []
-    (record,) = read_dataset(dataset(tmp_path, line(objects=objects([[-5e-4, 0, 1.0009, 1]]))), tell=told.append)
+    (record,) = read_dataset(dataset(tmp_path, line(objects=objects([[-5e-4, 0, 1.0009, 1]]))), on_warning=told.append)
     assert record.layout.boxes[0].xyxy == (0, 0, 1, 1)
     assert told == []
 
@@ -335,7 +335,7 @@ def test_backslashes_and_links_and_a_folder_deeper(tmp_path: Path, capsys: pytes
     make_image(tmp_path / "elsewhere.png", (16, 16))
     (inner / "linked.png").symlink_to(tmp_path / "elsewhere.png")
     told: list[str] = []
-    records = read_dataset(folder, tell=told.append)
+    records = read_dataset(folder, on_warning=told.append)
     assert [(r.image, r.size()) for r in records] == [
         (inner / "sub/c.png", (8, 8)),
         (inner / "linked.png", (16, 16)),

@@ -503,7 +503,7 @@ def check(
     _raise_errors(report, data)
 
 
-class _Found(NamedTuple):
+class _Input(NamedTuple):
     """Records, what `check_dataset` is given of how they were read, and lines for people."""
 
     records: Sequence[Record]
@@ -521,7 +521,7 @@ def _read(
     split: str | None = None,
     images: Path | None = None,
     skip_missing: bool = False,
-) -> _Found:
+) -> _Input:
 
     if from_ not in (None, "jsonl"):
         source = read_format(
@@ -535,7 +535,7 @@ def _read(
             collect_errors=True,
         )
         given = {"errors": source.errors, "left_out": dict(source.left_out), "warnings": source.warnings}
-        return _Found(source.records, given, source.remarks, source)
+        return _Input(source.records, given, source.remarks, source)
     for option, value in (("--images", images), ("--split", split)):
         if value is not None:
             raise InputError("belongs to --from FORMAT", location=option, hint="leave it away")
@@ -544,13 +544,13 @@ def _read(
         data
     ):  # opening shards reads every layout and header, unless an index says it was done
         lines: list[str] = []
-        records, total = sample_dataset(data, SAMPLE, **conventions, tell=lines.append)
+        records, total = sample_dataset(data, SAMPLE, **conventions, on_warning=lines.append)
         note = f"{len(records)} of {total} records, evenly spread, are what the rest is about"
-        return _Found(records, {"warnings": lines}, [note])
+        return _Input(records, {"warnings": lines}, [note])
     warnings = Warnings()
     records, errors = scan_dataset(data, **conventions, warnings=warnings)
     written = read_written(data, **conventions)
-    return _Found(records, {"errors": errors, "written": written, "warnings": warnings.lines()})
+    return _Input(records, {"errors": errors, "written": written, "warnings": warnings.lines()})
 
 
 def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str | None, str | None]]:

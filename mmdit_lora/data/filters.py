@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from mmdit_lora.config.loading import parse_yaml
 from mmdit_lora.config.schema import FilterSection
-from mmdit_lora.data.buckets import Buckets, record_bucket
+from mmdit_lora.data.buckets import Buckets, Size, record_bucket
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError, unknown_key
 from mmdit_lora.layout import Box, Layout
@@ -21,8 +21,7 @@ TOO_SMALL, TOO_MANY = "below min_area", "beyond max_boxes"
 NOT_INCLUDED, EXCLUDED = "not in include_phrases", "in exclude_phrases"
 
 
-@dataclass(frozen=True)
-class Filtered:
+class Filtered(NamedTuple):
     """What a filter leaves.
 
     Args:
@@ -77,31 +76,26 @@ def filter_records(records: Sequence[Record], rules: FilterSection, *, location:
         return EXCLUDED if any(pattern.search(box.phrase) for pattern in exclude) else None
 
     left_out: Counter[str] = Counter()
-    kept, emptied, total = [], [], 0
+    kept, emptied = [], []
     for record in records:
         boxes = record.layout.boxes
         reasons = [reason(box) for box in boxes]
         passing = [index for index, why in enumerate(reasons) if why is None]
-        if rules.max_boxes is not None and len(passing) > rules.max_boxes:
-            # Of equal ones the first stay: sorting is stable.
-            for index in sorted(passing, key=lambda index: -boxes[index].area)[rules.max_boxes :]:
-                reasons[index] = TOO_MANY
+        # Of equal ones the first stay: sorting is stable.
+        for index in sorted(passing, key=lambda index: -boxes[index].area)[rules.max_boxes or len(boxes) :]:
+            reasons[index] = TOO_MANY
         left_out.update(why for why in reasons if why is not None)
         stay = tuple(box for box, why in zip(boxes, reasons, strict=True) if why is None)
         if boxes and not stay:
             emptied.append(record)
-            continue
-        total += len(stay)
-        layout = record.layout if len(stay) == len(boxes) else Layout(caption=record.layout.caption, boxes=stay)
-        kept.append(replace(record, layout=layout))
+        else:
+            layout = record.layout if len(stay) == len(boxes) else Layout(record.layout.caption, stay)
+            kept.append(replace(record, layout=layout))
     if not kept:
-        raise InputError(
-            f"leaves none of {len(records)} layouts a box",
-            location=location,
-            hint="loosen it, or look at `mmdit-lora data stats`",
-        )
-    order = (TOO_SMALL, NOT_INCLUDED, EXCLUDED, TOO_MANY)
-    return Filtered(kept, emptied, {why: left_out[why] for why in order if left_out[why]}, total)
+        hint = "loosen it, or look at `mmdit-lora data stats`"
+        raise InputError(f"leaves none of {len(records)} layouts a box", location=location, hint=hint)
+    counts = {why: left_out[why] for why in (TOO_SMALL, NOT_INCLUDED, EXCLUDED, TOO_MANY) if left_out[why]}
+    return Filtered(kept, emptied, counts, sum(len(record.layout.boxes) for record in kept))
 
 
 def parse_filter(pairs: Sequence[str], *, location: str = "--filter") -> FilterSection:
@@ -130,8 +124,7 @@ def parse_filter(pairs: Sequence[str], *, location: str = "--filter") -> FilterS
     return FilterSection.model_validate(values)
 
 
-@dataclass(frozen=True)
-class CropLoss:
+class CropLoss(NamedTuple):
     """Boxes that a centre crop drops. `images`: looked at; `boxes`: theirs before the crop; `lost`: dropped by it;
     `emptied`: layouts that had boxes and lose all of them."""
 
@@ -141,7 +134,7 @@ class CropLoss:
     emptied: int
 
     def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return self._asdict()
 
     @property
     def summary(self) -> str | None:
@@ -160,20 +153,33 @@ def crop_loss(records: Sequence[Record], buckets: Buckets, *, min_visible: float
     Raises:
         InputError: a file is no image, or one is too small for any bucket.
     """
-    from mmdit_lora.data.transforms import move_boxes, place
+    looked_at = records[:most]
+    counts = []  # (boxes, lost) of each layout with boxes
+    for record in looked_at:
+        if record.layout.boxes:
+            width, height = record.size()
+            lost = lost_boxes(record.layout, (height, width), record_bucket(record, buckets), min_visible)
+            counts.append((len(record.layout.boxes), len(lost)))
+    emptied = sum(boxes == lost for boxes, lost in counts)
+    return CropLoss(len(looked_at), sum(boxes for boxes, _ in counts), sum(lost for _, lost in counts), emptied)
 
-    looked, before, lost, emptied = 0, 0, 0, 0
-    for record in records[:most]:
-        looked += 1
-        if not record.layout.boxes:
-            continue
-        width, height = record.size()
-        size = (height, width)
-        after = move_boxes(record.layout, size, place(size, record_bucket(record, buckets)), min_visible=min_visible)
-        before += len(record.layout.boxes)
-        lost += len(record.layout.boxes) - len(after.boxes)
-        emptied += not after.boxes
-    return CropLoss(looked, before, lost, emptied)
+
+def lost_boxes(layout: Layout, image: Size, size: Size, min_visible: float) -> list[int]:
+    """Which boxes the centre crop of an image (height, width) to `size` drops: those of which less than `min_visible` is
+    left. Whole pixels, as in transforms.py."""
+    scale = max(side / length for side, length in zip(size, image, strict=True))
+    resized = [max(side, round(length * scale)) for side, length in zip(size, image, strict=True)]
+    (north, south), (west, east) = (
+        ((length - side) // 2 / length, ((length - side) // 2 + side) / length)
+        for side, length in zip(size, resized, strict=True)
+    )
+    lost = []
+    for n, box in enumerate(layout.boxes):
+        left, top, right, bottom = box.xyxy
+        across, down = min(right, east) - max(left, west), min(bottom, south) - max(top, north)
+        if max(across, 0) * max(down, 0) < (min_visible - 1e-9) * box.area:  # exactly this share is kept
+            lost.append(n)
+    return lost
 
 
 def _patterns(texts: Sequence[str], location: str) -> list[re.Pattern[str]]:

@@ -143,14 +143,14 @@ def read_dataset(
     *,
     bbox_format: str = "xyxy",
     bbox_units: str = "relative",
-    tell: Callable[[str], None] = warn,
+    on_warning: Callable[[str], None] = warn,
 ) -> list[Record]:
     """The records of a data set folder. Images are not decoded; for boxes in pixels their headers are read.
 
     Args:
         bbox_format: "xyxy" | "xywh" | "cxcywh", for lines that do not say it.
         bbox_units: "relative" | "pixel" | "permille", likewise.
-        tell: called with a line for people for what was read otherwise than it stands (boxes clipped at the edge).
+        on_warning: called with a line for people for what was read otherwise than it stands (boxes clipped at the edge).
 
     Raises:
         InputError: what is wrong, the first lines of many with their place in `metadata.jsonl`; and where boxes are wrong,
@@ -162,7 +162,7 @@ def read_dataset(
     if errors:
         raise several(errors, location=str(folder), hint=reading_hint(folder, errors, **conventions))
     for line in warnings.lines():
-        tell(f"{folder}: {line}")
+        on_warning(f"{folder}: {line}")
     return records
 
 

@@ -15,12 +15,12 @@ def open_dataset(
     *,
     bbox_format: str = "xyxy",
     bbox_units: str = "relative",
-    tell: Callable[[str], None] = warn,
+    on_warning: Callable[[str], None] = warn,
 ) -> Sequence[Record]:
     """The records of a data set folder, of shards (tar, parquet), or of `shapes://DOMAIN?count=N&seed=S`.
 
     Args:
-        bbox_format, bbox_units, tell: as of `read_dataset`.
+        bbox_format, bbox_units, on_warning: as of `read_dataset`.
 
     Raises:
         InputError: as of `read_dataset`, `open_shards` and `open_scenes`.
@@ -29,7 +29,7 @@ def open_dataset(
         return open_scenes(str(path))
     if is_sharded(path):
         return open_shards(path, bbox_format=bbox_format, bbox_units=bbox_units)
-    return read_dataset(os.fspath(path), bbox_format=bbox_format, bbox_units=bbox_units, tell=tell)
+    return read_dataset(os.fspath(path), bbox_format=bbox_format, bbox_units=bbox_units, on_warning=on_warning)
 
 
 def sample_dataset(
@@ -38,16 +38,16 @@ def sample_dataset(
     *,
     bbox_format: str = "xyxy",
     bbox_units: str = "relative",
-    tell: Callable[[str], None] = warn,
+    on_warning: Callable[[str], None] = warn,
 ) -> tuple[Sequence[Record], int]:
     """(records, how many there are): all of a folder or of scenes; of shards at most `most`, evenly spread.
 
     Args and errors as of `open_dataset`.
     """
-    records = open_dataset(path, bbox_format=bbox_format, bbox_units=bbox_units, tell=tell)
+    records = open_dataset(path, bbox_format=bbox_format, bbox_units=bbox_units, on_warning=on_warning)
     if not isinstance(records, ShardedRecords):
         return records, len(records)
     sample = spread(records, most)
     for line in records.remarks:
-        tell(line)
+        on_warning(line)
     return sample, len(records)

@@ -197,7 +197,9 @@ def read_data(config: Config) -> RunData:
             found = _read_shards(path, config)
             remarks.extend(found.remarks)
             return Filtered(found, [], {}, found.boxes)
-        records = open_dataset(path, bbox_format=data.bbox_format, bbox_units=data.bbox_units, tell=remarks.append)
+        records = open_dataset(
+            path, bbox_format=data.bbox_format, bbox_units=data.bbox_units, on_warning=remarks.append
+        )
         quick_check(records)
         return filter_records(records, data.filter)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_lora.boxes import EDGE_SHARE, Evidence, Four, Reading, box_iou, relative, told_apart
+from mmdit_lora.boxes import EDGE_SHARE, Evidence, Four, Reading, box_iou, distinct_as_xywh, relative
 from mmdit_lora.data.check.findings import SAME_IOU, TINY, Example, Findings
 from mmdit_lora.data.records import Record, Written
 
@@ -92,7 +92,7 @@ def reading_findings(found: Findings, lines: Sequence[Written], evidence: Eviden
         declared.order == "xyxy"
         and not wrong
         and not evidence.wrong[Reading("xywh", declared.unit)]
-        and told_apart(four for line in lines for four in corners_of(line)) >= _ENOUGH_FOR_FORMAT
+        and distinct_as_xywh(four for line in lines for four in corners_of(line)) >= _ENOUGH_FOR_FORMAT
     ):
         better = Reading("xywh", declared.unit)
         what = f"all {total} boxes would be right as xywh too, which is rare for xyxy: check bbox_format"

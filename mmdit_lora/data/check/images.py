@@ -70,23 +70,23 @@ def quick_check(records: Sequence[Record]) -> None:
     first = {record.file: record for record in reversed(records) if record.file is not None}
     every = max(1, -(-len(first) // HEADERS))
     for n, record in enumerate(reversed(first.values())):
-        if not _looks_right(record, header=n % every == 0) and (error := look_at(record).error):
+        if not _is_usable(record, header=n % every == 0) and (error := inspect_image(record).error):
             raise error
 
 
-def _looks_right(record: Record, *, header: bool) -> bool:
+def _is_usable(record: Record, *, header: bool) -> bool:
     try:
         if require_file(record.image, what="image").stat().st_size == 0:
             return False
         if header:
             with warnings.catch_warnings(action="ignore"), opened(record.image):
                 pass
-    except Exception:  # Pillow's plug-ins raise many kinds; `look_at` says which it is
+    except Exception:  # Pillow's plug-ins raise many kinds; `inspect_image` says which it is
         return False
     return True
 
 
-def look_at_all(records: Iterable[Record], *, workers: int | None = None) -> list[ImageFacts]:
+def inspect_images(records: Iterable[Record], *, workers: int | None = None) -> list[ImageFacts]:
     """The distinct images of the records, in the order of their first record.
 
     Args:
@@ -98,10 +98,10 @@ def look_at_all(records: Iterable[Record], *, workers: int | None = None) -> lis
     # Around the threads: the filters are the whole process's.
     count = workers or min(8, os.cpu_count() or 1)
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(count) as pool:
-        return list(pool.map(look_at, first.values()))
+        return list(pool.map(inspect_image, first.values()))
 
 
-def look_at(record: Record) -> ImageFacts:
+def inspect_image(record: Record) -> ImageFacts:
     """One image. Nothing is raised: what is wrong is in the answer."""
     import imagehash
 

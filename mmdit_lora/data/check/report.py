@@ -12,7 +12,7 @@ from mmdit_lora.boxes import Evidence, Reading
 from mmdit_lora.data.buckets import MIN_VISIBLE, Buckets, size_counts
 from mmdit_lora.data.check.boxes import box_findings, corners_of, fits, reading_findings
 from mmdit_lora.data.check.findings import Example, Finding, Findings
-from mmdit_lora.data.check.images import image_findings, leak_findings, look_at_all, set_findings
+from mmdit_lora.data.check.images import image_findings, inspect_images, leak_findings, set_findings
 from mmdit_lora.data.check.sizes import size_findings
 from mmdit_lora.data.check.texts import FEW_PHRASES, TokenCount, clip_tokens, few_phrases, text_findings
 from mmdit_lora.data.records import COLUMNS, Record, Written, evidence_hint, set_evidence
@@ -96,7 +96,7 @@ def check_dataset(
         buckets, batch, min_visible: see `size_findings`.
     """
     records = list(records)
-    images = look_at_all(records)
+    images = inspect_images(records)
     boxes = [box for record in records for box in record.layout.boxes]
     lines = written
     if lines is None:  # a reader that converts: the boxes of its records, which are relative xyxy
@@ -114,7 +114,7 @@ def check_dataset(
     trained = size_findings(found, records, images, buckets=buckets, batch=batch, min_visible=min_visible)
     text_findings(found, records, tokens or clip_tokens(None))
     set_findings(found, records, images)
-    leak_findings(found, images, look_at_all(against))
+    leak_findings(found, images, inspect_images(against))
     findings = found.result()
     wrong = [line for f in findings if f.severity == "error" for line in (f.lines or (f.message,))]
     mild = [f.message for f in findings if f.severity == "warning"]

@@ -9,6 +9,7 @@ from typing import Any
 from mmdit_lora.data.buckets import MIN_VISIBLE, Buckets, Size, size_counts
 from mmdit_lora.data.check.findings import Example, Findings
 from mmdit_lora.data.check.images import ImageFacts
+from mmdit_lora.data.filters import lost_boxes
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 
@@ -64,25 +65,8 @@ def size_findings(
     own = {image.record.image: image.size for image in images if image.size is not None}
     for record in records:
         width, height = own.get(record.image, (1, 1))
-        lost = _lost(record, (height, width), sizes.get(record.image, (height, width)), min_visible)
+        lost = lost_boxes(record.layout, (height, width), sizes.get(record.image, (height, width)), min_visible)
         if lost:
             text = f"{len(lost)} of {len(record.layout.boxes)} boxes, image of {width} x {height} pixels"
             found.add("cropped-boxes", record, text, lost, count=len(lost), rank=-len(lost), **values)
     return sizes
-
-
-def _lost(record: Record, image: Size, size: Size, min_visible: float) -> list[int]:
-    """Boxes that the center crop to `size` loses; whole pixels, as in transforms.py."""
-    scale = max(side / length for side, length in zip(size, image, strict=True))
-    resized = [max(side, round(length * scale)) for side, length in zip(size, image, strict=True)]
-    (north, south), (west, east) = (
-        ((length - side) // 2 / length, ((length - side) // 2 + side) / length)
-        for side, length in zip(size, resized, strict=True)
-    )
-    lost = []
-    for n, box in enumerate(record.layout.boxes):
-        left, top, right, bottom = box.xyxy
-        across, down = min(right, east) - max(left, west), min(bottom, south) - max(top, north)
-        if max(across, 0) * max(down, 0) < (min_visible - 1e-9) * box.area:  # exactly this share is kept
-            lost.append(n)
-    return lost
