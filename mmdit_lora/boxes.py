@@ -7,9 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 BBOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 BBOX_UNITS = ("relative", "pixel", "permille")
 Four = tuple[float, float, float, float]
+Boxes = Sequence[Sequence[float]] | NDArray[np.float64]
 
 # Tools count pixels from 0 or from 1, with or without the last one, and round. A box that leaves its image by at most
 # this share of the side, or by so many pixels where that is more, is clipped and counted; beyond it is an error.
@@ -63,15 +67,14 @@ def clip(xyxy: Four) -> Four:
     return min(max(left, 0.0), 1.0), min(max(top, 0.0), 1.0), min(max(right, 0.0), 1.0), min(max(bottom, 0.0), 1.0)
 
 
-def box_iou(a: Any, b: Any) -> Any:
-    """IoU of every xyxy box of `a` (A, 4) with every one of `b` (B, 4), in the same units: a NumPy array (A, B); 0 where a
-    union has no area. `torchvision.ops.box_iou` gives the same for tensors; light commands do not load it."""
-    import numpy as np
-
-    a, b = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (a, b))
-    sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+def box_iou(a: Boxes, b: Boxes) -> NDArray[np.float64]:
+    """IoU of every xyxy box of `a` (A, 4) with every one of `b` (B, 4), in the same units: (A, B); 0 where the union has no
+    area. For tensors `torchvision.ops.box_iou` gives the same; the commands that read data do not load torch."""
+    first, second = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (a, b))
+    sides = np.minimum(first[:, None, 2:], second[:, 2:]) - np.maximum(first[:, None, :2], second[:, :2])
     both = sides.clip(min=0).prod(-1)
-    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1) - both
+    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (first, second))
+    union = np.add.outer(*areas) - both
     return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
 
@@ -239,8 +242,6 @@ def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:
     sets = [boxed for boxed in sets if boxed.numbers]
     if not sets:
         return None
-    import numpy as np
-
     numbers = np.array([four for boxed in sets for four in boxed.numbers], dtype=np.float64)
     # An image of no known size may be as large as any box reaches.
     largest = max(1.0, float(np.abs(numbers).max()) * 2)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from PIL import Image
+from torchvision.ops import box_convert, clip_boxes_to_image
 
 from mmdit_lora import Box, Layout
+from mmdit_lora.boxes import box_iou, clip, corners
 from mmdit_lora.data.check import check_dataset, read_written
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import read_dataset, scan_dataset, write_dataset, write_splits
@@ -192,3 +196,20 @@ def test_xywh_is_proposed_where_a_share_of_the_set_says_so_and_not_for_a_box(tmp
     assert "5 of 6 boxes are wrong as xyxy, 0 as xywh: the boxes are probably xywh" in message
     assert findings("one", *[right] * 9, wrong) == []
     assert findings("half", right, wrong, shares=False) == []
+
+
+def test_boxes_are_converted_clipped_and_compared_as_torchvision_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.rand(40, 4, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    for order in ("xyxy", "xywh", "cxcywh"):
+        converted = box_convert(raw, order, "xyxy")
+        for four, wanted in zip(raw.tolist(), converted.tolist(), strict=True):
+            assert corners(four, order) == pytest.approx(wanted, abs=1e-12)
+            inside = clip_boxes_to_image(torch.tensor([wanted], dtype=torch.float64), (1, 1))[0].tolist()
+            assert clip(tuple(wanted)) == pytest.approx(inside, abs=1e-12)
+    low, high = raw[:, :2].minimum(raw[:, 2:]), raw[:, :2].maximum(raw[:, 2:])
+    boxes = torch.cat([low, high], dim=1)
+    table = box_iou(boxes[:25].tolist(), boxes[15:].tolist())
+    assert table == pytest.approx(torchvision.ops.box_iou(boxes[:25], boxes[15:]).numpy(), abs=1e-12)
+    assert box_iou([], [[0, 0, 1, 1]]).shape == (0, 1)
+    assert box_iou([[0, 0, 0, 0]], [[0, 0, 0, 0]]) == 0

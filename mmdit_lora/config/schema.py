@@ -122,7 +122,8 @@ MAX_BATCH, MAX_SIDE, MAX_SEED = int(BATCH.high), int(SIDE.high), int(SEED.high)
 
 class DataSection(Section):
     path: str = Field(
-        description="folder of the training images, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or URL",
+        description="folder of the training images, with its metadata.jsonl; or shards (tar, parquet): a folder, pattern or "
+        "URL; or scenes that are generated: shapes://page?count=2000&seed=11",
         min_length=1,
     )
     validation: str | None = optional(None, "a second such folder to validate on; null = hold out a share of path")
