@@ -436,7 +436,8 @@ def check(
         str,
         typer.Argument(
             metavar="DATA_OR_CONFIG",
-            help="Data set folder, shards (tar, parquet: a folder, pattern or URL), or the YAML file of a run.",
+            help="Data set folder, shards (tar, parquet: a folder, pattern or URL), shapes://DOMAIN?count=N&seed=S, or the "
+            "YAML file of a run.",
         ),
     ],
     from_: Annotated[

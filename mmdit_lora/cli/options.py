@@ -50,7 +50,8 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the images, where t
 DataOrShards = Annotated[
     str,
     typer.Argument(
-        help="Data set folder; or shards (tar, parquet): a folder, pattern or URL, of which a sample is read."
+        help="Data set folder; shards (tar, parquet): a folder, pattern or URL, of which a sample is read; or "
+        "shapes://DOMAIN?count=N&seed=S."
     ),
 ]
 FilterOption = Annotated[
