@@ -95,20 +95,36 @@ def attribute(
     one_less = [
         replace(layout, boxes=layout.boxes[:index] + layout.boxes[index + 1 :]) for index in range(len(layout.boxes))
     ]
+    tell = on_progress or (lambda _: None)
     with image_attention(pipe.transformer) as seen:
         (image,) = generate(pipe, [layout], settings, seed=seed)
-    if on_progress is not None:
-        on_progress(1)
-    tell = None if on_progress is None else lambda done: on_progress(1 + done)
-    without = generate(pipe, one_less, settings, seed=seed, same_noise=True, on_progress=tell)
+    tell(1)
+    without = generate(pipe, one_less, settings, seed=seed, same_noise=True, on_progress=lambda done: tell(1 + done))
 
     changes = [difference(image, other) for other in without]
     by_block = {name: _maps(total / count, image, layout, pipe) for name, (total, count) in seen.items()}
     attentions = [np.mean([maps[index] for maps in by_block.values()], axis=0) for index in range(len(layout.boxes))]
-    boxes = [
-        _figures(box, changes[index], attentions[index], {name: maps[index] for name, maps in by_block.items()})
-        for index, box in enumerate(layout.boxes)
-    ]
+    boxes = []
+    for index, box in enumerate(layout.boxes):
+        shares = inside(box, changes[index]), inside(box, attentions[index])
+        change_lift, attention_lift = (None if share is None else share / box.area for share in shares)
+        in_blocks = {name: inside(box, maps[index]) for name, maps in by_block.items()}
+        boxes.append(
+            BoxAttribution(
+                phrase=box.phrase,
+                xyxy=box.xyxy,
+                area=box.area,
+                change=float(changes[index].mean()),
+                change_inside=shares[0],
+                change_lift=change_lift,
+                attention=float(attentions[index].mean()),
+                attention_inside=shares[1],
+                attention_lift=attention_lift,
+                attention_lift_by_block={
+                    name: None if share is None else share / box.area for name, share in in_blocks.items()
+                },
+            )
+        )
     return Attribution(layout, image, without, changes, attentions, boxes)
 
 
@@ -143,9 +159,9 @@ def _watch(name: str, stream: Any, seen: dict[str, tuple[Tensor, int]]) -> list[
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if counts:  # a second attention, of layout tokens among themselves, is not meant
             image, layout = counts.pop()
-            found = probabilities(query[-1, :image], key[-1], None if mask is None else mask[-1])[:, -layout:]
-            total, calls = seen.get(name, (torch.zeros_like(found), 0))
-            seen[name] = (total + found, calls + 1)
+            mass = probabilities(query[-1, :image], key[-1], None if mask is None else mask[-1])[:, -layout:]
+            total, calls = seen.get(name, (torch.zeros_like(mass), 0))
+            seen[name] = (total + mass, calls + 1)
         return type(processor).attend(processor, query, key, value, mask)
 
     handle = stream.register_forward_pre_hook(before)
@@ -189,8 +205,8 @@ def coverage(box: Box, shape: tuple[int, int]) -> np.ndarray:
 
 def inside(box: Box, amounts: np.ndarray) -> float | None:
     """The share of (rows, columns) amounts that lies in a box; None where all are 0."""
-    whole = float(amounts.sum())
-    return float((amounts * coverage(box, (amounts.shape[0], amounts.shape[1]))).sum()) / whole if whole > 0 else None
+    total = float(amounts.sum())
+    return float((amounts * coverage(box, (amounts.shape[0], amounts.shape[1]))).sum()) / total if total > 0 else None
 
 
 def _maps(attention: Tensor, image: Image.Image, layout: Layout, pipe: LayoutPipeline) -> list[np.ndarray]:
@@ -203,26 +219,6 @@ def _maps(attention: Tensor, image: Image.Image, layout: Layout, pipe: LayoutPip
         raise RuntimeError(f"attention {tuple(attention.shape)} of {rows} x {columns} image tokens and {count} boxes")
     of_boxes = attention[:, : count * tokens].unflatten(1, (count, tokens)).sum(-1)  # padding slots are behind
     return [of_boxes[:, index].reshape(rows, columns).double().cpu().numpy() for index in range(count)]
-
-
-def _figures(box: Box, change: np.ndarray, attention: np.ndarray, by_block: dict[str, np.ndarray]) -> BoxAttribution:
-    change_inside, attention_inside = inside(box, change), inside(box, attention)
-    return BoxAttribution(
-        phrase=box.phrase,
-        xyxy=box.xyxy,
-        area=box.area,
-        change=float(change.mean()),
-        change_inside=change_inside,
-        change_lift=_lift(change_inside, box),
-        attention=float(attention.mean()),
-        attention_inside=attention_inside,
-        attention_lift=_lift(attention_inside, box),
-        attention_lift_by_block={name: _lift(inside(box, amounts), box) for name, amounts in by_block.items()},
-    )
-
-
-def _lift(share: float | None, box: Box) -> float | None:
-    return None if share is None else share / box.area
 
 
 _CELL, _GAP, _GUTTER = 256, 18, 210

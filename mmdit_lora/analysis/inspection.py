@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mmdit_lora.analysis.spectrum import (
     stable_rank,
     top,
 )
-from mmdit_lora.analysis.updates import OpenedAdapter, Update, open_adapter, updates
+from mmdit_lora.analysis.updates import Update, open_adapter, updates
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.lora import load_adapter
 
@@ -146,40 +146,41 @@ def inspect_adapter(
         InputError: one of the two is no adapter or does not fit the base, or they share no linear.
     """
     opened = open_adapter(adapter, base=base, dtype=dtype)
-    own = list(opened.updates())
-    other = None if against is None else _downs(against, opened)
+    own, pairs = list(opened.updates()), None
+    if against is not None:
+        model = opened.pipe.transformer
+        load_adapter(model, against, adapter_name=_AGAINST, allow_same=True)
+        pairs = _similarities(own, {update.name: update.down for update in updates(model, _AGAINST)})
+        if pairs is None:
+            raise InputError(
+                f"adapts none of the linears of {opened.folder}",
+                location=f"--against {against}",
+                hint="compare adapters that share targets",
+            )
     measured = [measure(update) for update in own]
-    energy = sum(each.norm**2 for each in measured)
-    modules = [_with_share(each, energy) for each in measured]
+    energy = sum(module.norm**2 for module in measured)
+    modules = [replace(module, energy_share=module.norm**2 / energy if energy else 0.0) for module in measured]
     return Inspection(
-        str(adapter),
-        opened.base,
-        opened.header,
-        modules,
-        _blocks(modules, energy),
-        suggest([each.singular_values for each in modules]),
-        sum(update.up.numel() + update.down.numel() for update in own),
-        _notes(own, modules),
-        None if against is None else str(against),
-        None if other is None else _similarities(own, other, opened, against),
+        adapter=str(adapter),
+        base=opened.base,
+        header=opened.header,
+        modules=modules,
+        blocks=_blocks(modules),
+        suggested_rank=suggest([module.singular_values for module in modules]),
+        parameters=sum(update.up.numel() + update.down.numel() for update in own),
+        notes=_notes(own, modules),
+        against=None if against is None else str(against),
+        similarity=pairs,
     )
 
 
 def measure(update: Update) -> ModuleFigures:
     """The figures of one linear; `energy_share` is left at 0."""
-    norm, change = update.directions()
-    low = update.low_rank()
+    (norm, change), low = update.directions(), update.low_rank().values
     count = change.rank
-    change = change.first(count)
-    own = top(update.weight, max(count, 1))
-    projections = (
-        projected_norm(update.weight.double(), change.left, change.right),
-        frobenius(own.values[:count]),
-        random_norm(update.weight, count),
-    )
-    weight_norm = frobenius(update.weight)
-    factors = [_ratio(norm, each) if norm else None for each in projections]
-    ranks = {name: rank_holding(low.values, share) for name, share in zip(RANK_NAMES, SHARES, strict=True)}
+    change, own, weight = change.first(count), top(update.weight, max(count, 1)), frobenius(update.weight)
+    projected = projected_norm(update.weight.double(), change.left, change.right)
+    projected_own, projected_random = frobenius(own.values[:count]), random_norm(update.weight, count)
     return ModuleFigures(
         name=update.name,
         block=block_of(update.name),
@@ -189,31 +190,31 @@ def measure(update: Update) -> ModuleFigures:
         dora=update.magnitude is not None,
         norm=norm,
         spectral_norm=change.values[0].item() if count else 0.0,
-        weight_norm=weight_norm,
+        weight_norm=weight,
         weight_spectral_norm=own.values[0].item(),
-        relative_norm=_ratio(norm, weight_norm),
-        singular_values=low.values.tolist(),
-        effective_rank=effective_rank(low.values),
-        stable_rank=stable_rank(low.values),
-        ranks=ranks,
-        suggested_rank=max(1, rank_holding(low.values, SUGGESTED_SHARE)),
+        relative_norm=_ratio(norm, weight),
+        singular_values=low.tolist(),
+        effective_rank=effective_rank(low),
+        stable_rank=stable_rank(low),
+        ranks={name: rank_holding(low, share) for name, share in zip(RANK_NAMES, SHARES, strict=True)},
+        suggested_rank=max(1, rank_holding(low, SUGGESTED_SHARE)),
         directions=count,
-        projected=projections[0],
-        projected_own=projections[1],
-        projected_random=projections[2],
-        amplification=factors[0],
-        amplification_own=factors[1],
-        amplification_random=factors[2],
+        projected=projected,
+        projected_own=projected_own,
+        projected_random=projected_random,
+        amplification=_ratio(norm, projected) if norm else None,
+        amplification_own=_ratio(norm, projected_own) if norm else None,
+        amplification_random=_ratio(norm, projected_random) if norm else None,
     )
 
 
 def suggest(spectra: Sequence[Sequence[float]], share: float = SUGGESTED_SHARE) -> int:
     """The smallest one rank for all modules with which the adapter keeps `share` of its energy, summed over modules."""
     squares = [sorted((value * value for value in values), reverse=True) for values in spectra]
-    whole = math.fsum(math.fsum(each) for each in squares)
+    total = math.fsum(math.fsum(each) for each in squares)
     largest = max((len(each) for each in squares), default=1)
     for rank in range(1, largest):
-        if math.fsum(math.fsum(each[:rank]) for each in squares) >= share * whole:
+        if math.fsum(math.fsum(each[:rank]) for each in squares) >= share * total:
             return rank
     return max(largest, 1)
 
@@ -228,19 +229,13 @@ def _ratio(above: float, below: float) -> float | None:
     return above / below if below > 0 else None
 
 
-def _with_share(module: ModuleFigures, energy: float) -> ModuleFigures:
-    return ModuleFigures(**{**vars(module), "energy_share": module.norm**2 / energy if energy else 0.0})
-
-
-def _blocks(modules: Sequence[ModuleFigures], energy: float) -> list[BlockFigures]:
-    of_block: dict[str, list[ModuleFigures]] = {}
-    for module in modules:
-        of_block.setdefault(module.block, []).append(module)
+def _blocks(modules: Sequence[ModuleFigures]) -> list[BlockFigures]:
     figures = []
-    for name, own in of_block.items():
-        norm, weight = (math.sqrt(sum(each**2 for each in part)) for part in
-                        ([m.norm for m in own], [m.weight_norm for m in own]))  # fmt: skip
-        figures.append(BlockFigures(name, len(own), norm, _ratio(norm, weight), norm**2 / energy if energy else 0.0))
+    for name in dict.fromkeys(module.block for module in modules):
+        own = [module for module in modules if module.block == name]
+        norm = math.hypot(*(module.norm for module in own))
+        relative = _ratio(norm, math.hypot(*(module.weight_norm for module in own)))
+        figures.append(BlockFigures(name, len(own), norm, relative, sum(module.energy_share for module in own)))
     return figures
 
 
@@ -259,29 +254,13 @@ def _notes(own: Sequence[Update], modules: Sequence[ModuleFigures]) -> list[str]
     return notes
 
 
-def _downs(adapter: str | Path, first: OpenedAdapter) -> dict[str, Tensor]:
-    """The matrices A of a second adapter on the same base, by module."""
-    model = first.pipe.transformer
-    load_adapter(model, adapter, adapter_name=_AGAINST, allow_same=True)
-    return {update.name: update.down for update in updates(model, _AGAINST)}
-
-
-def _similarities(
-    own: Sequence[Update], other: dict[str, Tensor], first: OpenedAdapter, against: str | Path | None
-) -> list[Similarity]:
-    shared = [update for update in own if update.name in other]
-    if not shared:
-        raise InputError(
-            f"adapts none of the linears of {first.folder}",
-            location=f"--against {against}",
-            hint="compare adapters that share targets",
-        )
-    found = []
+def _similarities(own: Sequence[Update], others: dict[str, Tensor]) -> list[Similarity] | None:
+    """Of the linears that both adapt and change; None where they share none. `others`: the matrices A by module."""
+    shared = [update for update in own if update.name in others]
+    pairs = []
     for update in shared:
-        phi = similarity(update.down, other[update.name])
-        if not phi.numel():  # one of the two is zero, and has no direction
-            continue
-        width = update.down.shape[1]
-        chance = max(phi.shape) / width
-        found.append(Similarity(update.name, phi.tolist(), phi[-1, -1].item(), chance, phi[0, 0].item(), 1 / width))
-    return found
+        phi, width = similarity(update.down, others[update.name]), update.down.shape[1]
+        if phi.numel():  # else one of the two is zero, and has no direction
+            full, first = phi[-1, -1].item(), phi[0, 0].item()
+            pairs.append(Similarity(update.name, phi.tolist(), full, max(phi.shape) / width, first, 1 / width))
+    return pairs if shared else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ import torch
 
 from mmdit_lora import __version__
 from mmdit_lora.analysis.spectrum import rank_holding
-from mmdit_lora.analysis.updates import ADAPTER, OpenedAdapter, Update, open_adapter, updates
+from mmdit_lora.analysis.updates import ADAPTER, Update, open_adapter, updates
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.evaluate import evaluate
@@ -108,58 +109,10 @@ def resize_adapter(
     if (rank is None) == (energy is None):
         raise InputError("give a rank or an energy" if rank is None else "a rank and an energy are given")
     check_new_folder(out, verb="resize", inputs={"adapter": adapter, "base": base})
-    opened = open_adapter(adapter, base=base, dtype=dtype, whole=records is not None)
+    opened = open_adapter(adapter, base=base, dtype=dtype, to_sample=records is not None)
     model = opened.pipe.transformer
     model.peft_config[ADAPTER].base_model_name_or_path = None  # PEFT would look for that base, on the hub too
     before = list(opened.updates())
-    _refuse_larger(before, rank, adapter)
-    after = [_smaller(update, _new_rank(update, rank, energy)) for update in before]
-
-    fidelity: dict[str, dict[str, float]] | None = None
-    if records is not None:
-        fidelity = _fidelity(opened, records, settings or SamplingConfig(), seed, device, "before", on_progress)
-        opened.pipe.to("cpu")
-    config = _config(opened.config, before, after)
-    state = lora_state_dict(model) | {
-        f"{update.name}.lora_{side}.weight": value
-        for update in after
-        for side, value in (("A", update.down), ("B", update.up))
-    }
-    remove_adapter(model, ADAPTER)
-    inject(model, _plain_start(config), ADAPTER)
-    outcome: Any = peft.set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
-    if outcome.unexpected_keys:
-        raise RuntimeError(f"PEFT did not take {', '.join(outcome.unexpected_keys[:8])}")
-    model.peft_config[ADAPTER] = config  # as it is saved
-    applied = list(updates(model))  # by PEFT's own scales, so that a wrong alpha shows as an error
-    modules, error = _errors(before, applied)
-    if fidelity is not None and records is not None:
-        sides = _fidelity(opened, records, settings or SamplingConfig(), seed, device, "after", on_progress)
-        fidelity |= {"after": sides["after"]}
-        opened.pipe.to("cpu")
-    report = Resized(
-        adapter=str(adapter),
-        out=str(out),
-        base=opened.base,
-        modules=modules,
-        error=error,
-        parameters=sum(update.up.numel() + update.down.numel() for update in before),
-        new_parameters=sum(update.up.numel() + update.down.numel() for update in applied),
-        fidelity=fidelity,
-    )
-    how = f"rank {rank}" if rank is not None else f"{energy:.4g} of the energy"
-    save_adapter(
-        model,
-        out,
-        metadata=_metadata(opened, config, report, how),
-        card=_card(adapter, report, how),
-        beside=_beside(adapter),
-        verb="resize",
-    )
-    return report
-
-
-def _refuse_larger(before: Sequence[Update], rank: int | None, adapter: Path) -> None:
     largest = max(update.rank for update in before)
     if rank is not None and rank > largest:
         raise InputError(
@@ -167,23 +120,83 @@ def _refuse_larger(before: Sequence[Update], rank: int | None, adapter: Path) ->
             location="--rank",
             hint=f"give a rank below {largest}",
         )
+    after = [_smaller(update, rank, energy) for update in before]
+
+    def fidelity(condition: str) -> dict[str, dict[str, float]]:
+        def tell(name: str, done: int) -> None:
+            if on_progress is not None:
+                on_progress(condition if name == "adapter" else name, done)
+
+        opened.pipe.to(device)
+        result = evaluate(opened.pipe, records or (), settings or SamplingConfig(), seed=seed, on_progress=tell).conditions
+        opened.pipe.to("cpu")
+        return {"base": dict(result["base"].fidelity), condition: dict(result["adapter"].fidelity)}
+
+    figures = None if records is None else fidelity("before")
+    config = _config(opened.config, before, after)
+    state = lora_state_dict(model) | {
+        f"{update.name}.lora_{side}.weight": value
+        for update in after
+        for side, value in (("A", update.down), ("B", update.up))
+    }
+    remove_adapter(model, ADAPTER)
+    # A data-driven initialisation would ask for its data; the weights are replaced at once.
+    plain = copy.deepcopy(config)
+    plain.init_lora_weights, plain.inference_mode = True, True
+    inject(model, plain, ADAPTER)
+    outcome: Any = peft.set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
+    if outcome.unexpected_keys:
+        raise RuntimeError(f"PEFT did not take {', '.join(outcome.unexpected_keys[:8])}")
+    model.peft_config[ADAPTER] = config  # as it is saved
+    applied = list(updates(model))  # by PEFT's own scales, so that a wrong alpha shows as an error
+    norms = [update.directions()[0] for update in before]
+    errors = [old.difference(new) for old, new in zip(before, applied, strict=True)]
+    if figures is not None:
+        figures["after"] = fidelity("after")["after"]
+    report = Resized(
+        adapter=str(adapter),
+        out=str(out),
+        base=opened.base,
+        modules=[
+            ResizedModule(old.name, old.rank, new.rank, error / norm if norm else 0.0)
+            for old, new, error, norm in zip(before, applied, errors, norms, strict=True)
+        ],
+        error=math.hypot(*errors) / math.hypot(*norms) if any(norms) else 0.0,
+        parameters=sum(update.up.numel() + update.down.numel() for update in before),
+        new_parameters=sum(update.up.numel() + update.down.numel() for update in applied),
+        fidelity=figures,
+    )
+    how = f"rank {rank}" if rank is not None else f"{energy:.4g} of the energy"
+    stored = opened.config
+    resized = {"by": how, "error": report.error, "r": stored.r, "alpha": stored.lora_alpha, "version": __version__}
+    if figures is not None:
+        resized["fidelity"] = figures
+    now = {"lora": describe_lora(config), "r": config.r, "alpha": config.lora_alpha, "resized": resized}
+    save_adapter(
+        model,
+        out,
+        metadata={"base": opened.base} | opened.header | now,
+        card=_card(adapter, report, how),
+        beside={
+            file.name: file.read_bytes()
+            for file in (sorted(adapter.iterdir()) if adapter.is_dir() else ())
+            if file.is_file() and file.name not in (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, CARD, MARKER)
+        },
+        verb="resize",
+    )
+    return report
 
 
-def _new_rank(update: Update, rank: int | None, energy: float | None) -> int:
-    if rank is not None:
-        return min(rank, update.rank)
-    assert energy is not None
-    return max(1, rank_holding(update.low_rank().values, energy))
-
-
-def _smaller(update: Update, rank: int) -> Update:
-    found = update.low_rank().first(rank)
+def _smaller(update: Update, rank: int | None, energy: float | None) -> Update:
+    low = update.low_rank()
+    rank = max(1, rank_holding(low.values, energy or 1.0)) if rank is None else min(rank, update.rank)
+    low = low.first(rank)
     # A width below the rank has fewer directions than ranks: the rest are zeros.
-    root = (found.values / abs(update.scale)).sqrt() if update.scale else 0 * found.values
+    root = (low.values / abs(update.scale)).sqrt() if update.scale else 0 * low.values
     up = torch.zeros(update.up.shape[0], rank, dtype=torch.float64)
     down = torch.zeros(rank, update.down.shape[1], dtype=torch.float64)
-    up[:, : len(root)] = found.left * root * (1 if update.scale > 0 else -1)
-    down[: len(root)] = (found.right * root).T
+    up[:, : len(root)] = low.left * root * (1 if update.scale > 0 else -1)
+    down[: len(root)] = (low.right * root).T
     return replace(update, up=up.float(), down=down.float())
 
 
@@ -193,7 +206,7 @@ def _config(config: peft.LoraConfig, before: Sequence[Update], after: Sequence[U
     new.base_model_name_or_path = None  # `save_adapter` writes it
     ranks = {update.name: update.rank for update in after}
     factor = {update.name: (update.rank**0.5 if config.use_rslora else update.rank) for update in after}
-    alphas = {update.name: _whole(update.scale * factor[update.name]) for update in before}
+    alphas = {update.name: _without_rounding(update.scale * factor[update.name]) for update in before}
     new.r = Counter(ranks.values()).most_common(1)[0][0]
     new.lora_alpha = cast(int, Counter(alphas.values()).most_common(1)[0][0])  # PEFT takes fractions
     new.rank_pattern = {_exact(name, ranks): rank for name, rank in ranks.items() if rank != new.r}
@@ -208,62 +221,10 @@ def _exact(name: str, names: Iterable[str]) -> str:
     return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
 
 
-def _whole(value: float) -> float:
+def _without_rounding(value: float) -> float:
     """8 for 8.000000000000002, which a scale of alpha / r gives back."""
     nearest = round(value)
     return nearest if abs(value - nearest) <= 1e-12 * max(abs(value), 1) else value
-
-
-def _plain_start(config: peft.LoraConfig) -> peft.LoraConfig:
-    """To inject without the data that a data-driven initialisation would ask for; its weights are replaced at once."""
-    plain = copy.deepcopy(config)
-    plain.init_lora_weights = True
-    plain.inference_mode = True
-    return plain
-
-
-def _errors(before: Sequence[Update], applied: Sequence[Update]) -> tuple[list[ResizedModule], float]:
-    modules, squares, whole = [], 0.0, 0.0
-    for old, new in zip(before, applied, strict=True):
-        assert old.name == new.name
-        norm, off = old.directions()[0], old.difference(new)
-        modules.append(ResizedModule(old.name, old.rank, new.rank, off / norm if norm else 0.0))
-        squares, whole = squares + off**2, whole + norm**2
-    return modules, (squares / whole) ** 0.5 if whole else 0.0
-
-
-def _fidelity(
-    opened: OpenedAdapter,
-    records: Sequence[Record],
-    settings: SamplingConfig,
-    seed: int,
-    device: str,
-    name: str,
-    on_progress: Callable[[str, int], None] | None,
-) -> dict[str, dict[str, float]]:
-    def tell(side: str, done: int) -> None:
-        if on_progress is not None:
-            on_progress(name if side == "adapter" else side, done)
-
-    opened.pipe.to(device)
-    conditions = evaluate(opened.pipe, records, settings, seed=seed, on_progress=tell).conditions
-    return {"base": dict(conditions["base"].fidelity), name: dict(conditions["adapter"].fidelity)}
-
-
-def _metadata(opened: OpenedAdapter, config: peft.LoraConfig, report: Resized, how: str) -> dict[str, Any]:
-    """The adapter's own header, with the ranks of now and where they come from."""
-    stored = opened.config
-    resized: dict[str, Any] = {
-        "by": how,
-        "error": report.error,
-        "r": stored.r,
-        "alpha": stored.lora_alpha,
-        "version": __version__,
-    }
-    if report.fidelity is not None:
-        resized["fidelity"] = report.fidelity
-    now = {"lora": describe_lora(config), "r": config.r, "alpha": config.lora_alpha, "resized": resized}
-    return {"base": opened.base} | opened.header | now
 
 
 def _card(adapter: Path, report: Resized, how: str) -> str:
@@ -271,10 +232,10 @@ def _card(adapter: Path, report: Resized, how: str) -> str:
     text = read_card(adapter)
     if text is None:
         text = f"# Layout LoRA for {code_markdown(public_name(report.base))}\n"
-    ranks = sorted({module.new_rank for module in report.modules})
+    old, new = ([module.rank for module in report.modules], [module.new_rank for module in report.modules])
     section = (
         "\n## Resized\n\n"
-        f"From rank {_range([module.rank for module in report.modules])} to {_range(ranks)}, by {how}: {report.parameters:,} to "
+        f"From rank {_range(old)} to {_range(new)}, by {how}: {report.parameters:,} to "
         f"{report.new_parameters:,} parameters; relative error of the update {report.error:.2e}. What else stands here about rank, "
         "alpha, parameters and figures is of the adapter before.\n"
     )
@@ -288,13 +249,3 @@ def _card(adapter: Path, report: Resized, how: str) -> str:
 
 def _range(ranks: Sequence[int]) -> str:
     return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-
-
-def _beside(adapter: Path) -> Mapping[str, bytes]:
-    """Files of the adapter folder that go along, e.g. the images of its card."""
-    if not adapter.is_dir():
-        return {}
-    known = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, CARD, MARKER)
-    return {
-        file.name: file.read_bytes() for file in sorted(adapter.iterdir()) if file.is_file() and file.name not in known
-    }

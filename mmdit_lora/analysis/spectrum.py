@@ -60,9 +60,8 @@ def top(matrix: Tensor, count: int) -> Directions:
         zero = [torch.zeros(side, count, dtype=torch.float64) for side in array.shape]
         return Directions(zero[0], torch.zeros(count, dtype=torch.float64), zero[1])
     start = np.random.default_rng(0).standard_normal(min(array.shape)).astype(array.dtype)
-    found = svds(array, k=count, v0=start)
-    order = np.argsort(-found[1])
-    left, values, right = (torch.from_numpy(np.ascontiguousarray(part)).double() for part in found)
+    left, values, right = (torch.from_numpy(part.copy()).double() for part in svds(array, k=count, v0=start))
+    order = values.argsort(descending=True)
     return Directions(left[:, order], values[order], right[order].T)
 
 
@@ -117,21 +116,18 @@ def similarity(first: Tensor, second: Tensor) -> Tensor:
         (k_1, k_2) in [0, 1], the ranks without those that are rounding; entry [i - 1, j - 1] compares the top i directions of
         the one with the top j of the other. Random directions give max(i, j) / n.
     """
-    return phi(_right_directions(first), _right_directions(second))
+    own = []
+    for matrix in (first, second):
+        _, values, rows = torch.linalg.svd(matrix.double(), full_matrices=False)
+        own.append(rows[values > NEGLIGIBLE * values[:1]])
+    return phi(*own)
 
 
 def phi(one: Tensor, other: Tensor) -> Tensor:
     """The same of orthonormal rows, the strongest first: (k_1, n), (k_2, n) -> (k_1, k_2). 1 = one subspace holds the other,
     0 = they are orthogonal."""
-    overlap = (one @ other.T).square()
-    counts = [torch.arange(1, size + 1) for size in overlap.shape]
-    return overlap.cumsum(0).cumsum(1) / torch.minimum(counts[0][:, None], counts[1][None, :])
-
-
-def _right_directions(matrix: Tensor) -> Tensor:
-    """(k, n) of (r, n)."""
-    _, values, rows = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return rows[values > NEGLIGIBLE * values[:1]]
+    i, j = (torch.arange(1, len(rows) + 1) for rows in (one, other))
+    return (one @ other.T).square().cumsum(0).cumsum(1) / torch.minimum(i[:, None], j[None, :])
 
 
 def frobenius(matrix: Tensor) -> float:

@@ -66,10 +66,10 @@ class Update:
     def directions(self) -> tuple[float, Directions]:
         """||W' - W||_F, and its r largest singular values with their directions."""
         change = self.change()
-        if change is None:
-            found = self.low_rank()
-            return frobenius(found.values), found
-        return frobenius(change), top(change, self.rank)
+        if change is not None:
+            return frobenius(change), top(change, self.rank)
+        low = self.low_rank()
+        return frobenius(low.values), low
 
     def difference(self, other: Update) -> float:
         """||dW - dW_other||_F of two updates of the same linear."""
@@ -101,21 +101,21 @@ class OpenedAdapter:
 
 
 def open_adapter(
-    adapter: str | Path, *, base: str | None = None, dtype: torch.dtype = torch.float32, whole: bool = False
+    adapter: str | Path, *, base: str | None = None, dtype: torch.dtype = torch.float32, to_sample: bool = False
 ) -> OpenedAdapter:
     """Put an adapter on its base, strictly.
 
     Args:
         base: folder or hub id; None = the one that the adapter names.
         dtype: of the base's weights.
-        whole: with the VAE and the text encoders, to paint; else the transformer alone.
+        to_sample: with the VAE and the text encoders; else the transformer alone.
 
     Raises:
         InputError: it is no adapter, is damaged, names no base, or is of another base; or the base is none.
     """
     base = base or base_of(adapter)
     components: dict[str, None] = {}
-    if not whole:
+    if not to_sample:
         with suppress(OSError, ValueError):  # opening it says what is wrong
             index: Any = DiffusionPipeline.load_config(base)
             needless = ("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
@@ -140,14 +140,13 @@ def updates(model: nn.Module, adapter_name: str = ADAPTER) -> Iterator[Update]:
         if variant is not None and not dora:
             raise InputError(f"{name} is a {type(variant).__name__}; known are LoRA, rank-stabilised LoRA and DoRA")
         layer: Any = module
-        up, down = layer.lora_B[adapter_name], layer.lora_A[adapter_name]
-        magnitude = layer.lora_magnitude_vector[adapter_name].weight if dora else None
+        up = layer.lora_B[adapter_name]
         yield Update(
             name,
-            cast(Tensor, dequantize_module_weight(layer.get_base_layer())).detach(),
-            up.weight.detach(),
-            down.weight.detach(),
-            float(layer.scaling[adapter_name]),
-            None if magnitude is None else magnitude.detach(),
+            weight=cast(Tensor, dequantize_module_weight(layer.get_base_layer())).detach(),
+            up=up.weight.detach(),
+            down=layer.lora_A[adapter_name].weight.detach(),
+            scale=float(layer.scaling[adapter_name]),
+            magnitude=layer.lora_magnitude_vector[adapter_name].weight.detach() if dora else None,
             bias=getattr(up, "bias", None) is not None,
         )

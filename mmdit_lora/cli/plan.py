@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import logging
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -95,31 +91,27 @@ def plan(
     if base is not None:
         base = require_base(base, whole=False)
     stream = {"layout_attention": attention, "layout_single_blocks": single_blocks, "phrase_tokens": phrase_tokens}
-    with _light_process():
-        from mmdit_lora.analysis.plan.bases import load_base, preset_base
-        from mmdit_lora.analysis.plan.forecast import NOT_COUNTED, Setup, forecast, full_fine_tuning
+    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # where there is no triton, it warns
+    from mmdit_lora.analysis.plan.bases import load_base, preset_base
+    from mmdit_lora.analysis.plan.forecast import NOT_COUNTED, Setup, forecast, full_fine_tuning
 
-        planned = preset_base(family, stream) if family is not None else load_base(str(base), stream)
-        setup = Setup(
-            resolution=resolution or planned.default_side,
-            boxes=boxes,
-            batch=batch,
-            dtype=dtype,
-            text_tokens=text_tokens or planned.family.text_tokens,
-            rank=r,
-            optimizer=optimizer,
-            checkpoint_every=every if gradient_checkpointing else 0,
-            device=device,
-        )
-        forecasts = [forecast(planned, setup, each) for each in (_METHODS if method == "all" else (method,))]
-        classic = full_fine_tuning(planned, setup, forecasts)
-    for line in [
-        *_lines(planned, setup, forecasts),
-        "",
-        _classic_line(classic, r),
-        f"Not counted: {'; '.join(NOT_COUNTED)}.",
-    ]:
+    planned = preset_base(family, stream) if family is not None else load_base(str(base), stream)
+    setup = Setup(
+        resolution=resolution or planned.default_side,
+        boxes=boxes,
+        batch=batch,
+        dtype=dtype,
+        text_tokens=text_tokens or planned.family.text_tokens,
+        rank=r,
+        optimizer=optimizer,
+        checkpoint_every=every if gradient_checkpointing else 0,
+        device=device,
+    )
+    forecasts = [forecast(planned, setup, each) for each in (_METHODS if method == "all" else (method,))]
+    classic = full_fine_tuning(planned, setup, forecasts)
+    for line in (*_lines(planned, setup, forecasts), "", _classic_line(classic, r)):
         say(line)
+    say(f"Not counted: {'; '.join(NOT_COUNTED)}.")
     if as_json:
         emit(
             {
@@ -135,30 +127,26 @@ def plan(
 
 def _lines(planned: PlannedBase, setup: Setup, forecasts: list[Forecast]) -> Iterator[str]:
     numbers = forecasts[0].parameters
-    cells = [
-        f"{setup.resolution} px",
-        f"{setup.boxes} boxes",
-        f"{setup.text_tokens} text tokens",
-        f"batch {setup.batch}",
-        setup.dtype,
-        setup.optimizer,
-    ]
-    if setup.checkpoint_every:
-        cells.append(f"gradient checkpointing, every {setup.checkpoint_every}")
+    every = f", gradient checkpointing, every {setup.checkpoint_every}" if setup.checkpoint_every else ""
     yield f"{planned.name}: {numbers.base / 1e6:,.2f} M parameters, layout stream {numbers.stream / 1e6:,.2f} M"
-    yield ", ".join(cells)
+    yield (
+        f"{setup.resolution} px, {setup.boxes} boxes, {setup.text_tokens} text tokens, batch {setup.batch}, {setup.dtype}, "
+        f"{setup.optimizer}{every}"
+    )
     yield ""
-    yield _row("", [each.method for each in forecasts])
-    yield _row("trainable", [f"{each.parameters.trainable / 1e6:,.2f} M" for each in forecasts])
+    rows: dict[str, list[str]] = {"": [each.method for each in forecasts]}
+    rows["trainable"] = [f"{each.parameters.trainable / 1e6:,.2f} M" for each in forecasts]
     if any(each.parameters.targets for each in forecasts):
-        yield _row("linears with LoRA", [str(each.parameters.targets or "-") for each in forecasts])
+        rows["linears with LoRA"] = [str(each.parameters.targets or "-") for each in forecasts]
         files = [each.parameters.adapter_bytes for each in forecasts]
-        yield _row("adapter file", [_bytes(size) if size else "-" for size in files])
+        rows["adapter file"] = [_bytes(size) if size else "-" for size in files]
     for name in ("weights", "gradients", "optimizer_state", "activations", "peak"):
-        yield _row(name.replace("_", " "), [_bytes(getattr(each.trace, name)) for each in forecasts])
-    yield _row("  reached in the", [each.trace.peak_in for each in forecasts])
+        rows[name.replace("_", " ")] = [_bytes(getattr(each.trace, name)) for each in forecasts]
+    rows["  reached in the"] = [each.trace.peak_in for each in forecasts]
     for name in ("forward", "backward", "step", "per_image"):
-        yield _row(name.replace("_", " "), [_flops(each.to_dict()["flops"][name]) for each in forecasts])
+        rows[name.replace("_", " ")] = [_flops(each.to_dict()["flops"][name]) for each in forecasts]
+    for name, cells in rows.items():
+        yield f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells)
 
 
 def _classic_line(classic: dict[str, int], rank: int) -> str:
@@ -176,33 +164,3 @@ def _bytes(count: int) -> str:
 
 def _flops(count: float) -> str:
     return f"{count / 1e12:,.2f} TFLOP" if count >= 1e12 else f"{count / 1e9:,.2f} GFLOP"
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells)
-
-
-@contextmanager
-def _light_process() -> Iterator[None]:
-    """For a process that does nothing but this verb: no packages that diffusers, transformers and peft look into for other
-    models, and no garbage collections. That is a third of its time, which is mostly that of imports.
-
-    Once torch is loaded, as where others call `main`, this does nothing: libraries remember what they did not find.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    find_spec, hidden = importlib.util.find_spec, ("scipy", "torchao", "torchvision", "triton")
-    importlib.util.find_spec = lambda name, package=None: (
-        None if name.split(".")[0] in hidden else find_spec(name, package)
-    )
-    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]
-    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # it warns that it misses triton
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # nor one when the process ends
-        importlib.util.find_spec = find_spec
-        for name in hidden:
-            sys.modules.pop(name, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mmdit_lora.models import FAMILIES, Family, LayoutModelMixin, family_of
 from mmdit_lora.models.families import stream_changes
 
 DEFAULT_SIDE = 1024
-_CURE = "give a pipeline folder, its transformer folder, a hub id, or a --family without a base"
+_HINT = "give a pipeline folder, its transformer folder, a hub id, or a --family without a base"
 # Options of a new layout stream: key of the transformer -> option of the command line.
 STREAM_OPTIONS = {
     "layout_attention": "--attention",
@@ -86,8 +86,7 @@ def preset_base(preset: str, options: Mapping[str, Any]) -> PlannedBase:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(presets)}"
         raise InputError(f"is {preset!r}, which is not known", location="--family", hint=hint)
     family = presets[preset]
-    arguments = dict(family.presets[preset])
-    return PlannedBase(preset, family, _with_options(preset, family, arguments, options), family.vae_scale_factor)
+    return _planned(preset, family, family.presets[preset], options, has_stream=False)
 
 
 def load_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
@@ -100,18 +99,34 @@ def load_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
         InputError: no such base, no config, or one of another model; or the options contradict its layout stream.
     """
     folder = Path(base)
-    config = _read_folder(folder) if folder.exists() else _fetch(base)
+    if folder.exists():
+        files = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
+        if not files:
+            raise InputError("has neither transformer/config.json nor config.json", location=base, hint=_HINT)
+        config = read_base_config(files[0])
+    else:
+        try:
+            config = read_base_config(Path(hf_hub_download(base, "config.json", subfolder="transformer")))
+        except InputError:
+            raise
+        except Exception as error:  # the hub's client and its HTTP library raise types of their own
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            what = f"is no folder, and as a hub id its transformer/config.json cannot be had ({first})"
+            raise InputError(what, location=base, hint=_HINT) from error
     family = family_of(config, location=base)
+    has_stream = config["_class_name"] == family.transformer.__name__
+    planned = _planned(base, family, config, options, has_stream=has_stream)
+    vae = folder / "vae" / "config.json"
+    stages = read_base_config(vae).get("block_out_channels") if vae.is_file() else None
+    # As diffusers' pipelines compute it.
+    return replace(planned, vae_scale_factor=2 ** (len(stages) - 1)) if isinstance(stages, list) and stages else planned
+
+
+def _planned(
+    base: str, family: Family, config: Mapping[str, Any], options: Mapping[str, Any], *, has_stream: bool
+) -> PlannedBase:
     known = inspect.signature(family.transformer.__init__).parameters
     arguments = {key: value for key, value in config.items() if key in known}
-    has_stream = config["_class_name"] == family.transformer.__name__
-    arguments = _with_options(base, family, arguments, options, has_stream=has_stream)
-    return PlannedBase(base, family, arguments, _vae_scale_factor(folder) or family.vae_scale_factor)
-
-
-def _with_options(
-    base: str, family: Family, arguments: dict[str, Any], options: Mapping[str, Any], *, has_stream: bool = False
-) -> dict[str, Any]:
     changes = stream_changes(
         family.transformer,
         arguments,
@@ -121,31 +136,4 @@ def _with_options(
         location=STREAM_OPTIONS,
         hint="leave it out",
     )
-    return arguments | changes
-
-
-def _read_folder(folder: Path) -> dict[str, Any]:
-    for file in (folder / "transformer" / "config.json", folder / "config.json"):
-        if file.is_file():
-            return read_base_config(file)
-    raise InputError("has neither transformer/config.json nor config.json", location=str(folder), hint=_CURE)
-
-
-def _fetch(base: str) -> dict[str, Any]:
-    try:
-        file = hf_hub_download(base, "config.json", subfolder="transformer")
-    except Exception as error:  # the hub's client and its HTTP library raise types of their own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"is no folder, and as a hub id its transformer/config.json cannot be had ({first})",
-            location=base,
-            hint=_CURE,
-        ) from error
-    return read_base_config(Path(file))
-
-
-def _vae_scale_factor(folder: Path) -> int | None:
-    """From a pipeline folder's VAE, as diffusers' pipelines compute it."""
-    file = folder / "vae" / "config.json"
-    stages = read_base_config(file).get("block_out_channels") if file.is_file() else None
-    return 2 ** (len(stages) - 1) if isinstance(stages, list) and stages else None
+    return PlannedBase(base, family, arguments | changes, family.vae_scale_factor)

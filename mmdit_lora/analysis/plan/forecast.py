@@ -89,7 +89,10 @@ def forecast(base: PlannedBase, setup: Setup, method: Method) -> Forecast:
         InputError: the base does not take this setup, or its config makes no model.
     """
     model = planned_model(base, setup.dtype)
-    latents, slots = base.latent_side(model, setup.resolution), _slots(model, setup.boxes)
+    latents, slots = base.latent_side(model, setup.resolution), model.config.layout_slots or setup.boxes
+    if setup.boxes > slots:
+        what, hint = f"is {setup.boxes}, and this base takes {slots}", f"give at most {slots} boxes"
+        raise InputError(what, location="--boxes", hint=hint)
     numbers = set_for(model, method, setup.rank)
     model.train()
     if setup.checkpoint_every:
@@ -117,14 +120,8 @@ def set_for(model: Any, method: Method, rank: int) -> Parameters:
     stream = sum(p.numel() for name, p in model.named_parameters() if "layout" in name)
     run = {"base": "planned", "method": method, "data": "none", "lora": {"r": rank, "alpha": 2.0 * rank}}
     report = set_trainable(model, Config.model_validate(run))
-    targets = report.details.get("targets", ())
-    return Parameters(
-        base=report.total_params - stream,
-        stream=stream,
-        trainable=report.trainable_params,
-        targets=len(targets),
-        adapter_bytes=report.details.get("adapter_bytes"),
-    )
+    targets, size = report.details.get("targets", ()), report.details.get("adapter_bytes")
+    return Parameters(report.total_params - stream, stream, report.trainable_params, len(targets), size)
 
 
 def empty_batch(model: Any, setup: Setup, latents: int, slots: int) -> Batch:
@@ -145,15 +142,6 @@ def empty_batch(model: Any, setup: Setup, latents: int, slots: int) -> Batch:
         pooled=torch.empty(size, model.config.pooled_projection_dim),
         layout=layout,
     )
-
-
-def _slots(model: Any, boxes: int) -> int:
-    slots = model.config.layout_slots
-    if slots is not None and boxes > slots:
-        raise InputError(
-            f"is {boxes}, and this base takes {slots}", location="--boxes", hint=f"give at most {slots} boxes"
-        )
-    return slots or boxes
 
 
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
