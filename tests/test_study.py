@@ -14,7 +14,7 @@ import torch
 
 from mmdit_lora.analysis.spectrum import phi as similarity
 from mmdit_lora.analysis.studies import runs as study_runs
-from mmdit_lora.analysis.studies.budget import ALL, ATTENTION, BOTH, ONE, OTHER, BudgetStudy, groups, spend
+from mmdit_lora.analysis.studies.budget import ALL, ATTENTION, BOTH, ONE, OTHER, BudgetStudy, changes, groups, spend
 from mmdit_lora.analysis.studies.intrinsic import IntrinsicDimensionStudy
 from mmdit_lora.analysis.studies.methods import FULL, LORA, MethodsStudy
 from mmdit_lora.analysis.studies.rank import RankStudy
@@ -108,7 +108,7 @@ def test_every_way_to_spend_costs_the_same(attention: str, base: Path, data: Pat
         ranks = spend(budget, {name: shapes[name] for name in names})
         assert all(rank >= max(ranks.values()) - 1 or rank == min(shapes[name]) for name, rank in ranks.items())
         # What PEFT makes of it is what counts.
-        config = Arm("x", 0, BudgetStudy()._changes(setup, ranks)).config(setup)
+        config = Arm("x", 0, changes(setup, ranks)).config(setup)
         fresh = tiny_transformer(layout_attention=attention)
         report = add_layout_lora(fresh, lora_config(config.lora))
         assert report.trainable_params == pytest.approx(budget, rel=0.02)

@@ -128,7 +128,9 @@ def resize_adapter(
                 on_progress(condition if name == "adapter" else name, done)
 
         opened.pipe.to(device)
-        result = evaluate(opened.pipe, records or (), settings or SamplingConfig(), seed=seed, on_progress=tell).conditions
+        result = evaluate(
+            opened.pipe, records or (), settings or SamplingConfig(), seed=seed, on_progress=tell
+        ).conditions
         opened.pipe.to("cpu")
         return {"base": dict(result["base"].fidelity), condition: dict(result["adapter"].fidelity)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,8 +36,11 @@ from mmdit_lora.cli.sample import (
     torch_dtype,
 )
 from mmdit_lora.config.ranges import Range
+from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
+from mmdit_lora.files import write_json, write_text
 from mmdit_lora.outputs import check_new_folder, new_folder
+from mmdit_lora.visual import phrase_colors, save_png
 
 if TYPE_CHECKING:
     from mmdit_lora.analysis.resize import Resized
@@ -70,18 +73,17 @@ def inspect(
         check_new_folder(out, verb="inspect", inputs=inputs)
     from mmdit_lora.analysis.inspect_page import lines, page
     from mmdit_lora.analysis.inspection import inspect_adapter
-    from mmdit_lora.files import write_json, write_text
 
-    found = inspect_adapter(adapter, base=base, against=against, dtype=torch_dtype(dtype))
-    for line in lines(found):
+    inspection = inspect_adapter(adapter, base=base, against=against, dtype=torch_dtype(dtype))
+    for line in lines(inspection):
         say(line)
     if out is not None:
         with new_folder(out, verb="inspect", inputs=inputs) as temporary:
-            write_text(temporary / "inspect.html", page(found))
-            write_json(temporary / "inspect.json", found.to_dict())
+            write_text(temporary / "inspect.html", page(inspection))
+            write_json(temporary / "inspect.json", inspection.to_dict())
         say(f"wrote {out / 'inspect.html'} and inspect.json")
     if as_json:
-        emit(found.to_dict())
+        emit(inspection.to_dict())
 
 
 def resize(
@@ -112,11 +114,7 @@ def resize(
         what = "give --rank or --energy" if rank is None else "--rank and --energy are given"
         raise InputError(what, hint="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
     check_new_folder(out, verb="resize", inputs={"ADAPTER": adapter, "--base": base, "--data": data})
-    records = None
-    if data is not None:
-        from mmdit_lora.data.records import read_dataset
-
-        records = read_dataset(data)
+    records = None if data is None else read_dataset(data)
     import torch
 
     from mmdit_lora.analysis.resize import resize_adapter
@@ -159,8 +157,6 @@ def attribute(
     as_json: JsonFlag = False,
 ) -> None:
     """Which box moved which part of the image: each box left out once, and the image's attention to it, drawn."""
-    from dataclasses import asdict
-
     inputs = sampling_inputs(base, adapter, layout)
     check_new_folder(out, verb="attribute", inputs=inputs)
     layouts = layouts_of(layout)[:count]
@@ -170,18 +166,15 @@ def attribute(
     settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
     from mmdit_lora.analysis.attribute import attribute as run
     from mmdit_lora.analysis.attribute import sheet
-    from mmdit_lora.files import write_json
-    from mmdit_lora.visual import phrase_colors, save_png
 
     with new_folder(out, verb="attribute", inputs=inputs) as temporary:
         pipe = open_with_adapters(base, adapter, dtype, settings)
-        found = []
+        sheets = []
         with ProgressLines() as tell:
             for number, each in enumerate(layouts):
                 total, name = len(each.boxes) + 1, f"paint layout {number + 1} of {len(layouts)}"
-                found.append(
-                    run(pipe, each, settings, seed=seed + number, on_progress=partial(_tell, tell, name, total))
-                )
+                on_progress = partial(tell, name, total=total, scalars={})
+                sheets.append(run(pipe, each, settings, seed=seed + number, on_progress=on_progress))
         report = {
             "base": base,
             "adapters": adapter or [],
@@ -193,24 +186,20 @@ def attribute(
                     "caption": each.layout.caption,
                     "boxes": [box.to_dict() for box in each.boxes],
                 }
-                for number, each in enumerate(found)
+                for number, each in enumerate(sheets)
             ],
         }
         colors = phrase_colors(layouts)
-        for number, each_found in enumerate(found):
-            save_png(sheet(each_found, colors), temporary / f"{number:04d}.png")
+        for number, drawn in enumerate(sheets):
+            save_png(sheet(drawn, colors), temporary / f"{number:04d}.png")
         write_json(temporary / "attribution.json", report)
     say(f"{'share inside the box / its area':<40} {'change':>9} {'attention':>10}")
-    for each_found in found:
-        for box in each_found.boxes:
+    for drawn in sheets:
+        for box in drawn.boxes:
             say(f"  {box.phrase[:38]:<38} {_lift(box.change_lift):>9} {_lift(box.attention_lift):>10}")
-    say(f"wrote {len(found)} sheet{'s' if len(found) > 1 else ''} to {out}; look at {out / '0000.png'}")
+    say(f"wrote {len(sheets)} sheet{'s' if len(sheets) > 1 else ''} to {out}; look at {out / '0000.png'}")
     if as_json:
         emit(report | {"out": str(out)})
-
-
-def _tell(tell: Callable[..., None], name: str, total: int, done: int) -> None:
-    tell(name, done, total, {})
 
 
 def _lift(value: float | None) -> str:

@@ -47,12 +47,15 @@ _STYLE: Any = {
 
 
 @contextmanager
-def figure(width: float, height: float, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure of `width` x `height` inches in the common style, and its axes, by `Figure.subplots(**options)`."""
+def figure(
+    width: float, height: float, *, mosaic: list[Any] | None = None, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure of `width` x `height` inches in the common style, and its axes, by `Figure.subplots(**options)`, or
+    `Figure.subplot_mosaic(mosaic)`."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has more fonts
         drawn = Figure(figsize=(width, height), layout="constrained")
-        yield drawn, drawn.subplots(**options)
+        yield drawn, drawn.subplot_mosaic(mosaic) if mosaic else drawn.subplots(**options)
 
 
 def save(drawn: Figure, path: Path) -> None:

@@ -6,20 +6,23 @@ single type of weights with a larger rank".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from mmdit_lora.analysis.studies.plots import Canvas
-from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup, scaled
+from mmdit_lora.analysis.studies.plots import dots, save
+from mmdit_lora.analysis.studies.setup import Claim, Setup, Study
 from mmdit_lora.analysis.studies.statistics import Verdict
 from mmdit_lora.analysis.studies.subspace import subspace_linears
-from mmdit_lora.analysis.studies.table import BASE, Decided, Table, measure_name
+from mmdit_lora.analysis.studies.table import MEASURES, Table
 from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.intervals import mean_interval
 from mmdit_lora.training.load_base import open_encoders
+from mmdit_lora.visual.charts import figure
 
 ONE, OTHER, BOTH, ATTENTION, ALL = "fc1", "fc2", "fc1 + fc2", "attention q, v", "all linears"
 _ATTENTION = (".to_q", ".to_v", ".add_q_proj", ".add_v_proj")
@@ -71,7 +74,7 @@ def spend(budget: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     return ranks
 
 
-class BudgetStudy:
+class BudgetStudy(Study):
     """The budget is that of the config's rank on fc1 and fc2; the ratio alpha / r is the config's everywhere."""
 
     title = "The same number of parameters, spent in different places"
@@ -86,17 +89,8 @@ class BudgetStudy:
         budget = setup.config.lora.r * sum(sum(shapes[name]) for name in groups(shapes)[BOTH])
         return {way: spend(budget, {name: shapes[name] for name in names}) for way, names in found.items()}
 
-    def _changes(self, setup: Setup, ranks: Mapping[str, int]) -> dict[str, Any]:
-        ratio, lowest = setup.config.lora.alpha / setup.config.lora.r, min(ranks.values())
-        more = {name: rank for name, rank in ranks.items() if rank != lowest}
-        return {
-            "method": "lora",
-            "lora.r": lowest,
-            "lora.alpha": ratio * lowest,
-            "lora.targets": list(ranks),
-            "lora.rank_pattern": more,
-            "lora.alpha_pattern": {name: ratio * rank for name, rank in more.items()},
-        }
+    def variants(self, setup: Setup) -> Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]:
+        return {way: (changes(setup, ranks), (1 / 3, 1, 3)) for way, ranks in self.ways(setup).items()}
 
     def claims(self, setup: Setup) -> list[Claim]:
         rule = (
@@ -104,66 +98,65 @@ class BudgetStudy:
             f"upper end is below {_MARGIN:.0%} of the gain over the base; else undecided. The best single one is the one "
             "with the best mean, which favours it."
         )
-        claims = [Claim("A budget is better spread over fc1 and fc2 than spent on the better one of them alone.", rule)]
-        if not setup.quick:
-            claims.append(
-                Claim(
-                    "A budget is better spread over all linears of the stream than spent on the best single kind.", rule
-                )
-            )
-        return claims
-
-    def scans(self, setup: Setup) -> list[Scan]:
-        rates = scaled(setup.config.train.learning_rate, (1 / 3, 1, 3))
-        return [Scan(way, rates, self._changes(setup, ranks)) for way, ranks in self.ways(setup).items()]
-
-    def arms(self, setup: Setup, rates: Mapping[str, float]) -> list[Arm]:
-        ways = self.ways(setup)
-        return [
-            Arm(BASE, 0, None),
-            *(
-                Arm(way, seed, {**self._changes(setup, ranks), "train.learning_rate": rates[way]})
-                for seed in setup.seeds
-                for way, ranks in ways.items()
+        claims = [
+            Claim(
+                "A budget is better spread over fc1 and fc2 than spent on the better one of them alone.",
+                rule,
+                partial(_better_spread, BOTH, (ONE, OTHER)),
+            ),
+            Claim(
+                "A budget is better spread over all linears of the stream than spent on the best single kind.",
+                rule,
+                partial(_better_spread, ALL, (ONE, OTHER, ATTENTION)),
             ),
         ]
+        return claims[:1] if setup.quick else claims
 
-    def conclude(self, setup: Setup, table: Table) -> tuple[list[Decided], dict[str, Any]]:
-        pairs = [(BOTH, (ONE, OTHER)), (ALL, (ONE, OTHER, ATTENTION))]
-        decided = []
-        for claim, (spread, singles) in zip(self.claims(setup), pairs, strict=False):
-            gains = {way: table.gains(way, table.main) for way in (spread, *singles) if way in table.settings}
-            known = {way: value for way, value in gains.items() if value is not None}
-            best = max((way for way in known if way != spread), key=lambda way: known[way].mean())
-            difference = mean_interval(known[spread] - known[best])
-            gain = mean_interval(known[spread])
-            result: Verdict = "undecided"
-            if difference.low > 0:
-                result = "held"
-            elif difference.high < _MARGIN * gain.mean:
-                result = "did not hold"
-            figures = {
-                "measure": measure_name(table.main),
-                "spread": spread,
-                "best_single": best,
-                "difference": difference,
-                "gain_of_spread": gain,
-            }
-            decided.append(Decided(claim.text, claim.rule, result, figures))
-        return decided, {"ranks": self.ways(setup)}
+    @override
+    def extra(self, setup: Setup, table: Table) -> dict[str, Any]:
+        return {"ranks": self.ways(setup)}
 
+    @override
     def draw(self, setup: Setup, table: Table, extra: dict[str, Any], path: Path) -> None:
-        del setup
-        labels = {
-            way: f"{way}\n{table.of(way)[0]['trainable_params']:,} parameters, r {_range(ranks)}"
-            for way, ranks in extra["ranks"].items()
-        }
-        canvas = Canvas(self.title, rows=1, columns=2, size=(5.2, 4.2))
-        canvas.dots(canvas.place(0, 0), table, labels, "ious")
-        canvas.dots(canvas.place(0, 1), table, labels, "loss")
-        canvas.save(path)
+        labels = {}
+        for way, ranks in extra["ranks"].items():
+            low, high = min(ranks.values()), max(ranks.values())
+            rank = f"{low}" if low == high else f"{low}-{high}"
+            labels[way] = f"{way}\n{table.of(way)[0]['trainable_params']:,} parameters, r {rank}"
+        with figure(10.4, 4.6, ncols=2, sharey=True) as (drawn, (ious, loss)):
+            dots(ious, table, labels, "ious")
+            dots(loss, table, labels, "loss")
+            save(drawn, self.title, path)
 
 
-def _range(ranks: Mapping[str, int]) -> str:
-    low, high = min(ranks.values()), max(ranks.values())
-    return f"{low}" if low == high else f"{low}-{high}"
+def changes(setup: Setup, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Of the config, for LoRA with these ranks."""
+    ratio, lowest = setup.config.lora.alpha / setup.config.lora.r, min(ranks.values())
+    more = {name: rank for name, rank in ranks.items() if rank != lowest}
+    return {
+        "method": "lora",
+        "lora.r": lowest,
+        "lora.alpha": ratio * lowest,
+        "lora.targets": list(ranks),
+        "lora.rank_pattern": more,
+        "lora.alpha_pattern": {name: ratio * rank for name, rank in more.items()},
+    }
+
+
+def _better_spread(spread: str, singles: tuple[str, ...], table: Table) -> tuple[Verdict, dict[str, Any]]:
+    gains = {way: table.gains(way, table.main) for way in (spread, *singles) if way in table.settings}
+    known = {way: value for way, value in gains.items() if value is not None}
+    best = max((way for way in known if way != spread), key=lambda way: known[way].mean())
+    difference, gain = mean_interval(known[spread] - known[best]), mean_interval(known[spread])
+    result: Verdict = "undecided"
+    if difference.low > 0:
+        result = "held"
+    elif difference.high < _MARGIN * gain.mean:
+        result = "did not hold"
+    return result, {
+        "measure": MEASURES[table.main],
+        "spread": spread,
+        "best_single": best,
+        "difference": difference,
+        "gain_of_spread": gain,
+    }

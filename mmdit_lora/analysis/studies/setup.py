@@ -1,16 +1,21 @@
-"""What a study is asked for, and the runs that it is made of."""
+"""What a study is asked for, the runs that it is made of, and the claims that it decides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mmdit_lora.analysis.studies.statistics import Verdict
 from mmdit_lora.config.loading import Config
 from mmdit_lora.training.trainable import FoldedMethod
 
-QUICK_STEPS, QUICK_IMAGES = 3, 4
+if TYPE_CHECKING:
+    from mmdit_lora.analysis.studies.table import Table
+
+BASE = "base"  # the setting without any training
+QUICK_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim, and the rule by which it is decided; both are written before the first run."""
-
-    text: str
-    rule: str
-
-
-@dataclass(frozen=True)
 class Scan:
     """Learning rates to try for a kind of run before the study itself, a third of the steps each, on a seed of its own.
 
@@ -140,6 +137,72 @@ class Scan:
             "train.max_steps": max(1, setup.config.train.max_steps // 3),
         }
         return Arm(f"scan {self.kind} {rate:.2g}", setup.scan_seed, changes, self.base, trial=True)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, and the rule by which it is decided; both are written before the first run.
+
+    Args:
+        decide: applies the rule to the runs: the verdict, and the figures that it was read from.
+    """
+
+    text: str
+    rule: str
+    decide: Callable[[Table], tuple[Verdict, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A claim, decided."""
+
+    text: str
+    rule: str
+    result: Verdict
+    figures: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"claim": self.text, "result": self.result, "rule": self.rule, "figures": self.figures}
+
+
+class Study:
+    """What a study compares, and how that is judged and drawn."""
+
+    title: str
+
+    def variants(self, setup: Setup) -> Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]:
+        """Setting -> changes of the config, and factors of its learning rate to try."""
+        raise NotImplementedError
+
+    def claims(self, setup: Setup) -> list[Claim]:
+        raise NotImplementedError
+
+    def draw(self, setup: Setup, table: Table, extra: dict[str, Any], path: Path) -> None:
+        """Write the plot. `extra`: what `extra` gave."""
+        raise NotImplementedError
+
+    def extra(self, setup: Setup, table: Table) -> dict[str, Any]:
+        """What else goes into `study.json`."""
+        del setup, table
+        return {}
+
+    def scans(self, setup: Setup) -> list[Scan]:
+        rate = setup.config.train.learning_rate
+        return [Scan(name, scaled(rate, factors), changes) for name, (changes, factors) in self.variants(setup).items()]
+
+    def arms(self, setup: Setup, rates: Mapping[str, float]) -> list[Arm]:
+        """All runs. `rates`: of each scan."""
+        variants = self.variants(setup)
+        return [Arm(BASE, 0, None)] + [
+            Arm(name, seed, {**changes, "train.learning_rate": rates[name]})
+            for seed in setup.seeds
+            for name, (changes, _) in variants.items()
+        ]
+
+    def conclude(self, setup: Setup, table: Table) -> tuple[list[Decided], dict[str, Any]]:
+        """The claims, decided, and `extra`."""
+        decided = [Decided(claim.text, claim.rule, *claim.decide(table)) for claim in self.claims(setup)]
+        return decided, self.extra(setup, table)
 
 
 def scaled(rate: float, factors: Sequence[float]) -> list[float]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import combinations
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from mmdit_lora.analysis.spectrum import of_product, phi
 
 Which = Literal["A", "BA"]
+Directions = dict[str, Tensor]  # of a module's input space, by module
 
 
 def directions(rows: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def directions(rows: Tensor) -> Tensor:
     return torch.linalg.svd(rows.double(), full_matrices=False).Vh
 
 
-def adapter_directions(folder: Path, which: Which) -> dict[str, Tensor]:
+def adapter_directions(folder: Path, which: Which) -> Directions:
     """Directions in each module's input space, by module: of A, as in the paper, or of the whole update B A."""
     tensors = load_file(folder / "adapter_model.safetensors")
     out = {}
@@ -33,31 +33,21 @@ def adapter_directions(folder: Path, which: Which) -> dict[str, Tensor]:
     return out
 
 
-def by_module(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-    """(modules, r, s) similarities of two adapters of the same modules."""
-    return torch.stack([phi(one[name], other[name]) for name in one])
+def compare(pairs: Iterable[tuple[Directions, Directions]]) -> Tensor:
+    """(pairs, modules, r, s) similarities of two adapters of the same modules each."""
+    return torch.stack([torch.stack([phi(one[name], other[name]) for name in one]) for one, other in pairs])
 
 
-def between(ones: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> Tensor:
-    """(seeds, modules, r, s): of each seed's pair."""
-    return torch.stack([by_module(one, other) for one, other in zip(ones, others, strict=True)])
-
-
-def between_seeds(ones: list[dict[str, Tensor]]) -> Tensor:
-    """(pairs, modules, r, r): of every two seeds."""
-    return torch.stack([by_module(one, other) for one, other in combinations(ones, 2)])
-
-
-def random_like(ones: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> Tensor:
-    """As `between`, of Gaussian matrices of the same shapes, as drawn beside in the paper's figures."""
+def random_pairs(pairs: Iterable[tuple[Directions, Directions]]) -> list[tuple[Directions, Directions]]:
+    """Directions of Gaussian matrices of the same shapes, as drawn beside in the paper's figures."""
     draw = torch.Generator().manual_seed(0)
 
     def gaussian(like: Tensor) -> Tensor:
         return directions(torch.randn(like.shape, generator=draw, dtype=torch.float64))
 
-    return torch.stack(
-        [
-            torch.stack([phi(gaussian(one[name]), gaussian(other[name])) for name in one])
-            for one, other in zip(ones, others, strict=True)
-        ]
-    )
+    drawn: list[tuple[Directions, Directions]] = []
+    for one, other in pairs:
+        drawn.append(({}, {}))
+        for name in one:
+            drawn[-1][0][name], drawn[-1][1][name] = gaussian(one[name]), gaussian(other[name])
+    return drawn

@@ -6,10 +6,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,9 +18,9 @@ from mmdit_lora.analysis.studies.methods import MethodsStudy
 from mmdit_lora.analysis.studies.rank import RankStudy
 from mmdit_lora.analysis.studies.report import markdown
 from mmdit_lora.analysis.studies.runs import OnProgress, read_figures, run_all, scan_rates
-from mmdit_lora.analysis.studies.setup import Arm, Claim, Scan, Setup
+from mmdit_lora.analysis.studies.setup import Scan, Setup, Study
 from mmdit_lora.analysis.studies.statistics import plain
-from mmdit_lora.analysis.studies.table import Decided, Table
+from mmdit_lora.analysis.studies.table import Table
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
@@ -34,18 +32,6 @@ from mmdit_lora.training.setup import read_data
 _BY_IMAGE = ("ious", "old_ious", "loss_minus_base", "old_losses")  # these stay in the runs' own files
 PLAN, RESULTS, PLOT, PAGE, VERDICT = "plan.json", "study.json", "study.png", "study.md", "verdict.json"
 _WRITTEN = (PLAN, RESULTS, PLOT, PAGE, VERDICT, "runs/", "cache/")
-
-
-class Study(Protocol):
-    """What a study is made of. `conclude` gets the figures of all arms; its second answer goes into `study.json`."""
-
-    title: str
-
-    def claims(self, setup: Setup) -> list[Claim]: ...
-    def scans(self, setup: Setup) -> list[Scan]: ...
-    def arms(self, setup: Setup, rates: Mapping[str, float]) -> list[Arm]: ...
-    def conclude(self, setup: Setup, table: Table) -> tuple[list[Decided], dict[str, Any]]: ...
-    def draw(self, setup: Setup, table: Table, extra: dict[str, Any], path: Path) -> None: ...
 
 
 STUDIES: dict[str, Study] = {
@@ -73,7 +59,7 @@ def run_study(
     """
     study, out = STUDIES[setup.name], setup.out
     check_open_folder(out, verb="study", names=_WRITTEN)
-    scans = _look(setup, study)
+    scans = _check(setup, study)
     inputs = {"base": setup.config.base, "data.path": setup.config.data.path, "--old": setup.old}
     with open_folder(out, verb="study", names=_WRITTEN, inputs=inputs):
         _claim_folder(setup, study)
@@ -120,8 +106,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _look(setup: Setup, study: Study) -> list[Scan]:
-    """See what can be seen before the first run is started and anything is written; the scans of the study.
+def _check(setup: Setup, study: Study) -> list[Scan]:
+    """Check what can be checked before the first run; the scans of the study.
 
     Raises:
         InputError: nothing is held out, a base or data set cannot be opened, or a run's config is not valid.

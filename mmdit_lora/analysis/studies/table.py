@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from mmdit_lora.analysis.studies.runs import Figures
-from mmdit_lora.analysis.studies.statistics import Array, Verdict
+from mmdit_lora.analysis.studies.setup import BASE
+from mmdit_lora.analysis.studies.statistics import Array
 from mmdit_lora.evaluation.intervals import Interval, mean_interval
 
 Measure = Literal["ious", "old_ious", "loss", "old_loss"]
 _KEYS: dict[Measure, str] = {"loss": "loss_minus_base", "old_loss": "old_losses"}
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A claim, decided."""
-
-    text: str
-    rule: str
-    result: Verdict
-    figures: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"claim": self.text, "result": self.result, "rule": self.rule, "figures": self.figures}
+MEASURES: dict[Measure, str] = {
+    "ious": "mean IoU of held-out layouts",
+    "loss": "held-out loss below the base's",
+    "old_ious": "mean IoU of layouts of the old domain",
+    "old_loss": "loss in the old domain below the base's",
+}
 
 
 class Table:
@@ -68,26 +60,20 @@ class Table:
             return None
         return "old_ious" if all(run["old_ious"] is not None for run in self.runs) else "old_loss"
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a setting, for `study.json` and the table."""
-        return [self._row(setting) for setting in self.settings]
-
     def interval(self, setting: str, measure: Measure) -> Interval | None:
         values = self.values(setting, measure)
         return None if values is None else mean_interval(values)
 
     def gain(self, setting: str, measure: Measure) -> Interval | None:
-        """Over the base, paired by image; None for the base itself."""
-        base = next((name for name in self.bases if setting.startswith(name.removesuffix(BASE))), None)
-        if base is None or setting == base:
-            return None
-        gains = self.gains(setting, measure, base)
+        """Over the base (`base`, or `<label> base` where there are several), paired by image; None for a base itself."""
+        bases = (run["setting"] for run in self.runs if run["learning_rate"] is None)
+        base = next((name for name in bases if setting.startswith(name.removesuffix(BASE))), None)
+        gains = None if base in (None, setting) else self.gains(setting, measure, base or BASE)
         return None if gains is None else mean_interval(gains)
 
-    @property
-    def bases(self) -> list[str]:
-        """Settings that are a base itself: `base`, or `<label> base` where there are several."""
-        return [run["setting"] for run in self.runs if run["learning_rate"] is None]
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a setting, for `study.json` and the table."""
+        return [self._row(setting) for setting in self.settings]
 
     def _row(self, setting: str) -> dict[str, Any]:
         runs = self.of(setting)
@@ -109,16 +95,6 @@ class Table:
             "seconds": _mean([run["seconds"] for run in runs]),
             "peak_memory": max((run["peak_memory"] for run in trained), default=None),
         }
-
-
-def measure_name(measure: Measure) -> str:
-    """For reports."""
-    return {
-        "ious": "mean IoU of held-out layouts",
-        "loss": "held-out loss below the base's",
-        "old_ious": "mean IoU of layouts of the old domain",
-        "old_loss": "loss in the old domain below the base's",
-    }[measure]
 
 
 def _negative(interval: Interval | None) -> Interval | None:
