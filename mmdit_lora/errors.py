@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -110,6 +110,11 @@ def listed(names: Iterable[object]) -> str:
     """The first eight names, each clipped, and whether there are more, for messages."""
     names = list(names)
     return ", ".join(clip(name, 100) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def counted(faults: Mapping[str, Collection[object]]) -> str:
+    """Kind of fault -> names, as "2 missing: a, b; 1 unexpected: c"; empty where there is none."""
+    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names)
 
 
 def several(errors: Sequence[InputError], *, location: str, hint: str | None = None) -> InputError:

@@ -21,8 +21,9 @@ from diffusers.training_utils import cast_training_params
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
+from mmdit_lora.config.ranges import MAX_UPDATE
 from mmdit_lora.errors import InputError, clip, listed, shown
 from mmdit_lora.models.adapter_layers import (
     adapter_layers,
@@ -128,19 +129,16 @@ class LayoutLoraReport:
         return asdict(self)
 
     def __str__(self) -> str:
+        def some(names: list[str]) -> str:
+            return f" ({', '.join(names[:2])}{', ...' * (len(names) > 2)})" if names else ""
+
         share = 100 * self.trainable_params / max(self.total_params, 1)
         rows = [
-            (
-                "targets",
-                f"{len(self.targets)} linears ({', '.join(self.targets[:2])}{', ...' * (len(self.targets) > 2)})",
-            ),
+            ("targets", f"{len(self.targets)} linears" + some(self.targets)),
             ("trainable", f"{self.trainable_params:,} of {self.total_params:,} parameters ({share:.3f} %)"),
             ("adapter", f"{self.adapter_bytes / 2**20:.2f} MiB in fp32"),
-            ("zero gates", f"{len(self.zero_gates)}" + (f" ({self.zero_gates[0]}, ...)" if self.zero_gates else "")),
-            (
-                "dead targets",
-                f"{len(self.dead_targets)}" + (f" ({self.dead_targets[0]}, ...)" if self.dead_targets else ""),
-            ),
+            ("zero gates", f"{len(self.zero_gates)}" + some(self.zero_gates)),
+            ("dead targets", f"{len(self.dead_targets)}" + some(self.dead_targets)),
         ]
         return "\n".join(f"{name:<13} {value}" for name, value in rows)
 
@@ -405,6 +403,13 @@ def adapter_shapes(targets: Mapping[str, nn.Module], config: peft.LoraConfig) ->
         if config.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (width_out,)
     return shapes
+
+
+def largest_update(up: Tensor, down: Tensor, scale: float) -> float:
+    """Largest entry of scale * B A, or, where that is at most `MAX_UPDATE`, a bound of it; up (out, r), down (r, in)."""
+    up, down = up.double(), down.double()
+    bound = scale * up.norm(dim=1).max().item() * down.norm(dim=0).max().item()
+    return bound if bound <= MAX_UPDATE else scale * (up @ down).abs().max().item()
 
 
 def with_adapter(name: str, adapter_name: str) -> str:

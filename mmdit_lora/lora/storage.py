@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmdit_lora.config.ranges import MAX_UPDATE
-from mmdit_lora.errors import InputError, clip, listed
+from mmdit_lora.errors import InputError, clip, counted, listed
 from mmdit_lora.files import public_name, read_text
 from mmdit_lora.lora.inject import (
     Undo,
@@ -29,6 +29,7 @@ from mmdit_lora.lora.inject import (
     describe_lora,
     find_targets,
     inject,
+    largest_update,
     with_adapter,
 )
 from mmdit_lora.lora.known_bases import remember_base
@@ -329,56 +330,36 @@ def _refuse_unfit(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) 
     if any(faults.values()):
         bare = not any(name.startswith(KEY_PREFIX) for name in found)
         raise InputError(
-            "is not an adapter of this base: " + _counted(faults),
+            f"is not an adapter of this base: {counted(faults)}",
             location=str(stored.path),
             hint=f"PEFT keys begin with {KEY_PREFIX!r}; `mmdit-lora export --to peft` writes them"
             if bare
             else "load it on the base that it was trained on (`mmdit-lora inspect` shows which)",
         )
-    faults = {
-        "not finite": [
-            # As they will act: what is finite in fp64 may not be in fp32.
-            name
-            for name, v in stored.tensors.items()
-            if not v.is_floating_point() or not v.float().isfinite().all()
-        ]
-    }
-    if any(faults.values()):
+    # As they will act: what is finite in fp64 may not be in fp32.
+    infinite = [n for n, v in stored.tensors.items() if not v.is_floating_point() or not v.float().isfinite().all()]
+    if infinite:
         raise InputError(
-            "holds weights that are no finite numbers: " + _counted(faults),
+            f"its weights are NaN or infinite: {counted({'not finite': infinite})}",
             location=str(stored.path),
             hint="the training that wrote it diverged, or the file is damaged: train at a lower learning rate, or get it anew",
         )
-    absurd = [
-        name for name in sorted(shapes) if name.endswith(".lora_A.weight") and not _largest(stored, name) <= MAX_UPDATE
-    ]
-    absurd += [
-        name
-        for name, value in stored.tensors.items()
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")) and not value.abs().max() <= MAX_UPDATE
-    ]
+    config, alphas, absurd = stored.config, stored.config.alpha_pattern or {}, []
+    for name, value in stored.tensors.items():
+        module = name.removeprefix(KEY_PREFIX).removesuffix(".lora_A.weight")
+        if name.endswith(".lora_A.weight"):
+            alpha = abs(float(alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)))
+            scale = alpha / (math.sqrt(len(value)) if config.use_rslora else len(value))
+            largest = largest_update(stored.tensors[f"{KEY_PREFIX}{module}.lora_B.weight"], value, scale)
+        else:
+            largest = 0.0 if name.endswith(".lora_B.weight") else value.abs().max().item()
+        absurd += [] if largest <= MAX_UPDATE else [name]
     if absurd:
         raise InputError(
             f"its update of {len(absurd)} linears is larger than {MAX_UPDATE:g} in an entry ({listed(absurd)})",
             location=str(stored.path),
             hint="its alpha or its weights are wrong: get it anew",
         )
-
-
-def _largest(stored: StoredAdapter, name: str) -> float:
-    """Largest entry of scale * B A, or a bound of it where that is small enough to say so."""
-    config, module = stored.config, name.removesuffix(".lora_A.weight")
-    down = stored.tensors[KEY_PREFIX + name].double()
-    up = stored.tensors[f"{KEY_PREFIX}{module}.lora_B.weight"].double()
-    alphas = config.alpha_pattern or {}
-    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha))
-    scale = abs(alpha) / (math.sqrt(len(down)) if config.use_rslora else len(down))
-    bound = scale * up.norm(dim=1).max().item() * down.norm(dim=0).max().item()
-    return bound if bound <= MAX_UPDATE else scale * (up @ down).abs().max().item()
-
-
-def _counted(faults: Mapping[str, Iterable[str]]) -> str:
-    return "; ".join(f"{len(list(names))} {kind} ({listed(names)})" for kind, names in faults.items() if names)
 
 
 def _refuse_other_base(stored: StoredAdapter, model: nn.Module, fingerprint: str | None) -> None:

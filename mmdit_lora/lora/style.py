@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.config.ranges import FINITE, MAX_UPDATE
 from mmdit_lora.errors import InputError, clip, listed
+from mmdit_lora.lora.inject import largest_update
 from mmdit_lora.lora.style_names import EMBEDDINGS, LEAVES, REFUSED, FamilyNames, Place, Places, split_key
 
 logger = logging.getLogger("mmdit_lora")
@@ -293,17 +294,16 @@ def _delta(
         change = _dora(tensors["dora_scale"], weight, scale * (up.double() @ down.double()), channels)
         up, down = _whole(change)
         delta = _Delta(up, down, float(down.shape[0]), bias, full=True)
-    largest = delta.up.abs().max().double() * delta.down.abs().max().double() * abs(delta.alpha)
-    if not all(number.float().isfinite().all() for number in (delta.up, delta.down, largest)):
+    largest = largest_update(delta.up, delta.down, abs(delta.alpha) / delta.down.shape[0])
+    finite = delta.up.float().isfinite().all() and delta.down.float().isfinite().all()
+    if not finite or not largest <= torch.finfo(torch.float32).max:
         factors = f"factors up to {delta.up.abs().max():.3g} and {delta.down.abs().max():.3g}"
         raise InputError(f"its change is not finite in fp32: {factors}, alpha {delta.alpha:.3g}")
-    if largest > MAX_UPDATE:  # a bound alone
-        entry = abs(delta.alpha) / delta.down.shape[0] * (delta.up.double() @ delta.down.double()).abs().max().item()
-        if entry > MAX_UPDATE:
-            raise InputError(
-                f"changes a weight by {entry:.3g}, more than {MAX_UPDATE:g}",
-                hint="its alpha or its weights are wrong: get it anew",
-            )
+    if largest > MAX_UPDATE:
+        raise InputError(
+            f"changes a weight by {largest:.3g}, more than {MAX_UPDATE:g}",
+            hint="its alpha or its weights are wrong: get it anew",
+        )
     return delta
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mmdit_lora.errors import InputError, listed
+from mmdit_lora.errors import InputError, counted
 from mmdit_lora.files import exists, nearest, output_path, written_as_path
 from mmdit_lora.hub import no_such_base
 from mmdit_lora.models.adapter_layers import AdapterMethods, adapter_layers, warn_of_adapters, without_adapters
@@ -126,8 +126,7 @@ class LayoutModelMixin(AdapterMethods):
             "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
         }
         if any(faults.values()):
-            found = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names)
-            raise InputError(f"does not hold this model: {found}", location=location)
+            raise InputError(f"does not hold this model: {counted(faults)}", location=location)
         if missing:
             model.reset_layout_stream(seed=layout_seed, init=layout_init)
             logger.warning(

@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmdit_lora.errors import InputError, listed
+from mmdit_lora.errors import InputError, counted
 from mmdit_lora.files import write_json
 from mmdit_lora.hub import local_copy
 from mmdit_lora.json_files import read_object
@@ -188,8 +188,7 @@ def _check(
     }
     if any(faults.values()):
         raise InputError(
-            "do not fit: "
-            + "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names),
+            f"do not fit: {counted(faults)}",
             location=location,
             hint="give the weights and the base that belong together",
         )

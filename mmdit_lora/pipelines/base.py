@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,12 +25,10 @@ from transformers import PreTrainedModel
 
 from mmdit_lora.config.ranges import Range, check_arguments, check_window
 from mmdit_lora.data.collate import collate_layouts
-from mmdit_lora.errors import InputError, NonFiniteError, clip, listed
+from mmdit_lora.errors import InputError, NonFiniteError, clip, counted, listed
 from mmdit_lora.files import exists, output_path
 from mmdit_lora.layout import Layout
-from mmdit_lora.lora import adapter_file, is_layout_adapter_file, load_adapter, merged_copy, same_adapter
-from mmdit_lora.lora.inject import Undo
-from mmdit_lora.lora.style import StyleReport
+from mmdit_lora.lora import merged_copy
 from mmdit_lora.models.adapter_layers import (
     adapter_layers,
     evaluation_mode,
@@ -198,12 +195,9 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             except SafetensorError as error:
                 raise InputError(f"is damaged: {error}", location=location, hint="get it anew") from None
             faults = {"missing": info["missing_keys"], "of another shape": info.get("mismatched_keys") or ()}
-            if any(faults.values()):
-                found = "; ".join(
-                    f"{len(keys)} {what}: {listed(sorted(map(str, keys)))}" for what, keys in faults.items() if keys
-                )
+            if found := counted({what: sorted(map(str, keys)) for what, keys in faults.items()}):
                 raise InputError(
-                    f"does not hold the weights of its config: {found}", location=location, hint="get it anew, whole"
+                    f"does not hold the weights of its config: {found}", location=location, hint="download it again"
                 )
             parts[name] = model
         return parts
@@ -295,43 +289,6 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         output_path(save_directory, folder=True)
         writer: Any = super()
         writer.save_lora_weights(save_directory, *args, safe_serialization=True, **kwargs)
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: Any,
-        adapter_name: str | None = None,
-        *,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> StyleReport:
-        """Load a style LoRA of any tool (see `StyleLoader`), or a layout adapter in any form that `export` writes, as
-        `load_adapter` does. Either acts beside the layout adapters that are active.
-
-        Raises:
-            InputError: see `StyleLoader.load_lora_weights` and `load_adapter`; or it is on the pipeline already, under
-                another name. Everything is then as it was.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        components = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
-        layout_file = None if hotswap else _layout_adapter_file(source, kwargs)
-        if layout_file is not None:
-            name = self._style_name(adapter_name, components, hotswap=False)
-            stored = load_adapter(self.transformer, layout_file, adapter_name=name)
-            self._end_disabling()
-            size = 4 * sum(tensor.numel() for tensor in stored.tensors.values())
-            return StyleReport(name, used={"transformer": stored.modules}, bytes=size)
-        undo = Undo([model for model in components.values() if model is not None])
-        report = super().load_lora_weights(source, adapter_name, hotswap=hotswap, **kwargs)
-        carriers: list[Any] = [components[name] for name in report.used]
-        twins = {same_adapter(model, report.adapter_name) for model in carriers}
-        if not hotswap and len(twins) == 1 and (twin := twins.pop()) is not None:
-            undo(report.adapter_name)
-            raise InputError(
-                f"is loaded already, as {twin!r}: it would act twice",
-                location=clip(source, 300) if isinstance(source, str | Path) else None,
-                hint=f"give it once, with a larger weight: pipe.set_adapters({twin!r}, 2.0)",
-            )
-        return report
 
     # -- sizes
 
@@ -567,18 +524,6 @@ def _check_parts(pipe: Any, location: str) -> None:
             location=f"{location}/vae",
             hint=hint,
         )
-
-
-def _layout_adapter_file(source: Any, options: Mapping[str, Any]) -> Path | None:
-    """The file of a layout adapter that `load_lora_weights` is asked for; None for anything else."""
-    if not isinstance(source, str | Path) or not exists(source):
-        return None
-    path = Path(source, options.get("subfolder") or "")
-    with suppress(InputError):  # what is no adapter is for the reader of style LoRAs to refuse
-        file = adapter_file(path / options["weight_name"] if options.get("weight_name") else path)
-        if is_layout_adapter_file(file):
-            return file
-    return None
 
 
 def _layouts_and_prompt(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,15 @@ from transformers import PreTrainedModel
 
 from mmdit_lora.config.ranges import ADAPTER_WEIGHT, check_adapter_weights
 from mmdit_lora.errors import InputError, clip, listed
-from mmdit_lora.lora import is_layout_adapter, keep_active
+from mmdit_lora.files import exists
+from mmdit_lora.lora import (
+    adapter_file,
+    is_layout_adapter,
+    is_layout_adapter_file,
+    keep_active,
+    load_adapter,
+    same_adapter,
+)
 from mmdit_lora.lora.inject import Undo
 from mmdit_lora.lora.style import StylePart, StyleReport, read_style
 from mmdit_lora.lora.style_files import fetch_style
@@ -62,11 +71,15 @@ class StyleLoader:
         hotswap: bool = False,
         **kwargs: Any,
     ) -> StyleReport:
-        """Load a LoRA file of any tool that `mmdit_lora.lora.style` reads: the exact change of every weight, or a refusal.
+        """Load a style LoRA of any tool that `mmdit_lora.lora.style` reads, the exact change of every weight or a refusal; or a
+        layout adapter in any form that `export` writes, as `load_adapter` does.
 
-        It acts on the transformer and on every text encoder that the base has, T5 too. Layout adapters that are active stay
-        active beside it (with diffusers' own, they would be switched off). After `disable_lora` it acts alone: the others stay
-        off, until `set_adapters` names them.
+            pipe.load_lora_weights("style.safetensors", adapter_name="style")
+            pipe.set_adapters(["default", "style"], [1.0, 0.6])
+
+        A style acts on the transformer and on every text encoder that the base has, T5 too. Layout adapters that are active
+        stay active beside it (with diffusers' own, they would be switched off). After `disable_lora` it acts alone: the others
+        stay off, until `set_adapters` names them.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder, a hub id, or tensors by key. Only safetensors are read.
@@ -78,8 +91,9 @@ class StyleLoader:
             What was used and what left out; both are logged, the latter as a warning.
 
         Raises:
-            InputError: see `read_style` and `fetch_style`; the name cannot be one, or is taken; an adapter is fused into the
-                weights of a model that the file changes; a model is wrapped in a `PeftModel`. Everything is then as it was.
+            InputError: see `read_style`, `fetch_style` and `load_adapter`; the name cannot be one, or is taken; an adapter is
+                fused into the weights of a model that the file changes; a model is wrapped in a `PeftModel`; or the file is on
+                the pipeline already, under another name. Everything is then as it was.
         """
         kwargs.pop("use_safetensors", None)
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
@@ -87,6 +101,11 @@ class StyleLoader:
         location = clip(source, 300) if isinstance(source, str | Path) else None
         components = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         adapter_name = self._style_name(adapter_name, components, hotswap=hotswap)
+        if not hotswap and (file := _layout_adapter_file(source, kwargs)) is not None:
+            stored = load_adapter(self.transformer, file, adapter_name=adapter_name)
+            self._end_disabling()
+            size = 4 * sum(tensor.numel() for tensor in stored.tensors.values())
+            return StyleReport(adapter_name, used={"transformer": stored.modules}, bytes=size)
         state, metadata = fetch_style(source, **kwargs)
         try:
             parts, ignored, full_rank = read_style(state, components, self.style_names, metadata=metadata)
@@ -104,6 +123,13 @@ class StyleLoader:
                 )
             if not hotswap:
                 self._end_disabling()
+                twins = {same_adapter(components[name], adapter_name) for name in parts}  # type: ignore[arg-type]
+                if len(twins) == 1 and (twin := twins.pop()) is not None:
+                    raise InputError(
+                        f"is loaded already, as {twin!r}: it would act twice",
+                        location=location,
+                        hint=f"give it once, with a larger weight: pipe.set_adapters({twin!r}, 2.0)",
+                    )
         except Exception:
             if not hotswap:
                 undo(adapter_name)
@@ -292,3 +318,15 @@ class StyleLoader:
             self._lora_scale = ADAPTER_WEIGHT.check(lora_scale, "lora_scale")
         with scaled_adapters(lora_scale, *self._text_encoders()):
             return stock.encode_prompt(*args, **kwargs)
+
+
+def _layout_adapter_file(source: Any, options: Mapping[str, Any]) -> Path | None:
+    """The file of a layout adapter that `load_lora_weights` is asked for; None for anything else."""
+    if not isinstance(source, str | Path) or not exists(source):
+        return None
+    path = Path(source, options.get("subfolder") or "")
+    with suppress(InputError):  # what is no adapter is for the reader of style LoRAs to refuse
+        file = adapter_file(path / options["weight_name"] if options.get("weight_name") else path)
+        if is_layout_adapter_file(file):
+            return file
+    return None
