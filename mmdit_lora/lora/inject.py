@@ -148,6 +148,9 @@ def add_layout_lora(
 ) -> LayoutLoraReport:
     """Freeze the model, add LoRA in fp32, and prove that exactly the LoRA trains. Also on the meta device.
 
+        report = add_layout_lora(pipe.transformer, LoraConfig(r=8, lora_alpha=16, target_modules=["layout_mlp.fc1"]))
+        optimizer = torch.optim.AdamW(lora_parameters(pipe.transformer), lr=1e-4)
+
     Args:
         model: a diffusers transformer (`PeftAdapterMixin`); changed in place.
         config: default `default_lora_config()`; not changed.

@@ -118,6 +118,8 @@ def save_adapter(
 ) -> None:
     """Write a PEFT folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`; all or nothing.
 
+        save_adapter(pipe.transformer, "outputs/adapter", metadata={"base": base, "fingerprint": base_fingerprint(transformer)})
+
     Args:
         metadata: goes as JSON into the safetensors header under `mmdit_lora`; its "base" also into the PEFT config, a hub id as
             it is, a folder by its name alone (the fingerprint says which base it is, a path says whose machine it was).
@@ -212,9 +214,14 @@ def load_adapter(
     check_base: bool = True,
     allow_same: bool = False,
 ) -> StoredAdapter:
-    """Add an adapter from a folder or file, as `train` or `export` (in any form but "merged") writes it. It acts beside the
-    adapters that are active, whose weights stay as they are (`model.set_adapters([...], weights)` chooses and mixes). After
-    `disable_lora` it acts alone: the others stay off, until `set_adapters` names them.
+    """Add an adapter from a folder or file, as `train` or `export` (in any form but "merged") writes it.
+
+        load_adapter(pipe.transformer, "outputs/run/adapter")
+        load_adapter(pipe.transformer, "other/adapter", adapter_name="other")
+        pipe.transformer.set_adapters(["default", "other"], [1.0, 0.5])
+
+    It acts beside the adapters that are active, whose weights stay as they are. After `disable_lora` it acts alone: the others
+    stay off, until `set_adapters` names them.
 
     Args:
         trainable: its weights train, in fp32, and all else is frozen; else it is frozen too.

@@ -59,7 +59,7 @@ def family_of(config: Mapping[str, Any], *, location: str) -> Family:
     """The family whose transformer a stored config describes, with a layout stream or plain.
 
     Raises:
-        InputError: none, or a size of the model is out of range; `where` is the base that it belongs to.
+        InputError: none, or a size of the model is out of range; `location` is the base that it belongs to.
     """
     name = config.get("_class_name")
     for family in FAMILIES.values():
@@ -79,15 +79,15 @@ def stream_changes(
     base: str,
     location: Mapping[str, str],
     hint: str,
-    cure_of_conflict: str | None = None,
+    conflict_hint: str | None = None,
 ) -> dict[str, Any]:
     """Of options for the layout stream, those that change a base: all where it has no stream, none where it has one.
 
     Args:
         config: of its transformer, as stored.
         wanted: key of the transformer's config -> value; None = as it is.
-        base: its name, for messages. where: key -> what the option is called there. cure: of an option that is too much.
-        cure_of_conflict: of one that contradicts the base's own stream; None = `cure`.
+        base: its name, for messages. location: key -> what the option is called there. hint: for an option that the family
+            has not. conflict_hint: for one that contradicts the base's own stream; None = `hint`.
 
     Raises:
         InputError: the family knows no such option, or the base has another stream.
@@ -104,7 +104,7 @@ def stream_changes(
             raise InputError(
                 f"is {value}, and the layout stream of {base} has {'none' if own is None else own}",
                 location=location[key],
-                hint=cure_of_conflict or hint,
+                hint=conflict_hint or hint,
             )
     return {} if has_stream else changes
 

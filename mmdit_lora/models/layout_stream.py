@@ -178,24 +178,14 @@ class LayoutStream(nn.Module):
             self.norm1 = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         else:
             self.norm1 = AdaLayerNormZero(dim)
-        self.attn: nn.Module
-        if attention == "cross":
-            self.attn = LayoutCrossAttention(
-                dim=dim, num_heads=num_heads, head_dim=head_dim, qk_norm=qk_norm, last=last
-            )
-        else:
-            self.attn = Attention(
-                query_dim=dim,
-                added_kv_proj_dim=dim,
-                heads=num_heads,
-                dim_head=head_dim,
-                out_dim=dim,
-                context_pre_only=last,
-                bias=True,
-                qk_norm=qk_norm,
-                eps=1e-6,
-                processor=JointAttnProcessor(),
-            )
+        sizes: dict[str, Any] = {
+            "dim": dim,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "qk_norm": qk_norm,
+            "last": last,
+        }
+        self.attn = make_attention(attention, **sizes, added_kv_proj_dim=dim, context_pre_only=last)
         self.out_proj = zero_linear(dim)
         if not last:
             self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -306,25 +296,17 @@ class SingleLayoutStream(ChunkedFeedForward):
         super().__init__()
         self.mlp_feeds_own_gate = attention != "cross"
         self.norm1 = AdaLayerNormZeroSingle(dim)
-        self.attn: nn.Module
         # In "siamese" the image's own way to the gate passes the MLP, in the last block too.
         self.last = last and attention == "cross"
-        if attention == "cross":
-            self.attn = LayoutCrossAttention(
-                dim=dim, num_heads=num_heads, head_dim=head_dim, qk_norm="rms_norm", last=self.last
-            )
-        else:
-            self.attn = Attention(
-                query_dim=dim,
-                heads=num_heads,
-                dim_head=head_dim,
-                out_dim=dim,
-                bias=True,
-                out_bias=False,  # the bias of the fused projection is that of `layout_mlp.fc2`
-                qk_norm="rms_norm",
-                eps=1e-6,
-                processor=JointAttnProcessor(),
-            )
+        sizes: dict[str, Any] = {
+            "dim": dim,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "qk_norm": "rms_norm",
+            "last": self.last,
+        }
+        # The bias of the fused projection is that of `layout_mlp.fc2`.
+        self.attn = make_attention(attention, **sizes, out_bias=False)
         self.out_proj = zero_linear(dim)
         if not self.last:
             self.layout_mlp = LayoutMLP(dim, mlp_dim or 4 * dim, dim, act="gelu_tanh")
@@ -353,6 +335,29 @@ class SingleLayoutStream(ChunkedFeedForward):
         out = self.attn(norm_states, attention_mask=joint_mask(key_mask, count), image_rotary_emb=rotary_emb)
         out = gate.unsqueeze(1) * (out + self.in_chunks(self.layout_mlp, norm_states))
         return self.out_proj(out[:, :count]), within_fp16(layout_states + out[:, count:])
+
+
+def make_attention(
+    kind: str, *, dim: int, num_heads: int, head_dim: int, qk_norm: str | None, last: bool, **siamese: Any
+) -> nn.Module:
+    """The attention of a layout stream, "cross" or "siamese".
+
+    Args:
+        siamese: further arguments of diffusers' `Attention`.
+    """
+    if kind == "cross":
+        return LayoutCrossAttention(dim=dim, num_heads=num_heads, head_dim=head_dim, qk_norm=qk_norm, last=last)
+    return Attention(
+        query_dim=dim,
+        heads=num_heads,
+        dim_head=head_dim,
+        out_dim=dim,
+        bias=True,
+        qk_norm=qk_norm,
+        eps=1e-6,
+        processor=JointAttnProcessor(),
+        **siamese,
+    )
 
 
 def zero_linear(dim: int) -> nn.Linear:

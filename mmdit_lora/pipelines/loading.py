@@ -36,6 +36,8 @@ def load_pipeline(
     """The pipeline of a folder or hub id, in evaluation mode, its progress bar off. The family is the one that its
     model_index.json names.
 
+        pipe = load_pipeline("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16)
+
     Args:
         components: to be used instead of those in the folder; None for one that is not needed.
         transformer_options: for the transformer's `from_pretrained`: `layout_init`, `layout_seed`, `layout_attention`,

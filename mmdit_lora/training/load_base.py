@@ -97,7 +97,7 @@ def stream_options(config: Config) -> dict[str, Any]:
         base=config.base,
         location={own: f"stream.{key}" for key, own in _STREAM_KEYS.items()},
         hint="set it to null",
-        cure_of_conflict=start,
+        conflict_hint=start,
     )
     for key in ("init", "seed"):
         if has_stream and getattr(stream, key) is not None:
