@@ -259,7 +259,6 @@ def load_adapter(
     _refuse_unfit(stored, adapter_shapes(targets, config))
     if check_base or expect_fingerprint is not None:
         _refuse_other_base(stored, model, expect_fingerprint)
-    trains = {name: p.requires_grad for name, p in model.named_parameters()}
     config.init_lora_weights = True  # data-driven initialisations have done their work, and would ask for their data
     config.inference_mode = not trainable
     state = {name.removeprefix(KEY_PREFIX): value for name, value in stored.tensors.items()}
@@ -284,11 +283,8 @@ def load_adapter(
         if name in own:
             parameter.data = parameter.data.to(torch.float32 if trainable or dtype is None else dtype)
             parameter.requires_grad_(trainable)
-        else:
-            # PEFT freezes all that is not LoRA; loading an adapter to look at it must not stop what was training.
-            parameter.requires_grad_(
-                not trainable and trains.get(name, trains.get(name.replace(".base_layer.", "."), True))
-            )
+        elif trainable:
+            parameter.requires_grad_(False)
     return stored
 
 
@@ -297,16 +293,13 @@ def same_adapter(model: nn.Module, adapter_name: str) -> str | None:
     layers = [layer for _, layer in adapter_layers(model)]
 
     def strengths(name: str) -> list[float | None]:
-        # `scaling` is not looked at: `set_adapters` writes weights into it.
+        # Not the layers' `scaling`: `set_adapters` writes weights into it.
+        power = 0.5 if getattr(cast(Any, model).peft_config[name], "use_rslora", False) else 1
+        held = [isinstance(layer, LoraLayer) and name in layer.r for layer in layers]
         return [
-            layer.lora_alpha[name] / (math.sqrt(layer.r[name]) if rslora(name) else layer.r[name])
-            if isinstance(layer, LoraLayer) and name in layer.r
-            else None
-            for layer in layers
+            layer.lora_alpha[name] / layer.r[name] ** power if has else None
+            for layer, has in zip(layers, held, strict=True)
         ]
-
-    def rslora(name: str) -> bool:
-        return bool(getattr(cast(Any, model).peft_config[name], "use_rslora", False))
 
     own, strength = lora_state_dict(model, adapter_name), strengths(adapter_name)
     for other in cast(Any, model).peft_config:

@@ -42,20 +42,9 @@ from mmdit_lora.models.weight_files import forget_paths, opened_from, refuse_pic
 from mmdit_lora.pipelines.styles import StyleLoader
 from mmdit_lora.resources import here_or_packaged
 
-# What `from_pretrained` of a pipeline and of its transformer both take.
-_SHARED_OPTIONS = (
-    "dtype",
-    "torch_dtype",
-    "variant",
-    "revision",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "use_safetensors",
-)
-
-
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+# What `from_pretrained` of a pipeline and of its models both take.
+_SHARED_OPTIONS = (*_HUB_OPTIONS, "dtype", "torch_dtype", "variant", "use_safetensors")
 
 
 def each_finite(images: Tensor) -> Tensor:

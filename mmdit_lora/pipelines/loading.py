@@ -25,6 +25,9 @@ from mmdit_lora.resources import here_or_packaged
 # The families: what `load_pipeline` opens.
 PIPELINES: tuple[type[LayoutPipeline], ...] = (LayoutStableDiffusion3Pipeline, LayoutFluxPipeline)
 
+_OF_BAD_FILES = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError)
+_LIBRARIES = ("builtins", "safetensors_rust", "safetensors", "huggingface_hub")
+
 
 def load_pipeline(
     base: str,
@@ -71,23 +74,18 @@ def load_pipeline(
                 )
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
+    except Exception as error:
+        # safetensors and huggingface_hub raise types of their own for torn files and bad names.
+        if not isinstance(error, _OF_BAD_FILES) and type(error).__module__.split(".")[0] not in _LIBRARIES:
+            raise
         if not exists(folder):
             _check_cached(base)
+        first_line = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
-            f"cannot be opened as a base: {_first_line(error)}",
+            f"cannot be opened as a base: {type(error).__name__}" + (f": {first_line}" if first_line else ""),
             location=base,
             hint="give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id that is cached",
         ) from error
-    except Exception as error:  # safetensors and huggingface_hub raise types of their own for torn files and bad names
-        if type(error).__module__.split(".")[0] not in (
-            "builtins",
-            "safetensors_rust",
-            "safetensors",
-            "huggingface_hub",
-        ):
-            raise
-        raise InputError(f"cannot be opened as a base: {_first_line(error)}", location=base) from error
     if name not in by_name:
         raise InputError(
             f"is a {name}; known are {', '.join(by_name)}",
@@ -122,8 +120,3 @@ def _check_cached(base: str) -> None:
         folder = Path(snapshot_download(base, local_files_only=True))
         for part in sorted(folder.iterdir()):
             refuse_pickled_weights(part)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
