@@ -29,14 +29,14 @@ from mmdit_lora.models.adapter_layers import (
     adapter_layers,
     check_adapter_name,
     chosen_adapters,
-    end_disabling,
-    follow_mode,
+    match_training_mode,
+    reenable_adapters,
     refuse_fused,
     refuse_wrapped,
 )
 
 
-class Undo:
+class AdapterRollback:
     """What a load may change of models, to bring it back after one that failed half-way: no layer or name of it is left."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -162,11 +162,11 @@ def add_layout_lora(
         InputError: the adapter exists already, or its name cannot be one; a target or pattern matches no module; the config
             would train or change anything but LoRA weights; an adapter is fused into the weights. The model is then as it was.
     """
-    check_joins(model, adapter_name)
+    check_can_add(model, adapter_name)
     config = copy.deepcopy(config) if config is not None else default_lora_config()
     targets = find_targets(model, config)
     zero_gates = _zero_gates(model)
-    undo = Undo([model])
+    undo = AdapterRollback([model])
     # Freeze first, inject second. The other way round freezes the LoRA too, and nothing trains.
     model.requires_grad_(False)
     inject(model, config, adapter_name)
@@ -297,7 +297,7 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def check_joins(model: nn.Module, adapter_name: Any) -> None:
+def check_can_add(model: nn.Module, adapter_name: Any) -> None:
     """Whether a model can take one more adapter of this name.
 
     Raises:
@@ -334,7 +334,7 @@ def keep_active(model: nn.Module, keep: Callable[[str], bool] = lambda _: True) 
         joined = [name for name in now if name not in before]
         if joined:
             active |= {layer: [] for layer in disabled}
-            end_disabling(model)
+            reenable_adapters(model)
         everywhere = next(iter(active.values()), [])  # layers that an adapter brings have the same ones active
         for _, layer in adapter_layers(model):
             kept = [name for name in active.get(layer, everywhere) if name in now and keep(name)]
@@ -354,7 +354,7 @@ def inject(model: nn.Module, config: peft.LoraConfig, adapter_name: str) -> None
     training mode, and would drop out."""
     with keep_active(model):
         model.add_adapter(config, adapter_name)  # type: ignore[operator]
-    follow_mode(model)
+    match_training_mode(model)
 
 
 def merge_adapter(model: Any, *, in_place: bool = False) -> Any:

@@ -31,7 +31,7 @@ from mmdit_lora.files import exists, nearest, require_file
 from mmdit_lora.json_files import parse_object, read_object
 from mmdit_lora.lora.style import warn_without_alpha
 from mmdit_lora.models.creatilayout import to_creatilayout, variant_of_model
-from mmdit_lora.models.weight_files import PICKLES, refuse_many
+from mmdit_lora.models.weight_files import PICKLES, check_tensor_count
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -226,7 +226,7 @@ def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
 def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            refuse_many(len(file.keys()), path)
+            check_tensor_count(len(file.keys()), path)
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 - no mapping
     except InputError:

@@ -23,9 +23,9 @@ from mmdit_lora.config.ranges import MAX_UPDATE
 from mmdit_lora.errors import InputError, clip, counted, listed
 from mmdit_lora.files import public_name, read_text
 from mmdit_lora.lora.inject import (
-    Undo,
+    AdapterRollback,
     adapter_shapes,
-    check_joins,
+    check_can_add,
     describe_lora,
     find_targets,
     inject,
@@ -241,7 +241,7 @@ def load_adapter(
             into its weights. The model is then as it was.
     """
     try:
-        check_joins(model, adapter_name)
+        check_can_add(model, adapter_name)
     except InputError as error:
         raise error.at(str(folder)) from None
     stored = read_adapter(folder, model)
@@ -262,7 +262,7 @@ def load_adapter(
     config.init_lora_weights = True  # data-driven initialisations have done their work, and would ask for their data
     config.inference_mode = not trainable
     state = {name.removeprefix(KEY_PREFIX): value for name, value in stored.tensors.items()}
-    undo = Undo([model])
+    undo = AdapterRollback([model])
     try:
         inject(model, config, adapter_name)
         outcome: Any = peft.set_peft_model_state_dict(model, state, adapter_name=adapter_name)

@@ -118,7 +118,7 @@ def read_style(
         InputError: a method, key or module that cannot be read exactly, wrong shapes, numbers that are not finite, or nothing
             for this pipeline.
     """
-    modules, ignored = _modules_of(state)
+    modules, ignored = _group_by_module(state)
     places = Places(components, names)
     found: dict[str, Place] = {}
     lost: list[str] = []
@@ -129,7 +129,7 @@ def read_style(
         elif place := places.find(name):
             found[name] = place
         else:
-            lost.append(places.why_not(name))
+            lost.append(places.explain_missing(name))
     if not found and (lost or not modules):
         raise InputError(
             "holds no LoRA for this pipeline"
@@ -156,7 +156,7 @@ def read_style(
     for name, place in found.items():
         targets = [places.modules[place.component][module] for module in place.modules]
         try:
-            alpha, root = (None, False) if "alpha" in modules[name] else _stated(metadata or {}, place)
+            alpha, root = (None, False) if "alpha" in modules[name] else _metadata_alpha(metadata or {}, place)
             delta = _delta(modules[name], targets, place, alpha, root=root)
         except InputError as error:
             raise error.at(clip(name)) from None
@@ -181,7 +181,7 @@ def warn_without_alpha(what: str, count: int) -> None:
     )
 
 
-def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
+def _group_by_module(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
     """Module name -> kind of tensor -> tensor; reason -> keys that are left out."""
     modules: dict[str, dict[str, Tensor]] = {}
     ignored: dict[str, list[str]] = {}
@@ -219,7 +219,7 @@ def _modules_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]],
     return modules, ignored
 
 
-def _stated(metadata: Mapping[str, Any], place: Place) -> tuple[float | None, bool]:
+def _metadata_alpha(metadata: Mapping[str, Any], place: Place) -> tuple[float | None, bool]:
     """What a file's metadata say of a module: its alpha (None where nothing is stated), and whether it is rank-stabilised."""
     prefix = f"{place.component}."
     config = {str(key).removeprefix(prefix): value for key, value in metadata.items() if str(key).startswith(prefix)}
@@ -292,7 +292,7 @@ def _delta(
             weight = _swapped(weight)
         channels = targets[0].weight.shape[1] if isinstance(targets[0], nn.Conv2d) else width_in
         change = _dora(tensors["dora_scale"], weight, scale * (up.double() @ down.double()), channels)
-        up, down = _whole(change)
+        up, down = _full_rank(change)
         delta = _Delta(up, down, float(down.shape[0]), bias, full=True)
     largest = largest_update(delta.up, delta.down, abs(delta.alpha) / delta.down.shape[0])
     finite = delta.up.float().isfinite().all() and delta.down.float().isfinite().all()
@@ -332,7 +332,7 @@ def _factors(method: str, t: Mapping[str, Tensor], width_out: int, width_in: int
         up, down = t["up"], t["down"]
         rank = down.shape[0]
         if "mid" in t:
-            return up.flatten(1).double(), _through(t["mid"].double(), down.flatten(1).double(), 1), rank
+            return up.flatten(1).double(), _contract(t["mid"].double(), down.flatten(1).double()), rank
         if up.flatten(1).shape[1] != rank:
             raise RuntimeError
         return up.flatten(1), down.flatten(1), rank
@@ -343,7 +343,7 @@ def _factors(method: str, t: Mapping[str, Tensor], width_out: int, width_in: int
             raise RuntimeError
         rank = t["hada_w1_b"].shape[0]
         if up_1.shape[1] * up_2.shape[1] >= min(width_out, width_in):
-            return *_whole((up_1 @ down_1) * (up_2 @ down_2)), rank
+            return *_full_rank((up_1 @ down_1) * (up_2 @ down_2)), rank
         up = (up_1[:, :, None] * up_2[:, None, :]).flatten(1)
         down = (down_1[:, None, :] * down_2[None, :, :]).flatten(0, 1)
         return up, down, rank
@@ -355,7 +355,7 @@ def _factors(method: str, t: Mapping[str, Tensor], width_out: int, width_in: int
             if f"lokr_w{i}" in t and pair:
                 raise InputError(f"gives lokr_w{i} whole and as factors ({listed(sorted(pair))})")
             if f"lokr_w{i}" in t:
-                kron.append(_whole(t[f"lokr_w{i}"].double().flatten(1)))
+                kron.append(_full_rank(t[f"lokr_w{i}"].double().flatten(1)))
             elif {f"lokr_w{i}_a", f"lokr_w{i}_b"} <= t.keys():
                 kron.append(_pair(t[f"lokr_w{i}_a"], t[f"lokr_w{i}_b"], t.get(f"lokr_t{i}")))
                 decomposed = t[f"lokr_w{i}_b"].shape[0]
@@ -363,30 +363,30 @@ def _factors(method: str, t: Mapping[str, Tensor], width_out: int, width_in: int
                 raise InputError(f"is LoKr, and lacks lokr_w{i}")
         (up_1, down_1), (up_2, down_2) = kron
         if up_1.shape[1] * up_2.shape[1] > min(width_out, width_in):
-            return *_whole(torch.kron(up_1 @ down_1, up_2 @ down_2)), decomposed
+            return *_full_rank(torch.kron(up_1 @ down_1, up_2 @ down_2)), decomposed
         return torch.kron(up_1, up_2), torch.kron(down_1, down_2), decomposed
     if method == "a full difference":
-        return *_whole(t["diff"].flatten(1)), None
+        return *_full_rank(t["diff"].flatten(1)), None
     return torch.zeros(width_out, 1), torch.zeros(1, width_in), None  # a bias alone
 
 
 def _pair(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factors (out, r), (r, in) of LoHa and LoKr; with a core they are those of a Tucker decomposition."""
     if core is not None:
-        return a.double().T.contiguous(), _through(core.double(), b.double(), 1)
+        return a.double().T.contiguous(), _contract(core.double(), b.double())
     if a.shape[1] != b.shape[0]:
         raise RuntimeError
     return a.double(), b.double().flatten(1)
 
 
-def _through(core: Tensor, down: Tensor, axis: int) -> Tensor:
+def _contract(core: Tensor, down: Tensor) -> Tensor:
     """(r, s, ...) with (s, in) in place of its second axis, flattened: (r, in * ...)."""
-    if core.shape[axis] != down.shape[0]:
+    if core.shape[1] != down.shape[0]:
         raise RuntimeError
     return torch.einsum("rs...,si->ri...", core, down).flatten(1)
 
 
-def _whole(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _full_rank(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix and the smaller of its identities: factors of rank min(rows, columns)."""
     rows, columns = matrix.shape
     if columns <= rows:
@@ -508,5 +508,5 @@ def _without_magnitude(delta: _Delta, module: Any) -> _Delta:
         return delta
     change = delta.alpha / delta.down.shape[0] * (delta.up.double() @ delta.down.double())
     whole = _dora(delta.magnitude.flatten()[:, None], _weight(module).flatten(1), change, module.weight.shape[1])
-    up, down = _whole(whole)
+    up, down = _full_rank(whole)
     return _Delta(up.float(), down.float(), float(down.shape[0]), delta.bias, full=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdit_lora.errors import InputError, clip, listed, shown
 from mmdit_lora.files import require_file
 from mmdit_lora.json_files import read_object
-from mmdit_lora.models.weight_files import PICKLES, refuse_many
+from mmdit_lora.models.weight_files import PICKLES, check_tensor_count
 
 _PEFT_PREFIX = "base_model.model."
 # Where diffusers looks for a file.
@@ -52,7 +52,7 @@ def fetch_style(
     elif path.exists():
         require_file(path, what="LoRA file")
     if weight_name is None:
-        _refuse_many(Path(source))
+        _check_tensor_count(Path(source))
     agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
     try:
         state, metadata = _fetch_state_dict(
@@ -71,12 +71,12 @@ def fetch_style(
     return state, metadata
 
 
-def _refuse_many(path: Path) -> None:
+def _check_tensor_count(path: Path) -> None:
     """Raises `InputError` for more tensors than any adapter has; what else is wrong with the file diffusers tells."""
     with suppress(SafetensorError, OSError):
         with safe_open(path, framework="pt") as file:
             count = len(file.keys())
-        refuse_many(count, path)
+        check_tensor_count(count, path)
 
 
 def _only_file(folder: Path, options: dict[str, Any]) -> str:

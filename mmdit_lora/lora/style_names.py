@@ -260,7 +260,7 @@ class Places:
             return None
         return Place(component, found, self._halves_swapped(component, flat, found))
 
-    def why_not(self, name: str) -> str:
+    def explain_missing(self, name: str) -> str:
         """The module's name, and what is known about why this base has no place for it."""
         component, bare = self.component(name)
         flat = _flat(bare)

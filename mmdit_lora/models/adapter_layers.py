@@ -139,7 +139,7 @@ def check_blocks(model: nn.Module, weights: Sequence[Any]) -> None:
             )
 
 
-def choose_adapters(model: nn.Module, names: Sequence[str], weights: Sequence[Any]) -> None:
+def activate_adapters(model: nn.Module, names: Sequence[str], weights: Sequence[Any]) -> None:
     """These adapters act, and no others; layers that `disable_lora` has switched off are on again.
 
     Args:
@@ -152,12 +152,12 @@ def choose_adapters(model: nn.Module, names: Sequence[str], weights: Sequence[An
         found = {name: next((w for key, w in weight.items() if key in name), None) for name, _ in layers}
         return {name: 1.0 if (w := found[name]) is None else w for name in sorted(found, key=len, reverse=True)}
 
-    end_disabling(model)
+    reenable_adapters(model)
     each = [by_module(w) if isinstance(w, Mapping) else 1.0 if w is None else w for w in weights]
     set_weights_and_activate_adapters(model, list(names), each)
 
 
-def end_disabling(model: nn.Module, *, stay_off: bool = False) -> None:
+def reenable_adapters(model: nn.Module, *, stay_off: bool = False) -> None:
     """After `disable_lora`, let layers act again, each with its active adapters; or, if these are to stay off, with none.
 
     PEFT disables layers, not adapters: a new adapter would act only where no older one was.
@@ -224,7 +224,7 @@ def check_fusing(*models: nn.Module, scale: Any, names: Any) -> list[str] | None
     return chosen_adapters(names, {name for model in models for name in getattr(model, "peft_config", {})})
 
 
-def follow_mode(model: nn.Module) -> None:
+def match_training_mode(model: nn.Module) -> None:
     """Put the layers of adapters into the model's mode. PEFT makes them in training mode, where they drop out."""
     for _, layer in adapter_layers(model):
         layer.train(model.training)
@@ -300,8 +300,8 @@ class AdapterMethods(nn.Module):
         check_adapter_name(adapter_name)
         refuse_fused(self)
         super().add_adapter(adapter_config, adapter_name)  # type: ignore[misc]
-        end_disabling(self)
-        follow_mode(self)
+        reenable_adapters(self)
+        match_training_mode(self)
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers', from safetensors only: it acts alone, wholly, also after `disable_lora`. The new layers are in the
@@ -318,8 +318,8 @@ class AdapterMethods(nn.Module):
         before = set(getattr(self, "peft_config", {}))
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
         if getattr(self, "peft_config", {}).keys() - before:
-            end_disabling(self)
-        follow_mode(self)
+            reenable_adapters(self)
+        match_training_mode(self)
 
     def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
         """As diffusers'; after `disable_lora`, too, those that are named act.
@@ -336,7 +336,7 @@ class AdapterMethods(nn.Module):
         each = weights_by_adapter(names, weights)
         check_blocks(self, each)
         refuse_fused(self)
-        choose_adapters(self, names, each)
+        activate_adapters(self, names, each)
 
     def delete_adapters(self, adapter_names: Any) -> None:
         """As diffusers'.

@@ -21,10 +21,10 @@ from mmdit_lora.models.init import STREAM_INITS, StreamInit, copy_from_block
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.weight_files import (
     check_sizes,
-    forget_paths,
     opened_from,
     refuse_pickle,
     refuse_pickled_weights,
+    strip_local_paths,
 )
 from mmdit_lora.resources import here_or_packaged
 
@@ -310,7 +310,7 @@ class LayoutModelMixin(AdapterMethods):
             warn_of_adapters(str(save_directory), self)
         with without_adapters(self):
             super().save_pretrained(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
-        forget_paths(save_directory)
+        strip_local_paths(save_directory)
 
     # -- switches that save memory or time and change no result
 

@@ -46,7 +46,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def refuse_many(count: int, path: Path) -> None:
+def check_tensor_count(count: int, path: Path) -> None:
     """Raises `InputError` where a file has more tensors than any adapter, before one of them is looked at."""
     if count > MAX_TENSORS:
         raise InputError(
@@ -153,7 +153,7 @@ def refuse_pickled_weights(folder: Path) -> None:
         )
 
 
-def forget_paths(folder: str | Path) -> None:
+def strip_local_paths(folder: str | Path) -> None:
     """Take the paths of this machine out of the configs of a folder that was saved: diffusers writes where a part was opened."""
     for file in (*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")):
         if file.name not in ("config.json", "model_index.json"):

@@ -38,7 +38,7 @@ from mmdit_lora.models.adapter_layers import (
 )
 from mmdit_lora.models.base import LayoutModelMixin
 from mmdit_lora.models.layout_stream import LayoutInputs
-from mmdit_lora.models.weight_files import forget_paths, opened_from, refuse_pickle, refuse_pickled_weights
+from mmdit_lora.models.weight_files import opened_from, refuse_pickle, refuse_pickled_weights, strip_local_paths
 from mmdit_lora.pipelines.styles import StyleLoader
 from mmdit_lora.resources import here_or_packaged
 
@@ -250,7 +250,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         finally:
             for name, part in held.items():
                 setattr(self, name, part)
-        forget_paths(save_directory)
+        strip_local_paths(save_directory)
 
     def _refuse_own_source(self, folder: Path) -> None:
         """Refuse to write merged weights over the base: the adapters would fit nothing any more."""

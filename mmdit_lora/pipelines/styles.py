@@ -27,18 +27,18 @@ from mmdit_lora.lora import (
     load_adapter,
     same_adapter,
 )
-from mmdit_lora.lora.inject import Undo
+from mmdit_lora.lora.inject import AdapterRollback
 from mmdit_lora.lora.style import StylePart, StyleReport, read_style
 from mmdit_lora.lora.style_files import fetch_style
 from mmdit_lora.lora.style_names import FamilyNames
 from mmdit_lora.models.adapter_layers import (
+    activate_adapters,
     check_adapter_name,
     check_blocks,
     check_fusing,
-    choose_adapters,
     chosen_adapters,
-    end_disabling,
-    follow_mode,
+    match_training_mode,
+    reenable_adapters,
     refuse_fused,
     refuse_wrapped,
     scaled_adapters,
@@ -100,10 +100,10 @@ class StyleLoader:
         source = pretrained_model_name_or_path_or_dict
         location = clip(source, 300) if isinstance(source, str | Path) else None
         components = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
-        adapter_name = self._style_name(adapter_name, components, hotswap=hotswap)
+        adapter_name = self._new_adapter_name(adapter_name, components, hotswap=hotswap)
         if not hotswap and (file := _layout_adapter_file(source, kwargs)) is not None:
             stored = load_adapter(self.transformer, file, adapter_name=adapter_name)
-            self._end_disabling()
+            self._reenable_adapters()
             size = 4 * sum(tensor.numel() for tensor in stored.tensors.values())
             return StyleReport(adapter_name, used={"transformer": stored.modules}, bytes=size)
         state, metadata = fetch_style(source, **kwargs)
@@ -115,14 +115,14 @@ class StyleLoader:
         except InputError as error:
             raise (error.at(location) if location else error) from None
         offloading = self._optionally_disable_offloading(self)
-        undo = Undo([model for model in components.values() if model is not None])
+        undo = AdapterRollback([model for model in components.values() if model is not None])
         try:
             for component, part in parts.items():
                 self._load_part(
                     components[component], part, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_memory
                 )
             if not hotswap:
-                self._end_disabling()
+                self._reenable_adapters()
                 twins = {same_adapter(components[name], adapter_name) for name in parts}  # type: ignore[arg-type]
                 if len(twins) == 1 and (twin := twins.pop()) is not None:
                     raise InputError(
@@ -135,7 +135,7 @@ class StyleLoader:
                 undo(adapter_name)
             raise
         finally:
-            self._offload_again(*offloading)
+            self._restore_offloading(*offloading)
         report = StyleReport(
             adapter_name,
             used={name: [str(module) for module in part.config["target_modules"]] for name, part in parts.items()},
@@ -168,9 +168,9 @@ class StyleLoader:
                 peft.inject_adapter_in_model(config, model, adapter_name, state_dict=part.state, **options)
                 peft.set_peft_model_state_dict(model, part.state, adapter_name, **options)
                 model._hf_peft_config_loaded = True
-        follow_mode(model)
+        match_training_mode(model)
 
-    def _style_name(self, name: str | None, components: Mapping[str, Any], *, hotswap: bool) -> str:
+    def _new_adapter_name(self, name: str | None, components: Mapping[str, Any], *, hotswap: bool) -> str:
         for component, model in components.items():
             refuse_wrapped(model, f"pipe.{component}")
         taken = {taken for model in components.values() for taken in getattr(model, "peft_config", {})}
@@ -184,7 +184,7 @@ class StyleLoader:
             )
         return name
 
-    def _offload_again(self, model: bool, sequential: bool, group: bool) -> None:
+    def _restore_offloading(self, model: bool, sequential: bool, group: bool) -> None:
         """As diffusers' loaders do after `_optionally_disable_offloading`."""
         if model:
             self.enable_model_cpu_offload()
@@ -215,9 +215,9 @@ class StyleLoader:
     def _text_encoders(self) -> list[Any]:
         return [getattr(self, name, None) for name in self._lora_loadable_modules if name != "transformer"]
 
-    def _end_disabling(self) -> None:
+    def _reenable_adapters(self) -> None:
         for model in self._adapted().values():
-            end_disabling(model, stay_off=True)
+            reenable_adapters(model, stay_off=True)
 
     def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
         """As diffusers'; after `disable_lora`, too, those that are named act.
@@ -250,7 +250,7 @@ class StyleLoader:
             check_blocks(model, of[component])
         refuse_fused(*models.values())
         for component, model in models.items():
-            choose_adapters(model, names, of[component])
+            activate_adapters(model, names, of[component])
 
     def delete_adapters(self, adapter_names: Any) -> None:
         """As diffusers'.
