@@ -27,6 +27,7 @@ from mmdit_lora.cli.options import (
     size_of,
 )
 from mmdit_lora.cli.output import ProgressLines, emit, say
+from mmdit_lora.config.sampling import SamplingConfig
 from mmdit_lora.data.images import image_size
 from mmdit_lora.data.records import read_dataset, warn
 from mmdit_lora.errors import InputError, clip
@@ -37,7 +38,7 @@ from mmdit_lora.outputs import check_new_folder, new_folder
 if TYPE_CHECKING:
     import torch
 
-    from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
+    from mmdit_lora.pipelines import LayoutPipeline
 
 
 def register(app: typer.Typer) -> None:
@@ -194,8 +195,6 @@ def sampling_config(
     steps: int | None, guidance: float | None, scale: float, window: tuple[float, float], size: str | None, batch: int
 ) -> SamplingConfig:
     """Of options that were checked as they were read."""
-    from mmdit_lora.pipelines import SamplingConfig
-
     return SamplingConfig(
         steps=steps,
         guidance_scale=guidance,

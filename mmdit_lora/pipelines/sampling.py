@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
-from mmdit_lora.config.ranges import BATCH, GUIDANCE, LAYOUT_SCALE, SIDE, STEPS, check_window
+from mmdit_lora.config.sampling import SamplingConfig
 from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines.base import LayoutPipeline
@@ -19,38 +18,6 @@ from mmdit_lora.pipelines.base import LayoutPipeline
 _CLIP_TOKENS = 77
 _MOST_STATED = 100_000  # a tokenizer without a limit states a huge one
 _THEIRS = ("was truncated because", "Token indices sequence length is longer")
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How images are sampled.
-
-    Args:
-        steps: sampling steps; guidance_scale: by the caption, 1 = off (embedded, where a base is guidance-distilled).
-            None = what the base states.
-        layout_scale, layout_window: see `LayoutPipeline`.
-        size: (height, width) in pixels, where a call gives none an image; None = the base's own.
-        batch_size: images at a time; it changes the images by rounding only.
-
-    Raises:
-        InputError: a number is outside its range (`mmdit_lora.config.ranges`), or the window is empty.
-    """
-
-    steps: int | None = None
-    guidance_scale: float | None = None
-    layout_scale: float = 1.0
-    layout_window: tuple[float, float] = (0.0, 1.0)
-    size: tuple[int, int] | None = None
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        limits = {"steps": STEPS, "guidance_scale": GUIDANCE, "layout_scale": LAYOUT_SCALE, "batch_size": BATCH}
-        for name, within in limits.items():
-            if (value := getattr(self, name)) is not None:
-                within.check(value, name)
-        for side in self.size or ():
-            SIDE.check(side, "size")
-        check_window(self.layout_window)
 
 
 def generate(
