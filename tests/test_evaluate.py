@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from mmdit_lora.cli.main import main
 from mmdit_lora.data.records import write_dataset
 from mmdit_lora.data.shapes import COLORS, shape_coverage
+from mmdit_lora.errors import InputError
 from mmdit_lora.evaluation.cache import DetectionCache
 from mmdit_lora.evaluation.detectors import Detection, open_detector
 from mmdit_lora.evaluation.intervals import Bootstrap, ratio
@@ -197,6 +198,22 @@ def test_average_precision_by_hand() -> None:
     )
 
 
+def test_a_detection_is_of_a_category_of_its_own_image() -> None:
+    """Of two images, the one asks for "a dog", the other for "a black dog": the label "dog" means each's own."""
+
+    class Plain:
+        name, by_label, attributes = "plain", True, False
+
+        def agrees(self, label: str, phrase: str) -> bool:
+            return label in phrase
+
+    box = (0.0, 0.0, 0.5, 0.5)
+    layouts = [Layout("", (Box(box, phrase),)) for phrase in ("a dog", "a black dog")]
+    detector: Any = Plain()
+    images = match_images(detector, [[Detection(box, "dog", score=0.9)]] * 2, layouts)
+    assert average_precision(images, detector) == pytest.approx({"ap": 1.0, "ap50": 1.0, "ar_100": 1.0})
+
+
 def test_intervals_are_those_of_scipy() -> None:
     from scipy.stats import bootstrap
 
@@ -357,6 +374,24 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_from_python_as_from_the_command_line(base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
+    from mmdit_lora import evaluate, load_adapter, load_pipeline
+
+    flags = ["--adapter", str(adapter), "--adapter", f"{adapter}=0.5", "--each", "--count", "3"]
+    assert main(command(base, data, tmp_path / "out", *flags)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    pipe = load_pipeline(str(base))
+    for name in ("one", "half"):
+        load_adapter(pipe.transformer, adapter, adapter_name=name)
+    arguments: dict[str, Any] = {"steps": 2, "count": 3, "adapters": {"one": 1.0, "half": 0.5}}
+    found = evaluate(pipe, data, **arguments, cache_dir=tmp_path / "kept").to_dict()
+    names = ("base", "adapter", "adapter_2", "ground_truth", "differences", "by_size", "layouts", "settings")
+    assert json.loads(json.dumps([found[name] for name in names])) == [report[name] for name in names]
+    assert evaluate(pipe, str(data), **arguments, cache_dir=tmp_path / "kept").to_dict() == found
+    with pytest.raises(InputError, match=r"(weights|each) was"):
+        evaluate(pipe, data, **arguments | {"adapters": ["one"]}, cache_dir=tmp_path / "kept")
+
+
 def test_images_of_other_settings_are_not_mixed_in(base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     assert main(command(base, data, out)) == 0
@@ -368,7 +403,7 @@ def test_images_of_other_settings_are_not_mixed_in(base: Path, data: Path, tmp_p
     was = painted.read_bytes()
     Image.new("RGB", (32, 32)).save(painted)
     assert main(command(base, data, out)) == 2
-    assert "00003.png: is not the image that was painted" in capsys.readouterr().err
+    assert "00003.png: is not the image that was generated" in capsys.readouterr().err
     painted.unlink()
     assert main(command(base, data, out)) == 0
     assert painted.read_bytes() == was

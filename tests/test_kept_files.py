@@ -207,10 +207,10 @@ def test_damaged_digests_have_their_images_painted_again(
             damage(digests, kind)
         store = ImageCache(tmp_path, {"seed": 1})
         images = store.generate(
+            "base",
             None,  # type: ignore[arg-type]
             [Layout("x", ())] * 3,
             settings,
-            condition="base",
             seed=7,
             on_progress=lambda _: None,
         )

@@ -65,11 +65,11 @@ class ImageCache:
 
     def generate(
         self,
+        condition: str,
         pipe: LayoutPipeline,
         layouts: Sequence[Layout],
         settings: SamplingConfig,
         *,
-        condition: str,
         seed: int,
         on_progress: Callable[[int], None],
     ) -> LazyImages:
@@ -88,7 +88,7 @@ class ImageCache:
             batch = slice(start, start + settings.batch_size)
             there = [path for path in paths[batch] if path.is_file() and path.name in digests]
             if changed := [path for path in there if _digest(path) != digests[path.name]]:
-                what, hint = "is not the image that was painted", "remove it: it is painted again"
+                what, hint = "is not the image that was generated", "remove it: it is generated again"
                 raise InputError(what, location=str(changed[0]), hint=hint)
             if len(there) < len(paths[batch]):
                 images = generate(pipe, layouts[batch], settings, seed=seed + start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from mmdit_lora.evaluation.metrics import (
 )
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import base_fingerprint
-from mmdit_lora.models.adapter_layers import adapter_layers
+from mmdit_lora.models.adapter_layers import adapter_layers, without_adapters
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 
 ADAPTERS = ("adapter", *(f"adapter_{number}" for number in range(2, 10)))
@@ -196,9 +196,8 @@ def evaluate(
     weights = adapters if isinstance(adapters, Mapping) or adapters is None else dict.fromkeys(adapters, 1.0)
     cache = None
     if cache_dir is not None:
-        cache = ImageCache(
-            Path(cache_dir), _plan(pipeline, records, settings, seed) | {"each": weights, "images": images_dir}
-        )
+        plan = _plan(pipeline, records, settings, seed) | {"each": weights, "images": images_dir}
+        cache = ImageCache(Path(cache_dir), plan)
     measure = _Measure(detector, Clip(clip) if isinstance(clip, str) else clip, cache)
     layouts = [record.layout for record in records]
     if pipeline is None:
@@ -211,20 +210,17 @@ def evaluate(
         del prepared
     conditions = {"ground_truth": measure(truth, layouts), "shuffled": measure(truth, layouts[1:] + layouts[:1])}
 
-    def paint(name: str, asked: Sequence[Layout], number: int = 0) -> Sequence[Image.Image]:
+    def sample(name: str, asked: Sequence[Layout], number: int = 0) -> Sequence[Image.Image]:
         assert pipeline is not None
-        label = f"{name}, noise {number + 1}" if number else name
-        tell = partial(on_progress or (lambda *_: None), label)
-        where, own_seed = f"{name}_noise_{number + 1}" if number else name, seed + number * _SEED_STEP
-        if cache is None:
-            return generate(pipeline, asked, settings, seed=own_seed, on_progress=tell)
-        return cache.generate(pipeline, asked, settings, condition=where, seed=own_seed, on_progress=tell)
+        tell = partial(on_progress or (lambda *_: None), f"{name}, noise {number + 1}" if number else name)
+        run = generate if cache is None else partial(cache.generate, f"{name}_noise_{number + 1}" if number else name)
+        return run(pipeline, asked, settings, seed=seed + number * _SEED_STEP, on_progress=tell)
 
     if pipeline is not None:
-        for name, active, asked in _to_generate(pipeline, layouts, weights, ablations):
-            with _active_adapters(pipeline, active, weights or {}):
-                generated = paint(name, asked)
-                others = [paint(name, asked[:VARIED], number + 1) for number in range(variations)]
+        for name, active, asked in _to_generate(pipeline.transformer, layouts, weights, ablations):
+            with active:
+                generated = sample(name, asked)
+                others = [sample(name, asked[:VARIED], number + 1) for number in range(variations)]
             conditions[name] = measure(generated, layouts)
             if others:
                 conditions[name].extra["spread"] = spread([generated[:VARIED], *others])
@@ -232,8 +228,8 @@ def evaluate(
         conditions["images"] = measure(images, [record.layout for record in records])
     tested = None
     if test_detector and len(records) > 1:
-        sample = records[:_TESTED]
-        tested = self_test(detector, [record.load() for record in sample], [record.layout for record in sample])
+        some = records[:_TESTED]
+        tested = self_test(detector, [record.load() for record in some], [record.layout for record in some])
     if cache is not None:
         cache.begin()
     ordered = {name: conditions[name] for name in CONDITIONS if name in conditions}
@@ -294,44 +290,32 @@ def _plan(
     }
 
 
-_Active = str | bool  # an adapter's name; or whether all are on
-
-
 def _to_generate(
-    pipeline: LayoutPipeline, layouts: Sequence[Layout], weights: Mapping[str, float] | None, ablations: bool
-) -> Iterator[tuple[str, _Active, Sequence[Layout]]]:
-    """Conditions to generate, with which adapters, and their layouts."""
-    yield "base", False, layouts
-    last: _Active = False
+    transformer: Any, layouts: Sequence[Layout], weights: Mapping[str, float] | None, ablations: bool
+) -> Iterator[tuple[str, AbstractContextManager[None], Sequence[Layout]]]:
+    """Conditions to generate, what activates their adapters, and their layouts."""
+    active: Callable[[], AbstractContextManager[None]] = partial(without_adapters, transformer)
+    yield "base", active(), layouts
     if weights is not None:
-        for name, last in zip(ADAPTERS, weights, strict=False):
-            yield name, last, layouts
-    elif getattr(pipeline.transformer, "peft_config", None):
-        last = True
-        yield "adapter", last, layouts
+        for name, adapter in zip(ADAPTERS, weights, strict=False):
+            active = partial(_only_adapter, transformer, adapter, weights)
+            yield name, active(), layouts
+    elif getattr(transformer, "peft_config", None):
+        active = nullcontext
+        yield "adapter", active(), layouts
     if ablations:
-        yield "text_only", last, [Layout(layout.caption) for layout in layouts]
-        yield "layout_only", last, [Layout("", layout.boxes) for layout in layouts]
+        yield "text_only", active(), [Layout(layout.caption) for layout in layouts]
+        yield "layout_only", active(), [Layout("", layout.boxes) for layout in layouts]
 
 
 @contextmanager
-def _active_adapters(pipeline: LayoutPipeline, active: _Active, weights: Mapping[str, float]) -> Iterator[None]:
-    """Within it, these adapters are on; then all of them."""
-    transformer = pipeline.transformer
-    if active is True or not getattr(transformer, "peft_config", None):
+def _only_adapter(transformer: Any, name: str, weights: Mapping[str, float]) -> Iterator[None]:
+    """Within it, only this adapter is active; then all of them."""
+    transformer.set_adapters([name], [weights[name]])
+    try:
         yield
-    elif active is False:
-        transformer.disable_lora()
-        try:
-            yield
-        finally:
-            transformer.enable_lora()
-    else:
-        transformer.set_adapters([active], [weights[active]])
-        try:
-            yield
-        finally:
-            transformer.set_adapters(list(weights), list(weights.values()))
+    finally:
+        transformer.set_adapters(list(weights), list(weights.values()))
 
 
 def _refuse_unknown_phrases(records: Sequence[Record], detector: Detector) -> None:
