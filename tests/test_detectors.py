@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation import Detection
-from mmdit_lora.evaluation.detectors import DETECTORS, Detector, known_layouts, open_detector
+from mmdit_lora.evaluation.detectors import DETECTORS, Detection, Detector, known_layouts, open_detector
 from mmdit_lora.evaluation.detectors.base import agrees
 from tests.detector_makers import CLASSES, SSD, asked, grounding_dino_folder, noise, owlv2_folder, ssd_file
 

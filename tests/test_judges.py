@@ -21,9 +21,9 @@ from PIL import Image
 
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation import detect
 from mmdit_lora.evaluation.detectors import open_judge, self_test_judge
 from mmdit_lora.evaluation.detectors.judge import EndpointJudge, EndpointOptions, crops, yes_or_no
+from mmdit_lora.evaluation.detectors.shapes import detect
 from mmdit_lora.layout import Box, Layout
 from tests.detector_makers import llava_folder, noise
 

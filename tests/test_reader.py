@@ -13,9 +13,17 @@ from PIL import Image, ImageFilter
 
 from mmdit_lora.data.shapes import COLORS, DOMAINS, SHAPES, make_scene, phrase_attributes, shape_coverage
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation import Detection, Fidelity, detect, detect_all, measure, per_image, readable, summarise
-from mmdit_lora.evaluation.detectors import match
-from mmdit_lora.evaluation.detectors.shapes import _render
+from mmdit_lora.evaluation.detectors import Detection, match
+from mmdit_lora.evaluation.detectors.shapes import (
+    Fidelity,
+    _render,
+    detect,
+    detect_all,
+    measure,
+    per_image,
+    readable,
+    summarise,
+)
 from mmdit_lora.layout import Box, Layout
 
 SCENES = 32

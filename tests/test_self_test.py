@@ -14,9 +14,9 @@ from PIL import Image, ImageFilter
 from mmdit_lora.boxes import box_iou
 from mmdit_lora.data.shapes import DOMAINS, make_scene
 from mmdit_lora.errors import InputError
-from mmdit_lora.evaluation import Detection, per_image
-from mmdit_lora.evaluation.detectors import Detector, SelfTest, match, open_detector, self_test
+from mmdit_lora.evaluation.detectors import Detection, Detector, SelfTest, match, open_detector, self_test
 from mmdit_lora.evaluation.detectors.self_testing import TRUSTED, USELESS, shifted
+from mmdit_lora.evaluation.detectors.shapes import per_image
 from mmdit_lora.layout import Box, Layout
 
 

@@ -49,7 +49,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option("--data", help="Data set folder of layouts with images.")] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="Pipeline folder or hub id, to paint with.", callback=base_is_there),
+        typer.Option("--base", help="Pipeline folder or hub id, to sample with.", callback=base_is_there),
     ] = None,
     adapter: AdapterOption = None,
     each: Annotated[
@@ -60,7 +60,7 @@ def evaluate(
     ] = None,
     detector: Annotated[
         str,
-        typer.Option("--detector", help="What looks at images: shapes, torchvision:..., grounding-dino:..., owlv2:..."),
+        typer.Option("--detector", help="Detects objects: shapes, torchvision:..., grounding-dino:..., owlv2:..."),
     ] = "shapes",
     protocol: Annotated[
         str | None,
@@ -78,7 +78,7 @@ def evaluate(
     ] = None,
     clip: Annotated[str | None, typer.Option("--clip", help="CLIP model, folder or hub id, for CLIP scores.")] = None,
     ablations: Annotated[
-        bool, typer.Option("--ablations", help="Paint also without boxes, and without captions.")
+        bool, typer.Option("--ablations", help="Generate also without boxes, and without captions.")
     ] = False,
     variations: Annotated[
         int,
@@ -114,9 +114,9 @@ def evaluate(
     if data is None:
         raise InputError("is missing", location="--data", hint="give a data set folder, or --protocol NAME")
     if base is None and images is None:
-        raise InputError("nothing to judge", hint="give --base, to paint with, or --images, a folder of images")
+        raise InputError("nothing to judge", hint="give --base, to sample with, or --images, a folder of images")
     if base is None and (adapter or ablations or variations):
-        raise InputError("is for painting", location="--adapter, --ablations, --variations", hint="give --base too")
+        raise InputError("is for sampling", location="--adapter, --ablations, --variations", hint="give --base too")
     inputs: Inputs = sampling_inputs(base, adapter, data) | {"--data": data, "--images": images}
     with open_folder(out, verb="evaluate", names=_WRITTEN, inputs=inputs):
         # What is cheap to check comes before torch is imported, and that before the base is loaded.
@@ -187,7 +187,7 @@ def _published(
     if images is None:
         with open_folder(out, verb="evaluate", names=["layouts.jsonl"], inputs={"--annotations": annotations}):
             count = write_layouts(protocol, annotations, out / "layouts.jsonl")
-        say(f"wrote {count} layouts to {out / 'layouts.jsonl'}; paint them by `sample --layout`, then give --images")
+        say(f"wrote {count} layouts to {out / 'layouts.jsonl'}; generate them by `sample --layout`, then give --images")
         return
     opened = open_detector(detector) if find_protocol(protocol).detector != "unused" else None
     opened_judge = open_judge(judge) if judge is not None else None

@@ -57,7 +57,7 @@ class ImageCache:
     def begin(self) -> None:
         """Write the plan. Before the first image, so that errors of the input are found before anything is written."""
         if not self._begun:
-            # Without a readable plan nobody knows what the images here show: all are generated again.
+            # Without a readable plan it is unknown what the images here show: all are generated again.
             for digests in self.folder.glob(f"{IMAGES}/*/{_DIGESTS}"):
                 digests.unlink()
             write_json(self.folder / PLAN, self._plan)

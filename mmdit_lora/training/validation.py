@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmdit_lora.errors import NonFiniteError
-from mmdit_lora.evaluation import measure, readable
+from mmdit_lora.evaluation.detectors.shapes import measure, readable
 from mmdit_lora.pipelines import generate
 from mmdit_lora.pipelines.sampling import quiet_texts
 from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters

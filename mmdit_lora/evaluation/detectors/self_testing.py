@@ -122,18 +122,8 @@ def self_test(detector: Detector, images: Sequence[Image.Image], layouts: Sequen
     shuffled = _metrics(detector, detector.detect(images, moved), moved)
     margin, slope = true.recall - shuffled.recall, _slope(detector, detections, known)
     verdict, reasons = _verdict({**asdict(true), "margin": margin, "slope": slope}, TRUSTED, USELESS)
-    return SelfTest(
-        detector.name,
-        detector.fingerprint(),
-        len(images),
-        true,
-        shuffled,
-        margin,
-        slope,
-        verdict,
-        reasons,
-        unknown=boxes - known_boxes,
-    )
+    name, fingerprint, unknown = detector.name, detector.fingerprint(), boxes - known_boxes
+    return SelfTest(name, fingerprint, len(images), true, shuffled, margin, slope, verdict, reasons, unknown)
 
 
 def _metrics(

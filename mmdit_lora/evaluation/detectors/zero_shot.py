@@ -51,15 +51,9 @@ class ZeroShotDetector(Detector, TransformersModel):
 
     def __init__(self, target: str | None, options: DetectorOptions, *, spec: str, device: str | None) -> None:
         self.name, self.options = spec.partition("?")[0], options
+        kind, names = transformers.AutoModelForZeroShotObjectDetection, {"spec": spec, "example": self.example}
         TransformersModel.__init__(
-            self,
-            transformers.AutoModelForZeroShotObjectDetection,
-            target,
-            spec=spec,
-            example=self.example,
-            device=device,
-            model_types=self.model_types,
-            dtype=torch.float32,
+            self, kind, target, **names, device=device, model_types=self.model_types, dtype=torch.float32
         )
         self.tokenizer = self.processor.tokenizer
 

@@ -56,7 +56,7 @@ class CocoLayout(PublishedProtocol):
     source = "pycocotools.cocoeval; the filter: github.com/HuiZhang0812/CreatiLayout issue 9, arXiv 2412.03859"
     metrics = dict(zip(COCO_METRICS, _MEANINGS, strict=True))  # noqa: RUF012
     deviations = (
-        "things that were left out by the filter are no ground truth: a detector that sees them painted is charged",
+        "things that were left out by the filter are no ground truth: a detector that finds them is charged",
         "published figures differ in detector and selection of images; each row says which, where it is known",
     )
 

@@ -142,7 +142,7 @@ def find_images(protocol: PublishedProtocol, cases: Sequence[Case], folder: str 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        hint = "give the folder of the painted images with --images"
+        hint = "give the folder of the generated images with --images"
         raise InputError("no such folder", location=str(folder), hint=hint)
     if (folder / "sample.json").is_file():
         found = _sampled(folder, cases)
@@ -163,7 +163,7 @@ def find_images(protocol: PublishedProtocol, cases: Sequence[Case], folder: str 
         raise InputError(
             f"{len(missing)} of {len(cases)} images are missing: {listed(missing)}",
             location=str(folder),
-            hint=f"paint them first; {protocol.title}'s own tools expect these names",
+            hint=f"generate them first; {protocol.title}'s own tools expect these names",
         )
     return [(case, image) for case, images in zip(cases, found, strict=True) for image in images]
 
