@@ -381,15 +381,15 @@ def test_from_python_as_from_the_command_line(base: Path, data: Path, adapter: P
     assert main(command(base, data, tmp_path / "out", *flags)) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     pipe = load_pipeline(str(base))
-    for name in ("one", "half"):
-        load_adapter(pipe.transformer, adapter, adapter_name=name)
-    arguments: dict[str, Any] = {"steps": 2, "count": 3, "adapters": {"one": 1.0, "half": 0.5}}
+    for name in ("full", "weaker"):
+        load_adapter(pipe.transformer, adapter, adapter_name=name, allow_same=True)
+    arguments: dict[str, Any] = {"steps": 2, "count": 3, "adapters": {"full": 1.0, "weaker": 0.5}}
     found = evaluate(pipe, data, **arguments, cache_dir=tmp_path / "kept").to_dict()
     names = ("base", "adapter", "adapter_2", "ground_truth", "differences", "by_size", "layouts", "settings")
     assert json.loads(json.dumps([found[name] for name in names])) == [report[name] for name in names]
     assert evaluate(pipe, str(data), **arguments, cache_dir=tmp_path / "kept").to_dict() == found
     with pytest.raises(InputError, match=r"(weights|each) was"):
-        evaluate(pipe, data, **arguments | {"adapters": ["one"]}, cache_dir=tmp_path / "kept")
+        evaluate(pipe, data, **arguments | {"adapters": ["full"]}, cache_dir=tmp_path / "kept")
 
 
 def test_images_of_other_settings_are_not_mixed_in(base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
