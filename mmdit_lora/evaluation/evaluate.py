@@ -169,8 +169,8 @@ def evaluate(
             is generated, and the ground truth is the data set's images as they are.
         data: a data set folder, `shapes://DOMAIN?count=N&seed=S`, or records. count: only the first layouts.
         settings: how images are sampled. steps: sampling steps, in place of `settings.steps`.
-        adapters: names (and weights) of adapters on the transformer, each a condition of its own; None = all that are active
-            together.
+        adapters: names (and weights) of adapters on the transformer, each a condition of its own; afterwards all are active.
+            None = those that are active act together.
         detector: the detector or its spec, e.g. "grounding-dino:FOLDER"; "shapes" reads procedural scenes.
         ablations: also generate without boxes, and without captions.
         variations: generate the first `VARIED` layouts from so many other noises too, for the metric `spread`.
@@ -194,6 +194,8 @@ def evaluate(
     if isinstance(images, str | Path):
         images = images_of(Path(images), records)
     weights = adapters if isinstance(adapters, Mapping) or adapters is None else dict.fromkeys(adapters, 1.0)
+    if pipeline is not None and weights:
+        pipeline.transformer.set_adapters(list(weights), list(weights.values()))
     cache = None
     if cache_dir is not None:
         plan = _plan(pipeline, records, settings, seed) | {"each": weights, "images": images_dir}
