@@ -127,11 +127,11 @@ def new_folder(out: str | Path, *, verb: str, inputs: Inputs | None = None) -> I
 
 
 def check_new_folder(out: str | Path, *, verb: str, inputs: Inputs | None = None) -> Path:
-    """Before any work: whether `new_folder` may write `out`; returns it without links. Writes nothing.
+    """Before any work: check that `new_folder` may write `out`, and return it without links. Writes nothing.
 
     Raises:
-        InputError: it is, holds or lies in an input; it is no folder; it holds something else than what `verb` wrote; it
-            cannot be replaced as a whole, as a mount point and the folder that one is in cannot.
+        InputError: it is an input, holds one or lies in one; it is not a folder; it holds what `verb` did not write; it cannot
+            be replaced as a whole, such as a mount point or the current folder.
     """
     out = output_path(out, folder=True)
     refuse_inputs([out], inputs or {}, verb=verb)
@@ -159,8 +159,8 @@ def open_folder(
 ) -> Iterator[Path]:
     """Yield the folder `out`, to write `names` in it one after the other, over several starts.
 
-    Its files are written by `files.atomic_file`: the marker has the digest of each before it takes its name. So after a kill
-    it is known what was written, and a user's file with one of `names` is none of it.
+    Its files are written by `files.atomic_file`: the marker gets the digest of each before the file gets its name. So after a
+    kill it is known what was written, and that a user's file with one of `names` was not.
 
     Args:
         verb: what writes it.
@@ -168,13 +168,13 @@ def open_folder(
             written by the same verb.
         inputs: what is read, by option or key -> path.
         others: verbs that may have begun the folder.
-        adopt: a folder without marker is taken over (one of an earlier version, which the caller knows to be his).
-        logs: those of `names` that are only added to: who changed them does not matter.
-        again: what goes on where a start was stopped.
+        adopt: take over a folder without marker, which the caller knows to be of an earlier version.
+        logs: those of `names` that are only added to, and may have been changed by others.
+        again: what resumes a stopped start, for the message.
 
     Raises:
         InputError: see `check_open_folder`; or another process is writing it, or it cannot be written. Within it,
-            `atomic_file` raises one where somebody else has put something in the file's place.
+            `atomic_file` raises one if somebody else has put something in the file's place.
     """
     names, logs = list(names), set(logs)
     out = output_path(out, folder=True)
@@ -237,7 +237,7 @@ def check_open_folder(
     others: tuple[str, ...] = (),
     adopt: bool = False,
 ) -> Path:
-    """Before any work: whether `open_folder` may write `out`; returns it without links. Writes nothing.
+    """Before any work: check that `open_folder` may write `out`, and return it without links. Writes nothing.
 
     Raises:
         InputError: what would be written is, holds or lies in an input; `out` is no folder, or has files and no marker,
@@ -256,14 +256,14 @@ def check_open_folder(
 def check_new_file(
     out: str | Path, *, verb: str, inputs: Inputs | None = None, is_own: Callable[[Path], bool] | None = None
 ) -> Path:
-    """Before any work: whether `verb` may write the file `out`; returns it without links. Removes what killed processes
+    """Before any work: check that `verb` may write the file `out`, and return it without links. Removes what killed processes
     left of it.
 
     Args:
         is_own: whether a file is one that `verb` wrote; None = no existing file is replaced.
 
     Raises:
-        InputError: it is or lies in an input; it exists, and `is_own` does not know it; it is no file.
+        InputError: it is an input or lies in one; it exists and is not the verb's own; it is not a file.
     """
     out = output_path(out, folder=False)
     refuse_inputs([out], inputs or {}, verb=verb)
@@ -383,7 +383,7 @@ def _refusal(out: Path, verb: str, what: str, hint: str = _HINT) -> InputError:
 
 
 def _top(folder: Path) -> list[str]:
-    """Names in a folder, without the program's own hidden ones and what file managers leave."""
+    """Names in a folder, without the program's own hidden files and those of file managers."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
@@ -395,7 +395,7 @@ def _top(folder: Path) -> list[str]:
 
 
 def _names(folder: Path) -> list[str]:
-    """All that is below a folder, relative; the name of a folder ends in "/". Links are not followed."""
+    """Relative names of all that is below a folder; that of a folder ends in "/". Links are not followed."""
     out: list[str] = []
     for name in _top(folder):
         place = folder / name
@@ -409,11 +409,12 @@ def _names(folder: Path) -> list[str]:
 
 
 def _stamp(path: Path) -> Stamp:
-    """Size and digest of a file, and of a large one what tells without reading it that it was not touched. None of a folder.
+    """Size and digest of a file, and times and inode of a large one, which show without reading it that it is unchanged; None
+    for a folder.
 
-    To read a large file takes longer than a tick of the file system's clock: who changes it once its digest is made changes
-    its times too. `cp -p` and rsync may keep the time of the content; they cannot keep the inode's number and its own time.
-    Of smaller files the digest is always compared.
+    Reading a large file takes longer than a tick of the file system's clock: a change after its digest was made changes its
+    times too. `cp -p` and rsync may keep the time of the content, but neither the inode's number nor its own time. The digest
+    of smaller files is always compared.
     """
     try:
         found = path.lstat()
@@ -446,7 +447,7 @@ def _is_unchanged(path: Path, stamp: Stamp) -> bool:
 
 
 def _existing(given: str | Path | None) -> Path | None:
-    """The place of an input on this machine: of a pattern, the folder that it begins with."""
+    """The path of an input on this machine; of a pattern, the folder that it begins with."""
     if given is None or not str(given):
         return None
     text = str(given)

@@ -1,4 +1,4 @@
-"""`mmdit-lora VERB`: one place where exceptions become exit codes.
+"""`mmdit-lora VERB`: the table of verbs, and the one place where exceptions become exit codes.
 
 Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 anything else; 130 interrupted. A verb's module is
 imported when the verb is called, and what loads torch after the verb's options were checked: `--help` answers at once, and
@@ -133,18 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 1
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of paths alone, wherever one is looked at first
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of paths alone, wherever one is used first
             wrong = InputError(
                 f"is no possible path: {error.strerror}", location=error.filename, hint="give another one"
             )
-            return _report(error, str(wrong), 2, debug)
-        if error.errno not in NO_SPACE or error.filename is not None:
+        elif error.errno in NO_SPACE and error.filename is None:
+            _drop_stdout()
+            what = f"cannot be written: {error.strerror}"
+            wrong = InputError(what, location="standard output", hint="redirect it elsewhere")
+        else:
             return _report_unknown(error, debug)
-        _drop_stdout()
-        full = InputError(
-            f"cannot be written: {error.strerror}", location="standard output", hint="redirect it elsewhere"
-        )
-        return _report(error, str(full), 2, debug)
+        return _report(error, str(wrong), 2, debug)
     except Exception as error:
         return _report_unknown(error, debug)
 

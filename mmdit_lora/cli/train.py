@@ -104,7 +104,7 @@ def verify_resume(
     ] = 2,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train 2N steps, N + N steps, and 2N steps with kills, and compare them bit by bit. Exit 0: equal; 1: not.
+    """Train 2N steps, N + N steps, and 2N steps with kills, and compare the results bit by bit. Exit 0: equal; 1: not.
 
     Everything is in a temporary folder; nothing of your run is touched.
     """

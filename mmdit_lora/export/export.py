@@ -49,7 +49,7 @@ _NOTES = {
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far its outputs, read back in a fresh process, are from those of base + adapter.
+    """What was written, and how far its outputs in a fresh process are from those of base + adapter.
 
     Args:
         max_abs_diff: largest difference of the predicted velocity, over two random inputs with three boxes each.
@@ -74,10 +74,10 @@ class ExportReport:
 def export_adapter(
     adapter: str | Path, *, to: Target, out: str | Path, base: str | None = None, merge: bool = False
 ) -> ExportReport:
-    """Write `out`, use it in a fresh process by the loader that it is for, and compare: the velocity for random inputs, and a
-    sampled image, twice with one seed.
+    """Write `out`, load it in a fresh process with the loader of its format, and compare the velocity for random inputs and an
+    image sampled twice with one seed.
 
-    What is written carries no dropout, so that no loader can leave it on; the header keeps the trained value.
+    Dropout is written as 0, so that no loader leaves it on; the header keeps the trained value.
 
     Args:
         to: "peft" a PEFT folder; "diffusers" a folder for `pipe.load_lora_weights`; "kohya" one .safetensors file in the
@@ -87,8 +87,8 @@ def export_adapter(
         merge: "creatilayout" only: the whole layout stream with the adapter in its weights.
 
     Raises:
-        InputError: `adapter` is none, does not fit the base or the format, or `out` exists and is not an export.
-        RuntimeError: what was written does not give the same outputs; it is removed again.
+        InputError: `adapter` is not an adapter, does not fit the base or the format, or `out` exists and is not an export.
+        RuntimeError: the written files do not give the same outputs; they are removed again.
     """
     out, inputs = Path(out), {"ADAPTER": adapter, "--base": base}
     check_target(to, out, merge=merge, inputs=inputs)
@@ -120,15 +120,15 @@ def export_adapter(
 
 
 def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str, Any]:
-    """Load an adapter on its base, strictly, and again in a fresh process by the loader that its form is for (a PEFT folder: by
-    PEFT alone); compare.
+    """Load an adapter strictly on its base, and again in a fresh process by the loader of its format (a PEFT folder: by PEFT
+    alone); compare the outputs.
 
     Returns:
         base, form, fingerprint, parameters, `effect` (largest change of the velocity that it makes), `max_abs_diff` and
         `max_image_diff`.
 
     Raises:
-        InputError: it is no adapter, damaged, of another base, or has no effect at all; or PEFT cannot load it by its config.
+        InputError: it is not an adapter, is damaged, is for another base or has no effect; or PEFT cannot load it by its config.
     """
     base = base or base_of(adapter)
     pipe, stored = _open(adapter, base)
@@ -200,7 +200,7 @@ def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, he
 
 
 def _reference(pipe: LayoutPipeline) -> tuple[dict[str, Tensor], float]:
-    """What base + adapter answers, and how much the adapter changes of the velocity."""
+    """The outputs of base + adapter, and how much the adapter changes the velocity."""
     expected = answers(pipe, twice=False)
     pipe.transformer.disable_lora()
     effect = (expected["velocity"] - outputs(pipe.transformer)).abs().max().item()
@@ -209,7 +209,7 @@ def _reference(pipe: LayoutPipeline) -> tuple[dict[str, Tensor], float]:
 
 
 def _read_back(to: str, written: Path, base: str) -> dict[str, Tensor]:
-    """The answers of a process that has only the files."""
+    """The outputs in a process that has only the files."""
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answers.safetensors"
         command = [sys.executable, "-m", "mmdit_lora.export.read_back", to, str(written), base, str(answer)]
@@ -222,10 +222,10 @@ def _read_back(to: str, written: Path, base: str) -> dict[str, Tensor]:
 
 
 def _compare(to: str, written: Path, base: str, expected: dict[str, Tensor]) -> tuple[float, float | None]:
-    """Largest differences of velocity and image, of what a fresh process answers twice.
+    """Largest differences of velocity and image to those of a fresh process, which computes them twice.
 
     Raises:
-        RuntimeError: they are too large, or the second answer is not the first, as with dropout left on.
+        RuntimeError: they are too large, or the second outputs are not the first, as with dropout left on.
     """
     found = _read_back(to, written, base)
     for name in expected:

@@ -1,4 +1,4 @@
-"""The reading side of `export`: a fresh process uses what was written, as a user would, and answers what it gives.
+"""The reading side of `export`: a fresh process loads what was written, as a user does, and writes its outputs to a file.
 
     python -m mmdit_lora.export.read_back FORMAT WRITTEN BASE ANSWER
 
