@@ -154,15 +154,15 @@ class Evidence:
     """How many boxes of a set are wrong under each reading.
 
     Args:
-        declared: how they are said to be read. total: boxes. wrong: reading -> boxes that leave their image, are
-            inverted or empty. telling: those of the declared reading that are not merely empty. reach: reading -> how far to
+        declared: how the set states that they are read. total: boxes. wrong: reading -> boxes that leave their image, are
+            inverted or empty. misread: those of the declared reading that are not merely empty. reach: reading -> how far to
             the right and down the boxes reach, the smaller of the two; 1 is the image's side.
     """
 
     declared: Reading
     total: int
     wrong: dict[Reading, int]
-    telling: int
+    misread: int
     reach: dict[Reading, float]
 
     @property
@@ -193,8 +193,8 @@ class Evidence:
         if self.total < _ENOUGH_BOXES:
             return []
         wrong = self.wrong[self.declared]
-        enough = self.telling >= _ENOUGH_BOXES and self.telling >= _ENOUGH_SHARE * self.total
-        if not (enough or self.telling > self.total / 2):
+        enough = self.misread >= _ENOUGH_BOXES and self.misread >= _ENOUGH_SHARE * self.total
+        if not (enough or self.misread > self.total / 2):
             return []
         right = {r: n for r, n in self.wrong.items() if n <= _NEARLY_ALL * self.total and 4 * n < wrong}
         if not right:
@@ -215,7 +215,7 @@ class Evidence:
     def declaration(self, reading: Reading) -> str:
         """What to write, where a reading other than the declared one is right."""
         keys = {"bbox_format": (reading.order, self.declared.order), "bbox_units": (reading.unit, self.declared.unit)}
-        return ", ".join(f'"{key}": "{meant}"' for key, (meant, said) in keys.items() if meant != said)
+        return ", ".join(f'"{key}": "{meant}"' for key, (meant, stated) in keys.items() if meant != stated)
 
     @property
     def hint(self) -> str | None:
@@ -232,7 +232,7 @@ class Evidence:
 
         None where there are too few boxes to tell, or they are merely empty, which no reading explains.
         """
-        if self.total < _ENOUGH_BOXES or not self.telling:
+        if self.total < _ENOUGH_BOXES or not self.misread:
             return None
         return "; ".join(part for part in (self.line, self.hint) if part)
 
@@ -249,7 +249,7 @@ def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:
     known = np.array([boxed.size is not None for boxed in sets])
     slack = np.where(known[:, None], np.maximum(EDGE_SHARE, EDGE_PIXELS / sizes), EDGE_SHARE) + 1e-9
     sizes, slack = (np.repeat(each, [len(boxed.numbers) for boxed in sets], axis=0) for each in (sizes, slack))
-    wrong, telling = {}, 0
+    wrong, misread = {}, 0
     reach: dict[Reading, float] = {}
     for reading in READINGS:
         sides = sizes if reading.unit == "pixel" else full_size(reading.unit, None)
@@ -258,13 +258,13 @@ def evidence(sets: Iterable[Boxed], declared: Reading) -> Evidence | None:
             low, high = xyxy[:, :2] / sides, xyxy[:, 2:] / sides
             inside = ((low >= -slack) & (high <= 1 + slack)).all(axis=1)
             empty = (np.clip(low, 0, 1) >= np.clip(high, 0, 1)).any(axis=1)
-        if reading.unit != "relative":  # nobody annotates boxes of a pixel, or of a thousandth
+        if reading.unit != "relative":  # no annotated box is a pixel, or a thousandth, wide and high
             empty |= (np.abs(numbers) <= 1).all(axis=1)
         reach[reading] = float(high.max(axis=0).min())
         wrong[reading] = int((~inside | empty).sum())
         if reading == declared:
-            telling = int((~inside | (high < low).any(axis=1)).sum())
-    return Evidence(declared, len(numbers), wrong, telling, reach)
+            misread = int((~inside | (high < low).any(axis=1)).sum())
+    return Evidence(declared, len(numbers), wrong, misread, reach)
 
 
 def distinct_as_xywh(boxes: Iterable[Four]) -> int:

@@ -355,7 +355,7 @@ def as_box(
     xyxy = numbers if reading == _PLAIN else relative(numbers, reading, pixels)
     if min(xyxy) < -ROUNDING or max(xyxy) > 1 + ROUNDING:
         by = max(overshoot(xyxy))
-        # Of a small image two pixels may be more than the share: the size is asked for where that could matter.
+        # Of a small image two pixels may be more than the share: the size is read where that could matter.
         if not within_edge(xyxy, pixels) and pixels is None and size is not None and by < 0.25:
             pixels = size()
         left, top, right, bottom = inner = clip(xyxy)

@@ -46,7 +46,7 @@ from mmdit_lora.outputs import check_new_file, check_new_folder, new_folder, ref
 from mmdit_lora.visual import contact_sheet, is_marked_png, save_png
 from mmdit_lora.visual.compose import fit
 
-SAMPLE = 10_000  # records of shards that are looked at
+SAMPLE = 10_000  # records of shards that are read
 DEFAULT_FOLDER = "outputs/cache"
 _LARGEST = 2**40  # bytes of a shard; places in an index reach twice as far
 _PHRASES_SHOWN = 12
@@ -165,8 +165,8 @@ def convert(
     say(f"wrote {', '.join(f'{count} {name}' for name, count in counts.items())} to {out}")
     if as_json:
         boxes = sum(len(record.layout.boxes) for record in source.records)
-        told = {"left_out": source.left_out, "warnings": source.warnings}
-        emit({"out": str(out), **counts, "boxes": boxes, **told, **source.notes})
+        lists = {"left_out": source.left_out, "warnings": source.warnings}
+        emit({"out": str(out), **counts, "boxes": boxes, **lists, **source.notes})
 
 
 def _phrase_map(pairs: Iterable[str]) -> dict[str, str]:
@@ -290,7 +290,7 @@ def split(
     bbox_units: BoxUnits = "relative",
     as_json: JsonFlag = False,
 ) -> None:
-    """Part a data set in two, the same way each time; all layouts of an image go to one side."""
+    """Split a data set in two, the same way each time; all layouts of an image go to one side."""
     check_new_folder(out, verb="data split", inputs={"DATA": data})
     records = read_dataset(data, bbox_format=bbox_format, bbox_units=bbox_units)
     train, validation = split_records(records, share, by=by, location=str(data))
@@ -319,7 +319,7 @@ def stats(
     filtered = filter_records(records, rules, location="--filter")
     found = dataset_stats(filtered.records)
     if len(records) < total:
-        say(f"of {total} records {len(records)} were looked at, evenly spread")
+        say(f"of {total} records {len(records)} were read, evenly spread")
     for line in _lines(found):
         say(line)
     if filtered.summary:
@@ -363,7 +363,7 @@ def cache(
         typer.Option("--out", help=f"Folder of the cache.  [default: data.cache, or {DEFAULT_FOLDER}]"),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="First read the whole folder; what is damaged goes out and is made anew.")
+        bool, typer.Option("--verify", help="First read the whole folder; what is damaged is removed and made again.")
     ] = False,
     prune: Annotated[
         str | None,
@@ -470,21 +470,20 @@ def check(
 ) -> None:
     """Read a data set, decode its images, and say what is in it and what is wrong with it.
 
-    With a run's config, it is judged as that run would use it: its buckets, its crop, its batch, its validation set.
+    With a run's config, it is checked as that run would use it: its buckets, its crop, its batch, its validation set.
     """
-
     inputs: dict[str, str | Path | None] = {"DATA": data, "--images": images, "--against": against, "--base": base}
     if out is not None:
         check_new_folder(out, verb="data check", inputs=inputs)
     if against is None and against_from is not None:
         raise InputError("belongs to --against", location="--against-from", hint="leave it away, or give --against")
-    judged: dict[str, Any] = {"buckets": None if resolution is None else one_size((resolution, resolution))}
+    usage: dict[str, Any] = {"buckets": None if resolution is None else one_size((resolution, resolution))}
     if data.endswith((".yaml", ".yml")):
         given = {"--from": from_, "--against": against, "--base": base, "--resolution": resolution}
         for option, value in (given | {"--bbox-format": bbox_format, "--bbox-units": bbox_units}).items():
             if value is not None:
                 raise InputError("is said by the config", location=option, hint="leave it away")
-        data, against, base, judged, (own_format, own_units) = _of_run(data)
+        data, against, base, usage, (own_format, own_units) = _of_run(data)
     else:
         own_format, own_units = bbox_format, bbox_units
     tokens = clip_tokens(base)
@@ -493,7 +492,7 @@ def check(
     # The conventions that were declared are of DATA; those of a set in another format are its own.
     declared = (own_format, own_units) if other_format == from_ else (None, None)
     others = _read(against, other_format, *declared, skip_missing=skip_missing).records if against else []
-    report = check_dataset(found.records, against=others, tokens=tokens, **judged, **found.given)
+    report = check_dataset(found.records, against=others, tokens=tokens, **usage, **found.given)
     report.notes.extend(found.notes)
     _print(report)
     if out is not None:
@@ -563,12 +562,12 @@ def _of_run(path: str) -> tuple[str, str | None, str, dict[str, Any], tuple[str 
 
     config = load_config(path)
     section = config.data
-    judged = {
+    usage = {
         "buckets": run_buckets(config, open_encoders(config, torch.float32, texts=False)),
         "batch": config.train.batch_size * config.train.gradient_accumulation,
         "min_visible": section.min_visible,
     }
-    return section.path, section.validation, config.base, judged, (section.bbox_format, section.bbox_units)
+    return section.path, section.validation, config.base, usage, (section.bbox_format, section.bbox_units)
 
 
 def _print(report: CheckReport) -> None:

@@ -29,7 +29,7 @@ class Filtered(NamedTuple):
             that never had any is.
         emptied: the records that are not, as they were.
         left_out: boxes left out, by the first reason that holds; those of `emptied` are among them.
-        boxes: that stay; None where nobody has counted them.
+        boxes: that stay; None where they are not counted.
     """
 
     records: Sequence[Record]
@@ -92,7 +92,7 @@ def filter_records(records: Sequence[Record], rules: FilterSection, *, location:
             layout = record.layout if len(stay) == len(boxes) else Layout(record.layout.caption, stay)
             kept.append(replace(record, layout=layout))
     if not kept:
-        hint = "loosen it, or look at `mmdit-lora data stats`"
+        hint = "loosen it; `mmdit-lora data stats` shows what the set holds"
         raise InputError(f"leaves none of {len(records)} layouts a box", location=location, hint=hint)
     counts = {why: left_out[why] for why in (TOO_SMALL, NOT_INCLUDED, EXCLUDED, TOO_MANY) if left_out[why]}
     return Filtered(kept, emptied, counts, sum(len(record.layout.boxes) for record in kept))
@@ -125,7 +125,7 @@ def parse_filter(pairs: Sequence[str], *, location: str = "--filter") -> FilterS
 
 
 class CropLoss(NamedTuple):
-    """Boxes that a centre crop drops. `images`: looked at; `boxes`: theirs before the crop; `lost`: dropped by it;
+    """Boxes that a centre crop drops. `images`: layouts counted; `boxes`: theirs before the crop; `lost`: dropped by it;
     `emptied`: layouts that had boxes and lose all of them."""
 
     images: int
@@ -148,20 +148,20 @@ class CropLoss(NamedTuple):
 def crop_loss(records: Sequence[Record], buckets: Buckets, *, min_visible: float, most: int = 10_000) -> CropLoss:
     """What cutting images to their buckets from the middle costs; of each image only the header is read.
 
-    A random crop loses others each time, and on average more. At most the first `most` records are looked at.
+    A random crop loses others each time, and on average more. At most the first `most` records are counted.
 
     Raises:
         InputError: a file is no image, or one is too small for any bucket.
     """
-    looked_at = records[:most]
-    counts = []  # (boxes, lost) of each layout with boxes
-    for record in looked_at:
+    counted = records[:most]
+    pairs = []  # (boxes, lost) of each layout with boxes
+    for record in counted:
         if record.layout.boxes:
             width, height = record.size()
             lost = lost_boxes(record.layout, (height, width), record_bucket(record, buckets), min_visible)
-            counts.append((len(record.layout.boxes), len(lost)))
-    emptied = sum(boxes == lost for boxes, lost in counts)
-    return CropLoss(len(looked_at), sum(boxes for boxes, _ in counts), sum(lost for _, lost in counts), emptied)
+            pairs.append((len(record.layout.boxes), len(lost)))
+    emptied = sum(boxes == lost for boxes, lost in pairs)
+    return CropLoss(len(counted), sum(boxes for boxes, _ in pairs), sum(lost for _, lost in pairs), emptied)
 
 
 def lost_boxes(layout: Layout, image: Size, size: Size, min_visible: float) -> list[int]:

@@ -17,7 +17,7 @@ from mmdit_lora.data.filters import crop_loss
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.sources import open_dataset
 
-# A run of this many epochs is a start to judge from; the bounds keep tiny and huge sets within one sitting.
+# A run of this many epochs shows whether the data works; the bounds keep runs on tiny and huge sets short.
 _EPOCHS, _MIN_STEPS, _MAX_STEPS = 50, 200, 20_000
 _RATIOS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "2:1", "1:2")
 _LOOKED_AT = 2000

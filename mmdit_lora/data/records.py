@@ -245,7 +245,7 @@ def parse_layout(
     """The layout of one line, or of what holds the same keys elsewhere.
 
     Args:
-        data: `caption`, `objects`, perhaps `bbox_format` and `bbox_units`; other keys are not looked at.
+        data: `caption`, `objects`, perhaps `bbox_format` and `bbox_units`; other keys are ignored.
         size: called for (width, height) in pixels where boxes are in pixels, or leave their image.
         clipped: is filled with the boxes that left their image by little and were clipped.
 

@@ -1,7 +1,7 @@
 """Procedural scenes: coloured shapes on grey backgrounds, with captions, boxes and phrases.
 
 Every image is a function of (spec, seed, index), so a data set is a few numbers, and what was asked for can be read
-back from the pixels exactly (`mmdit_lora.evaluation.detectors.shapes`), without a learned judge. As a data set they are
+back from the pixels exactly (`mmdit_lora.evaluation.detectors.shapes`), without a learned detector. As a data set they are
 written to a folder (`write_dataset`), or named by `shapes://DOMAIN?count=N&seed=S` (`open_scenes`) and generated when needed.
 """
 
@@ -177,7 +177,7 @@ def write_dataset(out: str | Path, spec: SceneSpec, *, count: int, seed: int, ve
 
 @dataclass(frozen=True, slots=True)
 class SceneRecord(Record):
-    """A scene as a record; its image is painted when it is asked for (about a millisecond, so it is not cached).
+    """A scene as a record; its image is painted when it is needed (about a millisecond, so it is not cached).
 
     Args:
         domain: key of `DOMAINS`. seed, index: as of `make_scene`.

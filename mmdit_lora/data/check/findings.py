@@ -160,7 +160,7 @@ KINDS: dict[str, Kind] = {
     ),
     "near-duplicate-images": Kind(
         *(_W, "images", "{n} images look the same as another one (perceptual hash, compared at 16 x 16)"),
-        "keep one of each: the same image, scaled or saved anew, counts more in training",
+        "keep one of each: the same image, scaled or saved again, counts more in training",
     ),
     "leakage": Kind(_E, "images", "{n} of {total} images are in the other set too, byte for byte", _LEAK),
     "near-leakage": Kind(_W, "images", "{n} of {total} images look the same as one of the other set", _LEAK),

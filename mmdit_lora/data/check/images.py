@@ -21,7 +21,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import require_file
 
 HEADERS = 1000  # read before a run: some tenths of a second
-# Of 64 bits of the perceptual hash. Saved anew or scaled, a photograph keeps all but a few; two photographs of one kind
+# Of 64 bits of the perceptual hash. Saved again or scaled, a photograph keeps all but a few; two photographs of one kind
 # (blood under one microscope) were seen to differ in 14 and more.
 MAX_DISTANCE = 6
 # The hash sees no colour and little of what is small; so both images are compared at 16 x 16 too, less their mean

@@ -37,7 +37,7 @@ class CheckReport:
         extra_columns: column that means nothing here -> in how many lines.
         left_out: what a converting reader left out, by reason.
         findings: the errors first, then the warnings, each with its examples.
-        notes: what was seen and is no fault: the evidence for `bbox_format`, and what was not looked at, and why.
+        notes: no faults: the evidence for `bbox_format`, and which checks were left out, and why.
         errors, warnings: messages. An error stops a run, a warning does not.
         hint: what errors of boxes have in common: the shares under each reading, and what to declare.
     """

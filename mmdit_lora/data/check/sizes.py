@@ -26,7 +26,7 @@ def size_findings(
     """Image -> (height, width) that it is trained at.
 
     Args:
-        buckets: the sizes of the training images; None = a square crop is judged at each image's own size.
+        buckets: the sizes of the training images; None = a square crop at each image's own size.
         batch: images of a training step, which are of one bucket.
         min_visible: a box of which the crop leaves a smaller share is lost.
     """

@@ -162,7 +162,7 @@ class Source:
 
     Args:
         left_out: how often something was left out, by reason.
-        errors: of records that could not be read; empty unless they were asked for.
+        errors: of records that could not be read; empty without `collect_errors`.
         notes: facts of the format for `--json`. remarks: lines for people.
         warnings: what disagreed in the set, where, and what was taken instead; many of a kind are summed up.
     """

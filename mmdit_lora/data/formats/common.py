@@ -69,7 +69,7 @@ class RawBox(NamedTuple):
 
 @dataclass
 class Context:
-    """What a reader is asked for, and where it leaves what it noticed.
+    """The options of a reader, and what it notes while reading.
 
     Args:
         src: folder or file. split, images, detailed, bbox_format, bbox_units: the options of `read_format`.

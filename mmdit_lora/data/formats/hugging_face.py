@@ -142,7 +142,7 @@ def _evidence(context: Context, paths: list[Path]) -> str:
             sets.append(Boxed([four for value, _ in _objects(row, location) if (four := four_numbers(value))], size))
     found = evidence(sets, READINGS[0])
     if found is None:
-        return "There is no box to judge by."
+        return "There is no box."
     wrong = sorted(found.wrong.items(), key=lambda item: item[1])
     shares = ", ".join(f"{order} {unit} {count / found.total:.0%}" for (order, unit), count in wrong)
     return f"Of {found.total} boxes, each reading makes wrong: {shares}"

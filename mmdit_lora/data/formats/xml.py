@@ -35,7 +35,7 @@ def read_xml(path: Path) -> str:
     wide = {b"<\0": "utf-16-le", b"\0<": "utf-16-be"}.get(content[:2])
     declared = _DECLARED.match(content)
     name = wide or (declared[1].decode() if declared else "utf-8")
-    # A declaration that could be read byte by byte is of no wide encoding: such files were saved anew by another tool.
+    # A declaration that could be read byte by byte is of no wide encoding: another tool has converted such files.
     if not wide and name.lower().replace("_", "-").startswith(("utf-8", "utf8", "utf-16", "utf-32", "ucs")):
         return decode_text(content, location=str(path))
     try:
@@ -203,7 +203,7 @@ def _flickr30k(stem: str, context: Context) -> Sample:
     for index, item in enumerate(root.findall("object"), start=1):
         place = f"{path}: object {index}"
         corners = bounds(item, place)
-        if corners is None:  # said of the scene, or seen nowhere
+        if corners is None:  # of the scene as a whole, or of nothing visible
             continue
         left, top, right, bottom = corners
         xyxy = context.box((left - 1, top - 1, right, bottom), "xyxy", place, unit="pixel", size=size)
