@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmdit_lora.boxes import EDGE_SHARE, Evidence, Four, Reading, box_iou, distinct_as_xywh, relative
-from mmdit_lora.data.check.findings import SAME_IOU, TINY, Example, Findings
+from mmdit_lora.data.check.findings import EXAMPLES_KEPT, SAME_IOU, TINY, Example, Findings
 from mmdit_lora.data.records import Record, Written
 
 # With fewer boxes, that all lie in the upper left quarter may be chance.
@@ -33,19 +33,22 @@ def box_findings(found: Findings, records: Sequence[Record]) -> None:
 
 
 def _overlaps(found: Findings, record: Record, chosen: list[int]) -> None:
-    """Pairs of the `chosen` boxes of a record that are nearly the same, row by row: there may be thousands."""
-    boxes = record.layout.boxes
+    """Pairs of the `chosen` boxes of a record that are nearly the same, row by row: there may be millions."""
+    boxes, numbers = record.layout.boxes, dict[str, int]()
     corners = np.array([boxes[i].xyxy for i in chosen]).reshape(-1, 4)
+    phrases = np.array([numbers.setdefault(_plain(boxes[i].phrase), len(numbers)) for i in chosen])
     for row, i in enumerate(chosen[:-1]):
         ious = box_iou(corners[row : row + 1], corners[row + 1 :])[0]
-        for column in np.flatnonzero(ious > SAME_IOU):
-            j, iou, one = chosen[row + 1 + column], ious[column], boxes[i]
-            if _plain(one.phrase) == _plain(boxes[j].phrase):
-                name, text = "near-identical-boxes", f"objects.bbox[{i}] and [{j}], both {one.phrase!r}"
-            else:
-                name = "same-box-other-phrase"
-                text = f"objects.bbox[{i}] {one.phrase!r} and [{j}] {boxes[j].phrase!r}"
-            found.add(name, record, f"{text}: IoU {iou:.3f}", [i, j])
+        hits = np.flatnonzero(ious > SAME_IOU)
+        same, one = phrases[row + 1 + hits] == phrases[row], boxes[i].phrase
+        for name, columns in (("near-identical-boxes", hits[same]), ("same-box-other-phrase", hits[~same])):
+            for n, column in enumerate(columns[:EXAMPLES_KEPT].tolist()):
+                j = chosen[row + 1 + column]
+                pair = f"[{i}] {one!r} and [{j}] {boxes[j].phrase!r}"
+                if name == "near-identical-boxes":
+                    pair = f"[{i}] and [{j}], both {one!r}"
+                text = f"objects.bbox{pair}: IoU {ious[column]:.3f}"
+                found.add(name, record, text, [i, j], count=0 if n else len(columns))
 
 
 def corners_of(line: Written, reading: Reading | None = None) -> list[Four]:
