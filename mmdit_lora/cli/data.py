@@ -546,7 +546,7 @@ def _read(
         lines: list[str] = []
         records, total = sample_dataset(data, SAMPLE, **conventions, on_warning=lines.append)
         note = f"{len(records)} of {total} records, evenly spread, are what the rest is about"
-        return _Input(records, {"warnings": lines}, [note])
+        return _Input(records, {"warnings": lines}, [] if is_scenes(data) else [note])
     warnings = Warnings()
     records, errors = scan_dataset(data, **conventions, warnings=warnings)
     written = read_written(data, **conventions)

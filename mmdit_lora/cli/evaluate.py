@@ -46,7 +46,10 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; the same call goes on where it was stopped.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Data set folder of layouts with images.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Data set of layouts with images: a folder, shards or shapes://DOMAIN?count=N."),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", help="Pipeline folder or hub id, to sample with.", callback=base_is_there),

@@ -254,7 +254,9 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def sampling_inputs(base: str | None, adapters: list[str] | None, layout: Path | None) -> dict[str, str | Path | None]:
+def sampling_inputs(
+    base: str | None, adapters: list[str] | None, layout: str | Path | None
+) -> dict[str, str | Path | None]:
     """Option -> path that sampling reads, where nothing may be written."""
     given = {f"--adapter {each}": folder_and_weight(each)[0] for each in adapters or []}
     return {"--base": base, "--layout": layout, **given}
