@@ -312,7 +312,7 @@ MUTATIONS = (
         "every_key",
     ),
     _m("gradients are never zeroed", STEP, "run.optimizer.zero_grad()", "pass", "trainer", "every_key"),
-    _m("the moving average is not updated", STEP, "run.average.update()", "pass", "training_choices", "every_key"),
+    _m("the moving average is not updated", STEP, "run.ema.update()", "pass", "training_choices", "every_key"),
     _m(
         "resume: the optimizer starts anew",
         "training/checkpoint.py",

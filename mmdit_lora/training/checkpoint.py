@@ -25,7 +25,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import atomic_folder, remove_folder, write_json
 from mmdit_lora.json_files import read_object
 from mmdit_lora.training.deepspeed import is_zero_optimizer, optimizer_tensors, put_optimizer, zero_parameters
-from mmdit_lora.training.sharding import like, put, whole
+from mmdit_lora.training.sharding import copy_full, full_tensor, shard_like
 
 _GROUPS = "groups"
 
@@ -45,7 +45,7 @@ def optimizer_writer(optimizer: Optimizer) -> Callable[[Path], None]:
     else:
         states = optimizer.state_dict()["state"].items()
         known = ((f"{n}.{name}", value) for n, state in states for name, value in state.items() if value is not None)
-        tensors = {key: whole(torch.as_tensor(value)) for key, value in known}
+        tensors = {key: full_tensor(torch.as_tensor(value)) for key, value in known}
     return lambda path: save_file(tensors, path, metadata={_GROUPS: json.dumps(groups)})
 
 
@@ -81,7 +81,7 @@ def load_optimizer(optimizer: Optimizer, path: str | Path) -> None:
     if zero and state:
         put_optimizer(optimizer, state)
     elif not zero:
-        spread = {n: {name: like(t, parameters[n]) for name, t in entry.items()} for n, entry in state.items()}
+        spread = {n: {name: shard_like(t, parameters[n]) for name, t in entry.items()} for n, entry in state.items()}
         optimizer.load_state_dict({"state": spread, "param_groups": now})
 
 
@@ -206,7 +206,7 @@ class Checkpoint:
             )
         with torch.no_grad():
             for name, parameter in trainable.items():
-                put(parameter, tensors[name])
+                copy_full(parameter, tensors[name])
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -233,7 +233,7 @@ def save_checkpoint(
         write: false = only take part: where parameters are spread over processes, all are needed to gather them.
     """
     target = folder / f"step_{step:07d}"
-    tensors = {name: whole(p) for name, p in trainable_parameters(model).items()}
+    tensors = {name: full_tensor(p) for name, p in trainable_parameters(model).items()}
     files: dict[str, Callable[[Path], Any]] = {
         WEIGHTS: partial(save_file, tensors),
         OPTIMIZER: optimizer_writer(optimizer),

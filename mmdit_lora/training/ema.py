@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.checkpoint import trainable_parameters
-from mmdit_lora.training.sharding import put, whole
+from mmdit_lora.training.sharding import copy_full, full_tensor
 
 
 class EMA:
@@ -26,17 +26,15 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._parameters = trainable_parameters(model)
-        at_once = not any(
-            isinstance(p, DTensor) for p in self._parameters.values()
-        )  # PyTorch has no such kernel for parts
-        self._ema = EMAModel(self._parameters.values(), decay=decay, foreach=at_once)
+        spread = any(isinstance(p, DTensor) for p in self._parameters.values())  # PyTorch has no such kernel for parts
+        self._ema = EMAModel(self._parameters.values(), decay=decay, foreach=not spread)
 
     def update(self) -> None:
         """After every optimizer step."""
         self._ema.step(self._parameters.values())
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Within it, the model has the averaged weights; then its own again."""
         self._ema.store(self._parameters.values())
         self._ema.copy_to(self._parameters.values())
@@ -45,13 +43,13 @@ class EMA:
         finally:
             self._ema.restore(self._parameters.values())
 
-    def put(self) -> None:
+    def copy_to_model(self) -> None:
         """Give the model the averaged weights for good."""
         self._ema.copy_to(self._parameters.values())
 
     def state(self) -> Callable[[Path], None]:
         """What writes averages by parameter name, and the number of updates; gathered now, where they are spread."""
-        tensors = {n: whole(shadow) for n, shadow in zip(self._parameters, self._ema.shadow_params, strict=True)}
+        tensors = {n: full_tensor(shadow) for n, shadow in zip(self._parameters, self._ema.shadow_params, strict=True)}
         tensors["updates"] = torch.tensor(self._ema.optimization_step)
         return lambda path: save_file(tensors, path)
 
@@ -66,4 +64,4 @@ class EMA:
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self._parameters.items()}:
             raise InputError("the moving average is of another set of parameters", location=str(path))
         for name, shadow in zip(self._parameters, self._ema.shadow_params, strict=True):
-            put(shadow, tensors[name])
+            copy_full(shadow, tensors[name])

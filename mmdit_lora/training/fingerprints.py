@@ -14,15 +14,8 @@ from mmdit_lora.layout import Layout
 from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.pipelines import LayoutPipeline
 
-# Key of the config that says where something lies -> the fingerprints that say what it is.
-PLACES: dict[str, tuple[str, ...]] = {
-    "base": ("base", "encoders"),
-    "data.path": ("data", "validation"),
-    "data.validation": ("data", "validation"),
-    "prior.layouts": ("prior",),
-    "lora.start": ("start",),
-    "data.cache": (),  # its entries are found by content
-}
+# Keys of the config that say where something lies; the fingerprints say what it is (entries of a cache are found by content).
+PLACES = ("base", "data.path", "data.validation", "data.cache", "prior.layouts", "lora.start")
 _NAMES = {
     "base": "base",
     "encoders": "VAE or a text encoder of the base",
@@ -62,24 +55,24 @@ def first_change(saved: Mapping[str, str], now: Mapping[str, str], *, location: 
     """The first thing that is not what the run was started with.
 
     Args:
-        saved: the fingerprints in the checkpoint `where`.
+        saved: the fingerprints in the checkpoint, which is at `location`.
     """
-    names = [name for name in _NAMES if name in saved or (name in now and knows_places(saved))]
-    for name in names:
+    for name in _NAMES:
         before, after = saved.get(name), now.get(name)
-        if before != after and name in ("data", "validation") and saved.get("split") != now.get("split"):
+        if before == after or (before is None and not knows_places(saved)):
+            continue
+        if name in ("data", "validation") and saved.get("split") != now.get("split"):
             return InputError(
                 "the images that data.validation_share holds out are not those that this run was started with: versions "
                 "before held out others",
                 location=location,
                 hint="finish the run with the version that started it, or start a new one in another output_dir",
             )
-        if before != after:
-            shown = [digest[:_SHOWN_DIGITS] if digest else "none" for digest in (after, before)]
-            return InputError(
-                f"the {_NAMES[name]} is not the one that this run was started with: {shown[0]}, and {shown[1]} in the "
-                "checkpoint",
-                location=location,
-                hint="put it back as it was (its place does not matter), or start a new run in another output_dir",
-            )
+        digests = [digest[:_SHOWN_DIGITS] if digest else "none" for digest in (after, before)]
+        return InputError(
+            f"the {_NAMES[name]} is not the one that this run was started with: {digests[0]}, and {digests[1]} in the "
+            "checkpoint",
+            location=location,
+            hint="put it back as it was (its place does not matter), or start a new run in another output_dir",
+        )
     return None

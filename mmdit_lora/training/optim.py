@@ -23,35 +23,22 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """
     train = config.train
     check_optimizer(train)
-    kind: Any
     kind, options = _class_and_options(train)
-    options |= {"betas": train.adam_betas}
+    options |= {"lr": train.learning_rate, "betas": train.adam_betas}
     if train.lora_plus == 1.0:
-        parameters = list(trainable_parameters(model).values())
         plain: torch.optim.Optimizer = kind(
-            parameters, lr=train.learning_rate, weight_decay=train.weight_decay, **options
+            list(trainable_parameters(model).values()), weight_decay=train.weight_decay, **options
         )
         return plain
-    if train.optimizer == "prodigy":
-        raise InputError(
-            f"is {train.lora_plus:g} with prodigy, which takes one learning rate",
-            location="train.lora_plus",
-            hint="set it to 1.0, or take adamw",
-        )
-    if config.method != "lora":
-        raise InputError(
-            f"is {train.lora_plus:g} with method {config.method}, which trains no LoRA",
-            location="train.lora_plus",
-            hint="set it to 1.0",
-        )
+    for wrong, what, hint in (
+        (train.optimizer == "prodigy", "prodigy, which takes one learning rate", "set it to 1.0, or take adamw"),
+        (config.method != "lora", f"method {config.method}, which trains no LoRA", "set it to 1.0"),
+    ):
+        if wrong:
+            raise InputError(f"is {train.lora_plus:g} with {what}", location="train.lora_plus", hint=hint)
     # Hayou et al. 2024, arXiv 2402.12354: B learns faster than A.
     optimizer = create_loraplus_optimizer(
-        model,
-        kind,
-        lr=train.learning_rate,
-        loraplus_lr_ratio=train.lora_plus,
-        loraplus_weight_decay=train.weight_decay,
-        **options,
+        model, kind, loraplus_lr_ratio=train.lora_plus, loraplus_weight_decay=train.weight_decay, **options
     )
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
@@ -87,7 +74,7 @@ def check_optimizer(train: TrainSection) -> None:
         )
 
 
-def _class_and_options(train: TrainSection) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _class_and_options(train: TrainSection) -> tuple[Any, dict[str, Any]]:
     if train.optimizer == "prodigy":
         from prodigyopt import Prodigy
 

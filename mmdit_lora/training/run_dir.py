@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +21,21 @@ from mmdit_lora.training.fingerprints import PLACES, knows_places
 
 CHECKPOINTS, CONFIG, REPORT, SAMPLES = "checkpoints", "config.yaml", "report.json", "samples"
 VERB = "train"
-WRITTEN: tuple[str, ...] = (
-    CONFIG,
-    REPORT,
-    "adapter/",
-    "base/",
-    f"{CHECKPOINTS}/",
-    f"{SAMPLES}/",
-    "prior/",
-    "tracking.jsonl",
-)
-WRITTEN += ("tensorboard/", "wandb/")
+WRITTEN: tuple[str, ...] = (CONFIG, REPORT, "adapter/", "base/", f"{CHECKPOINTS}/", f"{SAMPLES}/", "prior/")
+WRITTEN += ("tracking.jsonl", "tensorboard/", "wandb/")
 _OTHERS = ("quickstart",)  # verbs whose folder is a run's too
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")  # as launchers tell a process its number
 # What may differ between a run and its resumption without changing what is trained.
-_FREE_ON_RESUME = {
-    "data.workers",
-    "output_dir",
-    "tracking",
-    "sample",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.validate_every",
-    "train.sample_every",
-    "train.sample_count",
-    "train.log_every",
-    "train.final",
-    "train.early_stop",
-    # A longer (or shorter) run goes on under the schedule of its new length, at the step reached: a learning rate is a
-    # function of (step, max_steps).
-    "train.max_steps",
-    # The samples of a step over all processes are compared instead: a run may go on with another number of them.
-    "train.batch_size",
-    "train.gradient_accumulation",
-    "prior.batch_size",
-    "train.preflight",
+# A longer (or shorter) run goes on under the schedule of its new length, at the step reached: a learning rate is a function of
+# (step, max_steps). Of the batch's parts, their product is compared: a run may go on with another number of processes.
+_FREE_ON_RESUME = {"output_dir", "tracking", "sample", "data.workers", "prior.batch_size"}
+_FREE_ON_RESUME |= {
+    f"train.{key}" for key in ("max_steps", "batch_size", "gradient_accumulation", "preflight", "final")
 }
+_FREE_ON_RESUME |= {
+    f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "validate_every", "sample_every")
+}
+_FREE_ON_RESUME |= {f"train.{key}" for key in ("sample_count", "log_every", "early_stop")}
 
 
 def check_output(folder: Path, config: Config, resume: bool) -> None:
@@ -96,28 +76,15 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[None]:
     if not _is_main():
         yield
         return
-    with open_folder(
-        folder,
-        names=WRITTEN,
-        logs=["tracking.jsonl"],
-        again="`--resume latest`",
-        **_rules(config, resume),
-    ):
+    logs, again = ["tracking.jsonl"], "`--resume latest`"
+    with open_folder(folder, names=WRITTEN, logs=logs, again=again, **_rules(config, resume)):
         yield
 
 
 def _rules(config: Config, resume: bool) -> dict[str, Any]:
-    data = config.data
-    inputs = {
-        "base": config.base,
-        "data.path": data.path,
-        "data.validation": data.validation,
-        "data.cache": data.cache,
-        "prior.layouts": config.prior.layouts,
-        "lora.start": config.lora.start,
-    }
     # A run of an earlier version has checkpoints, and no marker.
     adopt = resume and bool(checkpoints(Path(config.output_dir) / CHECKPOINTS))
+    inputs = {key: attrgetter(key)(config) for key in PLACES}
     return {"verb": VERB, "others": _OTHERS, "inputs": inputs, "adopt": adopt}
 
 
@@ -128,31 +95,29 @@ def _is_main() -> bool:
 
 def _check_same_config(checkpoint: Checkpoint, config: Config) -> None:
     state = checkpoint.state()
-    saved = state["config"]
     if checkpoint.step > config.train.max_steps:
         raise InputError(
             f"is {config.train.max_steps:,}, and the run is at step {checkpoint.step:,} already",
             location="train.max_steps",
             hint=f"give {checkpoint.step:,} or more, or start a new run in another output_dir",
         )
+    saved = state["config"]
     # Keys that are younger than the checkpoint had their defaults. A config of which this version makes nothing is compared
     # as it stands.
     with suppress(ValueError):
         saved = Config.model_validate(saved).model_dump(mode="json")
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    before = _flat(saved)
     # Where things lie may change: what they are is compared when they have been read.
     free = _FREE_ON_RESUME | (set(PLACES) if knows_places(state["fingerprints"]) else set())
-    for name, new in now.items():
-        old = before.get(name, _ABSENT)
-        if old is _ABSENT:  # of a file that this version makes nothing of
+    for name, new in _flat(config.model_dump(mode="json")).items():
+        if name not in before or before[name] == new or name in free or name.split(".")[0] in free:
             continue
-        if old != new and name not in free and name.split(".")[0] not in free:
-            override = shlex.quote(f"{name}={json.dumps(old, ensure_ascii=False)}")
-            raise InputError(
-                f"{name} is {shown(new)}, and was {shown(old)} when the run was started",
-                location=str(checkpoint.folder),
-                hint=f"resume with {override}, or start a new run in another output_dir",
-            )
+        override = shlex.quote(f"{name}={json.dumps(before[name], ensure_ascii=False)}")
+        raise InputError(
+            f"{name} is {shown(new)}, and was {shown(before[name])} when the run was started",
+            location=str(checkpoint.folder),
+            hint=f"resume with {override}, or start a new run in another output_dir",
+        )
 
 
 def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -162,6 +127,3 @@ def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]
         keys = (*above, key)
         flat |= _flat(value, keys) if nested(Config, keys) is not None else {".".join(keys): value}
     return flat
-
-
-_ABSENT = object()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,23 +82,29 @@ def load_initial_adapter(model: nn.Module, adapter: str, *, base_fingerprint: st
         load_adapter(model, adapter, adapter_name=_START, expect_fingerprint=base_fingerprint)
     except InputError as error:
         raise error.at("lora.start") from None
-    wanted, found = _shape(model, _OWN), _shape(model, _START)
+    wanted, found = _targets(model, _OWN), _targets(model, _START)
     if wanted != found:
         raise _misfit(adapter, wanted, found)
     tensors = lora_state_dict(model, _START)
-    own = dict(model.named_parameters())
+    own, digest = dict(model.named_parameters()), hashlib.sha256()
     with torch.no_grad():
-        for name, value in tensors.items():
-            own[with_adapter(name, _OWN)].copy_(value)
-    fingerprint = _digest(tensors)
+        for name in sorted(tensors):
+            own[with_adapter(name, _OWN)].copy_(tensors[name])
+            value = tensors[name].detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
     remove_adapter(model, _START)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in before)
-    return InitialAdapter(_name(adapter), fingerprint)
+    path = Path(adapter).resolve()
+    return InitialAdapter(path.parent.name if path.name == "adapter" else path.name, digest.hexdigest())
 
 
-def _shape(model: nn.Module, adapter: str) -> dict[str, tuple[int, float, bool]]:
-    """Name of each linear -> (rank, factor of its update, whether DoRA), as PEFT applies them."""
+Targets = dict[str, tuple[int, float, bool]]  # name of a linear -> (rank, factor of its update, whether DoRA)
+
+
+def _targets(model: nn.Module, adapter: str) -> Targets:
+    """As PEFT applies them."""
     return {
         name: (int(layer.r[adapter]), round(float(layer.scaling[adapter]), 6), adapter in layer.lora_magnitude_vector)
         for name, layer in model.named_modules()
@@ -106,48 +112,28 @@ def _shape(model: nn.Module, adapter: str) -> dict[str, tuple[int, float, bool]]
     }
 
 
-def _misfit(
-    adapter: str, wanted: Mapping[str, tuple[int, float, bool]], found: Mapping[str, tuple[int, float, bool]]
-) -> InputError:
-    parts = []
-    if missing := [name for name in wanted if name not in found]:
-        parts.append(f"{len(missing)} targets of the config are not in it ({listed(missing[:2])})")
-    if more := [name for name in found if name not in wanted]:
-        parts.append(f"{len(more)} of its targets are not in the config ({listed(more[:2])})")
+def _misfit(adapter: str, wanted: Targets, found: Targets) -> InputError:
+    missing, more = ([name for name in one if name not in other] for one, other in ((wanted, found), (found, wanted)))
     odd = [name for name in wanted if name in found and wanted[name] != found[name]]
-    if odd:
-        parts.append(f"{len(odd)} targets differ, {odd[0]} for one")
+    parts = [f"{len(missing)} targets of the config are not in it ({listed(missing[:2])})"] if missing else []
+    parts += [f"{len(more)} of its targets are not in the config ({listed(more[:2])})"] if more else []
+    parts += [f"{len(odd)} targets differ, {odd[0]} for one"] if odd else []
+
+    def described(targets: Targets) -> str:
+        ranks, factors, dora = (sorted(set(values)) for values in zip(*targets.values(), strict=True))
+        endings = sorted({".".join(name.split(".")[-2:]) for name in targets})
+        return (
+            f"{len(targets)} targets ({listed(endings)}) of rank {listed(ranks)}, "
+            f"scaled by {listed(f'{factor:g}' for factor in factors)}{', DoRA' if any(dora) else ''}"
+        )
+
     return InputError(
-        f"{adapter} does not fit this config: it has {_told(found)}; the config asks for {_told(wanted)}; {'; '.join(parts)}",
+        f"{adapter} does not fit this config: it has {described(found)}; the config asks for {described(wanted)}; "
+        + "; ".join(parts),
         location="lora.start",
         hint="give lora.r, lora.alpha, lora.targets, patterns, rslora and dora as the adapter was trained with (its "
         "adapter_config.json states them), or leave lora.start out",
     )
-
-
-def _told(shape: Mapping[str, tuple[int, float, bool]]) -> str:
-    ranks = sorted({rank for rank, _, _ in shape.values()})
-    factors = sorted({factor for _, factor, _ in shape.values()})
-    endings = sorted({".".join(name.split(".")[-2:]) for name in shape})
-    dora = ", DoRA" if any(dora for _, _, dora in shape.values()) else ""
-    return (
-        f"{len(shape)} targets ({listed(endings)}) of rank {listed(ranks)}, "
-        f"scaled by {listed(f'{factor:g}' for factor in factors)}{dora}"
-    )
-
-
-def _digest(tensors: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _name(adapter: str) -> str:
-    path = Path(adapter).resolve()
-    return path.parent.name if path.name == "adapter" else path.name
 
 
 _LOOKS, _CROPS = 64, 1000  # records of shards that are looked at before a run
@@ -256,7 +242,7 @@ def run_buckets(config: Config, pipe: LayoutPipeline) -> Buckets:
     )
 
 
-AVERAGE = "average.safetensors"
+EMA_FILE = "average.safetensors"
 
 
 @dataclass
@@ -275,7 +261,7 @@ class Run:
     fingerprints: dict[str, str]
     dtype: torch.dtype
     data_losses: tuple[dict[str, Any], list[str]]
-    average: EMA | None = None
+    ema: EMA | None = None
     start: InitialAdapter | None = None  # the adapter that it began from
     method: FoldedMethod | None = None  # instead of the config's
     prior: Prior | None = None
@@ -389,7 +375,7 @@ class Run:
             self.bare_model,
             self.optimizer,
             state,
-            extra={} if self.average is None else {AVERAGE: self.average.state()},
+            extra={} if self.ema is None else {EMA_FILE: self.ema.state()},
             keep=self.config.train.keep_checkpoints,
             best=self.state.best_step,
             write=self.accelerator.is_main_process,
@@ -422,8 +408,8 @@ class Run:
         """
         saved = self.check(checkpoint)
         checkpoint.load(self.bare_model, self.optimizer)
-        if self.average is not None:
-            self.average.load(checkpoint.folder / AVERAGE)
+        if self.ema is not None:
+            self.ema.load(checkpoint.folder / EMA_FILE)
         # The rate is a function of the step reached and of this config, whose max_steps may be another one.
         self.schedule.last_epoch = saved["schedule_step"]
         for group, base, factor in zip(
@@ -489,7 +475,7 @@ def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | 
         set_engine(accelerator, config)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
     # Only now: sharding puts other parameters in the place of those that were.
-    average = EMA(accelerator.unwrap_model(model), settings.ema_decay) if settings.ema_decay else None
+    ema = EMA(accelerator.unwrap_model(model), settings.ema_decay) if settings.ema_decay else None
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     examples = Examples(data.records, encoder, config, buckets=buckets, slots=slots, batch=batch)
     counts, warnings = data.losses(config, buckets)
@@ -506,14 +492,14 @@ def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | 
         fingerprints=fingerprints,
         dtype=dtype,
         data_losses=(counts, [*warnings, *examples.bucket_warnings()]),
-        average=average,
+        ema=ema,
         start=start,
         method=method,
         prior_layouts=layouts,
     )
 
 
-def settle(run: Run) -> None:
+def restore_dtype(run: Run) -> None:
     """What trained in fp32 goes back to the dtype of the rest, so that the pipeline can be used as it is."""
     if run.config.method != "lora":
         for parameter in trainable_parameters(run.pipe.transformer).values():

@@ -21,7 +21,7 @@ from mmdit_lora.errors import InputError
 _SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor on the CPU, contiguous; of a parameter under ZeRO, its fp32 master."""
     if _is_zero(tensor):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -32,10 +32,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put(target: Tensor, values: Tensor) -> None:
+def copy_full(target: Tensor, values: Tensor) -> None:
     """Copy a full tensor into one that may be spread; under ZeRO, into its fp32 master too."""
     if not _is_zero(target):
-        target.copy_(like(values, target))
+        target.copy_(shard_like(values, target))
         return
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param
@@ -46,14 +46,14 @@ def put(target: Tensor, values: Tensor) -> None:
     safe_set_full_fp32_param(target, values.float())
 
 
-def like(values: Tensor, target: Tensor) -> Tensor:
+def shard_like(values: Tensor, target: Tensor) -> Tensor:
     """A full tensor, spread as `target` is where it is and where the shapes agree."""
     if isinstance(target, DTensor) and values.shape == target.shape:
         return distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
     return values
 
 
-def parted(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Give up what a forward without a backward left gathered (the root's parameters): it would be used again as it is, and
     be taken for the parameters, whatever is written into their parts meanwhile."""
     if isinstance(model, FSDPModule):

@@ -15,7 +15,7 @@ from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.loss import Batch, flow_matching_loss
 from mmdit_lora.training.prior_preservation import prior_losses
 from mmdit_lora.training.setup import Run
-from mmdit_lora.training.sharding import whole
+from mmdit_lora.training.sharding import full_tensor
 from mmdit_lora.training.stopping import Diverged, check_losses
 from mmdit_lora.training.throughput import Throughput
 from mmdit_lora.training.validation import gradient_norms
@@ -96,15 +96,15 @@ def train_step(
         each_loss.append(losses.detach())
     norms = gradient_norms(run.bare_model) if with_norms else {}
     with meter.phase("optimizer"):
-        norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)))
+        norm = full_tensor(torch.as_tensor(accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)))
         if accelerator.scaler is None and not norm.isfinite():  # a scaler expects some, and skips the step
             raise Diverged(f"the gradient is NaN or infinite in step {step + 1}. {run.last_saved()}")
         rate = float(run.schedule.get_last_lr()[0])
         run.optimizer.step()
         run.schedule.step()
         run.optimizer.zero_grad()
-        if run.average is not None:
-            run.average.update()
+        if run.ema is not None:
+            run.ema.update()
         means = torch.stack([torch.cat(each_loss).mean(), prior_loss])
         loss, prior = (accelerator.reduce(means, "mean") if accelerator.num_processes > 1 else means).tolist()
     record = StepRecord(

@@ -75,18 +75,9 @@ class NullTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases. Offline it needs neither account nor network: `wandb sync FOLDER` uploads the run later.
+    """Weights & Biases, in `folder`/wandb. Offline it needs neither account nor network: `wandb sync FOLDER` uploads it later.
 
-    Args:
-        project: the W&B project.
-        run_name: the shown name.
-        mode: "online", "offline", "disabled", or None: what WANDB_MODE says, else online with an API key, else offline.
-        folder: the run is written to `folder`/wandb.
-        run_id: goes on with that run. Offline every start writes its own folder under the same id; `wandb sync` joins them.
-        config: shown as the run's config; nested mappings are welcome.
-
-    Raises:
-        InputError: the mode is unknown; it is online and there is no API key, or W&B cannot be reached.
+    For its arguments see `make_tracker`. Offline every start writes its own folder under the same id; `wandb sync` joins them.
     """
 
     def __init__(
@@ -200,10 +191,8 @@ class TensorBoardTracker(Tracker):
     """TensorBoard event files in `folder`/tensorboard/<run id>; the boxes are painted on the images.
 
     Args:
-        folder: the output folder of the training.
         run_name: the run id; a number is appended where a run of that name exists already.
         run_id: goes on with that run: what was logged before at or after the first step logged now is hidden.
-        config: shown under TEXT.
 
     Raises:
         InputError: the tensorboard package is not installed.

@@ -67,29 +67,28 @@ def set_trainable(model: nn.Module, config: Config, method: FoldedMethod | None 
             train.
     """
     total = sum(p.numel() for p in model.parameters())
-    if method is not None:
-        what = method.add(model, config)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return TrainableReport(f"{what}: {trainable:,} of {total:,} parameters", trainable, total, {})
-    if config.method == "lora":
+    if method is None and config.method == "lora":
         report = add_layout_lora(model, lora_config(config.lora))
         refuse_zero_gates(report)
         transformer: Any = model
         transformer.sample_keys = use_sample_dropout(model)
         return TrainableReport(str(report), report.trainable_params, total, report.to_dict())
-    parts = config.stream.parts if config.method == "layout_stream" else []
-    for part in parts:
-        if not any("layout" in name and part in name for name, _ in model.named_parameters()):
-            raise InputError(f"{part!r} is in no name of the layout stream", location="stream.parts")
-    for name, parameter in model.named_parameters():
-        chosen = not parts or any(part in name for part in parts)
-        parameter.requires_grad_(config.method == "full" or ("layout" in name and chosen))
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    if method is not None:
+        what = method.add(model, config)
+    else:
+        parts = config.stream.parts if config.method == "layout_stream" else []
+        stream = [name for name, _ in model.named_parameters() if "layout" in name]
+        if unknown := [part for part in parts if not any(part in name for name in stream)]:
+            raise InputError(f"{unknown[0]!r} is in no name of the layout stream", location="stream.parts")
+        chosen = {name for name in stream if not parts or any(part in name for part in parts)}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(config.method == "full" or name in chosen)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        what = "everything trains" if config.method == "full" else "the layout stream trains"
+        what = what.replace(" trains", f", of it {', '.join(parts)}, trains") if parts else what
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = "everything" if config.method == "full" else "the layout stream"
-    what += f", of it {', '.join(parts)}," if parts else ""
-    return TrainableReport(f"{what} trains: {trainable:,} of {total:,} parameters", trainable, total, {})
+    return TrainableReport(f"{what}: {trainable:,} of {total:,} parameters", trainable, total, {})
 
 
 def refuse_frozen(model: nn.Module, report: TrainableReport) -> None:
@@ -99,16 +98,12 @@ def refuse_frozen(model: nn.Module, report: TrainableReport) -> None:
         InputError: the parameters that require a gradient are not those of the report.
     """
     now = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    adapter = set(report.details.get("targets", ()))
-    strange = [name for name in now if adapter and "lora_" not in name]
-    if sum(now.values()) == report.trainable_params and not strange:
-        return
-    hint = "freeze the base first and add the adapter after it: what is frozen later takes the adapter with it"
-    if not now:
-        raise InputError("everything is frozen: nothing would train", location="targets", hint=hint)
-    raise InputError(
-        f"{sum(now.values()):,} parameters would train, not the {report.trainable_params:,} that were set to"
-        + (f", among them {strange[0]}" if strange else ""),
-        location="targets",
-        hint=hint,
-    )
+    strange = [name for name in now if report.details.get("targets") and "lora_" not in name]
+    if sum(now.values()) != report.trainable_params or strange:
+        what = f"{sum(now.values()):,} parameters would train, not the {report.trainable_params:,} that were set to"
+        what += f", among them {strange[0]}" if strange else ""
+        raise InputError(
+            what if now else "everything is frozen: nothing would train",
+            location="targets",
+            hint="freeze the base first and add the adapter after it: what is frozen later takes the adapter with it",
+        )

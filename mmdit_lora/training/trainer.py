@@ -27,8 +27,8 @@ from mmdit_lora.training.prior_preservation import without_adapter
 from mmdit_lora.training.result import save_result
 from mmdit_lora.training.resumable_tracker import resumable
 from mmdit_lora.training.run_dir import CHECKPOINTS, CONFIG, REPORT, run_folder
-from mmdit_lora.training.setup import AVERAGE, Run, prepare_run, settle
-from mmdit_lora.training.sharding import parted, whole
+from mmdit_lora.training.setup import EMA_FILE, Run, prepare_run, restore_dtype
+from mmdit_lora.training.sharding import full_tensor, reshard
 from mmdit_lora.training.step import train_step, training_batches
 from mmdit_lora.training.stopping import Interrupted, caught_signals, disk_full_as_error
 from mmdit_lora.training.throughput import Throughput
@@ -109,7 +109,7 @@ class _Trainer:
             with nullcontext() if run.start is None else without_adapter(run.pipe.transformer):
                 base = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
             run.base_losses = base.per_image
-        parted(run.pipe.transformer)
+        reshard(run.pipe.transformer)
         if checkpoint is not None:
             run.load(checkpoint)
             if self.is_main:
@@ -186,7 +186,7 @@ class _Trainer:
         self._choose_weights()
         comparison = self._compare() if self.takes_part else None
         trained = trainable_parameters(run.bare_model)
-        weights = {name: whole(parameter) for name, parameter in trained.items()} if run.is_sharded else None
+        weights = {name: full_tensor(parameter) for name, parameter in trained.items()} if run.is_sharded else None
         run.accelerator.wait_for_everyone()
         run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         report = _report(run, comparison)
@@ -194,7 +194,7 @@ class _Trainer:
             folder = save_result(
                 run.pipe, config, report, weights, fold=None if run.method is None else run.method.fold
             )
-            settle(run)
+            restore_dtype(run)
             write_json(run.folder / REPORT, report)
             self._on_save(folder)
             if config.method == "lora":
@@ -239,24 +239,24 @@ class _Trainer:
                 )
             saved[best].state()  # whole, or refused
             saved[best].load_weights(run.bare_model)
-            if run.average is not None:
-                run.average.load(saved[best].folder / AVERAGE)
+            if run.ema is not None:
+                run.ema.load(saved[best].folder / EMA_FILE)
             run.compared = None
-        if run.average is not None:
-            run.average.put()
+        if run.ema is not None:
+            run.ema.copy_to_model()
 
     def _compare(self) -> PairedLoss | None:
         """What is saved against the base, on the held-out images."""
         run = self.run
         if run.compared is not None and run.compared[0] == run.state.step:
             return run.compared[1]
-        run.average = None  # its weights are in the model
-        comparison = compare(run)
-        if comparison is not None:
-            self._on_validation(
-                {"held_out/loss": comparison.trained, "held_out/loss_minus_base": comparison.difference}
-            )
-        return comparison
+        run.ema = None  # its weights are in the model
+        compared = compare(run)
+        if compared is None:
+            return None
+        paired = compared[1]
+        self._on_validation({"held_out/loss": paired.trained, "held_out/loss_minus_base": paired.difference})
+        return paired
 
 
 def _make_tracker(run: Run, *, resume: bool) -> Tracker:

@@ -15,10 +15,10 @@ from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.evaluation.detectors.shapes import measure, readable
 from mmdit_lora.pipelines import generate
 from mmdit_lora.pipelines.sampling import quiet_texts
-from mmdit_lora.training.held_out import PairedLoss, compare_losses, held_out_losses, layout_matters
+from mmdit_lora.training.held_out import HeldOutLosses, PairedLoss, compare_losses, held_out_losses, layout_matters
 from mmdit_lora.training.run_dir import SAMPLES
 from mmdit_lora.training.setup import Run
-from mmdit_lora.training.sharding import parted, whole
+from mmdit_lora.training.sharding import full_tensor, reshard
 from mmdit_lora.training.tracking import Tracker
 from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
@@ -28,29 +28,30 @@ _BLOCK = re.compile(r"^((?:\w+_)?transformer_blocks)\.(\d+)\.")
 
 
 @contextmanager
-def shown_weights(run: Run) -> Iterator[None]:
+def ema_weights(run: Run) -> Iterator[None]:
     """The weights that would be saved: the moving average where there is one. Modules are in evaluation mode."""
     transformer = run.pipe.transformer
     transformer.eval()
     try:
-        if run.average is None:
+        if run.ema is None:
             yield
         else:
-            with run.average.in_place():
+            with run.ema.applied():
                 yield
     finally:
-        parted(transformer)
+        reshard(transformer)
         transformer.train()
 
 
-def compare(run: Run) -> PairedLoss | None:
-    """The held-out loss against the base's; None where no image is held out."""
+def compare(run: Run) -> tuple[HeldOutLosses, PairedLoss] | None:
+    """Losses of the held-out images, and against the base's; None where no image is held out. The result is `run.compared`."""
     if run.held_out is None or run.base_losses is None:
         return None
-    with shown_weights(run):
+    with ema_weights(run):
         # Not through DDP's wrapper: only the main process comes here, and the wrapper would wait for the others.
-        now = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
-    return compare_losses(run.base_losses, now.per_image)
+        losses = held_out_losses(run.pipe.transformer, run.held_out, run.accelerator.device)
+    run.compared = run.state.step, compare_losses(run.base_losses, losses.per_image)
+    return losses, run.compared[1]
 
 
 def validate(run: Run, tracker: Tracker) -> tuple[dict[str, float], float | None]:
@@ -61,23 +62,21 @@ def validate(run: Run, tracker: Tracker) -> tuple[dict[str, float], float | None
         where neither was.
     """
     settings, step = run.config.train, run.state.step
-    last = step == settings.max_steps
     metrics: dict[str, float] = {}
     score = None
-    with shown_weights(run):
-        if run.held_out is not None and run.base_losses is not None and _due(step, settings.validate_every, last):
-            device = run.accelerator.device
-            now = held_out_losses(run.pipe.transformer, run.held_out, device)
-            loss = compare_losses(run.base_losses, now.per_image)
-            run.compared = step, loss
-            metrics |= {"held_out/loss": loss.trained, "held_out/loss_minus_base": loss.difference}
-            metrics |= {f"held_out/loss_t{n}": value for n, value in enumerate(now.by_time())}
-            metrics |= layout_matters(run.pipe.transformer, run.held_out, device)
-            score = -loss.trained
-        if _due(step, settings.sample_every, last=False):
+    due = _due(step, settings.validate_every, last=step == settings.max_steps)
+    if run.held_out is not None and due and (compared := compare(run)) is not None:
+        losses, paired = compared
+        metrics |= {"held_out/loss": paired.trained, "held_out/loss_minus_base": paired.difference}
+        metrics |= {f"held_out/loss_t{n}": value for n, value in enumerate(losses.by_time())}
+        with ema_weights(run):
+            metrics |= layout_matters(run.pipe.transformer, run.held_out, run.accelerator.device)
+        score = -paired.trained
+    if _due(step, settings.sample_every, last=False):
+        with ema_weights(run):
             fidelity = _sample(run, tracker)
-            metrics |= fidelity
-            score = fidelity.get("fidelity/miou", score)
+        metrics |= fidelity
+        score = fidelity.get("fidelity/miou", score)
     return metrics, score
 
 
@@ -94,7 +93,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
         if parameter.grad is not None:
             found = _BLOCK.match(name)
             place = f"{found[1]}.{int(found[2]):02d}" if found else name.split(".")[0]
-            squares[place] += whole(parameter.grad).float().square().sum().item()
+            squares[place] += full_tensor(parameter.grad).float().square().sum().item()
     return {f"grad_norm/{place}": value**0.5 for place, value in squares.items()}
 
 
