@@ -263,12 +263,8 @@ def outcome(config: Config) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "make_tracker", told)
-        result = trainer.train(
-            config,
-            callbacks=[Calls(step=seen.append)],
-            on_progress=lambda step, _: logged.append(step),
-            on_preflight=looked.append,
-        )
+        calls = Calls(seen.append, lambda step, _: logged.append(step), looked.append)
+        result = trainer.train(config, callbacks=[calls])
     folder, report = result.folder, result.report
     adapter = folder / "adapter"
     if config.method == "lora":

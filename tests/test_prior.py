@@ -64,7 +64,7 @@ def test_a_new_adapter_has_moved_nothing_and_is_switched_on_again(
 ) -> None:
     run = started(config_of(base, data, tmp_path, layouts))
     assert run.prior is not None
-    model, batch = run.pipe.transformer, run.prior.batch(0, 1, 0)
+    model, batch = run.pipe.transformer, run.prior.batch(0, run.accelerator)
     assert prior_losses(run.model, model, batch, Objective()).tolist() == [0.0, 0.0]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_old_domain_is_drawn_apart_and_the_new_as_without_it(
     own, bare, old = (
         run.examples.training_batch(range(2)),
         plain.examples.training_batch(range(2)),
-        run.prior.batch(0, 1, 0),
+        run.prior.batch(0, run.accelerator),
     )
     assert torch.equal(own.noise, bare.noise)
     assert torch.equal(own.t, bare.t)
@@ -109,7 +109,7 @@ def test_it_holds_the_base_where_it_was(base: Path, data: Path, layouts: Path, t
         run = started(config_of(base, data, tmp_path / f"measured_{out.name}", layouts))
         assert run.prior is not None
         with torch.no_grad():
-            batches = [run.prior.batch(n, 1, 0) for n in range(3)]
+            batches = [run.prior.batch(n, run.accelerator) for n in range(3)]
             return sum(prior_losses(model, model, batch, Objective()).mean().item() for batch in batches)
 
     free, held = moved(tmp_path / "free"), moved(tmp_path / "held", weight=100.0)

@@ -44,7 +44,7 @@ def test_nothing_is_said_of_a_run_as_it_is_meant(base: Path, short: Path, tmp_pa
             "train.warmup_steps 1,000 is not below max_steps 6: the learning rate reaches 5e-06 at most, 0.5 % of what is set",
         ),
         ({"warmup_steps": 4}, "the learning rate reaches 0.0075 at most, 75 % of what is set"),
-        ({"sample_every": 5}, "train.sample_every 5 is beyond max_steps 4: no image is painted"),
+        ({"sample_every": 5}, "train.sample_every 5 is beyond max_steps 4: no image is sampled"),
         ({"validate_every": 9}, "train.validate_every 9 is beyond max_steps 4: the only validation is at the end"),
         ({"checkpoint_every": 9}, "train.checkpoint_every 9 is beyond max_steps 4: the only checkpoint is at the end"),
         ({"ema_decay": 0.999}, "averages over some 1,000 steps, and the run has 4: the decay rises to 0.308 only"),

@@ -186,6 +186,22 @@ def test_rows_behind_the_checkpoint_that_the_tracker_has_are_not_logged_again(be
     assert tracker.tracker.shown == []
 
 
+def test_rows_of_a_start_that_finished_are_not_logged_again_and_those_of_one_that_was_killed_are(
+    tmp_path: Path,
+) -> None:
+    first = resumable(tmp_path, "wandb", lambda _: Remembers("one", set()), run_id=None, step=0, resume=False)
+    first.log(1, {"loss": 0.5})
+    first.finish()
+    second = resumed(tmp_path, set(), step=1)
+    assert second.tracker.rows == []
+    second.log(2, {"loss": 1.0})  # and is killed
+    third = resumed(tmp_path, set(), step=2)
+    assert third.tracker.rows == [(2, {"loss": 1.0})], "it may stand there twice, and is not missing"
+    third.log(2, {"loss": 1.0})
+    third.log(3, {"loss": 1.5})
+    assert third.tracker.rows[1:] == [(3, {"loss": 1.5})]
+
+
 def test_where_nobody_can_tell_the_journal_is_believed(begun: Path) -> None:
     tracker = resumed(begun, None)
     tracker.log(3, {"loss": 1.5})

@@ -24,7 +24,7 @@ def open_whole(accelerator: Accelerator) -> None:
     """From now on transformers opens encoders whole. Under ZeRO-3 it spreads them as it opens them, and nothing gathers those.
 
     Accelerate's `zero3_init_context_manager(enable=False)` and `zero3_init_flag: false` do not keep it from that (1.15 with
-    transformers 5.24): both leave DeepSpeed's config with transformers, which looks at nothing else.
+    transformers 5.24): both leave DeepSpeed's config with transformers, which reads nothing else.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config

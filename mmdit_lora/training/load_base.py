@@ -50,7 +50,7 @@ def load_base(config: Config, dtype: torch.dtype) -> tuple[LayoutPipeline, str]:
 
 
 def open_encoders(config: Config, dtype: torch.dtype, *, texts: bool = True) -> LayoutPipeline:
-    """The base without the weights of its transformer, which is there by its config alone, on the meta device.
+    """Load everything but the transformer's weights; the transformer is built on the meta device.
 
     Args:
         texts: with the text encoders; without them it still says which sizes it takes.

@@ -89,7 +89,7 @@ def flow_matching_loss(
         transformer: a layout transformer of any family, with its adapter, in Accelerate's wrapper or not.
         batch: x0 and noise (B, C, h, w), t (B,), prompt_embeds (B, S, E), pooled (B, P), B layouts; on the
             transformer's device, of any floating dtype.
-        objective: weights inside boxes and over time, and the guidance a distilled transformer is told.
+        objective: weights inside boxes and over time, and the guidance that a distilled transformer takes as input.
         target: (B, C, h, w) velocity to predict; None = that of the batch, noise - x0.
 
     Returns:

@@ -56,7 +56,7 @@ class Check:
         name: of the check; several lines may have the same.
         state: "failed" keeps the run from starting.
         found: the result, with its figures.
-        hint: how to mend it; None where nothing is to be mended.
+        hint: how to fix it; None where nothing is to be fixed.
         seconds: that it took; 0 for further lines of a check.
     """
 
@@ -245,7 +245,7 @@ _ACT_THROUGH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def setting_warnings(run: Run) -> Iterator[tuple[str, str]]:
-    """Per warning: what was found, and how to mend it."""
+    """Per warning: what is unusual, and how to change it."""
     config, train = run.config, run.config.train
     steps, held_out = train.max_steps, run.held_out is not None
     if train.warmup_steps >= steps:
@@ -279,7 +279,7 @@ def setting_warnings(run: Run) -> Iterator[tuple[str, str]]:
     if train.early_stop and validations <= train.early_stop:
         yield f"train.early_stop {train.early_stop} never comes: the run is validated {validations} times", hint
     for key, cost in (
-        ("sample_every", "no image is painted"),
+        ("sample_every", "no image is sampled"),
         ("validate_every", "the only validation is at the end"),
         ("checkpoint_every", "the only checkpoint is at the end, and a kill before it loses all"),
     ):
@@ -321,7 +321,7 @@ def idle_keys(config: Config) -> Iterator[str]:
 
 # --- the dry run ------------------------------------------------------------------------------------------------------
 
-_LOOK_AHEAD = 64  # batches that a large image with boxes is searched in
+_SEARCHED = 64  # batches that a large image with boxes is searched in
 _MOST_TRIES = 4  # batches that a weight may need for its first gradient
 _MOVE = 1e-3  # of the largest weight in the step of the dry run
 _FP16_SCALE = 1024.0  # small gradients would be 0 in fp16; the run's own scaler is not to be touched
@@ -430,7 +430,7 @@ def _backward(run: Run, positions: range, dry: DryRun) -> tuple[float, list[str]
 def _batches_with_boxes(run: Run) -> list[range]:
     """The first batches of this process that have boxes; that of the largest images among the next ones comes first."""
     size, world, examples = run.config.train.batch_size, run.accelerator.num_processes, run.examples
-    starts = [(n * world + run.accelerator.process_index) * size for n in range(_LOOK_AHEAD)]
+    starts = [(n * world + run.accelerator.process_index) * size for n in range(_SEARCHED)]
     own = [range(start, start + size) for start in starts]
     boxed = [each for each in own if any(examples.record_at(p).layout.boxes for p in each)] or own
     areas = [math.prod(examples.size_at(each[0])) for each in boxed]
@@ -481,7 +481,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _check_gradients(run: Run, dry: DryRun) -> Lines:
     if dry.out_of_memory:
-        yield _warning("not seen: memory ran out")
+        yield _warning("not tried: memory ran out")
         return
     if dry.bad_samples:
         yield _failed(

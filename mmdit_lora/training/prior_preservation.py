@@ -1,6 +1,6 @@
-"""Against forgetting: layouts of the old domain, painted by the base itself, on which the adapter must not change it.
+"""Against forgetting: images of the old domain that the base itself generates, on which the adapter must not change it.
 
-DreamBooth's prior preservation (Ruiz et al. 2022, arXiv 2208.12242) replays images that the base painted. Here their target
+DreamBooth's prior preservation (Ruiz et al. 2022, arXiv 2208.12242) replays images that the base generated. Here their target
 is not the noise that was added but what the base itself predicts, as in learning without forgetting (Li and Hoiem 2016,
 arXiv 1606.09282): the loss is 0 as long as nothing changes, and no sample noise pulls at the adapter.
 """
@@ -32,7 +32,7 @@ FOLDER = "prior"
 
 
 def prior_layouts(config: Config) -> list[Layout]:
-    """The layouts of `prior.layouts`: a data set folder, whose images are not looked at, or a file of layouts.
+    """The layouts of `prior.layouts`: a data set folder, whose images are not read, or a file of layouts.
 
     Raises:
         InputError: it holds none, or the method trains no adapter that could be switched off.
@@ -58,7 +58,7 @@ def prior_layouts(config: Config) -> list[Layout]:
 def generate_prior(
     pipe: LayoutPipeline, layouts: list[Layout], folder: Path, settings: SamplingConfig, *, seed: int
 ) -> None:
-    """Paint the layouts with the base as it is, into a data set folder; what a killed run painted is kept.
+    """Generate images of the layouts by the base as it is, into a data set folder; those of a killed run are kept.
 
     Args:
         folder: is written to; `metadata.jsonl` comes last.
@@ -91,7 +91,7 @@ class Prior:
     """The old domain beside a run's own samples.
 
     Args:
-        examples: of what the base painted.
+        examples: of what the base generated.
         batch_size: samples a step and process.
     """
 

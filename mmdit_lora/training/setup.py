@@ -52,7 +52,7 @@ _OWN, _START = "default", "start"
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """What a run began from, as its adapter tells others: no path of this machine.
+    """The adapter that a run began from, as the trained one names it: no path of this machine.
 
     Args:
         name: of the adapter's folder; of the run's where that is called "adapter".
@@ -136,7 +136,7 @@ def _misfit(adapter: str, wanted: Targets, found: Targets) -> InputError:
     )
 
 
-_LOOKS, _CROPS = 64, 1000  # records of shards that are looked at before a run
+_CHECKED, _CROPS = 64, 1000  # records of shards that are read before a run: their bytes, and their sizes
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def read_data(config: Config) -> RunData:
 
 
 def _read_shards(path: str, config: Config) -> ShardedRecords:
-    """The index knows every layout's and header's state as of when it was made; a few records are looked at all the same."""
+    """The index knows every layout's and header's state as of when it was made; a few records are read all the same."""
     if config.data.filter != FilterSection():
         raise InputError(
             f"does not act on shards, and {path} is some",
@@ -206,7 +206,7 @@ def _read_shards(path: str, config: Config) -> ShardedRecords:
             hint="filter when the shards are written: `mmdit-lora data shard D --out S --filter ...`",
         )
     records = open_shards(path, bbox_format=config.data.bbox_format, bbox_units=config.data.bbox_units)
-    for record in spread(records, _LOOKS):
+    for record in spread(records, _CHECKED):
         record.read_bytes()
     return records
 
@@ -269,7 +269,7 @@ class Run:
     state: State = field(default_factory=State)
     base_losses: Tensor | None = None
     compared: tuple[int, PairedLoss] | None = None  # the newest validation, and its step
-    fidelity: dict[str, Any] | None = None  # of the images painted last
+    fidelity: dict[str, Any] | None = None  # of the images sampled last
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -293,13 +293,7 @@ class Run:
 
     @property
     def settings(self) -> SamplingConfig:
-        sample = self.config.sample
-        return SamplingConfig(
-            steps=sample.steps,
-            guidance_scale=sample.guidance_scale,
-            layout_scale=sample.layout_scale,
-            layout_window=sample.layout_window,
-        )
+        return SamplingConfig(**self.config.sample.model_dump(exclude={"seed"}))
 
     def name_of(self, position: int) -> str:
         """`file:line` of the record that comes at a position of the run."""
@@ -320,7 +314,7 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
     def start_prior(self) -> None:
-        """Paint the old domain with the base, in the main process, and have it beside the training samples.
+        """Generate the old domain's images by the base, in the main process; training batches have some of them beside their own.
 
         Raises:
             InputError: see `read_dataset`.

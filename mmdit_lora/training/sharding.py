@@ -66,10 +66,10 @@ def shards_parameters(kind: DistributedType) -> bool:
 
 
 def check_sharding(kind: DistributedType, config: Config) -> None:
-    """Whether a run can be spread over processes as Accelerate was told.
+    """Whether a run can be spread over processes as Accelerate's config says.
 
     Raises:
-        InputError: it is to be spread, and trains more than an adapter, has the old domain to paint, or has what DeepSpeed's
+        InputError: it is to be spread, and trains more than an adapter, has `prior.layouts`, or uses what DeepSpeed's
             engine does not know.
     """
     if kind not in _SHARDED:
@@ -81,7 +81,7 @@ def check_sharding(kind: DistributedType, config: Config) -> None:
             "prior.layouts",
             "given",
             config.prior.layouts is not None,
-            "paints no old domain",
+            "generates no images of an old domain",
             "use DDP, or set it to null",
         ),
     ]

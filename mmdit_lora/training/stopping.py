@@ -72,7 +72,7 @@ def check_losses(
 
     Args:
         losses: (B,). names: of the B samples. checkpoint: what the run can go back to. These two are for the message, and
-            called only then: a sample's name may lie in a shard, and checkpoints are looked for on the disk.
+            called only then: a sample's name may lie in a shard, and checkpoints are listed from the disk.
 
     Raises:
         Diverged: with their names.

@@ -113,7 +113,7 @@ class WandbTracker(Tracker):
         except wandb.errors.Error as error:
             hint = "set the tracker's mode to offline and upload later with `wandb sync`"
             raise InputError(f"W&B did not start: {error}", location="tracker", hint=hint) from error
-        # W&B's own step only goes up, so that after a resume rows of a step already seen would be dropped in silence.
+        # W&B's own step only goes up, so that after a resume rows of a step that was logged already would be dropped in silence.
         # Each call below is therefore a row of its own, and `step`, a column of it, is the axis of all the others.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -135,8 +135,6 @@ class WandbTracker(Tracker):
 
     def log_images(self, step: int, key: str, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:
         _check_pairs(images, layouts)
-        if not images:
-            return
         # One id a phrase for the whole run, so that a phrase keeps its colour. All images of a key share one table of
         # names (the last one logged wins), so each is given all of them.
         for layout in layouts:
@@ -149,7 +147,8 @@ class WandbTracker(Tracker):
         row: dict[str, Any] = {"step": step}
         for (width, height), listed in by_size.items():
             row[key if len(by_size) == 1 else f"{key}_{width}x{height}"] = listed
-        self._run.log(row)
+        if images:
+            self._run.log(row)
 
     def _image(self, image: Image.Image, layout: Layout) -> Any:
         names = {number: phrase for phrase, number in self._classes.items()}
@@ -188,7 +187,7 @@ class WandbTracker(Tracker):
 
 
 class TensorBoardTracker(Tracker):
-    """TensorBoard event files in `folder`/tensorboard/<run id>; the boxes are painted on the images.
+    """TensorBoard event files in `folder`/tensorboard/<run id>; the boxes are drawn on the images.
 
     Args:
         run_name: the run id; a number is appended where a run of that name exists already.
@@ -229,7 +228,7 @@ class TensorBoardTracker(Tracker):
         return str(self._folder)
 
     def _open(self, step: int | None) -> Any:
-        """The writer, made at the first use: only the first step tells which steps of an earlier try are obsolete."""
+        """The writer, made at the first use: from the first step on, steps of an earlier start are obsolete."""
         if self._writer is None:
             going_on = any(self._folder.iterdir())
             self._writer = self._make_writer(
@@ -308,13 +307,9 @@ def make_tracker(
     raise InputError(f"unknown tracker {tracker!r}", location="tracker", hint=f"choose one of {', '.join(TRACKERS)}")
 
 
-def _plain(value: Any) -> Any:
-    """`value` with mappings and sequences kept and everything that JSON does not know turned into text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+def _plain(values: Mapping[str, Any]) -> Any:
+    """What JSON does not know becomes text."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def _wandb_mode(mode: str | None) -> str:
@@ -322,21 +317,16 @@ def _wandb_mode(mode: str | None) -> str:
 
     mode = mode or os.environ.get("WANDB_MODE") or None
     if mode is not None and mode not in WANDB_MODES:
-        raise InputError(
-            f"unknown W&B mode {mode!r}", location="tracker", hint=f"choose one of {', '.join(WANDB_MODES)}"
-        )
+        hint = f"choose one of {', '.join(WANDB_MODES)}"
+        raise InputError(f"unknown W&B mode {mode!r}", location="tracker", hint=hint)
     if mode in ("offline", "disabled"):
         return mode
-    try:  # never ask for a key: a training run in the background would wait for the answer for ever
-        known = wandb.login(prompt=False, verify=False)
-    except TypeError:  # older wandb has no `prompt`
-        known = bool(wandb.api.api_key)
-    if mode is None:
-        return "online" if known else "offline"
-    if not known:
+    # Never ask for a key: a training run in the background would wait for the answer for ever.
+    known = wandb.login(prompt=False, verify=False)
+    if mode == "online" and not known:
         hint = "run `wandb login`, set WANDB_API_KEY, or set the tracker's mode to offline"
         raise InputError("W&B is to be online, but there is no API key", location="tracker", hint=hint)
-    return mode
+    return "online" if known else "offline"
 
 
 def _check_pairs(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> None:

@@ -130,7 +130,7 @@ class _Trainer:
         """Every step up to `train.max_steps`, or to an early stop. Raises `Diverged`, `Interrupted`."""
         run, settings, state = self.run, self.run.config.train, self.run.state
         meter, batches = Throughput(), training_batches(run)
-        measured = saved = state.step  # every process counts: what is on the disk depends on when it looks
+        measured = saved = state.step  # every process counts: what is on the disk depends on when it reads
         with caught_signals() as signal_name:
             # A run may have been killed after its early stop was saved: it trains no further.
             while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):

@@ -105,7 +105,7 @@ def _sample(run: Run, tracker: Tracker) -> dict[str, float]:
     """Sample the first held-out layouts at their images' size, always from the same noise.
 
     Returns:
-        Where the reader can judge them, their fidelity. Images that hold NaN or infinity are not written; a warning says so.
+        Their fidelity, where their phrases are those of procedural scenes. Images that hold NaN or infinity are not written; a warning says so.
     """
     source = run.held_out or run.examples
     layouts = [source.records[n].layout for n in range(min(run.config.train.sample_count, len(source.records)))]
@@ -116,7 +116,7 @@ def _sample(run: Run, tracker: Tracker) -> dict[str, float]:
         sizes = [source.size_of(index) for index in range(len(layouts))]
         try:
             images = generate(run.pipe, layouts, run.settings, sizes=sizes, seed=run.config.sample.seed)
-        except NonFiniteError as error:  # of what was trained so far: the run is not at fault for a look at it
+        except NonFiniteError as error:  # of what was trained so far: no reason to end the run
             logger.warning("no samples of step %d: %s", run.state.step, error)
             return {}
     colors = phrase_colors(layouts)

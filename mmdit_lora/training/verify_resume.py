@@ -212,7 +212,7 @@ def verify_resume(
 
     Batch, optimizer, precision, moving average, data, base and cache are the config's; what the encoders make goes to its
     cache as in any run. Of the rest, only lengths change: `max_steps` is 2N, warm-up and the steps between validations and
-    images are cut to fit in, two images are painted each time, `early_stop` and `preflight` are off, and no tracker is told.
+    images are cut to fit in, two images are sampled each time, `early_stop` and `preflight` are off, and there is no tracker.
 
     Args:
         steps: N; None = enough to cross the warm-up and an epoch's end, where that takes at most `MOST`.
