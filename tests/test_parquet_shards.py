@@ -18,6 +18,7 @@ from mmdit_lora.data.records import Record, layout_columns, read_dataset
 from mmdit_lora.data.sampler import WINDOW, epoch_order
 from mmdit_lora.data.shards import is_sharded, open_shards, spread
 from mmdit_lora.data.shards.parquet_part import KEPT, ParquetPart
+from mmdit_lora.data.split import split_records
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.trainer import train
 from tests.test_shards import serving
@@ -164,3 +165,12 @@ def test_training_takes_them(shards: Path, base: Path, tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("one", "two"))
     assert reports[0]["images"] == 11  # one of twelve is held out
     assert all(one[key].equal(two[key]) for key in one)
+
+
+def test_rows_that_state_file_names_hold_out_the_folders_images(shards: Path, data: Path, tmp_path: Path) -> None:
+    held = {record.name for record in split_records(read_dataset(data), 0.25)[1]}
+    assert {record.name for record in open_shards(shards).split(0.25)[1]} == held
+    nameless = [{**row_of(r), "image": {"bytes": r.read_bytes(), "path": None}} for r in read_dataset(data)]
+    (tmp_path / "nameless").mkdir()
+    write(tmp_path / "nameless" / "train.parquet", nameless)
+    assert len(open_shards(tmp_path / "nameless").split(0.25)[1]) == 3

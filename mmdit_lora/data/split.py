@@ -93,7 +93,8 @@ def split_records(
     if share == 0:
         return list(records), []
     key_of = {record.image: _pixels(record) if by == "image" else name_key(record.name) for record in records}
-    mask = held_out(np.array([key_of[record.image] for record in records]), share, most=most, location=location)
+    keys = np.array([key_of[record.image] for record in records], dtype=np.uint64)
+    mask = held_out(keys, share, most=most, location=location)
     return (
         [record for record, held in zip(records, mask, strict=True) if not held],
         [record for record, held in zip(records, mask, strict=True) if held],
