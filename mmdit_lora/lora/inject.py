@@ -18,7 +18,6 @@ from typing import Any, cast
 import peft
 import torch
 from diffusers.training_utils import cast_training_params
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from mmdit_lora.models.adapter_layers import (
     check_adapter_name,
     chosen_adapters,
     match_training_mode,
+    own_modules,
     reenable_adapters,
     refuse_fused,
     refuse_wrapped,
@@ -54,8 +54,7 @@ class AdapterRollback:
                     layer.set_adapter(self.active[layer])
                     layer.enable_adapters(not self.disabled[layer])
                 else:
-                    parent, _, child = name.rpartition(".")
-                    setattr(model.get_submodule(parent), child, layer.get_base_layer())
+                    model.set_submodule(name, layer.get_base_layer())
             configs: Any = getattr(model, "peft_config", None)
             if configs is not None:
                 configs.pop(adapter_name, None)
@@ -202,7 +201,7 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
     _refuse_impure(config)
     if not config.target_modules or (isinstance(config.target_modules, str) and config.target_modules == "all-linear"):
         raise InputError(f"target_modules is {shown(config.target_modules)}", hint=f"name them, e.g. {list(TARGETS)}")
-    modules = {name: m for name, m in model.named_modules() if name and not _inside_tuner(name)}
+    modules = dict(own_modules(model))
 
     def matched(by: peft.LoraConfig) -> dict[str, nn.Module]:
         # The excluded answer of PEFT is a false value, a match may be an `re.Match`.
@@ -222,7 +221,7 @@ def find_targets(model: nn.Module, config: peft.LoraConfig) -> dict[str, nn.Modu
             raise _no_match("target module", pattern, modules)
     found = matched(config)
     for name, module in found.items():
-        if not isinstance(module, nn.Linear | LoraLayer):
+        if not isinstance(module, nn.Linear):
             raise InputError(
                 f"target {name!r} is a {type(module).__name__}", hint="target linear layers, e.g. its .fc1"
             )
@@ -293,8 +292,7 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
         model.delete_adapters(adapter_name)  # type: ignore[operator]
     for name, layer in adapter_layers(model):
         if not _adapters_of(layer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            model.set_submodule(name, layer.get_base_layer())
 
 
 def check_can_add(model: nn.Module, adapter_name: Any) -> None:
@@ -441,11 +439,6 @@ def _refuse_impure(config: peft.LoraConfig) -> None:
 
 def _adapters_of(layer: Any) -> list[str]:
     return list(getattr(layer, "r", ()))
-
-
-def _inside_tuner(name: str) -> bool:
-    """Whether a module is part of a LoRA layer that an earlier adapter made."""
-    return any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
 
 
 def _zero_gates(model: nn.Module) -> list[str]:

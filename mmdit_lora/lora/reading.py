@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import peft
 import regex
@@ -30,6 +30,7 @@ from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import exists, nearest, require_file
 from mmdit_lora.json_files import parse_object, read_object
 from mmdit_lora.lora.style import warn_without_alpha
+from mmdit_lora.models.adapter_layers import own_modules
 from mmdit_lora.models.creatilayout import to_creatilayout, variant_of_model
 from mmdit_lora.models.weight_files import PICKLES, check_tensor_count
 
@@ -495,20 +496,11 @@ def _by_module(patterns: Mapping[str, Any], names: Collection[str], kind: str, m
 # -- names of others
 
 
-def _module_names(model: nn.Module) -> list[str]:
-    """Names of the model's own modules, as if no adapter were on it."""
-    return [
-        name
-        for name, _ in model.named_modules()
-        if name and not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
-    ]
-
-
 def _from_kohya(
     tensors: Mapping[str, Tensor], model: nn.Module, path: Path
 ) -> tuple[dict[str, Tensor], peft.LoraConfig]:
     """Tensors named `lora_unet_<module, dots as underscores>.{lora_down.weight, lora_up.weight, alpha}` as PEFT has them."""
-    modules = {name.replace(".", "_"): name for name in _module_names(model)}
+    modules = {name.replace(".", "_"): name for name, _ in own_modules(model)}
     leaves = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     state: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
@@ -544,12 +536,12 @@ def _from_creatilayout(
         raise error.at(f"{path} is for CreatiLayout's stream") from None
     config = _valid_config(stated, str(path))
     patterns = {"rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}}
-    ours: dict[str, str] = {}
-    for name in _module_names(model):
+    ours: dict[str, tuple[str, int]] = {}  # their name -> ours, and the width of its input
+    for name, module in own_modules(model):
         # Of the two that share a fused projection, the MLP's part is the one that can carry LoRA.
-        is_linear = hasattr(model.get_submodule(name), "in_features")
-        if is_linear and "layout" in name and not (name.startswith("single") and ".to_out" in name):
-            ours[to_creatilayout(name, variant)] = name
+        fused = name.startswith("single") and ".to_out" in name
+        if isinstance(module, nn.Linear) and "layout" in name and not fused:
+            ours[to_creatilayout(name, variant)] = name, module.in_features
     theirs = {name.partition(".lora_")[0] for name in state}
     theirs |= {name.lstrip("^") for each in patterns.values() for name in each}
     if unknown := sorted(theirs - ours.keys()):
@@ -560,14 +552,13 @@ def _from_creatilayout(
         )
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        module, _, leaf = key.partition(".lora_")
-        name = ours[module]
-        width = int(cast(Any, model.get_submodule(name)).in_features)
+        their_name, _, leaf = key.partition(".lora_")
+        name, width = ours[their_name]
         # What a fused projection reads before the MLP's columns is the attention's, which the LoRA leaves alone.
         renamed[f"{name}.lora_{leaf}"] = value[:, -width:].contiguous() if leaf == "A.weight" else value
     if not stated:
         return renamed, {}
     by_name = {
-        kind: {_exact(ours[n.lstrip("^")]): value for n, value in each.items()} for kind, each in patterns.items()
+        kind: {_exact(ours[n.lstrip("^")][0]): value for n, value in each.items()} for kind, each in patterns.items()
     }
     return renamed, {**stated, **by_name, "target_modules": sorted(_ranks(renamed))}

@@ -16,12 +16,13 @@ Names and facts only are taken over, from
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from mmdit_lora.models.adapter_layers import own_modules
 
 # Endings of keys, and what the tensor is. The longest that fits decides.
 LEAVES = {
@@ -231,7 +232,8 @@ class Places:
         self._flat: dict[str, dict[str, str]] = {}
         self._no_carriers: dict[str, dict[str, str]] = {}  # their kinds
         for component, model in components.items():
-            own = dict(_own_modules(model)) if model is not None else {}
+            own = {} if model is None else dict(own_modules(model))
+            own = {name: m for name, m in own.items() if next(m.parameters(recurse=False), None) is not None}
             self.modules[component] = {name: m for name, m in own.items() if isinstance(m, nn.Linear | nn.Conv2d)}
             self._flat[component] = {_flat(name): name for name in self.modules[component]}
             self._no_carriers[component] = {
@@ -293,16 +295,3 @@ class Places:
 def _flat(name: str) -> str:
     # CLIP's text model has this part in its name, or not, by class and version of transformers.
     return name.replace(".", "_").removeprefix("text_model_")
-
-
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the base that have weights of their own, without what adapters brought."""
-    tuner = ""
-    for name, module in model.named_modules():
-        if tuner and name.startswith(tuner):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            tuner = f"{name}."
-            yield name, module.get_base_layer()
-        elif name and next(module.parameters(recurse=False), None) is not None:
-            yield name, module

@@ -27,6 +27,19 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules below it, by name, as if no adapter were on it."""
+    inside = None
+    for name, module in model.named_modules():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = f"{name}."
+            yield name, module.get_base_layer()
+        else:
+            yield name, module
+
+
 def check_adapter_name(name: Any) -> str:
     """`name`, which PEFT can give to an adapter: it becomes the name of a module.
 
@@ -268,10 +281,8 @@ def without_adapters(*models: nn.Module) -> Iterator[None]:
             for name, layer in layers:
                 if any(name.startswith(f"{outer}.") for outer, _ in layers):
                     continue
-                parent, _, child = name.rpartition(".")
-                holder = model.get_submodule(parent)
-                setattr(holder, child, layer.get_base_layer())
-                undo.callback(setattr, holder, child, layer)
+                model.set_submodule(name, layer.get_base_layer())
+                undo.callback(model.set_submodule, name, layer)
             if getattr(
                 model, "_hf_peft_config_loaded", False
             ):  # transformers would save the adapter in place of the model

@@ -65,8 +65,7 @@ def fold_ia3(model: nn.Module) -> dict[str, Tensor]:
             layer.merge()
             changed |= {f"{name}.{key}": value.detach().clone() for key, value in plain.named_parameters()}
             plain.to(dtype)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+            model.set_submodule(name, plain)
     if changed:
         transformer: Any = model
         del transformer.peft_config
