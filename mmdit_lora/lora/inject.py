@@ -18,7 +18,7 @@ from typing import Any, cast
 import peft
 import torch
 from diffusers.training_utils import cast_training_params
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -363,31 +363,27 @@ def merge_adapter(model: Any, *, in_place: bool = False) -> Any:
     Raises:
         InputError: the model has no adapter, or the merged weights would not be finite.
     """
-    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if not adapter_layers(model):
         raise InputError("the model has no adapter to merge")
-    merged = model if in_place else copy.deepcopy(model)
-    try:
-        merged.fuse_lora(safe_fusing=True)
-    except ValueError as error:
-        raise InputError(f"the merged weights are not finite ({error})") from None
+    merged = merged_copy(model, in_place=in_place)
     merged.unload_lora()
     return merged
 
 
-def merged_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose adapters' active updates are in the weights of its linears, under the adapters' layers; see
-    `without_adapters`. Of any model: `merge_adapter` is for diffusers' own.
+def merged_copy(model: Any, *, in_place: bool = False) -> Any:
+    """A copy of `model`, of any class, whose adapters' active updates are in the weights of its linears, under the adapters'
+    layers; see `without_adapters`.
 
     Raises:
         InputError: the merged weights would not be finite.
     """
-    copied = copy.deepcopy(model)
+    merged = model if in_place else copy.deepcopy(model)
     try:
-        for _, layer in adapter_layers(copied):
+        for _, layer in adapter_layers(merged):
             layer.merge(safe_merge=True)
     except ValueError as error:
         raise InputError(f"the merged weights are not finite ({error})") from None
-    return copied
+    return merged
 
 
 def adapter_shapes(targets: Mapping[str, nn.Module], config: peft.LoraConfig) -> dict[str, tuple[int, ...]]:

@@ -149,39 +149,26 @@ def adapter_file(source: str | Path) -> Path:
     Raises:
         InputError: there is none, or it is a pickle.
     """
-    path = Path(source)
-    if exists(path) and path.is_dir():
-        names = [name for name in (WEIGHTS_FILE, DIFFUSERS_FILE) if (path / name).exists()]
-        alone = sorted(path.glob("*.safetensors"))
-        if names:
-            path /= names[0]
-        elif (path / CONFIG_FILE).exists() and not alone and not _pickles_in(path):
+    path, hint = Path(source), "give an adapter folder or file as `train` or `export` writes it"
+    if not exists(path):
+        near = nearest(path)
+        raise InputError("no such file or folder", location=str(source), hint=f"did you mean {near}?" if near else hint)
+    if path.is_dir():
+        named = [path / name for name in (WEIGHTS_FILE, DIFFUSERS_FILE) if (path / name).exists()]
+        alone, pickles = sorted(path.glob("*.safetensors")), sorted(f for f in path.iterdir() if f.suffix in PICKLES)
+        if not named and not alone and not pickles and (path / CONFIG_FILE).exists():
             raise InputError(
                 "no such file", location=str(path / WEIGHTS_FILE), hint="the folder is not whole: get it anew"
             )
-        elif len(alone) == 1:
-            path = alone[0]
-        elif pickles := _pickles_in(path):
-            path = pickles[0]
-        else:
-            base = (path / "model_index.json").is_file()
+        found = named or (alone if len(alone) == 1 else pickles)
+        if not found:
             raise InputError(
                 f"holds no adapter: no {CONFIG_FILE} beside {WEIGHTS_FILE}, no {DIFFUSERS_FILE}, "
                 + ("no .safetensors file" if not alone else f"and {len(alone)} .safetensors files"),
                 location=str(source),
-                hint="this is a base: give it as --base"
-                if base
-                else "give an adapter folder or file as `train` or `export` writes it",
+                hint="this is a base: give it as --base" if (path / "model_index.json").is_file() else hint,
             )
-    elif not exists(path):
-        found = nearest(path)
-        raise InputError(
-            "no such file or folder",
-            location=str(source),
-            hint=f"did you mean {found}?"
-            if found
-            else "give an adapter folder or file as `train` or `export` writes it",
-        )
+        path = found[0]
     if path.suffix in PICKLES:
         raise InputError("is a pickle, which may run code", location=str(path), hint="get it as .safetensors")
     return require_file(path, what="adapter file")
@@ -241,10 +228,6 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
 
 def _json_object(text: str, key: str, path: Path) -> dict[str, Any]:
     return parse_object(text, location=f"{path}: its header {key!r}", finite=False)
-
-
-def _pickles_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
 
 
 def _form(names: Iterable[str], path: Path) -> str:
