@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -121,53 +121,61 @@ def refuse_wrapped(model: Any, location: str = "model") -> None:
         )
 
 
-def weights_by_adapter(names: Sequence[str], weights: Any) -> list[Any]:
-    """What `set_adapters` is given as weights, one for each of the names.
+def activate_adapters(
+    models: Mapping[str, Any], adapter_names: Any, adapter_weights: Any, *, components: Collection[str] | None = None
+) -> None:
+    """On all models these adapters act, and no others; layers that `disable_lora` has switched off are on again.
+
+    Args:
+        models: by component of the pipeline.
+        adapter_weights: one for all adapters, or one for each: a number, None for 1, or numbers by part of a module's name, of
+            which the first that fits counts; with `components`, any of these by component.
+        components: that a pipeline may have adapters on. None = `models` is one model alone.
 
     Raises:
-        InputError: there are more or fewer than names.
+        InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`, or its component or block is none of the models'; no name
+            is given, or one twice, or one that is not loaded; or an adapter is fused into the weights.
     """
-    each = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
+    check_adapter_weights(adapter_weights)
+    loaded = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
+    names = chosen_adapters(adapter_names, loaded)
+    each = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
     if len(each) != len(names):
         raise InputError(
             f"{len(each)} weights for {len(names)} adapters", location="set_adapters", hint="give one for each adapter"
         )
-    return each
+    weights = dict.fromkeys(models, each)
+    if components is not None:
+        for weight in each:
+            if isinstance(weight, Mapping) and (unknown := weight.keys() - set(components)):
+                raise InputError(
+                    f"the weights name {listed(map(repr, unknown))}, which carries no LoRA",
+                    location="adapter_weights",
+                    hint=f"give weights by component, of {listed(components)}; loaded: {listed(loaded)}",
+                )
+        weights = {c: [w.get(c) if isinstance(w, Mapping) else w for w in each] for c in models}
+    for component, model in models.items():
+        keys = {key for weight in weights[component] if isinstance(weight, Mapping) for key in weight}
+        modules = [name for name, _ in model.named_modules()] if keys else []
+        for key in keys:
+            if not isinstance(key, str) or not any(key in name for name in modules):
+                raise InputError(
+                    f"{clip(repr(key), 100)} is in the name of no module",
+                    location="weights by block",
+                    hint=f"give parts of names, such as those of {listed(name for name, _ in adapter_layers(model)[:2])}",
+                )
+    refuse_fused(*models.values())
+    for component, model in models.items():
+        layers = [name for name, _ in adapter_layers(model)]
 
+        def by_module(weight: Mapping[str, Any], layers: Sequence[str] = layers) -> dict[str, float]:
+            # diffusers fails on modules that no key fits, and takes a key for every name that holds it: longest first.
+            found = {name: next((w for key, w in weight.items() if key in name), None) for name in layers}
+            return {name: 1.0 if (w := found[name]) is None else w for name in sorted(found, key=len, reverse=True)}
 
-def check_blocks(model: nn.Module, weights: Sequence[Any]) -> None:
-    """Whether the keys of weights by block are parts of names of the model's modules.
-
-    Raises:
-        InputError: one is not.
-    """
-    keys = {key for weight in weights if isinstance(weight, Mapping) for key in weight}
-    names = [name for name, _ in model.named_modules()] if keys else []
-    for key in keys:
-        if not isinstance(key, str) or not any(key in name for name in names):
-            raise InputError(
-                f"{clip(repr(key), 100)} is in the name of no module",
-                location="weights by block",
-                hint=f"give parts of names, such as those of {listed(name for name, _ in adapter_layers(model)[:2])}",
-            )
-
-
-def activate_adapters(model: nn.Module, names: Sequence[str], weights: Sequence[Any]) -> None:
-    """These adapters act, and no others; layers that `disable_lora` has switched off are on again.
-
-    Args:
-        weights: of each: a number, None for 1, or numbers by part of a module's name, of which the first that fits counts.
-    """
-    layers = adapter_layers(model)
-
-    def by_module(weight: Mapping[str, Any]) -> dict[str, float]:
-        # diffusers fails on modules that no key fits, and takes a key for every name that holds it: longest first.
-        found = {name: next((w for key, w in weight.items() if key in name), None) for name, _ in layers}
-        return {name: 1.0 if (w := found[name]) is None else w for name in sorted(found, key=len, reverse=True)}
-
-    reenable_adapters(model)
-    each = [by_module(w) if isinstance(w, Mapping) else 1.0 if w is None else w for w in weights]
-    set_weights_and_activate_adapters(model, list(names), each)
+        reenable_adapters(model)
+        numbers = [by_module(w) if isinstance(w, Mapping) else 1.0 if w is None else w for w in weights[component]]
+        set_weights_and_activate_adapters(model, list(names), numbers)
 
 
 def reenable_adapters(model: nn.Module, *, stay_off: bool = False) -> None:
@@ -333,21 +341,8 @@ class AdapterMethods(nn.Module):
         match_training_mode(self)
 
     def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
-        """As diffusers'; after `disable_lora`, too, those that are named act.
-
-        Args:
-            weights: one for all, or one for each: a number, None for 1, or numbers by part of a module's name.
-
-        Raises:
-            InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`, its block is in the name of no module; no name is
-                given, or one twice, or one that is not loaded; or an adapter is fused into the weights.
-        """
-        check_adapter_weights(weights)
-        names = chosen_adapters(adapter_names, getattr(self, "peft_config", {}))
-        each = weights_by_adapter(names, weights)
-        check_blocks(self, each)
-        refuse_fused(self)
-        activate_adapters(self, names, each)
+        """As diffusers'; after `disable_lora`, too, those that are named act. See `activate_adapters`."""
+        activate_adapters({"": self}, adapter_names, weights)
 
     def delete_adapters(self, adapter_names: Any) -> None:
         """As diffusers'.

@@ -16,7 +16,7 @@ from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmdit_lora.config.ranges import ADAPTER_WEIGHT, check_adapter_weights
+from mmdit_lora.config.ranges import ADAPTER_WEIGHT
 from mmdit_lora.errors import InputError, clip, listed
 from mmdit_lora.files import exists
 from mmdit_lora.lora import (
@@ -34,7 +34,6 @@ from mmdit_lora.lora.style_names import FamilyNames
 from mmdit_lora.models.adapter_layers import (
     activate_adapters,
     check_adapter_name,
-    check_blocks,
     check_fusing,
     chosen_adapters,
     match_training_mode,
@@ -42,7 +41,6 @@ from mmdit_lora.models.adapter_layers import (
     refuse_fused,
     refuse_wrapped,
     scaled_adapters,
-    weights_by_adapter,
 )
 
 logger = logging.getLogger("mmdit_lora")
@@ -230,27 +228,7 @@ class StyleLoader:
             InputError: a weight is no number in `ranges.ADAPTER_WEIGHT`, its component or block is none of the pipeline's; no
                 name is given, or one twice, or one that is not loaded; or an adapter is fused into the weights.
         """
-        check_adapter_weights(adapter_weights)
-        models = self._adapted()
-        loaded = {name for model in models.values() for name in model.peft_config}
-        names = chosen_adapters(adapter_names, loaded)
-        each = weights_by_adapter(names, adapter_weights)
-        for weight in each:
-            if isinstance(weight, Mapping) and (unknown := weight.keys() - set(self._lora_loadable_modules)):
-                raise InputError(
-                    f"the weights name {listed(map(repr, unknown))}, which carries no LoRA",
-                    location="adapter_weights",
-                    hint=f"give weights by component, of {listed(self._lora_loadable_modules)}; loaded: {listed(sorted(loaded))}",
-                )
-        of = {
-            component: [weight.get(component) if isinstance(weight, Mapping) else weight for weight in each]
-            for component in models
-        }
-        for component, model in models.items():
-            check_blocks(model, of[component])
-        refuse_fused(*models.values())
-        for component, model in models.items():
-            activate_adapters(model, names, of[component])
+        activate_adapters(self._adapted(), adapter_names, adapter_weights, components=self._lora_loadable_modules)
 
     def delete_adapters(self, adapter_names: Any) -> None:
         """As diffusers'.
