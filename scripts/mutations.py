@@ -368,8 +368,8 @@ MUTATIONS = (
     _m(
         "merged by the bare product",
         "lora/inject.py",
-        "merged.fuse_lora(safe_fusing=True)",
-        "merged.fuse_lora(lora_scale=0.5, safe_fusing=True)",
+        "layer.merge(safe_merge=True)",
+        "layer.scale_layer(0.5) or layer.merge(safe_merge=True)",
         "lora",
         "export",
     ),
