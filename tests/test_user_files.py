@@ -88,7 +88,7 @@ def test_a_reading_is_not_proposed_for_single_boxes_nor_where_the_declared_one_f
     assert found.wrong[Reading("xywh", "relative")] > 10
     empty = evidence([Boxed([(0.5, 0.1, 0.5, 0.5)] * 9)], DECLARED)
     assert empty is not None
-    assert (empty.telling, empty.proposed, empty.beside_error) == (0, [], None)
+    assert (empty.misread, empty.proposed, empty.beside_error) == (0, [], None)
     assert evidence([Boxed([])], DECLARED) is None
 
 
