@@ -60,7 +60,7 @@ class Attribution:
     """One layout.
 
     Args:
-        image: painted with all boxes. without: box i left out, from the same noise.
+        image: generated with all boxes. without: box i left out, from the same noise.
         changes: (H, W) for each box, mean absolute difference over RGB in [0, 1].
         attentions: (rows, columns) for each box, share of each image token's attention that goes to it.
         boxes: the figures.
@@ -82,7 +82,7 @@ def attribute(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Attribution:
-    """Paint a layout whole and with each box left out, caption and noise the same, and read the attention of the first.
+    """Generate a layout with all boxes and with each box left out, from one caption and noise, and read the first one's attention.
 
     Args:
         on_progress: called with the number of images done, of one more than there are boxes.

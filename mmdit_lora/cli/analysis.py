@@ -132,7 +132,7 @@ def resize(
             seed=seed,
             dtype=torch_dtype(dtype),
             device="cuda" if torch.cuda.is_available() else "cpu",
-            on_progress=lambda side, done: tell(f"paint {side}", done, len(records or ()), {}),
+            on_progress=lambda condition, done: tell(f"sample {condition}", done, len(records or ()), {}),
         )
     for line in _resized_lines(report):
         say(line)
@@ -172,7 +172,7 @@ def attribute(
         sheets = []
         with ProgressLines() as tell:
             for number, each in enumerate(layouts):
-                total, name = len(each.boxes) + 1, f"paint layout {number + 1} of {len(layouts)}"
+                total, name = len(each.boxes) + 1, f"sample layout {number + 1} of {len(layouts)}"
                 on_progress = partial(tell, name, total=total, scalars={})
                 sheets.append(run(pipe, each, settings, seed=seed + number, on_progress=on_progress))
         report = {

@@ -37,7 +37,7 @@ def study(
     ] = "0,1,2",
     images: Annotated[
         int | None,
-        number(Range(2, 1_000_000, whole=True), "--images", help="Held-out layouts to paint; default 64 (quick: 4)."),
+        number(Range(2, 1_000_000, whole=True), "--images", help="Held-out layouts to sample; default 64 (quick: 4)."),
     ] = None,
     old: Annotated[
         Path | None, typer.Option("--old", help="Data set of the base's old domain: measure what is forgotten.")

@@ -31,14 +31,14 @@ TOLERANCE, _MARGIN = 0.02, 0.05
 
 def groups(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
     """Ways to spend -> names of linears. `shapes`: those of the layout stream, (out, in) by name."""
-    found = {
+    ways = {
         ONE: [name for name in shapes if name.endswith("layout_mlp.fc1")],
         OTHER: [name for name in shapes if name.endswith("layout_mlp.fc2")],
         BOTH: [name for name in shapes if name.endswith(("layout_mlp.fc1", "layout_mlp.fc2"))],
         ATTENTION: [name for name in shapes if ".layout_stream.attn." in name and name.endswith(_ATTENTION)],
         ALL: list(shapes),
     }
-    return {way: names for way, names in found.items() if names}
+    return {way: names for way, names in ways.items() if names}
 
 
 def spend(budget: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -83,11 +83,11 @@ class BudgetStudy(Study):
         """Ways to spend -> rank of each linear."""
         model = open_encoders(setup.config, torch.float32, texts=False).transformer
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in subspace_linears(model).items()}
-        found = groups(shapes)
+        ways = groups(shapes)
         if setup.quick:
-            found = {way: found[way] for way in (ONE, BOTH)}
+            ways = {way: ways[way] for way in (ONE, BOTH)}
         budget = setup.config.lora.r * sum(sum(shapes[name]) for name in groups(shapes)[BOTH])
-        return {way: spend(budget, {name: shapes[name] for name in names}) for way, names in found.items()}
+        return {way: spend(budget, {name: shapes[name] for name in names}) for way, names in ways.items()}
 
     def variants(self, setup: Setup) -> Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]:
         return {way: (changes(setup, ranks), (1 / 3, 1, 3)) for way, ranks in self.ways(setup).items()}

@@ -27,7 +27,7 @@ class RankStudy(Study):
     """Every rank at the config's targets and its ratio alpha / r.
 
     The ratio stays, as it is what a step of the optimizer is multiplied with: with a fixed alpha a large rank would train
-    with a smaller step, and rank and step could not be told apart. The learning rate is searched for each rank all the same.
+    with a smaller step, and rank and step could not be separated. The learning rate is searched for each rank all the same.
     """
 
     title = "Fidelity by rank, and shared subspaces"

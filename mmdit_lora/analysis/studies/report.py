@@ -1,4 +1,4 @@
-"""`study.md`: what was found, in words and a table."""
+"""`study.md`: verdicts in words, and a table of settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         about=(
             f"Base {', '.join(asked['bases']) or asked['config']['base']}; seeds {', '.join(map(str, asked['seeds']))}; "
             f"{asked['config']['train']['max_steps']} steps of {asked['config']['train']['batch_size']}; at most "
-            f"{asked['images']} held-out layouts are painted. All runs together took {results['wall_seconds'] / 60:.0f} minutes "
+            f"{asked['images']} held-out layouts are sampled. All runs together took {results['wall_seconds'] / 60:.0f} minutes "
             f"({machine['gpu'] or '{cores} cores, {threads} threads a run'.format(**machine)})."
         ),
         verdicts=[

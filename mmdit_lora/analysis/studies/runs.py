@@ -31,7 +31,7 @@ def run_all(
     Raises:
         InputError, Stopped: see `train`.
     """
-    found = []
+    results = []
     for number, arm in enumerate(arms):
         path = setup.out / "runs" / arm.folder / FIGURES
         if not path.is_file() and isolate:
@@ -40,10 +40,10 @@ def run_all(
         elif not path.is_file():
             run_arm(setup, arm)
         figures = read_figures(path)
-        found.append(figures)
+        results.append(figures)
         if tell is not None:
             tell(f"{arm.setting}, seed {arm.seed}", number + 1, len(arms), figures)
-    return found
+    return results
 
 
 def read_figures(path: Path) -> Figures:

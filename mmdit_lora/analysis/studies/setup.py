@@ -25,7 +25,7 @@ class Setup:
     Args:
         config: an ordinary training config; every run is a variation of it.
         seeds: one run a setting for each.
-        images: held-out layouts that are painted for fidelity, the first ones.
+        images: the number of held-out layouts that are sampled for fidelity, the first ones.
         quick: two settings and a few steps, to see that all works.
         old: data set of the base's old domain, where forgetting is measured; None = not measured.
         bases: for the intrinsic dimension, from small to large; empty = that of the config.
@@ -67,7 +67,7 @@ class Arm:
     Args:
         setting: what it stands for in tables; together with the seed it is unique.
         changes: dotted key of the config -> value; "method" may be a `FoldedMethod`. None = nothing is trained: the base itself.
-        base: instead of the config's. trial: of a scan: nothing is painted, and it may diverge.
+        base: instead of the config's. trial: of a scan: nothing is sampled, and it may diverge.
     """
 
     setting: str

@@ -106,5 +106,5 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _means(values: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
-    found = [value for value in values if value is not None]
-    return {key: sum(value[key] for value in found) / len(found) for key in found[0]} if found else None
+    known = [value for value in values if value is not None]
+    return {key: sum(value[key] for value in known) / len(known) for key in known[0]} if known else None

@@ -1,4 +1,4 @@
-"""`check.html`: what is in a data set, and what was found in it."""
+"""`check.html`: what is in a data set, and the findings with their images."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def page(report: CheckReport, *, title: str, boxes: Sequence[Box]) -> str:
     """
     # Large images are warned of when they are opened, and have a finding of their own.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        images = [pool.map(thumbnail, found.examples) for found in report.findings]
+        images = [pool.map(thumbnail, finding.examples) for finding in report.findings]
         findings = [(f, [*zip(f.examples, own, strict=True)]) for f, own in zip(report.findings, images, strict=True)]
-    errors = sum(found.severity == "error" for found in report.findings)
+    errors = sum(finding.severity == "error" for finding in report.findings)
     mild = len(report.findings) - errors
     kinds = [f"{n} kind{'s' if n > 1 else ''} of {what}" for n, what in ((errors, "error"), (mild, "warning")) if n]
     ending = "a run would stop." if errors else "a run can start; look at them first."
@@ -48,7 +48,7 @@ def page(report: CheckReport, *, title: str, boxes: Sequence[Box]) -> str:
     return render(
         "check.html",
         title=title,
-        verdict=f"{' and '.join(kinds)}: {ending}" if kinds else "Nothing was found.",
+        verdict=f"{' and '.join(kinds)}: {ending}" if kinds else "No findings.",
         state="bad" if errors else "mild" if mild else "good",
         figures=[(f"{value:,}" if isinstance(value, int) else f"{value:.1f}", name) for value, name in figures],
         remarks=[*report.notes, *(f"{count} {what} left out" for what, count in report.left_out.items())],
