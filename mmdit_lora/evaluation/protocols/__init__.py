@@ -20,10 +20,10 @@ _ALL: tuple[PublishedProtocol, ...] = CocoLayout(), CocoMig(), LayoutSamEval(), 
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
-def find_protocol(name: str, *, option: str = "--protocol") -> PublishedProtocol:
+def find_protocol(name: str) -> PublishedProtocol:
     """The protocol of that name. Raises `InputError` that names the nearest one."""
     if name not in PROTOCOLS:
-        raise unknown_key(name, PROTOCOLS, location=option)
+        raise unknown_key(name, PROTOCOLS, location="--protocol")
     return PROTOCOLS[name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,13 @@ def published(protocol: str, path: str | Path = PUBLISHED) -> list[Row]:
     return rows
 
 
-def beside(protocol: str, own: Mapping[str, float], *, method: str = OWN, path: str | Path = PUBLISHED) -> list[Row]:
+def beside(protocol: str, own: Mapping[str, float], *, path: str | Path = PUBLISHED) -> list[Row]:
     """One's own row first, then the published ones in the file's order.
 
     Args:
         own: scores as `PublishedProtocol.score` gives them: shares in [0, 1]; they become percent.
     """
-    return [Row(method, {key: 100 * value for key, value in own.items()}, "", OWN), *published(protocol, path)]
+    return [Row(OWN, {key: 100 * value for key, value in own.items()}, "", OWN), *published(protocol, path)]
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -98,7 +98,4 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows as JSON objects."""
-    return [
-        {"method": r.method, "metrics": dict(r.metrics), "source": r.source, "kind": r.kind, "note": r.note}
-        for r in rows
-    ]
+    return [asdict(row) for row in rows]
