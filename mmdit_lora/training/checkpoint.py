@@ -37,7 +37,11 @@ def optimizer_writer(optimizer: Optimizer) -> Callable[[Path], None]:
     It is gathered now: collective where parameters are spread over processes.
     """
     groups = [
-        {name: torch.as_tensor(value).item() for name, value in group.items() if _is_number(value)}
+        {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in group.items()
+            if _is_number(value)
+        }
         for group in optimizer.param_groups
     ]
     if is_zero_optimizer(optimizer):
