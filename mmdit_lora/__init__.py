@@ -7,12 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmdit_lora.data.collate import LayoutCollator
+    from mmdit_lora.data.dataset import LayoutDataset
     from mmdit_lora.evaluation.evaluate import evaluate
     from mmdit_lora.export.export import export_adapter
     from mmdit_lora.layout import Box, Layout
     from mmdit_lora.lora import add_layout_lora, load_adapter, save_adapter
     from mmdit_lora.pipelines import load_pipeline
     from mmdit_lora.training.callbacks import Callback
+    from mmdit_lora.training.encoding import LayoutEncoder
     from mmdit_lora.training.loss import flow_matching_loss
     from mmdit_lora.training.trainer import train
 
@@ -21,6 +24,9 @@ __all__ = [
     "Box",
     "Callback",
     "Layout",
+    "LayoutCollator",
+    "LayoutDataset",
+    "LayoutEncoder",
     "__version__",
     "add_layout_lora",
     "evaluate",
@@ -35,6 +41,9 @@ _MODULES = {
     "Box": "layout",
     "Callback": "training.callbacks",
     "Layout": "layout",
+    "LayoutCollator": "data.collate",
+    "LayoutDataset": "data.dataset",
+    "LayoutEncoder": "training.encoding",
     "add_layout_lora": "lora",
     "evaluate": "evaluation.evaluate",
     "export_adapter": "export.export",

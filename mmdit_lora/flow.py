@@ -10,7 +10,6 @@ import math
 from typing import Literal
 
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 TimestepDensity = Literal["logit_normal", "mode", "uniform"]
@@ -34,8 +33,13 @@ def sample_timesteps(
         mode_scale: s of eq. 20; positive favours the middle, negative the ends.
         shift: moves the density towards noise, for larger images; see `shift_timesteps`.
     """
-    scheme = "none" if density == "uniform" else density
-    t = compute_density_for_timestep_sampling(scheme, count, logit_mean, logit_std, mode_scale, generator=generator)
+    # As diffusers.training_utils.compute_density_for_timestep_sampling, which a loader's worker would import half a minute for.
+    if density == "logit_normal":
+        t = torch.normal(logit_mean, logit_std, (count,), generator=generator).sigmoid()
+    else:
+        t = torch.rand(count, generator=generator)
+        if density == "mode":
+            t = 1 - t - mode_scale * (torch.cos(math.pi * t / 2) ** 2 - 1 + t)
     return shift_timesteps(t, shift)
 
 

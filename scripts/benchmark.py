@@ -2,6 +2,7 @@
 
     uv run python scripts/benchmark.py data > data/benchmarks/cache.json
     uv run python scripts/benchmark.py data --records 1000000 > data/benchmarks/scale.json    (benchmark_scale.py says what)
+    uv run python scripts/benchmark.py data --loading --before CHECKOUT > data/benchmarks/loading.json    (benchmark_loading.py)
 
 `data`: samples a second from the cache on disk, against `torch.load(weights_only=True)` of one `.pt` a sample that holds
 the same tensors, and against decoding and encoding. A sample is its latents, prompt and pooled embeddings and phrases;
@@ -89,10 +90,9 @@ def embedded(work: Path) -> dict[str, Any]:
 
     from mmdit_lora.config.loading import Config
     from mmdit_lora.data.buckets import one_size
-    from mmdit_lora.data.cache import DiskCache
+    from mmdit_lora.data.cache import EncodingCache
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
-    from mmdit_lora.training.encoding import Encoder, EncodingStore
-    from mmdit_lora.training.examples import Examples
+    from mmdit_lora.training.encoding import EncodedDataset, LayoutEncoder
     from mmdit_lora.training.fill_cache import fill_cache
     from mmdit_lora.training.trainer import prepare_run
 
@@ -106,63 +106,49 @@ def embedded(work: Path) -> dict[str, Any]:
     }
     config = Config.model_validate(values)
     start = time.perf_counter()
-    fill_cache(config, DiskCache(work / "cache"))
+    fill_cache(config, EncodingCache(work / "cache"))
     fill_s = time.perf_counter() - start
     start = time.perf_counter()
     run = prepare_run(config)
-    run.examples.training_batch(range(BATCH))
+    run.examples.batch(range(BATCH))
     first_batch_s = time.perf_counter() - start
 
     pipe, records, size = run.pipe, run.examples.records, run.examples.size_of(0)
 
-    def source(cached: bool) -> tuple[Encoder, Examples]:
-        store = EncodingStore(DiskCache(work / "cache"), pipe, str(base)) if cached else None
-        encoder = Encoder(pipe, store)
-        return encoder, Examples(records, encoder, config, buckets=one_size(size), slots=None)
+    def source(cached: bool, **options: Any) -> EncodedDataset:
+        cache = EncodingCache(work / "cache" if cached else None, **options)
+        return EncodedDataset(records, LayoutEncoder(pipe, cache, base=str(base)), config, buckets=one_size(size))
 
-    def fetch_by(encoder: Encoder, examples: Examples) -> Callable[[int], Sample]:
-        def fetch(index: int) -> Sample:
-            found = examples.view(index, 0)
-            assert found is not None
-            latents, layout = found
-            embeds, pooled = encoder.prompt(layout.caption)
-            phrases = list(encoder.phrases([box.phrase for box in layout.boxes]).values())  # they repeat: from memory
-            return {"latents": latents, "embeds": embeds, "pooled": pooled, "phrases": phrases}
-
-        return fetch
-
-    made, cached = fetch_by(*source(False)), fetch_by(*source(True))
-    for index in range(IMAGES):
-        sample = cached(index)
-        torch.save({**sample, "phrases": torch.cat(sample["phrases"])}, work / f"{index}.pt")
-    encoder, examples = source(True)
-    every = list(range(IMAGES))
-
-    def from_memory() -> float:
+    def epoch(dataset: EncodedDataset) -> float:
         start = time.perf_counter()
         for first in range(0, IMAGES, BATCH):
-            indices = every[first : first + BATCH]
-            _, layouts = examples._encode(indices, [torch.Generator()] * len(indices))
-            encoder.prompts([layout.caption for layout in layouts])
-            encoder.phrases([box.phrase for layout in layouts for box in layout.boxes])
+            dataset.batch(range(first, first + BATCH))
         return IMAGES / (time.perf_counter() - start)
 
     def first_read() -> float:
-        encoder, examples = source(True)
-        examples.view(0, 0)  # the hashes of the base's files are read once a process
-        encoder.prompt("")
-        return rate(fetch_by(encoder, examples), IMAGES)
+        dataset = source(True)
+        dataset.encoder.prompts([""])  # the hashes of the base's files are read once a process
+        return epoch(dataset)
 
-    from_memory()
+    again, memory = source(True, max_bytes=0), source(True)
+    for index, record in enumerate(records):
+        latents = memory.cached_view(index, 0)
+        assert latents is not None
+        embeds, pooled = memory.encoder.prompts([record.layout.caption])
+        phrases = memory.encoder.phrases([box.phrase for box in record.layout.boxes])
+        sample = {**latents.tensors, "embeds": embeds, "pooled": pooled}
+        torch.save({**sample, "phrases": torch.stack(list(phrases.values()))}, work / f"{index}.pt")
+    epoch(again)
+    epoch(memory)
     rates = in_turns(
         {
             "cache_first": first_read,
-            "cache_again": lambda: rate(cached, IMAGES),
-            "cache_memory": from_memory,
+            "cache_again": lambda: epoch(again),
+            "cache_memory": lambda: epoch(memory),
             "torch_load": lambda: rate(lambda i: torch.load(work / f"{i}.pt", weights_only=True), IMAGES),
         }
     )
-    slow = rate(made, IMAGES)
+    slow = epoch(source(False))
     rates["decode_and_encode"] = (slow, [round(slow, 1)])
     sample_bytes = (work / "0.pt").stat().st_size
     return {
@@ -179,12 +165,12 @@ def large(work: Path, *, with_vae: bool) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, DiskCache, Entry, content_key
+    from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, EncodingCache, Entry, content_key
     from mmdit_lora.data.images import load_image
     from mmdit_lora.data.transforms import prepare
     from mmdit_lora.layout import Layout
 
-    cache = DiskCache(work / "cache")
+    cache = EncodingCache(work / "cache")
     generator = torch.Generator().manual_seed(0)
     keys = [content_key("large", index) for index in range(LARGE_SAMPLES)]
 
@@ -202,7 +188,7 @@ def large(work: Path, *, with_vae: bool) -> dict[str, Any]:
         whole = {"latents": latents, "embeds": embeds, "pooled": pooled, "phrases": torch.cat(phrases)}
         torch.save(whole, work / f"{index}.pt")
 
-    def fetch_from(cache: DiskCache) -> Callable[[int], Sample]:
+    def fetch_from(cache: EncodingCache) -> Callable[[int], Sample]:
         def fetch(index: int) -> Sample:
             key = keys[index]
             latents, prompt = cache.read(LATENTS, key), cache.read(PROMPTS, key)
@@ -218,7 +204,7 @@ def large(work: Path, *, with_vae: bool) -> dict[str, Any]:
     held = [torch.load(work / f"{index}.pt", weights_only=True) for index in range(LARGE_SAMPLES)]
     rates = in_turns(
         {
-            "cache_first": lambda: rate(fetch_from(DiskCache(work / "cache")), LARGE_SAMPLES),
+            "cache_first": lambda: rate(fetch_from(EncodingCache(work / "cache")), LARGE_SAMPLES),
             "cache_again": lambda: rate(again, LARGE_SAMPLES),
             "torch_load": lambda: rate(lambda i: torch.load(work / f"{i}.pt", weights_only=True), LARGE_SAMPLES),
             # No file at all: what the batch's own copy allows, whatever stands before it.
@@ -277,6 +263,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb.add_argument(
         "--records", type=COUNT.parse, help="instead: what so many records in tar shards cost (benchmark_scale.py)"
     )
+    verb.add_argument(
+        "--loading",
+        action="store_true",
+        help="instead: images on disk by 0, 1, 2 workers, and captions (benchmark_loading.py)",
+    )
+    verb.add_argument(
+        "--before", type=Path, help="with --loading: a checkout of an earlier version, in turns with this one"
+    )
     verb = verbs.add_parser("train", help="a training step, and what a run spends beside it")
     verb.add_argument("--size", choices=("tiny", "small", "sd3-medium"), default="small")
     verb.add_argument("--peer", type=Path, help="CreatiLayout's checkout: its class beside ours, in turns")
@@ -286,6 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmark_train import train_benchmark
 
         report = train_benchmark(arguments.size, arguments.peer)
+    elif arguments.loading:
+        from benchmark_loading import loading
+
+        report = loading(arguments.before)
     elif arguments.records is not None:
         from benchmark_scale import scale
 

@@ -73,7 +73,7 @@ def _computed(records: int, index_bytes: float) -> dict[str, Any]:
 def _write(folder: Path, records: int) -> tuple[int, float]:
     from mmdit_lora.data.records import read_dataset
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
-    from mmdit_lora.data.shards.write import ShardWriter
+    from mmdit_lora.data.shards.tar import ShardWriter
 
     with tempfile.TemporaryDirectory() as scenes:
         write_dataset(Path(scenes) / "set", DOMAINS["basic"], count=SCENES, seed=0)
@@ -179,7 +179,7 @@ def _first_batch(folder: Path) -> dict[str, Any]:
         values = {"base": str(BASE), "output_dir": f"{out}/run", "data": str(folder), "train": {"batch_size": BATCH}}
         run = prepare_run(Config.model_validate(values))
         prepared = time.perf_counter()
-        run.examples.training_batch(range(BATCH))
+        run.examples.batch(range(BATCH))
     done = time.perf_counter()
     return {
         "import_s": round(imported - begun, 2),

@@ -51,7 +51,7 @@ def train_benchmark(size: str, peer: Path | None) -> dict[str, Any]:
 def loop(steps: int = 60) -> dict[str, Any]:
     """The quickstart's own training, cut short, on images and texts that are cached."""
     from mmdit_lora.config.loading import load_config
-    from mmdit_lora.data.cache import DiskCache
+    from mmdit_lora.data.cache import EncodingCache
     from mmdit_lora.data.shapes import DOMAINS, write_dataset
     from mmdit_lora.training.callbacks import Callback
     from mmdit_lora.training.fill_cache import fill_cache
@@ -80,7 +80,7 @@ def loop(steps: int = 60) -> dict[str, Any]:
             "train.sample_every=0",
         ]
         config = load_config("configs/quickstart.yaml", changes)
-        fill_cache(config, DiskCache(work / "cache"))
+        fill_cache(config, EncodingCache(work / "cache"))
         train(config, callbacks=[Speeds()])
     late = seen[1:]  # the first holds what is done once
     mean = {key: statistics.mean(row[key] for row in late) for key in ("share_data", "share_other", "samples_per_s")}

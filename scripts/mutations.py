@@ -45,7 +45,7 @@ def _m(name: str, file: str, old: str, new: str, *tests: str) -> Mutation:
 
 
 STREAM, BASE, SD3, FLUX = "models/layout_stream.py", "models/base.py", "models/sd3.py", "models/flux.py"
-STEP, LOSS, FLOW, EXAMPLES = "training/step.py", "training/loss.py", "flow.py", "training/examples.py"
+STEP, LOSS, FLOW = "training/step.py", "training/loss.py", "flow.py"
 MUTATIONS = (
     # the model
     _m(
@@ -285,13 +285,20 @@ MUTATIONS = (
     ),
     _m(
         "layout dropout has no effect",
-        EXAMPLES,
-        "inputs.mask & ~no_layout[:, None]",
-        "inputs.mask",
+        "training/encoding.py",
+        "layout.mask & ~samples.drops_layout[:, None].cpu()",
+        "layout.mask",
         "every_key",
         "trainer",
     ),
-    _m("phrase dropout has no effect", EXAMPLES, "if silent_places:", "if False:", "augment", "every_key"),
+    _m(
+        "phrase dropout has no effect",
+        "data/collate.py",
+        '"" if silent else box.phrase for box, silent in zip',
+        "box.phrase for box, silent in zip",
+        "augment",
+        "every_key",
+    ),
     # training and resume
     _m("the adapter's dropout does not rescale", "lora/dropout.py", "/ (1 - self.p)", "", "dropout"),
     _m(

@@ -130,7 +130,7 @@ def seconds_per_step(work: Path) -> dict[str, Any]:
         for name in ATTENTIONS if step % 2 else reversed(ATTENTIONS):
             run = runs[name]
             size = run.config.train.batch_size
-            batch = run.examples.training_batch(range(step * size, (step + 1) * size))
+            batch = run.examples.batch(range(step * size, (step + 1) * size))
             start = time.perf_counter()
             flow_matching_loss(run.model, batch).mean().backward()
             run.optimizer.step()

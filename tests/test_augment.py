@@ -20,8 +20,7 @@ from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import augment_boxes, names_a_side, place, prepare
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
-from mmdit_lora.training.encoding import Encoder
-from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.encoding import EncodedDataset, LayoutEncoder
 from mmdit_lora.training.loss import Batch
 from tests.data_makers import dataset, line, objects
 
@@ -116,7 +115,7 @@ def test_random_crops_and_flips_are_those_of_earlier_versions() -> None:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def examples(base: Path, folder: Path, **sections: dict[str, Any]) -> Examples:
+def examples(base: Path, folder: Path, stream: str = "train", **sections: dict[str, Any]) -> EncodedDataset:
     config = Config.model_validate(
         {
             "base": str(base),
@@ -124,8 +123,8 @@ def examples(base: Path, folder: Path, **sections: dict[str, Any]) -> Examples:
             "train": sections.get("train", {}),
         }
     )
-    encoder = Encoder(load_pipeline(str(base)))
-    return Examples(read_dataset(folder), encoder, config, buckets=one_size((64, 64)), slots=None)
+    encoder = LayoutEncoder(load_pipeline(str(base)))
+    return EncodedDataset(read_dataset(folder), encoder, config, buckets=one_size((64, 64)), stream=stream)
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -138,26 +137,26 @@ def same(one: Batch, two: Batch) -> bool:
 def test_the_switches_change_the_layout_and_nothing_else_that_is_drawn(base: Path, data: Path) -> None:
     crops = {"crop": "random", "flip": True}
     plain = examples(base, data, data=crops)
-    before = plain.training_batch(range(8))
+    before = plain.batch(range(8))
     zero = examples(base, data, data=crops | {"box_jitter": 0.0}, train={"box_dropout": 0.0, "phrase_dropout": 0.0})
-    untouched = zero.training_batch(range(8))
+    untouched = zero.batch(range(8))
     assert same(before, untouched)
     assert torch.equal(before.layout.boxes, untouched.layout.boxes)
     assert torch.equal(before.layout.phrase_embeds, untouched.layout.phrase_embeds)
 
     switched = examples(base, data, data=crops | {"box_jitter": 0.1})
-    jittered = switched.training_batch(range(8))
+    jittered = switched.batch(range(8))
     assert same(before, jittered)
     assert torch.equal(before.layout.phrase_embeds, jittered.layout.phrase_embeds)
     assert not torch.equal(before.layout.boxes, jittered.layout.boxes)
     assert torch.allclose(before.layout.boxes, jittered.layout.boxes, atol=0.1)
 
-    dropped = examples(base, data, data=crops, train={"box_dropout": 1.0}).training_batch(range(8))
+    dropped = examples(base, data, data=crops, train={"box_dropout": 1.0}).batch(range(8))
     assert same(before, dropped)
     assert dropped.layout.mask.sum(1).tolist() == before.layout.mask.any(1).int().tolist()
 
     silent = examples(base, data, data=crops, train={"phrase_dropout": 1.0})
-    emptied = silent.training_batch(range(8))
+    emptied = silent.batch(range(8))
     assert same(before, emptied)
     assert torch.equal(before.layout.boxes, emptied.layout.boxes)
     empty = silent.encoder.phrases([""])[""]
@@ -168,13 +167,13 @@ def test_the_switches_change_the_layout_and_nothing_else_that_is_drawn(base: Pat
 def test_draws_depend_on_the_position_alone_and_held_out_layouts_stay_as_they_are(base: Path, data: Path) -> None:
     switches: dict[str, Any] = {"data": {"box_jitter": 0.2}, "train": {"box_dropout": 0.3, "phrase_dropout": 0.3}}
     one, other = examples(base, data, **switches), examples(base, data, **switches)
-    whole = one.training_batch(range(6))
-    part = other.training_batch(range(4, 6))
+    whole = one.batch(range(6))
+    part = other.batch(range(4, 6))
     slots = part.layout.mask.shape[1]
     assert torch.equal(whole.layout.boxes[4:, :slots], part.layout.boxes)
     assert torch.equal(whole.layout.phrase_embeds[4:, :slots], part.layout.phrase_embeds)
-    plain = examples(base, data).held_out_batch([0, 1], 0)
-    held = one.held_out_batch([0, 1], 0)
+    plain = examples(base, data, "held out").batch([0, 1])
+    held = examples(base, data, "held out", **switches).batch([0, 1])
     assert same(plain, held)
     assert torch.equal(plain.layout.boxes, held.layout.boxes)
 
@@ -184,7 +183,7 @@ def test_min_visible_is_the_share_that_must_be_left(base: Path, tmp_path: Path) 
     boxes = objects([[0.0, 0.2, 0.275, 0.8], [0.15, 0.2, 0.45, 0.8], [0.4, 0.2, 0.6, 0.8]])
     folder = dataset(tmp_path / "set", line(objects=boxes))
     for share, left in ((0.05, 3), (0.25, 2), (0.9, 1)):
-        batch = examples(base, folder, data={"min_visible": share}).training_batch([0])
+        batch = examples(base, folder, data={"min_visible": share}).batch([0])
         assert batch.layout.mask.sum() == left
 
 

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.buckets import Buckets, make_buckets, one_size, parse_ratio
-from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.cache import EncodingCache
 from mmdit_lora.data.records import read_dataset
 from mmdit_lora.data.sampler import BatchPlan, box_count_group, epoch_order, seeded
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
-from mmdit_lora.training.encoding import Encoder
-from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.encoding import EncodedDataset, LayoutEncoder
 from mmdit_lora.training.fill_cache import fill_cache
 from mmdit_lora.training.setup import run_buckets
 from mmdit_lora.training.trainer import prepare_run, train
@@ -208,10 +207,10 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def examples(config: Config, batch: int = 2) -> Examples:
+def examples(config: Config, batch: int = 2) -> EncodedDataset:
     pipe = load_pipeline(config.base)
     buckets = run_buckets(config, pipe)
-    return Examples(read_dataset(config.data.path), Encoder(pipe), config, buckets=buckets, slots=None, batch=batch)
+    return EncodedDataset(read_dataset(config.data.path), LayoutEncoder(pipe), config, buckets=buckets, batch=batch)
 
 
 def test_images_are_encoded_at_their_buckets_and_batches_are_of_one(base: Path, folder: Path, tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_images_are_encoded_at_their_buckets_and_batches_are_of_one(base: Path, 
     assert found.bucket_counts() == {"24x44": 4, "28x28": 4, "32x32": 4, "44x24": 4}
     shapes = Counter()
     for start in range(0, 32, 2):  # two epochs
-        batch = found.training_batch([start, start + 1])
+        batch = found.batch([start, start + 1])
         shapes[tuple(batch.x0.shape[-2:])] += 1
         assert batch.noise.shape == batch.x0.shape
     assert set(shapes.values()) == {4}
@@ -235,12 +234,10 @@ def test_one_square_without_buckets_whatever_the_images_are(base: Path, folder: 
 def test_a_batch_has_layouts_of_about_as_many_boxes_on_request(base: Path, folder: Path, tmp_path: Path) -> None:
     found = examples(run_config(base, folder, tmp_path, buckets={"group_boxes": True}))
     for start in range(0, 16, 2):
-        boxes = found.training_batch([start, start + 1]).layout.mask.sum(1).tolist()
+        boxes = found.batch([start, start + 1]).layout.mask.sum(1).tolist()
         assert boxes[0] == boxes[1]  # here every group is one number
     mixed = examples(run_config(base, folder, tmp_path, buckets={}))
-    assert any(
-        len(set(mixed.training_batch([start, start + 1]).layout.mask.sum(1).tolist())) > 1 for start in range(0, 16, 2)
-    )
+    assert any(len(set(mixed.batch([start, start + 1]).layout.mask.sum(1).tolist())) > 1 for start in range(0, 16, 2))
 
 
 def test_a_run_on_buckets_trains_paints_and_resumes_to_the_bit(base: Path, folder: Path, tmp_path: Path) -> None:
@@ -267,7 +264,7 @@ def test_a_batch_that_is_gathered_in_parts_is_the_same_step(base: Path, folder: 
 def test_the_cache_has_images_at_their_buckets(base: Path, folder: Path, tmp_path: Path) -> None:
     config = run_config(base, folder, tmp_path / "plain")
     train(config)
-    cache = DiskCache(tmp_path / "cache")
+    cache = EncodingCache(tmp_path / "cache")
     fill_cache(config, cache)
     with_cache = config.model_copy(
         update={

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import Config
-from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, VIEWS, WEIGHTS, DiskCache, Entry, content_key
+from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, VIEWS, WEIGHTS, EncodingCache, Entry, content_key
 from mmdit_lora.data.records import Record
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.encoding import Encoder
+from mmdit_lora.training.encoding import LayoutEncoder
 from mmdit_lora.training.fill_cache import fill_cache
 from mmdit_lora.training.trainer import prepare_run, train
 
@@ -37,8 +37,8 @@ def make_config(base: Path, data: Path, out: Path = Path("unused"), **changes: A
     return Config.model_validate({"base": str(base), "output_dir": str(out), "data": section, "train": length})
 
 
-def fill(base: Path, data: Path, root: Path, **changes: Any) -> DiskCache:
-    cache = DiskCache(root)
+def fill(base: Path, data: Path, root: Path, **changes: Any) -> EncodingCache:
+    cache = EncodingCache(root)
     fill_cache(make_config(base, data, **changes), cache)
     return cache
 
@@ -81,7 +81,7 @@ def some_entry() -> Entry:
 def test_an_entry_is_read_as_it_was_written_and_any_damage_is_seen(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache, key, made = DiskCache(tmp_path), content_key("k"), some_entry()
+    cache, key, made = EncodingCache(tmp_path), content_key("k"), some_entry()
     assert cache.read(LATENTS, key) is None
     cache.write(LATENTS, key, made)
     read = cache.read(LATENTS, key)
@@ -96,7 +96,7 @@ def test_an_entry_is_read_as_it_was_written_and_any_damage_is_seen(
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert DiskCache(tmp_path).read(LATENTS, key, tell=False) is None, f"byte {at}"
+        assert EncodingCache(tmp_path).read(LATENTS, key, tell=False) is None, f"byte {at}"
     for length in (0, 1, 60, len(whole) - 1):
         path.write_bytes(whole[:length])
         assert cache.read(LATENTS, key, tell=False) is None
@@ -109,7 +109,7 @@ def test_an_entry_is_read_as_it_was_written_and_any_damage_is_seen(
 
 
 def test_a_large_entry_is_mapped_and_outlives_its_file(tmp_path: Path) -> None:
-    cache, key = DiskCache(tmp_path), content_key("large")
+    cache, key = EncodingCache(tmp_path), content_key("large")
     large = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     cache.write(PROMPTS, key, Entry({"x": large}))
     read = cache.read(PROMPTS, key)
@@ -120,7 +120,7 @@ def test_a_large_entry_is_mapped_and_outlives_its_file(tmp_path: Path) -> None:
 
 
 def test_least_recently_used_entries_are_pruned_first(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path)
+    cache = EncodingCache(tmp_path)
     keys = [content_key(number) for number in range(4)]
     for age, key in enumerate(keys):  # the first is the oldest
         cache.write(LATENTS, key, Entry({"x": torch.zeros(100)}))
@@ -163,18 +163,18 @@ def test_training_from_a_full_cache_neither_decodes_nor_encodes(
 
     for owner, name in (
         (Record, "load"),
-        (Encoder, "latents"),
-        (Encoder, "encode_caption"),
-        (Encoder, "encode_phrase"),
+        (LayoutEncoder, "latents"),
+        (LayoutEncoder, "encode_captions"),
+        (LayoutEncoder, "encode_phrases"),
     ):
         monkeypatch.setattr(owner, name, refuse)
     run = prepare_run(make_config(base, data, tmp_path / "run", cache=str(tmp_path / "cache"), **changes))
     for first in range(0, 40, 4):
-        run.examples.training_batch(range(first, first + 4))
+        run.examples.batch(range(first, first + 4))
     assert run.held_out is not None
-    run.held_out.held_out_batch(range(3), 0)
-    assert run.examples.encoder.store is not None
-    assert not run.examples.encoder.store.cache.stats.misses
+    run.held_out.batch(range(3))
+    assert run.examples.encoder.cache.root is not None
+    assert not run.examples.encoder.cache.stats.misses
 
 
 def test_variants_are_so_many_a_image_and_functions_of_seed_and_position(base: Path, data: Path) -> None:
@@ -182,10 +182,10 @@ def test_variants_are_so_many_a_image_and_functions_of_seed_and_position(base: P
     again = prepare_run(make_config(base, data, **DRAWN)).examples
     seen: dict[str, set[bytes]] = {}
     for position in range(90):
-        latents = examples.training_batch([position]).x0
+        latents = examples.batch([position]).x0
         seen.setdefault(str(examples.record_at(position).image), set()).add(latents.numpy().tobytes())
         if position % 10 == 9:
-            assert torch.equal(again.training_batch([position]).x0, latents)
+            assert torch.equal(again.batch([position]).x0, latents)
     assert len(seen) == 9
     # Square images have one crop: their variants are the image and its mirror image.
     assert max(len(views) for views in seen.values()) == 2
@@ -258,7 +258,7 @@ def test_an_edited_weight_rebuilds_what_its_encoder_made(
     name = min(tensors)
     tensors[name].view(-1)[0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
-    there = DiskCache(cache).size()
+    there = EncodingCache(cache).size()
     done = fill(own_base, data, cache)
     assert done.stats.misses == {**{kind: there[kind]["entries"] for kind in kinds}, WEIGHTS: 1}
     weights = load_file(own_base / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -278,18 +278,18 @@ def test_settings_rebuild_what_depends_on_them(
 def test_another_dtype_has_other_entries(base: Path, data: Path, cache: Path) -> None:
     config = make_config(base, data)
     config = config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "bf16"})})
-    other = DiskCache(cache)
+    other = EncodingCache(cache)
     fill_cache(config, other)
     assert other.stats.misses.keys() == {LATENTS, PROMPTS, PHRASES}
 
 
 def test_what_is_pruned_while_a_run_goes_on_is_made_again(base: Path, data: Path, cache: Path) -> None:
     examples = prepare_run(make_config(base, data, cache=str(cache))).examples
-    examples.max_bytes = 0  # as with a set that is larger than the memory
-    before = examples.training_batch(range(9)).x0
-    store = DiskCache(cache)
+    examples.encoder.cache.max_bytes = 0  # as with a set that is larger than the memory
+    before = examples.batch(range(9)).x0
+    store = EncodingCache(cache)
     assert store.prune(0)[0] > 12
-    assert torch.equal(examples.training_batch(range(9)).x0, before)
+    assert torch.equal(examples.batch(range(9)).x0, before)
     assert store.size()[LATENTS]["entries"] == 9
 
 
@@ -303,7 +303,7 @@ def test_a_changed_image_is_refused_where_it_changed_under_the_hand(
     monkeypatch.setattr(Record, "load", lambda self: Image.eval(load(self), lambda value: 255 - value))
     with pytest.raises(InputError, match=r"\.png: changed while it was read"):
         fill(base, own_data, root)
-    assert not DiskCache(root).size().get(LATENTS)
+    assert not EncodingCache(root).size().get(LATENTS)
 
 
 def test_check_only_writes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_killed_fills_end_in_the_bytes_of_an_undisturbed_one(
         wanted = chance.randint(count, len(files(filled)) - 1)
         process = FORK.Process(target=child, args=(base, data, root))
         process.start()
-        while process.is_alive() and sum(1 for _ in DiskCache(root).entries()) < wanted:
+        while process.is_alive() and sum(1 for _ in EncodingCache(root).entries()) < wanted:
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.05))
         if process.is_alive():
@@ -340,7 +340,7 @@ def test_killed_fills_end_in_the_bytes_of_an_undisturbed_one(
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
         process.join()
-        cache = DiskCache(root)
+        cache = EncodingCache(root)
         count, damaged = cache.verify()
         assert not damaged, "what is there is whole"
         counts.append(count)
@@ -358,7 +358,7 @@ def test_killed_fills_end_in_the_bytes_of_an_undisturbed_one(
 def test_half_written_files_are_removed_and_those_of_a_live_process_are_not(
     base: Path, data: Path, cache: Path
 ) -> None:
-    store = DiskCache(cache)
+    store = EncodingCache(cache)
     dead, live = (store.path(LATENTS, content_key(name)) for name in ("dead", "live"))
     for path in (dead, live):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -373,13 +373,13 @@ def test_half_written_files_are_removed_and_those_of_a_live_process_are_not(
 def test_processes_that_fill_together_make_each_entry_once(
     base: Path, data: Path, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = Encoder.encode_caption
+    encode = LayoutEncoder.encode_captions
 
-    def slowly(self: Encoder, caption: str) -> Any:  # so that both are at it at the same time
-        time.sleep(0.05)
-        return encode(self, caption)
+    def slowly(self: LayoutEncoder, captions: Any) -> Any:  # so that both are at it at the same time
+        time.sleep(0.5)
+        return encode(self, captions)
 
-    monkeypatch.setattr(Encoder, "encode_caption", slowly)
+    monkeypatch.setattr(LayoutEncoder, "encode_captions", slowly)
     results, gate = FORK.Queue(), FORK.Barrier(2)
     arguments = (base, data, tmp_path / "both", results, gate)
     processes = [FORK.Process(target=child, args=arguments) for _ in range(2)]
@@ -390,12 +390,12 @@ def test_processes_that_fill_together_make_each_entry_once(
         process.join()
     assert files(tmp_path / "both") == files(filled)
     total = Counter(made[0]) + Counter(made[1])
-    assert total == {kind: of_kind["entries"] for kind, of_kind in DiskCache(filled).size().items()}
+    assert total == {kind: of_kind["entries"] for kind, of_kind in EncodingCache(filled).size().items()}
     assert all(each.get(PROMPTS) for each in made), "one of them did everything"
 
 
 def test_an_entry_under_construction_is_left_or_waited_for(tmp_path: Path) -> None:
-    cache, key = DiskCache(tmp_path), content_key("k")
+    cache, key = EncodingCache(tmp_path), content_key("k")
 
     def make_slowly(ready: Any) -> None:
         def make() -> Entry:
@@ -403,13 +403,13 @@ def test_an_entry_under_construction_is_left_or_waited_for(tmp_path: Path) -> No
             time.sleep(0.5)
             return Entry({}, "theirs")
 
-        DiskCache(tmp_path).get(VIEWS, key, make)
+        EncodingCache(tmp_path).get(VIEWS, key, make)
 
     ready = FORK.Event()
     process = FORK.Process(target=make_slowly, args=(ready,))
     process.start()
     assert ready.wait(10)
-    assert cache.try_get(VIEWS, key, lambda: Entry({}, "ours")) is None
+    assert cache.get_many(VIEWS, [key], lambda _: [Entry({}, "ours")], wait=False) == [None]
     assert cache.get(VIEWS, key, lambda: Entry({}, "ours")).note == "theirs"
     process.join()
     assert not cache.stats.misses
@@ -417,7 +417,7 @@ def test_an_entry_under_construction_is_left_or_waited_for(tmp_path: Path) -> No
 
 
 def test_an_entry_whose_maker_was_killed_is_made_by_the_next(tmp_path: Path) -> None:
-    cache, key = DiskCache(tmp_path), content_key("k")
+    cache, key = EncodingCache(tmp_path), content_key("k")
 
     def make_for_ever(ready: Any) -> None:
         def make() -> Entry:
@@ -425,7 +425,7 @@ def test_an_entry_whose_maker_was_killed_is_made_by_the_next(tmp_path: Path) -> 
             time.sleep(60)
             return Entry({}, "theirs")
 
-        DiskCache(tmp_path).get(VIEWS, key, make)
+        EncodingCache(tmp_path).get(VIEWS, key, make)
 
     ready = FORK.Event()
     process = FORK.Process(target=make_for_ever, args=(ready,))
@@ -449,7 +449,7 @@ def test_the_command_fills_verifies_mends_and_prunes(
     assert report["stats"]["misses"]["latents"] == 12
     assert report["bytes"] == sum(len(content) for content in files(root).values())
 
-    broken = next(path for kind, _, path in DiskCache(root).entries() if kind == LATENTS)
+    broken = next(path for kind, _, path in EncodingCache(root).entries() if kind == LATENTS)
     broken.write_bytes(broken.read_bytes()[:-1] + b"\xff")
     assert main([*command, "--verify"]) == 0
     captured = capsys.readouterr()
@@ -485,4 +485,4 @@ def test_wrong_input_is_refused(
 def test_a_file_where_the_cache_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        DiskCache(tmp_path / "file" / "below")
+        EncodingCache(tmp_path / "file" / "below")

@@ -161,7 +161,7 @@ ROWS: dict[str, Row] = {
 # Keys for which nothing of a run can differ, and why.
 NOTHING = {
     "version": "of the file's format: checked before a run is read (tests/test_config.py)",
-    "data.workers": "threads that read ahead what is read anyway; the draws do not know of them (tests/test_read_ahead.py)",
+    "data.workers": "processes that read ahead what is read anyway; the draws do not know of them (tests/test_loader.py)",
     "train.gradient_checkpointing": "the same computation, made twice to keep less: seen on the model below",
     "train.attention_backend": "the same attention by another kernel: seen on the model below",
     "train.compile": "the same computation, compiled: minutes (tests/test_layout_stream_method.py)",
@@ -345,7 +345,7 @@ def test_what_changes_no_result_is_set_all_the_same(places: dict[str, str], tmp_
 def test_the_inside_of_boxes_weighs_what_is_set(places: dict[str, str], tmp_path: Path) -> None:
     run = prepare_run(make(places, tmp_path, {"flow.inside_weight": 5.0}))
     model = run.bare_model.eval()
-    batch = run.examples.training_batch(range(2))
+    batch = run.examples.batch(range(2))
     boxes = torch.tensor(
         [[[0.25, 0.5, 0.5, 0.75], [0.0, 0.0, 1.0, 1.0]], [[0.0, 0.0, 0.5, 1.0], [0.25, 0.25, 1.0, 0.5]]]
     )
@@ -438,13 +438,13 @@ def test_weight_decay_shrinks_by_rate_times_decay(places: dict[str, str], tmp_pa
 
 def test_dropouts_of_one_leave_nothing(places: dict[str, str], tmp_path: Path) -> None:
     drawn = partial(lambda changes: prepare_run(make(places, tmp_path, changes)).examples)
-    usual = drawn({}).training_batch(range(4))
+    usual = drawn({}).batch(range(4))
     assert usual.layout.mask.sum(1).max() == 3
-    assert not drawn({"method": "full", "train.layout_dropout": 1.0}).training_batch(range(4)).layout.mask.any()
-    one = drawn({"train.box_dropout": 1.0}).training_batch(range(4))
+    assert not drawn({"method": "full", "train.layout_dropout": 1.0}).batch(range(4)).layout.mask.any()
+    one = drawn({"train.box_dropout": 1.0}).batch(range(4))
     assert one.layout.mask.sum(1).tolist() == [1] * 4
     examples = drawn({"train.caption_dropout": 1.0, "train.phrase_dropout": 1.0})
-    silent = examples.training_batch(range(4))
+    silent = examples.batch(range(4))
     nothing, _ = examples.encoder.prompts([""])
     assert torch.equal(silent.prompt_embeds, nothing.expand_as(silent.prompt_embeds))
     empty = examples.encoder.phrases([""])[""]

@@ -104,7 +104,7 @@ def test_exactly_the_stream_trains_and_every_zero_gate_gets_a_gradient_at_once(
     assert frozen == weights_of(plain[name]).keys() - buffers
     assert run.trainable.trainable_params == sum(p.numel() for p in trainable_parameters(model).values())
 
-    batch = run.examples.training_batch(range(3))
+    batch = run.examples.batch(range(3))
     flow_matching_loss(run.model, batch).mean().backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == trained
@@ -197,9 +197,7 @@ def test_embedded_guidance_reaches_a_distilled_base_and_is_refused_elsewhere(
     def loss(guidance: float) -> Tensor:
         config = stream_config(plain["single blocks"], data, tmp_path, flow={"guidance": guidance})
         run = prepare_run(config)
-        return flow_matching_loss(
-            run.model, run.examples.training_batch(range(2)), Objective(guidance=config.flow.guidance)
-        )
+        return flow_matching_loss(run.model, run.examples.batch(range(2)), Objective(guidance=config.flow.guidance))
 
     assert not torch.equal(loss(1.0), loss(3.5))
     with pytest.raises(InputError, match="not guidance-distilled"):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import Config
-from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.cache import EncodingCache
 from mmdit_lora.training.fill_cache import fill_cache
 from mmdit_lora.training.load_base import load_base, open_encoders
 from mmdit_lora.training.setup import run_buckets
@@ -45,7 +45,7 @@ def test_the_cache_is_filled_without_the_transformers_weights(
         transformer = tiny_flux_transformer(phrase_tokens=3)
         tiny_flux_pipeline(tmp_path / "tokenizer", transformer).save_pretrained(base)
     hollow = without_weights(base, tmp_path / "hollow")
-    fill_cache(config_of(hollow, data, tmp_path), DiskCache(tmp_path / "cache"))
+    fill_cache(config_of(hollow, data, tmp_path), EncodingCache(tmp_path / "cache"))
     report = train(config_of(base, data, tmp_path / "run", cache=str(tmp_path / "cache"))).report
     # What it was filled with is what the run, with its own encoders, asks for.
     assert set(report["cache"]["misses"]) <= {"weights"}  # hashes of the files of another folder

@@ -17,7 +17,7 @@ from mmdit_lora.config.loading import Config
 from mmdit_lora.data.records import Record, layout_columns, read_dataset
 from mmdit_lora.data.sampler import WINDOW, epoch_order
 from mmdit_lora.data.shards import is_sharded, open_shards, spread
-from mmdit_lora.data.shards.parquet_part import KEPT, ParquetPart
+from mmdit_lora.data.shards.parquet import KEPT, ParquetPart
 from mmdit_lora.data.split import split_records
 from mmdit_lora.errors import InputError
 from mmdit_lora.training.trainer import train

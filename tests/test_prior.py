@@ -56,7 +56,7 @@ def test_the_base_paints_the_old_layouts_and_a_killed_painting_goes_on(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     fewer = started(config_of(base, data, tmp_path / "two", layouts, prior={"count": 2}))
     assert fewer.prior is not None
-    assert len(fewer.prior.examples.records) == 2
+    assert len(fewer.prior.records) == 2
 
 
 def test_a_new_adapter_has_moved_nothing_and_is_switched_on_again(
@@ -64,7 +64,7 @@ def test_a_new_adapter_has_moved_nothing_and_is_switched_on_again(
 ) -> None:
     run = started(config_of(base, data, tmp_path, layouts))
     assert run.prior is not None
-    model, batch = run.pipe.transformer, run.prior.batch(0, run.accelerator)
+    model, batch = run.pipe.transformer, run.prior.batch(range(2))
     assert prior_losses(run.model, model, batch, Objective()).tolist() == [0.0, 0.0]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -89,14 +89,14 @@ def test_the_old_domain_is_drawn_apart_and_the_new_as_without_it(
     plain = prepare_run(make_config(base, data, tmp_path / "plain"))
     assert run.prior is not None
     own, bare, old = (
-        run.examples.training_batch(range(2)),
-        plain.examples.training_batch(range(2)),
-        run.prior.batch(0, run.accelerator),
+        run.examples.batch(range(2)),
+        plain.examples.batch(range(2)),
+        run.prior.batch(range(2)),
     )
     assert torch.equal(own.noise, bare.noise)
     assert torch.equal(own.t, bare.t)
     assert not torch.equal(own.t, old.t)
-    first = [run.prior.examples.record_at(n).location for n in range(5)]
+    first = [run.prior.record_at(n).location for n in range(5)]
     assert len(set(first)) == 5
 
 
@@ -109,7 +109,7 @@ def test_it_holds_the_base_where_it_was(base: Path, data: Path, layouts: Path, t
         run = started(config_of(base, data, tmp_path / f"measured_{out.name}", layouts))
         assert run.prior is not None
         with torch.no_grad():
-            batches = [run.prior.batch(n, run.accelerator) for n in range(3)]
+            batches = [run.prior.batch(range(2 * n, 2 * n + 2)) for n in range(3)]
             return sum(prior_losses(model, model, batch, Objective()).mean().item() for batch in batches)
 
     free, held = moved(tmp_path / "free"), moved(tmp_path / "held", weight=100.0)

@@ -78,7 +78,7 @@ def test_gradients_reach_all_of_the_lora_and_nothing_else(int8_base: Path, data:
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert {name.split(".lora_")[0].rsplit(".", 2)[-2] for name in trained} == {"layout_mlp"}
     for step in range(2):
-        flow_matching_loss(run.model, run.examples.training_batch(range(3 * step, 3 * step + 3))).mean().backward()
+        flow_matching_loss(run.model, run.examples.batch(range(3 * step, 3 * step + 3))).mean().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert gradients.keys() == trained
         reached = {name for name, gradient in gradients.items() if gradient.any()}

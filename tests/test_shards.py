@@ -24,15 +24,15 @@ from safetensors.torch import load_file
 from mmdit_lora.cli.main import main
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.buckets import make_buckets, record_bucket
+from mmdit_lora.data.dataset import sizes_of
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.sampler import epoch_order
 from mmdit_lora.data.shards import ShardedRecords, Subset, is_sharded, open_shards, spread
 from mmdit_lora.data.shards.store import expand, find
-from mmdit_lora.data.shards.write import ShardWriter, write_shards
+from mmdit_lora.data.shards.tar import ShardWriter, write_shards
 from mmdit_lora.data.split import fingerprint_records
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
-from mmdit_lora.training.examples import sizes_of
 from mmdit_lora.training.setup import read_data
 from mmdit_lora.training.trainer import train
 from tests.test_trainer import stop_after
@@ -269,7 +269,7 @@ def test_an_index_that_cannot_be_kept_costs_one_remark(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mmdit_lora.data.shards.tar_part.save_index", refuse)
+    monkeypatch.setattr("mmdit_lora.data.shards.tar.save_index", refuse)
     records = open_shards(shards)
     assert len(records.parts) > 1
     assert len(records.remarks) == 1

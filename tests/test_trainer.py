@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmdit_lora.config.loading import Config, load_config
+from mmdit_lora.data.cache import LATENTS, EncodingCache, Entry
 from mmdit_lora.data.sampler import epoch_order
 from mmdit_lora.data.shapes import DOMAINS, write_dataset
 from mmdit_lora.data.split import split_records
@@ -18,7 +19,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.checkpoint import checkpoints
-from mmdit_lora.training.encoding import Encoder, TensorCache
+from mmdit_lora.training.encoding import LayoutEncoder
 from mmdit_lora.training.held_out import compare_losses
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.callbacks import Calls
@@ -233,32 +234,37 @@ def test_wandb_offline_holds_curves_fidelity_and_images_with_boxes(base: Path, d
 def test_an_encoding_does_not_depend_on_what_else_is_in_the_batch(base: Path) -> None:
     pipe = load_pipeline(str(base))
     pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    together = Encoder(pipe).latents(pixels)
-    assert torch.equal(together[3:4], Encoder(pipe).latents(pixels[3:4]))
+    together = LayoutEncoder(pipe).latents(pixels)
+    assert torch.equal(together[3:4], LayoutEncoder(pipe).latents(pixels[3:4]))
     captions = ["one", "another caption", "a third"]
-    for both, alone in zip(Encoder(pipe).prompts(captions), Encoder(pipe).prompts(captions[1:2]), strict=True):
+    for both, alone in zip(
+        LayoutEncoder(pipe).prompts(captions), LayoutEncoder(pipe).prompts(captions[1:2]), strict=True
+    ):
         assert torch.equal(both[1:2], alone)
-    assert torch.equal(Encoder(pipe).phrases(captions)["a third"], Encoder(pipe).phrases(["a third"])["a third"])
+    assert torch.equal(
+        LayoutEncoder(pipe).phrases(captions)["a third"], LayoutEncoder(pipe).phrases(["a third"])["a third"]
+    )
 
 
 def test_the_cache_makes_each_entry_once_and_forgets_the_oldest() -> None:
     made: list[str] = []
 
     def get(*keys: str) -> list[float]:
-        def make(missing: list[int]) -> tuple[torch.Tensor]:
+        def make(missing: list[int]) -> list[Entry]:
             made.extend(keys[position] for position in missing)
-            return (torch.stack([torch.full((4,), float(ord(keys[position]))) for position in missing]),)
+            return [Entry({"x": torch.full((4,), float(ord(keys[position])))}) for position in missing]
 
-        return cache.get(keys, make)[0][:, 0].tolist()
+        entries = cache.get_many(LATENTS, keys, make, batch=4)
+        return [entry.tensors["x"][0].item() for entry in entries if entry is not None]
 
-    cache = TensorCache(max_bytes=3 * 16)  # three entries
+    cache = EncodingCache(max_bytes=3 * 16)  # three entries
     assert get("a", "b", "a") == [97, 98, 97]
     assert get("b", "a") == [98, 97]
     assert made == ["a", "b"]
     assert get("c", "d") == [99, 100]  # "b" was not used for longest
     assert get("a", "b") == [97, 98]
     assert made == ["a", "b", "c", "d", "b"]
-    assert cache.bytes <= cache.max_bytes
+    assert sum(entry.nbytes for entry in cache._memory[LATENTS].values()) <= cache.max_bytes
 
 
 def test_every_record_comes_once_an_epoch_and_epochs_differ() -> None:

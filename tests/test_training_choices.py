@@ -227,7 +227,7 @@ def test_weights_over_time_are_those_of_diffusers_and_of_the_paper() -> None:
 def test_the_weighting_scales_each_samples_loss(base: Path, data: Path, tmp_path: Path) -> None:
     run = prepare_run(make_config(base, data, tmp_path, flow={"weighting": "min_snr", "min_snr_gamma": 2.0}))
     run.model.eval()
-    batch = run.examples.training_batch(range(4))
+    batch = run.examples.batch(range(4))
     with torch.no_grad():
         plain, weighted = flow_matching_loss(run.model, batch), flow_matching_loss(run.model, batch, run.objective)
     torch.testing.assert_close(weighted, plain * time_weight(batch.t, "min_snr", gamma=2.0))
@@ -239,7 +239,7 @@ def test_the_weighting_scales_each_samples_loss(base: Path, data: Path, tmp_path
 
 def test_gradient_norms_of_blocks_are_parts_of_the_whole(base: Path, data: Path, tmp_path: Path) -> None:
     run = prepare_run(make_config(base, data, tmp_path))
-    flow_matching_loss(run.model, run.examples.training_batch(range(3))).mean().backward()
+    flow_matching_loss(run.model, run.examples.batch(range(3))).mean().backward()
     norms = gradient_norms(run.pipe.transformer)
     blocks = run.pipe.transformer.config.num_layers
     assert {f"grad_norm/transformer_blocks.{n:02d}" for n in range(blocks - 1)} < set(norms)

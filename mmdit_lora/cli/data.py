@@ -36,7 +36,7 @@ from mmdit_lora.data.init_config import commented_config
 from mmdit_lora.data.records import Item, Record, Warnings, read_dataset, scan_dataset, write_splits
 from mmdit_lora.data.shapes import DOMAINS, is_scenes, write_dataset
 from mmdit_lora.data.shards import is_sharded
-from mmdit_lora.data.shards.write import write_shards
+from mmdit_lora.data.shards.tar import write_shards
 from mmdit_lora.data.sources import sample_dataset
 from mmdit_lora.data.split import split_records
 from mmdit_lora.data.stats import Stats, dataset_stats
@@ -390,10 +390,10 @@ def cache(
     folder = Path(out if out is not None else config.data.cache or DEFAULT_FOLDER)
     inputs = {"base": config.base, "data.path": config.data.path, "data.validation": config.data.validation}
     refuse_inputs([folder], inputs, verb="data cache", inside=False)
-    from mmdit_lora.data.cache import DiskCache
+    from mmdit_lora.data.cache import EncodingCache
     from mmdit_lora.training.fill_cache import fill_cache
 
-    store = DiskCache(folder)
+    store = EncodingCache(folder)
     report: dict[str, Any] = {"folder": str(folder)}
     if verify:
         count, damaged = store.verify()

@@ -146,8 +146,11 @@ class DataSection(Section):
     box_jitter: float = optional(
         0.0, "each side of a box moves by up to this share of the box's size (training)", ge=0, lt=0.5
     )
-    workers: int = optional(
-        0, "threads that read the images of the next batches ahead; for shards in a store", ge=0, le=256
+    workers: int | None = optional(
+        None,
+        "processes that read, decode and resize ahead; 0 = none; null = up to 4 with a GPU, none without",
+        ge=0,
+        le=256,
     )
     cache: str | None = optional(
         None, "folder for what the encoders make, shared by runs and data sets; null = memory only"

@@ -1,9 +1,9 @@
-"""Encodings on disk, found by what they are made from: a changed input has another key, so nothing can be stale.
+"""Encodings by what they are made from: a changed input has another key, so nothing can be stale. Memory lies before disk.
 
-One entry a file, `ROOT/v1/KIND/ab/<sha256 of the inputs>.safetensors`: tensors, and a JSON note in the header behind a
-checksum over the whole file. Files are written beside and renamed; whoever makes an entry holds a lock on its key, which
-the kernel lets go when the process dies. So a fill that is killed leaves whole entries, and several processes share the
-work. An entry of a file of its own costs about 10 microseconds to read; shards would save a part of that, and lose this.
+On disk one entry is a file, `ROOT/v1/KIND/ab/<sha256 of the inputs>.safetensors`: tensors, and a JSON note in the header
+behind a checksum over the whole file. Files are written beside and renamed; whoever makes an entry holds a lock on its key,
+which the kernel releases when the process dies. So a fill that is killed leaves whole entries, and several processes share
+the work. Shards would be read a little faster, and lose this.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from filelock import FileLock, Timeout
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from mmdit_lora.files import RESERVED, atomic_file, os_errors_as_input_errors
@@ -34,20 +32,13 @@ from mmdit_lora.outputs import refuse_unmarked
 FORMAT = "v1"  # of the files and of all keys; another one is another folder
 LATENTS, PROMPTS, PHRASES, VIEWS, WEIGHTS = KINDS = ("latents", "prompts", "phrases", "views", "weights")
 
+CACHE_BYTES = 4 * 2**30  # of each kind, in memory
 _HALF_WRITTEN = re.compile(rf"(?:{re.escape(RESERVED)}|\.)([0-9a-f]{{64}})[-.]")  # the second, of earlier versions
 _HEADER_KEY = "mmdit_lora"
 _NO_CHECK = b"0" * 32
 _CHECK_MARK = f'"{_HEADER_KEY}":"'.encode()
-_MAPPED_FROM = 256 * 1024  # bytes; below, a copy is faster than a mapping
+_LOCK_DIGITS = 3  # of a key: so many locks share the keys
 _TOUCH_AFTER = 3600 * 10**9  # ns; a read moves an entry's time only where it is older than that
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-}
 
 log = logging.getLogger(__name__)
 
@@ -58,23 +49,26 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *plain], sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def pixel_digest(pixels: Tensor) -> str:
-    """SHA-256 of what the VAE sees: (3, H, W) in [-1, 1], as `prepare` makes it, to its bytes and size."""
-    whole = ((pixels + 1) * 127.5).round().to(torch.uint8).contiguous()
-    return content_key("pixels", list(whole.shape), whole.numpy().tobytes())
+def pixel_digest(image: Tensor) -> str:
+    """SHA-256 of an image as it is encoded, (3, H, W) uint8, and of its size."""
+    return content_key("pixels", list(image.shape), image.contiguous().numpy().tobytes())
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Tensors by name, and what is said of them. The tensors may lie in the file itself: do not write into them."""
+    """Tensors by name, and what is noted of them. The tensors are kept: do not write into them."""
 
     tensors: dict[str, Tensor]
     note: Any = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 @dataclass
 class CacheStats:
-    """What this process did: entries found, made, found damaged (by kind), bytes read and written."""
+    """What this process did on disk: entries found, made, found damaged (by kind), bytes read and written."""
 
     hits: Counter[str] = field(default_factory=Counter)
     misses: Counter[str] = field(default_factory=Counter)
@@ -92,42 +86,48 @@ class CacheStats:
         }
 
 
-class DiskCache:
-    """Entries under `root`, which is made with the first of them.
+class EncodingCache:
+    """Entries in memory, and under `root`, which is made with the first of them.
 
-    An entry's checksum is verified when this process reads it first, and again where its file has changed since.
+    An entry's checksum is verified when this process reads it first, and again where its file has changed since. In memory,
+    those that were not used for longest go first.
+
+    Args:
+        root: None = in memory only.
+        max_bytes: of tensors of each kind in memory; entries without tensors are kept on disk alone.
 
     Raises:
         InputError: `root` is no folder, or holds something else than a cache.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        refuse_unmarked(self.root, own=FORMAT)
-        self.folder = self.root / FORMAT
-        self.stats = CacheStats()
+    def __init__(self, root: str | Path | None = None, *, max_bytes: int = CACHE_BYTES) -> None:
+        self.root = None if root is None else Path(root)
+        if self.root is not None:
+            refuse_unmarked(self.root, own=FORMAT)
+        self.folder = (self.root or Path()) / FORMAT
+        self.stats, self.max_bytes = CacheStats(), max_bytes
         self._verified: dict[tuple[str, str], tuple[int, int, int]] = {}
+        self._memory: defaultdict[str, OrderedDict[str, Entry]] = defaultdict(OrderedDict)
+        self._bytes: Counter[str] = Counter()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process has its own memory."""
+        return type(self), (self.root,)
 
     def path(self, kind: str, key: str) -> Path:
         """The file of an entry, there or not."""
         return Path(self._name(kind, key))
 
     def __contains__(self, item: tuple[str, str]) -> bool:
-        return self.path(*item).is_file()
+        kind, key = item
+        return key in self._memory[kind] or (self.root is not None and os.path.isfile(self._name(kind, key)))  # noqa: PTH113 - for each sample
 
     def read(self, kind: str, key: str, *, tell: bool = True) -> Entry | None:
-        """An entry, or None: it is not there, or it is damaged, which is said and counted where `tell` is true."""
+        """An entry on disk, or None: it is not there, or it is damaged, which is said and counted where `tell` is true."""
         path = self._name(kind, key)
         try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # `open` costs twice as much
-            try:
-                status = os.fstat(handle)
-                if status.st_size >= _MAPPED_FROM:
-                    raw: Any = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
-                else:
-                    raw = bytearray(os.read(handle, status.st_size))
-            finally:
-                os.close(handle)
+            with open(path, "rb") as file:  # noqa: PTH123 - Path.open costs as much as the read
+                status, raw = os.fstat(file.fileno()), file.read()
         except FileNotFoundError:
             return None
         state = (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -148,7 +148,7 @@ class DiskCache:
         return _parse(raw)
 
     def write(self, kind: str, key: str, entry: Entry) -> None:
-        """Put an entry in its place, over what is there."""
+        """Put an entry in its place on disk, over what is there."""
         whole = _serialise(entry)
         with atomic_file(self.path(kind, key), label=key) as temporary:
             temporary.write_bytes(whole)
@@ -157,30 +157,78 @@ class DiskCache:
 
     def get(self, kind: str, key: str, make: Callable[[], Entry]) -> Entry:
         """The entry, made by `make` where it is missing or damaged; of several processes, one makes it and the others wait."""
-        found = self.try_get(kind, key, make, wait=True)
-        assert found is not None
-        return found
+        (entry,) = self.get_many(kind, [key], lambda _: [make()])
+        assert entry is not None
+        return entry
 
-    def try_get(self, kind: str, key: str, make: Callable[[], Entry], *, wait: bool = False) -> Entry | None:
-        """As `get`; without `wait`, None where another process is making it."""
-        found = self.read(kind, key)
-        if found is None:
-            lock = self._lock(key)
-            try:
-                lock.acquire(blocking=wait)
-            except Timeout:
-                return None
-            try:
-                found = self.read(kind, key, tell=False)  # another process may have made it meanwhile
-                if found is None:
+    def get_many(
+        self,
+        kind: str,
+        keys: Sequence[str],
+        make: Callable[[list[int]], Sequence[Entry]],
+        *,
+        batch: int = 1,
+        wait: bool = True,
+    ) -> list[Entry | None]:
+        """The entries of `keys`, what is missing made.
+
+        Args:
+            make: from positions in `keys`, at most `batch` of them, to their entries. Not called twice for one key.
+            wait: for another process that is making one; without, None stands for it.
+        """
+        position = {key: number for number, key in reversed(list(enumerate(keys)))}
+        entries = {key: self._recall(kind, key) for key in position}
+        missing = [key for key in dict.fromkeys(keys) if entries[key] is None]
+        for start in range(0, len(missing), batch):
+            with self._locked(missing[start : start + batch], wait=wait) as mine:
+                if self.root is not None:  # another process may have made it meanwhile
+                    entries |= {key: self._recall(kind, key, tell=False) for key in mine}
+                absent = [key for key in mine if entries[key] is None]
+                for key, entry in zip(absent, make([position[key] for key in absent]) if absent else (), strict=True):
                     self.stats.misses[kind] += 1
-                    entry = make()
-                    self.write(kind, key, entry)
-                    return entry
-            finally:
-                lock.release()
+                    if self.root is not None:
+                        self.write(kind, key, entry)
+                    entries[key] = self._remember(kind, key, entry)
+        return [entries[key] for key in keys]
+
+    def _recall(self, kind: str, key: str, *, tell: bool = True) -> Entry | None:
+        memory = self._memory[kind]
+        if (entry := memory.get(key)) is not None:
+            memory.move_to_end(key)
+            return entry
+        entry = None if self.root is None else self.read(kind, key, tell=tell)
+        if entry is None:
+            return None
         self.stats.hits[kind] += 1
-        return found
+        return self._remember(kind, key, entry)
+
+    def _remember(self, kind: str, key: str, entry: Entry) -> Entry:
+        if not entry.tensors or entry.nbytes > self.max_bytes:
+            return entry
+        # Their own memory, not a piece of a batch or of a file's content.
+        entry = Entry({name: tensor.clone() for name, tensor in entry.tensors.items()}, entry.note)
+        memory = self._memory[kind]
+        memory[key] = entry
+        self._bytes[kind] += entry.nbytes
+        while self._bytes[kind] > self.max_bytes:
+            self._bytes[kind] -= memory.popitem(last=False)[1].nbytes
+        return entry
+
+    @contextmanager
+    def _locked(self, keys: Sequence[str], *, wait: bool) -> Iterator[list[str]]:
+        """Those of `keys` that no other process is making: their locks are held. In one order, so that none waits in a circle."""
+        if self.root is None:
+            yield list(keys)
+            return
+        with ExitStack() as stack:
+            held = set()
+            for name in sorted({key[:_LOCK_DIGITS] for key in keys}):
+                try:
+                    stack.enter_context(self._lock(name).acquire(blocking=wait))
+                    held.add(name)
+                except Timeout:
+                    continue
+            yield [key for key in keys if key[:_LOCK_DIGITS] in held]
 
     def entries(self) -> Iterator[tuple[str, str, Path]]:
         """(kind, key, file) of all that is there."""
@@ -259,7 +307,7 @@ class DiskCache:
         locks = self.folder / "locks"
         with os_errors_as_input_errors(locks):
             locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(locks / key[:3], poll_interval=0.01)
+        return FileLock(locks / key[:_LOCK_DIGITS], poll_interval=0.01)
 
 
 def _serialise(entry: Entry) -> bytes:
@@ -272,39 +320,15 @@ def _serialise(entry: Entry) -> bytes:
     return bytes(whole)
 
 
-def _is_whole(raw: Any) -> bool:
+def _is_whole(raw: bytes) -> bool:
     start = raw.find(_CHECK_MARK, 0, 4096) + len(_CHECK_MARK)
     if start < len(_CHECK_MARK):
         return False
-    view = memoryview(raw)
-    digest = xxhash.xxh3_128(view[:start])
-    digest.update(_NO_CHECK)
-    digest.update(view[start + len(_NO_CHECK) :])
-    return bool(digest.hexdigest().encode() == bytes(view[start : start + len(_NO_CHECK)]))
+    end = start + len(_NO_CHECK)
+    return bool(xxhash.xxh3_128_hexdigest(raw[:start] + _NO_CHECK + raw[end:]).encode() == raw[start:end])
 
 
-def _parse(raw: Any) -> Entry:
-    """Tensors in place: safetensors' own readers copy them."""
-    data = 8 + int.from_bytes(raw[:8], "little")
-    start = raw.find(_CHECK_MARK, 0, data) + len(_CHECK_MARK)
-    note, places = _header(bytes(raw[8:start] + raw[start + len(_NO_CHECK) : data]))
-    tensors = {}
-    for name, dtype, shape, offset, count in places:
-        flat = torch.frombuffer(raw, dtype=dtype, offset=data + offset, count=count) if count else torch.empty(0)
-        tensors[name] = flat.to(dtype).view(shape)
-    return Entry(tensors, json.loads(note))
-
-
-@lru_cache(maxsize=64)
-def _header(header: bytes) -> tuple[str, list[tuple[str, torch.dtype, list[int], int, int]]]:
-    """The note, and (name, dtype, shape, offset, count) of each tensor; the header has come without its checksum.
-
-    Kept: where shapes and notes are the same, so is it, and reading it takes longer than the file.
-    """
-    content = json.loads(header.decode())
-    note = content.pop("__metadata__")[_HEADER_KEY]
-    places = []
-    for name, place in content.items():
-        dtype, (start, end) = _DTYPES[place["dtype"]], place["data_offsets"]
-        places.append((name, dtype, place["shape"], start, (end - start) // dtype.itemsize))
-    return note, places
+def _parse(raw: bytes) -> Entry:
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    note = header["__metadata__"][_HEADER_KEY][len(_NO_CHECK) :]
+    return Entry(load(raw), json.loads(note))

@@ -1,12 +1,13 @@
-"""The order of an epoch's records and their batches: functions of (seed, epoch) and of the data set alone.
+"""The order of a run's records and their batches: functions of (seed, position) and of the data set alone.
 
-Positions are global: processes and workers take disjoint positions of one order, so no two of them read the same record.
+Positions count samples through the whole run, over all processes and accumulated batches. Processes and workers take
+disjoint positions of one order, so no two of them read the same record; and a run resumes at a number.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -45,15 +46,13 @@ def epoch_order(
     shuffled = torch.randperm(len(blocks), generator=seeded("blocks", seed, epoch)).tolist()
     out, filled = torch.empty(count, dtype=torch.int32), 0
     for number, first in enumerate(range(0, len(blocks), window)):
-        places = _records_of(shuffled[first : first + window], starts)
+        places = torch.cat(
+            [torch.arange(*starts[b : b + 2].tolist(), dtype=torch.int32) for b in shuffled[first : first + window]]
+        )
         drawn = torch.randperm(len(places), generator=seeded("window", seed, epoch, number))
         out[filled : filled + len(places)] = places[drawn]
         filled += len(places)
     return out
-
-
-def _records_of(blocks: Sequence[int], starts: Tensor) -> Tensor:
-    return torch.cat([torch.arange(starts[b].item(), starts[b + 1].item(), dtype=torch.int32) for b in blocks])
 
 
 class BatchPlan:
@@ -131,3 +130,15 @@ class BatchPlan:
 def box_count_group(boxes: int) -> int:
     """0, 1, 2, 4, 8, 16, ...: the smallest of them that is at least `boxes`, so that padding at most doubles a layout."""
     return boxes if boxes < 3 else 1 << (boxes - 1).bit_length()
+
+
+def micro_batches(size: int, numbers: range, *, world: int = 1, process: int = 0) -> Iterator[range]:
+    """The positions of one process's micro-batches, from any number of the run on.
+
+    Args:
+        size: samples of a micro-batch in one process. numbers: of the micro-batches, counted through the run.
+        world, process: how many processes there are, and which one this is: their positions are disjoint.
+    """
+    for number in numbers:
+        first = (number * world + process) * size
+        yield range(first, first + size)

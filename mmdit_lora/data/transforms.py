@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mmdit_lora.data.buckets import MIN_VISIBLE
+from mmdit_lora.data.collate import to_pixels
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
 
@@ -25,8 +26,7 @@ _SIDES = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where an image goes: resized to `resized`, of which the window from `corner` on is kept.
 
     Args:
@@ -62,7 +62,7 @@ def place(
     return Placement(resized, (top, left), size)
 
 
-def prepare(
+def transform(
     image: Image.Image,
     layout: Layout,
     size: tuple[int, int],
@@ -83,7 +83,7 @@ def prepare(
         generator: what random crops and flips are drawn from; None = PyTorch's global one.
 
     Returns:
-        pixels: (3, height, width) float in [-1, 1].
+        image: (3, height, width) uint8.
         layout: with the boxes where they are now, clipped to the image.
 
     Raises:
@@ -100,7 +100,13 @@ def prepare(
     if mirrored:
         pixels = F.horizontal_flip(pixels)
     moved = move_boxes(layout, (image.height, image.width), to, mirrored=mirrored, min_visible=min_visible)
-    return pixels.as_subclass(Tensor).float() / 127.5 - 1, moved
+    return pixels.as_subclass(Tensor), moved
+
+
+def prepare(image: Image.Image, layout: Layout, size: tuple[int, int], **options: Any) -> tuple[Tensor, Layout]:
+    """As `transform`, the pixels as a VAE takes them: float in [-1, 1]."""
+    pixels, moved = transform(image, layout, size, **options)
+    return to_pixels(pixels), moved
 
 
 def move_boxes(

@@ -310,8 +310,8 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         """
         raise NotImplementedError
 
-    def encode_caption(self, caption: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The text of one image as this pipeline samples with it: prompt embeddings (1, S, E), pooled ones (1, P).
+    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The texts of n images as this pipeline samples with them: prompt embeddings (n, S, E), pooled ones (n, P).
 
         Args:
             device: as in `encode_phrases`.

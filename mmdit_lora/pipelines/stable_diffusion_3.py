@@ -68,9 +68,9 @@ class _StableDiffusion3(LayoutPipeline):
         return torch.cat(pooled, dim=-1)
 
     @torch.no_grad()
-    def encode_caption(self, caption: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         embeds, _, pooled, _ = self.encode_prompt(
-            caption,
+            caption if isinstance(caption, str) else list(caption),
             None,
             None,
             device=device or self.encoding_device,

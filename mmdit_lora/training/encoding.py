@@ -1,12 +1,14 @@
-"""Images, captions and phrases to what the transformer takes, by the base's own VAE and text encoders; kept on disk.
+"""Images, captions and phrases to what the transformer takes, by the base's own VAE and text encoders; kept in a cache.
 
-Each is encoded alone: the last bits of an encoding depend on what else is in the batch, and what is missing from a cache
-depends on when the run was last started. A resumed run must see the bits of an undisturbed one.
+The last bits of an encoding depend on the shape of the batch that it is made in, and what is missing from a cache depends on
+when the run was last started; a resumed run must see the bits of an undisturbed one. So every image is encoded alone, and
+texts in batches of one size, filled up with copies: one kernel serves every call, and a row's bits depend neither on its
+neighbours nor on how many were asked for (tests/test_text_batches.py).
 
 | entry | key: SHA-256 over |
 | --- | --- |
 | latents | the pixels after the transform, the VAE's files, its dtype |
-| prompts, phrases | the text, the text encoders' and tokenizers' files, their dtypes, `max_sequence_length` or phrase tokens |
+| prompts, phrases | the text, the text encoders' and tokenizers' files, their dtypes, `max_sequence_length` or phrase tokens, the batch size |
 | views | the image's file, its layout, the transform and its code: which pixels come of it, without decoding it |
 | weights | path, size, time and inode of a file of the base: its SHA-256, so that gigabytes are hashed once |
 
@@ -17,111 +19,136 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from functools import cache as once
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
-import PIL
 import torch
-import torchvision
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import features
 from torch import Tensor
 
-from mmdit_lora.data import transforms
-from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, VIEWS, WEIGHTS, DiskCache, Entry, content_key, pixel_digest
+from mmdit_lora.config.loading import Config
+from mmdit_lora.data.buckets import Buckets, Size
+from mmdit_lora.data.cache import LATENTS, PHRASES, PROMPTS, VIEWS, WEIGHTS, EncodingCache, Entry, content_key
+from mmdit_lora.data.collate import Batch, LayoutCollator, Samples, View, collate_layouts, to_pixels
+from mmdit_lora.data.dataset import LayoutDataset, Request, load, start_server, stored_view
+from mmdit_lora.data.records import Record
+from mmdit_lora.data.sampler import seeded
 from mmdit_lora.errors import InputError
+from mmdit_lora.flow import sample_timesteps
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.pipelines.sampling import quiet_texts
 
+TEXT_BATCH = 16
 _TEXT = ("text_encoder", "tokenizer")
+_MOST_KNOWN = 100_000  # views whose place in the cache is remembered: about 1 kB each
 
 
-class EncodingStore:
-    """Entries of one base's encoders in a cache.
+class LayoutEncoder:
+    """The frozen encoders of a base: `Samples` to the `Batch` that a training step reads. Each text is encoded once.
 
     Args:
-        base: folder or hub id that `pipe` was opened from: its files are what is hashed.
-
-    Every `wait=False` gives None where another process is making the entry just now.
+        pipe: its VAE and text encoders are used where they are.
+        cache: of what was encoded before; None = only what this object encoded is known.
+        base: folder or hub id that `pipe` was loaded from: with a cache on disk, its files are hashed.
+        slots: boxes that a layout is padded to; None = as many as the batch needs.
     """
 
-    def __init__(self, cache: DiskCache, pipe: LayoutPipeline, base: str) -> None:
-        self.cache, self.pipe, self.base = cache, pipe, base
+    def __init__(
+        self, pipe: LayoutPipeline, cache: EncodingCache | None = None, *, base: str = "", slots: int | None = None
+    ) -> None:
+        self.pipe, self.cache, self.base, self.slots = pipe, cache or EncodingCache(), base, slots
 
-    def image(
-        self,
-        source: Sequence[Any],
-        prepared: Callable[[], tuple[Tensor, Layout]],
-        encode: Callable[[Tensor], Tensor],
-        *,
-        location: str | None = None,
-        wait: bool = True,
-    ) -> tuple[Tensor, Layout, str] | None:
-        """Latents (C, h, w) of an image, its layout after the transform, and the key that `latents` finds the first by.
+    def __call__(self, samples: Samples, latents: Tensor | None = None) -> Batch:
+        """The batch, on the CPU.
 
         Args:
-            source: JSON values that say all that `prepared` depends on.
-            prepared: the pixels (3, H, W) in [-1, 1] and the layout; called only where one of the two entries is missing.
-            encode: pixels to latents; called only where those are missing.
-            location: the image's place, for messages.
-
-        Raises:
-            InputError: the image's file changed while it was read.
+            latents: (B, C, h, w) of the images, where they are known.
         """
-        pixels: Tensor | None = None
+        if latents is None:
+            latents = self.latents(samples.pixels)
+        noise = samples.noise
+        if noise is None:
+            keys = samples.key.tolist()
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=seeded("noise", key)) for key in keys])
+        embeds, pooled = self.prompts(samples.caption)
+        transformer, phrases = self.pipe.transformer, samples.phrases
+        layout = collate_layouts(
+            samples.layout,
+            self.phrases([phrase for each in phrases for phrase in each]),
+            phrase_dim=transformer.phrase_dim,
+            phrase_tokens=transformer.phrase_tokens,
+            slots=self.slots,
+            phrases=phrases,
+        )
+        layout = type(layout)(layout.boxes, layout.phrase_embeds, layout.mask & ~samples.drops_layout[:, None].cpu())
+        return Batch(latents, noise, samples.t, embeds, pooled, layout, samples.key)
 
-        def look() -> Entry:
-            nonlocal pixels
-            pixels, layout = prepared()
-            return Entry({}, {"pixels": pixel_digest(pixels), "layout": layout.to_dict()})
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) fp32 on the CPU: the posterior's mode, scaled as the transformer takes it."""
+        vae = self.pipe.vae
+        each = [vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in pixels.split(1)]
+        return (torch.cat(each) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-        view = self.cache.try_get(VIEWS, content_key("view", transform_id(), *source), look, wait=wait)
-        if view is None:
-            return None
+    def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings (B, S, E) and pooled ones (B, P), on the CPU, as the pipeline makes them when it samples."""
+        entries = [entry for entry in self.cached_prompts(captions) if entry is not None]
+        return tuple(torch.cat([entry.tensors[name] for entry in entries]) for name in ("embeds", "pooled"))  # type: ignore[return-value]
 
-        def make() -> Entry:
-            seen = prepared()[0] if pixels is None else pixels
-            if pixel_digest(seen) != view.note["pixels"]:
-                raise InputError("changed while it was read", location=location, hint="start again")
-            return Entry({"latents": encode(seen)})
+    def phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
+        """phrase -> embedding, pooled (P,) or of tokens (K, P), on the CPU."""
+        each = list(dict.fromkeys(phrases))
+        entries = zip(each, self.cached_phrases(each), strict=True)
+        return {phrase: entry.tensors["embeds"][0] for phrase, entry in entries if entry is not None}
 
-        key = content_key("latents", self._vae_id, view.note["pixels"])
-        entry = self.cache.try_get(LATENTS, key, make, wait=wait)
-        return None if entry is None else (entry.tensors["latents"], Layout.from_dict(view.note["layout"]), key)
+    def cached_prompts(self, captions: Sequence[str], *, wait: bool = True) -> list[Entry | None]:
+        """The entry of each caption, made where it is missing; `wait` as of `EncodingCache.get_many`."""
 
-    def latents(self, key: str) -> Tensor | None:
-        """Latents by the key that `image` gave; None where they are gone."""
-        entry = self.cache.read(LATENTS, key)
-        if entry is None:
-            return None
-        self.cache.stats.hits[LATENTS] += 1
-        return entry.tensors["latents"]
+        def make(missing: list[int]) -> list[Entry]:
+            embeds, pooled = self.encode_captions([captions[number] for number in missing])
+            return [Entry({"embeds": e, "pooled": p}) for e, p in zip(embeds.split(1), pooled.split(1), strict=True)]
 
-    def prompt(
-        self, caption: str, encode: Callable[[], tuple[Tensor, Tensor]], *, wait: bool = True
-    ) -> tuple[Tensor, Tensor] | None:
-        """Prompt embeddings (1, S, E) and pooled ones (1, P) of a caption."""
+        length = self.pipe.config.max_sequence_length
+        keys = [content_key("prompt", self._text_id, length, TEXT_BATCH, caption) for caption in captions]
+        return self.cache.get_many(PROMPTS, keys, make, batch=TEXT_BATCH, wait=wait)
 
-        def make() -> Entry:
-            embeds, pooled = encode()
-            return Entry({"embeds": embeds, "pooled": pooled})
+    def cached_phrases(self, phrases: Sequence[str], *, wait: bool = True) -> list[Entry | None]:
+        """As `cached_prompts`, of phrases."""
 
-        key = content_key("prompt", self._text_id, self.pipe.config.max_sequence_length, caption)
-        entry = self.cache.try_get(PROMPTS, key, make, wait=wait)
-        return None if entry is None else (entry.tensors["embeds"], entry.tensors["pooled"])
+        def make(missing: list[int]) -> list[Entry]:
+            embeds = self.encode_phrases([phrases[number] for number in missing])
+            return [Entry({"embeds": row}) for row in embeds.split(1)]
 
-    def phrase(self, phrase: str, encode: Callable[[], Tensor], *, wait: bool = True) -> Tensor | None:
-        """A phrase as the transformer takes it, (1, P) or (1, K, P)."""
-        key = content_key("phrase", self._text_id, self.pipe.transformer.phrase_tokens, phrase)
-        entry = self.cache.try_get(PHRASES, key, lambda: Entry({"embeds": encode()}), wait=wait)
-        return None if entry is None else entry.tensors["embeds"]
+        tokens = self.pipe.transformer.phrase_tokens
+        keys = [content_key("phrase", self._text_id, tokens, TEXT_BATCH, phrase) for phrase in phrases]
+        return self.cache.get_many(PHRASES, keys, make, batch=TEXT_BATCH, wait=wait)
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(n, S, E) and (n, P) of at most `TEXT_BATCH` captions, never from the cache."""
+        with quiet_texts(self.pipe):
+            embeds, pooled = self.pipe.encode_caption(_filled(captions), self._text_device)
+        return embeds[: len(captions)].cpu(), pooled[: len(captions)].cpu()
+
+    @torch.no_grad()
+    def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
+        """(n, P) or (n, K, P) of at most `TEXT_BATCH` phrases, never from the cache."""
+        with quiet_texts(self.pipe):
+            return self.pipe.encode_phrases(_filled(phrases), self._text_device)[: len(phrases)].cpu()
+
+    def latents_key(self, pixels: str) -> str:
+        """Key of the latents of an image with this digest of pixels."""
+        return content_key("latents", self.vae_id, pixels)
 
     @cached_property
-    def _vae_id(self) -> str:
+    def _text_device(self) -> torch.device:
+        return self.pipe.encoding_device  # asked of the pipeline once: it walks over every module for it
+
+    @cached_property
+    def vae_id(self) -> str:
         return content_key("vae", str(self.pipe.vae.dtype), self._files(["vae"]))
 
     @cached_property
@@ -133,152 +160,216 @@ class EncodingStore:
         return content_key("text", type(self.pipe).__name__, dtypes, width, self._files(parts))
 
     def _files(self, parts: Sequence[str]) -> list[list[str]]:
-        """[part/name, SHA-256] of every file of these parts of the base."""
-        folder = self._folder
+        """[part/name, SHA-256] of every file of these parts of the base; nothing where no file outlives this process."""
+        if self.cache.root is None:
+            return []
+        folder = Path(self.base) if Path(self.base).is_dir() else Path(DiffusionPipeline.download(self.base))
         files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
         return [
-            [file.relative_to(folder).as_posix(), self._file_digest(file)]
+            [file.relative_to(folder).as_posix(), self._file_digest(file.resolve())]
             for file in files
             if not file.name.startswith(".") and file.suffix.lower() != ".md"
         ]
 
     def _file_digest(self, file: Path) -> str:
-        file = file.resolve()
+        def make() -> Entry:
+            with file.open("rb") as opened:
+                return Entry({}, {"sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+
         status = file.stat()
         key = content_key("file", str(file), status.st_size, status.st_mtime_ns, status.st_ino)
-        return str(self.cache.get(WEIGHTS, key, lambda: Entry({}, {"sha256": _sha256(file)})).note["sha256"])
-
-    @cached_property
-    def _folder(self) -> Path:
-        return Path(self.base) if Path(self.base).is_dir() else Path(DiffusionPipeline.download(self.base))
+        return str(self.cache.get(WEIGHTS, key, make).note["sha256"])
 
 
-@once
-def transform_id() -> str:
-    """Of all that decides which pixels come of an image's file: our code of data, torchvision, Pillow and its codecs."""
-    codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "jpg_2000", "avif")}
-    code = [file.read_bytes() for file in sorted(Path(transforms.__file__).parent.glob("*.py"))]
-    return content_key("transform", PIL.__version__, torchvision.__version__, codecs, *code)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-CACHE_BYTES = 4 * 2**30
-
-
-class TensorCache:
-    """Tensors kept in memory up to a number of bytes; those that were not used for longest go first."""
-
-    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self._entries: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
-
-    def get(self, keys: Sequence[Hashable], make: Callable[[list[int]], Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """Tensors of `keys`, stacked along a new first axis.
-
-        Args:
-            make: from the positions of the keys that are missing to their tensors, stacked; called at most once.
-        """
-        first: dict[Hashable, int] = {}
-        for position, key in enumerate(keys):
-            if key not in self._entries:
-                first.setdefault(key, position)
-        missing = list(first.values())
-        fresh = make(missing) if missing else ()
-        made = {
-            keys[position]: tuple(stacked[row].clone() for stacked in fresh) for row, position in enumerate(missing)
-        }
-        out = []
-        for key in keys:
-            if key in made:
-                out.append(made[key])
-            else:
-                self._entries.move_to_end(key)
-                out.append(self._entries[key])
-        for key, tensors in made.items():
-            self._entries[key] = tensors
-            self.bytes += _bytes(tensors)
-        while self.bytes > self.max_bytes and self._entries:
-            self.bytes -= _bytes(self._entries.popitem(last=False)[1])
-        return tuple(torch.stack(parts) for parts in zip(*out, strict=True))
-
-
-class Encoder:
-    """The frozen encoders of a base, each text encoded once.
+class EncodedDataset:
+    """A data set with its encoders: batches of what the model takes.
 
     Args:
-        pipe: its VAE and text encoders are used where they lie.
-        store: what was made before, on disk; None = only what this object made is known.
+        records: of the data set. encoder: of the base.
+        buckets: the sizes of the images.
+        batch: samples of an optimizer step, over all processes: they are of one size.
+        stream: see `LayoutDataset`.
+        workers: processes that read, decode and resize ahead; 0 = this one does it when a batch is asked for.
+
+    Raises:
+        InputError: with more than one size, an image is none, or too small.
     """
 
-    def __init__(self, pipe: LayoutPipeline, store: EncodingStore | None = None) -> None:
-        self.pipe, self.store = pipe, store
-        self._prompts = TensorCache()
-        self._phrases = TensorCache()
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encoder: LayoutEncoder,
+        config: Config,
+        *,
+        buckets: Buckets,
+        batch: int = 1,
+        stream: str = "train",
+        workers: int = 0,
+    ) -> None:
+        data, train, flow, vae = config.data, config.train, config.flow, encoder.pipe.vae
+        self.records, self.encoder, self.workers, self.guidance = records, encoder, workers, flow.guidance
+        times = partial(
+            sample_timesteps,
+            density=flow.timesteps,
+            logit_mean=flow.logit_mean,
+            logit_std=flow.logit_std,
+            mode_scale=flow.mode_scale,
+            shift=flow.shift,
+        )
+        self.dataset = LayoutDataset(
+            records,
+            size=buckets,
+            seed=train.seed,
+            batch=batch,
+            group_boxes=data.buckets.group_boxes,
+            stream=stream,
+            crop=data.crop,
+            flip=data.flip,
+            min_visible=data.min_visible,
+            variants=data.cache_variants,
+            caption_dropout=train.caption_dropout,
+            layout_dropout=train.layout_dropout,
+            box_jitter=data.box_jitter,
+            box_dropout=train.box_dropout,
+            phrase_dropout=train.phrase_dropout,
+            times=times,
+            latents=(vae.config.latent_channels, encoder.pipe.vae_scale_factor),
+        )
+        self.variants, self.size_of = self.dataset.variants, self.dataset.size_of
+        self.bucket_counts = self.dataset.bucket_counts
+        if workers:
+            start_server()
+        self._collate = LayoutCollator()
+        # Where the cache has the latents of a view, and its layout: so a run reads an image's file once.
+        self._known: OrderedDict[tuple[int, int], tuple[str, Layout]] = OrderedDict()
 
-    @cached_property
-    def _text_device(self) -> torch.device:
-        return self.pipe.encoding_device  # asked of the pipeline once: it walks over every module for it
+    def batch(self, positions: Iterable[int]) -> Batch:
+        """The batch at these positions, read by this process."""
+        self._use_disk()
+        return self._encode(self._collate([self.dataset[self._request(position)] for position in positions]))
 
-    @torch.no_grad()
-    def latents(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) fp32 on the CPU: the posterior's mode, scaled as the transformer takes it."""
-        vae = self.pipe.vae
-        each = [vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in pixels.split(1)]
-        mode = torch.cat(each)
-        return (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    def batches(
+        self, positions: Iterable[Sequence[int]], device: torch.device, *, workers: int | None = None
+    ) -> Iterator[Batch]:
+        """One batch after another, on `device`, read ahead by workers.
 
-    @torch.no_grad()
-    def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings (B, S, E) and pooled ones (B, P), on the CPU, as the pipeline makes them when it samples."""
+        Args:
+            positions: of each batch.
+            workers: None = as many as the data set was made with.
+        """
+        self._use_disk()
+        requests = ([self._request(position) for position in each] for each in positions)
+        workers = self.workers if workers is None else workers
+        for samples in load(self.dataset, requests, self._collate, workers=workers, pin_memory=device.type == "cuda"):
+            yield self._encode(samples).to(device)
 
-        def make(missing: list[int]) -> tuple[Tensor, Tensor]:
-            each = [self.prompt(captions[i]) for i in missing]
-            return torch.cat([embeds for embeds, _ in each]), torch.cat([pooled for _, pooled in each])
+    def knows(self, positions: Iterable[int]) -> bool:
+        """Whether no image need be read for these positions."""
+        return all(self._request(position).layout is not None for position in positions)
 
-        embeds, pooled = self._prompts.get(captions, make)
-        return embeds, pooled
+    def cached_view(self, index: int, variant: int, *, wait: bool = True) -> Entry | None:
+        """The latents' entry of one view of a record's image, made where it is missing; `wait` as of `get_many`."""
+        self._use_disk()
+        image, _, view = self.dataset.view(index, variant)
+        return self._latents(index, variant, image, view, wait=wait)
 
-    @torch.no_grad()
-    def phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
-        """phrase -> embedding, pooled (P,) or of tokens (K, P), on the CPU."""
-        each = list(dict.fromkeys(phrases))
-        if not each:
-            return {}
+    def record_at(self, position: int) -> Record:
+        """The record that comes at `position` of the run."""
+        return self.records[self.dataset.request(position).record]
 
-        def make(missing: list[int]) -> tuple[Tensor]:
-            return (torch.cat([self.phrase(each[i]) for i in missing]),)
+    def size_at(self, position: int) -> Size:
+        """(height, width) in pixels that the image at `position` of the run is trained at."""
+        return self.size_of(self.dataset.request(position).record)
 
-        (embeds,) = self._phrases.get(each, make)
-        return dict(zip(each, embeds, strict=True))
+    def bucket_warnings(self) -> list[str]:
+        """One line where buckets hold fewer records than a batch: such a batch has records twice."""
+        counts, batch = self.bucket_counts(), self.dataset.batch
+        small = [name for name, count in counts.items() if count < batch]
+        if not small or self.dataset.has_one_size:
+            return []
+        names = ", ".join(small[:4]) + (" ..." if len(small) > 4 else "")
+        return [
+            f"{len(small)} buckets hold fewer images than a batch of {batch} ({names}): their batches repeat "
+            "images; fewer data.buckets.ratios, or a smaller batch, avoid it"
+        ]
 
-    def prompt(self, caption: str) -> tuple[Tensor, Tensor]:
-        """One caption, from the store or made: (1, S, E) and (1, P)."""
-        found = None if self.store is None else self.store.prompt(caption, lambda: self.encode_caption(caption))
-        return self.encode_caption(caption) if found is None else found
+    @contextmanager
+    def without_disk(self) -> Iterator[None]:
+        """Within it, nothing is read from the cache on disk, or written there."""
+        encoder = self.encoder
+        self.encoder = LayoutEncoder(encoder.pipe, slots=encoder.slots)
+        try:
+            yield
+        finally:
+            self.encoder = encoder
+            self._known.clear()
 
-    def phrase(self, phrase: str) -> Tensor:
-        """One phrase, from the store or made: (1, P) or (1, K, P)."""
-        found = None if self.store is None else self.store.phrase(phrase, lambda: self.encode_phrase(phrase))
-        return self.encode_phrase(phrase) if found is None else found
+    def _use_disk(self) -> None:
+        """Let the data set know which views need not be decoded; late, since the base's files are hashed for it."""
+        cache = self.encoder.cache
+        is_used = cache.root is not None and self.variants is not None
+        self.dataset.stored = partial(stored_view, cache, self.encoder.vae_id) if is_used else None
 
-    @torch.no_grad()
-    def encode_caption(self, caption: str) -> tuple[Tensor, Tensor]:
-        """As `prompt`, always made."""
-        with quiet_texts(self.pipe):
-            embeds, pooled = self.pipe.encode_caption(caption, self._text_device)
-        return embeds.cpu(), pooled.cpu()
+    def _request(self, position: int) -> Request:
+        """With the layout of the view, where its latents are at hand: then no image is read."""
+        request = self.dataset.request(position)
+        variant = self.dataset.variant(position, request.record)
+        known = None if variant is None else self._known.get((request.record, variant))
+        if known is None or (LATENTS, known[0]) not in self.encoder.cache:
+            return request
+        return request._replace(layout=known[1])
 
-    @torch.no_grad()
-    def encode_phrase(self, phrase: str) -> Tensor:
-        """As `phrase`, always made."""
-        with quiet_texts(self.pipe):
-            return self.pipe.encode_phrases([phrase], self._text_device).cpu()
+    def _encode(self, samples: Samples) -> Batch:
+        rows = []
+        for index, variant, image, view in zip(
+            samples.record, samples.variant, samples.image, samples.view, strict=True
+        ):
+            if variant is None:
+                assert image is not None
+                rows.append(self.encoder.latents(to_pixels(image[None]))[0])
+            else:
+                entry = self._latents(index, variant, image, view)
+                assert entry is not None
+                rows.append(entry.tensors["latents"])
+        return self.encoder(samples, torch.stack(rows))
+
+    def _latents(
+        self, index: int, variant: int, image: Tensor | None, view: View | None, *, wait: bool = True
+    ) -> Entry | None:
+        cache, place = self.encoder.cache, (index, variant)
+        if view is None and place not in self._known:  # it was known when the sample was asked for
+            image, _, view = self.dataset.view(index, variant)
+        if view is not None:
+            note = Entry({}, {"pixels": view.pixels, "layout": view.layout.to_dict()})
+            if view.key is not None:
+                (noted,) = cache.get_many(VIEWS, [view.key], lambda _: [note], wait=wait)
+                if noted is None:
+                    return None
+                self._check_pixels(index, noted.note["pixels"], view.pixels)
+            self._known[place] = self.encoder.latents_key(view.pixels), view.layout
+            if len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+        key = self._known[place][0]
+
+        def make(missing: list[int]) -> list[Entry]:  # noqa: ARG001
+            pixels = image
+            if pixels is None:  # the entry was there when the sample was asked for
+                pixels, _, seen = self.dataset.view(index, variant, decode=True)
+                assert pixels is not None
+                assert seen is not None
+                self._check_pixels(index, self.encoder.latents_key(seen.pixels), key)
+            return [Entry({"latents": self.encoder.latents(to_pixels(pixels[None]))[0]})]
+
+        return cache.get_many(LATENTS, [key], make, wait=wait)[0]
+
+    def _check_pixels(self, index: int, one: str, other: str) -> None:
+        if one != other:
+            location = str(self.records[index].image)
+            raise InputError("changed while it was read", location=location, hint="start again")
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _filled(texts: Sequence[str]) -> list[str]:
+    """`TEXT_BATCH` texts: these, and copies of the first."""
+    if not 0 < len(texts) <= TEXT_BATCH:
+        raise ValueError(f"{len(texts)} texts for a batch of {TEXT_BATCH}")
+    return [*texts, *[texts[0]] * (TEXT_BATCH - len(texts))]

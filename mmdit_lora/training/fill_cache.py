@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from mmdit_lora.config.loading import Config
-from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.cache import EncodingCache
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.encoding import Encoder, EncodingStore
-from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.encoding import TEXT_BATCH, EncodedDataset, LayoutEncoder
 from mmdit_lora.training.load_base import DTYPES, open_encoders
 from mmdit_lora.training.setup import read_data, run_buckets
 
 OnProgress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 
 
-def fill_cache(config: Config, cache: DiskCache, *, tell: OnProgress | None = None) -> dict[str, Any]:
+def fill_cache(config: Config, cache: EncodingCache, *, tell: OnProgress | None = None) -> dict[str, Any]:
     """Make what is missing: images of both sides in all their variants, captions, the empty caption, phrases.
 
-    Another process may fill the same folder: what it is making is left to it, and looked at once more at the end.
+    Another process may fill the same folder: what it is making is left to it, and read once more at the end.
 
     Returns:
         {"images", "captions", "phrases", "uncached_images"}: how many the config asks for.
@@ -39,33 +38,38 @@ def fill_cache(config: Config, cache: DiskCache, *, tell: OnProgress | None = No
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and name != "transformer":
             part.to(device)
-    store = EncodingStore(cache, pipe, config.base)
-    encoder = Encoder(pipe, store)
-    examples = Examples([*data.records, *data.held_out], encoder, config, buckets=buckets, slots=None)
-    layouts = [record.layout for record in examples.records]
-    captions = list(dict.fromkeys(["", *(layout.caption for layout in layouts)]))
-    phrases = list(dict.fromkeys(box.phrase for layout in layouts for box in layout.boxes))
+    encoder = LayoutEncoder(pipe, cache, base=config.base)
+    records = [*data.records, *data.held_out]
+    dataset = EncodedDataset(records, encoder, config, buckets=buckets)
+    captions = list(dict.fromkeys(["", *(record.layout.caption for record in records)]))
+    phrases = list(dict.fromkeys(box.phrase for record in records for box in record.layout.boxes))
     if config.train.phrase_dropout:
         phrases.append("")
-    views = [(index, variant) for index in range(len(layouts)) for variant in range(examples.variants or 0)]
-    work: list[Callable[..., Any]] = [
-        *(partial(store.prompt, text, partial(encoder.encode_caption, text)) for text in captions),
-        *(partial(store.phrase, text, partial(encoder.encode_phrase, text)) for text in phrases),
-        *(partial(examples.view, *view) for view in views),
+    views = [(index, variant) for index in range(len(records)) for variant in range(dataset.variants or 0)]
+
+    def batches(texts: Sequence[str]) -> list[Sequence[str]]:
+        return [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
+
+    work: list[Callable[..., list[Any]]] = [
+        *(partial(encoder.cached_prompts, texts) for texts in batches(captions)),
+        *(partial(encoder.cached_phrases, texts) for texts in batches(phrases)),
+        *(lambda *, wait, view=view: [dataset.cached_view(*view, wait=wait)] for view in views),
     ]
     cache.sweep()
-    left: list[Callable[..., Any]] = []
-    for done, item in enumerate(work, start=1):
-        if item(wait=False) is None:
+    left, done, total = [], 0, len(captions) + len(phrases) + len(views)
+    for item in work:
+        entries = item(wait=False)
+        done += len(entries)
+        if None in entries:
             left.append(item)
         if tell is not None:
-            tell("cache", done, len(work), {})
+            tell("cache", done, total, {})
     for item in left:
-        item()
+        item(wait=True)
     cache.sweep()
     return {
         "images": len(views),
         "captions": len(captions),
         "phrases": len(phrases),
-        "uncached_images": 0 if views else len(layouts),
+        "uncached_images": 0 if views else len(records),
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.evaluation.intervals import mean_interval
 from mmdit_lora.models import LayoutInputs
-from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.encoding import EncodedDataset
 from mmdit_lora.training.loss import Objective, flow_matching_loss
 
 _MOST_IMAGES, _DRAWS, _PROBE_DRAWS = 64, 8, 2
@@ -39,48 +39,50 @@ class HeldOutLosses:
 @torch.no_grad()
 def held_out_losses(
     model: nn.Module,
-    examples: Examples,
+    dataset: EncodedDataset,
     device: torch.device,
     *,
     batch_size: int = 32,
     draws: int = _DRAWS,
     change: Change = lambda layout: layout,
 ) -> HeldOutLosses:
-    """Losses of the held-out images, at most `_MOST_PICTURES` of them, at `draws` times and noises each.
+    """Losses of the images of a data set whose stream is "held out", at most `_MOST_IMAGES` of them, at `draws` times and noises each.
 
     They are the same at every call, so that two sets of weights can be compared image by image.
 
     Args:
         change: what is done to the layouts of a batch before the model sees them.
     """
-    count = min(len(examples.records), _MOST_IMAGES)
+    records = len(dataset.records)
+    count = min(records, _MOST_IMAGES)
     was_training = model.training
     model.eval()
     losses_, times = torch.zeros(draws, count), torch.zeros(draws, count)
     of_size: dict[tuple[int, int], list[int]] = {}
     for index in range(count):
-        of_size.setdefault(examples.size_of(index), []).append(index)
+        of_size.setdefault(dataset.size_of(index), []).append(index)
     parts = [each[at : at + batch_size] for each in of_size.values() for at in range(0, len(each), batch_size)]
-    objective = Objective(guidance=examples.config.flow.guidance)
-    for draw in range(draws):
-        for indices in parts:
-            batch = examples.held_out_batch(indices, draw)
-            batch = replace(batch, layout=change(batch.layout))
-            times[draw, indices] = batch.t
-            losses_[draw, indices] = flow_matching_loss(model, batch.to(device), objective).cpu()
+    plan = [(draw, indices) for draw in range(draws) for indices in parts]
+    positions = [[draw * records + index for index in indices] for draw, indices in plan]
+    workers = 0 if all(map(dataset.knows, positions)) else None
+    objective = Objective(guidance=dataset.guidance)
+    for (draw, indices), batch in zip(plan, dataset.batches(positions, device, workers=workers), strict=True):
+        batch = replace(batch, layout=change(batch.layout))
+        times[draw, indices] = batch.t.cpu()
+        losses_[draw, indices] = flow_matching_loss(model, batch, objective).cpu()
     model.train(was_training)
     return HeldOutLosses(losses_, times)
 
 
-def layout_matters(model: nn.Module, examples: Examples, device: torch.device) -> dict[str, float]:
+def layout_matters(model: nn.Module, dataset: EncodedDataset, device: torch.device) -> dict[str, float]:
     """What the layout is worth: the held-out loss with another image's layout, and without one, minus that with its own.
 
     Near 0, the model does not look at it, whatever else it learned.
     """
 
     def mean(change: Change) -> float:
-        found = held_out_losses(model, examples, device, draws=_PROBE_DRAWS, change=change)
-        return found.losses.mean().item()
+        result = held_out_losses(model, dataset, device, draws=_PROBE_DRAWS, change=change)
+        return result.losses.mean().item()
 
     true = mean(lambda layout: layout)
     return {

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from mmdit_lora.data.collate import Batch
 from mmdit_lora.flow import flow_loss, inside_weight, interpolate, time_weight, velocity
-from mmdit_lora.models import LayoutInputs
-
-
-@dataclass(frozen=True)
-class Batch:
-    """All that a step reads; everything random in it is already drawn.
-
-    Args:
-        x0: (B, C, h, w) latents; noise: the same shape; t: (B,) in [0, 1], 1 = noise.
-        prompt_embeds: (B, S, E); pooled: (B, P).
-        layout: B layouts; a dropped one is masked, never absent.
-        keys: (B,) int32, what the adapter's dropout draws from for each sample; None where nothing drops.
-    """
-
-    x0: Tensor
-    noise: Tensor
-    t: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
-    layout: LayoutInputs
-    keys: Tensor | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in values.items()}
-        return Batch(**moved)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -366,15 +366,12 @@ def dry_run(run: Run, *, write_cache: bool = True) -> DryRun:
     Args:
         write_cache: whether what is encoded may go into the cache on disk, as in the run itself.
     """
-    dry, encoder = DryRun(), run.examples.encoder
-    store, encoder.store = encoder.store, encoder.store if write_cache else None
+    dry = DryRun()
     try:
-        with _put_back(run):
+        with _put_back(run), nullcontext() if write_cache else run.examples.without_disk():
             _try_steps(run, dry)
     except torch.OutOfMemoryError:
         dry.out_of_memory = True
-    finally:
-        encoder.store = store
     dry.peak_bytes = peak_memory()
     return dry
 
@@ -404,10 +401,10 @@ def _backward(run: Run, positions: range, dry: DryRun) -> tuple[float, list[str]
     settings, device = run.config.train, run.accelerator.device
     run.pipe.transformer.zero_grad(set_to_none=True)
     start = time.perf_counter()
-    batch = run.examples.training_batch(positions)
+    batch = run.examples.batch(positions)
     drawn = dry.data_seconds = time.perf_counter() - start
     if run.examples.variants is not None:  # its images are encoded now
-        run.examples.training_batch(positions)
+        run.examples.batch(positions)
         dry.data_seconds = time.perf_counter() - start - drawn
     dry.encode_seconds = max(drawn - dry.data_seconds, 0.0)
     dry.latents_bytes = max(dry.latents_bytes, batch.x0[0].nbytes)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmdit_lora.config.loading import Config
@@ -24,7 +23,6 @@ from mmdit_lora.files import json_text, write_text
 from mmdit_lora.layout import Layout, read_layouts
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.pipelines.sampling import quiet_texts
-from mmdit_lora.training.examples import Examples
 from mmdit_lora.training.loss import Batch, Objective, flow_matching_loss, predict
 from mmdit_lora.visual import save_png
 
@@ -85,23 +83,6 @@ def generate_prior(
                 save_png(image, folder / name)
     text = "".join(json_text(line) + "\n" for line in lines)
     write_text(folder / METADATA, text)
-
-
-class Prior:
-    """The old domain beside a run's own samples.
-
-    Args:
-        examples: of what the base generated.
-        batch_size: samples a step and process.
-    """
-
-    def __init__(self, examples: Examples, batch_size: int) -> None:
-        self.examples, self.batch_size = examples, batch_size
-
-    def batch(self, micro_batch: int, accelerator: Accelerator) -> Batch:
-        """This process's samples beside micro-batch number `micro_batch` of the run."""
-        first = (micro_batch * accelerator.num_processes + accelerator.process_index) * self.batch_size
-        return self.examples.training_batch(range(first, first + self.batch_size))
 
 
 def prior_losses(model: nn.Module, bare_model: Any, batch: Batch, objective: Objective) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from mmdit_lora.config.loading import Config
 from mmdit_lora.config.schema import FilterSection
 from mmdit_lora.data.buckets import Buckets, make_buckets, one_size, parse_ratio
-from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.cache import EncodingCache
 from mmdit_lora.data.check import quick_check
+from mmdit_lora.data.dataset import loader_workers
 from mmdit_lora.data.filters import Filtered, crop_loss, filter_records
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.shards import ShardedRecords, Subset, is_sharded, open_shards, spread
@@ -34,15 +36,14 @@ from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
 from mmdit_lora.training.checkpoint import Checkpoint, State, checkpoints, save_checkpoint, trainable_parameters
 from mmdit_lora.training.deepspeed import open_whole, set_engine
 from mmdit_lora.training.ema import EMA
-from mmdit_lora.training.encoding import Encoder, EncodingStore
-from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.encoding import EncodedDataset, LayoutEncoder
 from mmdit_lora.training.fingerprints import fingerprint_encoders, fingerprint_layouts, first_change
 from mmdit_lora.training.held_out import PairedLoss
 from mmdit_lora.training.load_base import DTYPES, load_base
 from mmdit_lora.training.loss import Objective
 from mmdit_lora.training.optim import make_optimizer, make_schedule
 from mmdit_lora.training.performance import apply_performance
-from mmdit_lora.training.prior_preservation import FOLDER, Prior, generate_prior, prior_layouts
+from mmdit_lora.training.prior_preservation import FOLDER, generate_prior, prior_layouts
 from mmdit_lora.training.run_dir import CHECKPOINTS, check_output
 from mmdit_lora.training.sharding import check_sharding, shards_parameters
 from mmdit_lora.training.trainable import FoldedMethod, TrainableReport, refuse_frozen, set_trainable
@@ -256,15 +257,15 @@ class Run:
     trainable: TrainableReport
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
-    examples: Examples
-    held_out: Examples | None
+    examples: EncodedDataset
+    held_out: EncodedDataset | None
     fingerprints: dict[str, str]
     dtype: torch.dtype
     data_losses: tuple[dict[str, Any], list[str]]
     ema: EMA | None = None
     start: InitialAdapter | None = None  # the adapter that it began from
     method: FoldedMethod | None = None  # instead of the config's
-    prior: Prior | None = None
+    prior: EncodedDataset | None = None
     prior_layouts: list[Layout] = field(default_factory=list)
     state: State = field(default_factory=State)
     base_losses: Tensor | None = None
@@ -331,17 +332,15 @@ class Run:
             self.pipe.transformer.train()
         self.accelerator.wait_for_everyone()
         plain = config.data.model_copy(update={"crop": "center", "flip": False, "box_jitter": 0.0})
-        size = config.prior.batch_size
-        examples = Examples(
+        self.prior = EncodedDataset(
             read_dataset(folder),
             self.examples.encoder,
             config.model_copy(update={"data": plain}),
             buckets=one_size((side, side)),
-            slots=self.examples.slots,
             batch=self.batches["prior.batch_size"],
-            draws="prior",
+            stream="prior",
+            workers=min(1, self.examples.workers),
         )
-        self.prior = Prior(examples, size)
 
     @property
     def is_sharded(self) -> bool:
@@ -462,16 +461,18 @@ def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | 
     apply_performance(pipe.transformer, settings, device=accelerator.device, dtype=dtype)
     optimizer = make_optimizer(pipe.transformer, config)
     schedule = make_schedule(optimizer, settings)
-    cache = config.data.cache
-    encoder = Encoder(pipe, EncodingStore(DiskCache(cache), pipe, config.base) if cache is not None else None)
-    slots = pipe.transformer.config.layout_slots
+    encoder = LayoutEncoder(
+        pipe, EncodingCache(config.data.cache), base=config.base, slots=pipe.transformer.config.layout_slots
+    )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         set_engine(accelerator, config)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
     # Only now: sharding puts other parameters in the place of those that were.
     ema = EMA(accelerator.unwrap_model(model), settings.ema_decay) if settings.ema_decay else None
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
-    examples = Examples(data.records, encoder, config, buckets=buckets, slots=slots, batch=batch)
+    workers = loader_workers(config.data.workers, accelerator.device, accelerator.num_processes)
+    encoded = partial(EncodedDataset, encoder=encoder, config=config, buckets=buckets, workers=workers)
+    examples = encoded(data.records, batch=batch)
     counts, warnings = data.losses(config, buckets)
     return Run(
         config=config,
@@ -482,7 +483,7 @@ def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | 
         optimizer=optimizer,
         schedule=schedule,
         examples=examples,
-        held_out=Examples(data.held_out, encoder, config, buckets=buckets, slots=slots) if data.held_out else None,
+        held_out=encoded(data.held_out, stream="held out") if data.held_out else None,
         fingerprints=fingerprints,
         dtype=dtype,
         data_losses=(counts, [*warnings, *examples.bucket_warnings()]),

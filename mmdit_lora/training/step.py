@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from mmdit_lora.data.sampler import seeded
+from mmdit_lora.data.sampler import micro_batches, seeded
 from mmdit_lora.training.checkpoint import trainable_parameters
 from mmdit_lora.training.loss import Batch, flow_matching_loss
 from mmdit_lora.training.prior_preservation import prior_losses
@@ -20,7 +21,7 @@ from mmdit_lora.training.stopping import Diverged, check_losses
 from mmdit_lora.training.throughput import Throughput
 from mmdit_lora.training.validation import gradient_norms
 
-_AHEAD = 2  # batches of this process that are read ahead
+Micro = tuple[Sequence[int], Batch, Batch | None]  # positions in the run, their batch, that of the old domain
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class StepRecord:
 
 
 def train_step(
-    run: Run, batches: Iterator[tuple[Sequence[int], Batch]], meter: Throughput, *, with_norms: bool = False
+    run: Run, batches: Iterator[Micro], meter: Throughput, *, with_norms: bool = False
 ) -> tuple[StepRecord, dict[str, float]]:
     """Accumulate loss and gradients, clip, update, average.
 
@@ -70,12 +71,11 @@ def train_step(
     settings, accelerator, step = run.config.train, run.accelerator, run.state.step
     places: list[int] = []
     times, each_loss, prior_loss = [], [], torch.zeros((), device=accelerator.device)
-    for micro in range(step * settings.gradient_accumulation, (step + 1) * settings.gradient_accumulation):
-        is_last = (micro + 1) % settings.gradient_accumulation == 0
+    for micro in range(settings.gradient_accumulation):
+        is_last = micro + 1 == settings.gradient_accumulation
         accelerator.sync_gradients = is_last  # DeepSpeed's engine, which steps within `backward`, reads it
         with meter.phase("data"):
-            positions, batch = next(batches)
-            old = None if run.prior is None else run.prior.batch(micro, accelerator).to(accelerator.device)
+            positions, batch, old = next(batches)
         if not settings.compile:  # the counter sees into no compiled graph
             meter.count(tuple(batch.x0.shape), partial(_forward_and_backward, run, batch))
         # The adapter's dropout draws from the samples' keys. Whatever else in a base may draw does so from here.
@@ -113,21 +113,16 @@ def train_step(
     return record, norms if run.prior is None else norms | {"prior_loss": prior}
 
 
-def training_batches(run: Run) -> Iterator[tuple[Sequence[int], Batch]]:
-    """This process's micro-batches from the step that the run has reached, without end, on its device.
-
-    Yields:
-        Positions of the samples in the run, and the batch.
-    """
-    settings, accelerator = run.config.train, run.accelerator
-    size, stride = settings.batch_size, settings.batch_size * accelerator.num_processes
-    first = run.state.step * settings.gradient_accumulation * stride + accelerator.process_index * size
-    while True:
-        positions = range(first, first + size)
-        batch = run.examples.training_batch(positions).to(accelerator.device)
-        run.examples.read_ahead([p + n * stride for n in range(1, 1 + _AHEAD) for p in positions])
-        yield positions, batch
-        first += stride
+def training_batches(run: Run) -> Generator[Micro]:
+    """This process's micro-batches from the step that the run has reached to its last one, on its device."""
+    train, accelerator = run.config.train, run.accelerator
+    numbers = range(run.state.step * train.gradient_accumulation, train.max_steps * train.gradient_accumulation)
+    own = partial(micro_batches, numbers=numbers, world=accelerator.num_processes, process=accelerator.process_index)
+    batches = run.examples.batches(own(train.batch_size), accelerator.device)
+    old: Iterator[Batch | None] = repeat(None)
+    if run.prior is not None:
+        old = run.prior.batches(own(run.config.prior.batch_size), accelerator.device)
+    yield from zip(own(train.batch_size), batches, old, strict=False)
 
 
 def _exchange(run: Run, exchanges: bool) -> AbstractContextManager[None]:

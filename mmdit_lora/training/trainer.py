@@ -7,7 +7,7 @@ and two processes those of one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,9 @@ class _Trainer:
     def take_steps(self) -> None:
         """Every step up to `train.max_steps`, or to an early stop. Raises `Diverged`, `Interrupted`."""
         run, settings, state = self.run, self.run.config.train, self.run.state
-        meter, batches = Throughput(), training_batches(run)
+        meter = Throughput()
         measured = saved = state.step  # every process counts: what is on the disk depends on when it reads
-        with caught_signals() as signal_name:
+        with caught_signals() as signal_name, closing(training_batches(run)) as batches:
             # A run may have been killed after its early stop was saved: it trains no further.
             while state.step < settings.max_steps and not (settings.early_stop and state.stale >= settings.early_stop):
                 logs = (state.step + 1) % settings.log_every == 0 or state.step + 1 == settings.max_steps
@@ -298,6 +298,6 @@ def _report(run: Run, comparison: PairedLoss | None) -> dict[str, Any]:
         "images": len(run.examples.records),
         "buckets": run.examples.bucket_counts(),
         **run.data_losses[0],
-        "cache": None if (store := run.examples.encoder.store) is None else store.cache.stats.to_dict(),
+        "cache": None if (cache := run.examples.encoder.cache).root is None else cache.stats.to_dict(),
         "held_out_loss": comparison.to_dict() if comparison else None,
     }

@@ -20,15 +20,14 @@ import torch
 
 from mmdit_lora.analysis.studies.setup import Arm, Setup
 from mmdit_lora.config.loading import Config
-from mmdit_lora.data.cache import DiskCache
+from mmdit_lora.data.cache import EncodingCache
 from mmdit_lora.data.records import Record, read_dataset
 from mmdit_lora.data.transforms import prepare
 from mmdit_lora.errors import NonFiniteError, Stopped
 from mmdit_lora.evaluation.detectors.shapes import per_image, readable, summarise
 from mmdit_lora.files import write_json
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
-from mmdit_lora.training.encoding import Encoder, EncodingStore
-from mmdit_lora.training.examples import Examples
+from mmdit_lora.training.encoding import EncodedDataset, LayoutEncoder
 from mmdit_lora.training.held_out import held_out_losses
 from mmdit_lora.training.load_base import DTYPES, load_base
 from mmdit_lora.training.run_dir import CHECKPOINTS
@@ -143,10 +142,10 @@ def _fidelity(
 
 def _losses(pipe: LayoutPipeline, config: Config, records: Sequence[Record]) -> list[float]:
     """Loss of each image, at times and noises that are the same for every run, whatever its seed."""
-    store = None if config.data.cache is None else EncodingStore(DiskCache(config.data.cache), pipe, config.base)
     slots = pipe.transformer.config.layout_slots
-    examples = Examples(records, Encoder(pipe, store), config, buckets=run_buckets(config, pipe), slots=slots)
-    found = held_out_losses(pipe.transformer, examples, pipe.device)
+    encoder = LayoutEncoder(pipe, EncodingCache(config.data.cache), base=config.base, slots=slots)
+    dataset = EncodedDataset(records, encoder, config, buckets=run_buckets(config, pipe), stream="held out")
+    found = held_out_losses(pipe.transformer, dataset, pipe.device)
     return [float(loss) for loss in found.per_image]
 
 

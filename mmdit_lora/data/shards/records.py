@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, overload
+from typing import TypeVar, overload
 
 import numpy as np
 from PIL import Image
@@ -14,93 +15,85 @@ from PIL import Image
 from mmdit_lora.boxes import EdgeCount
 from mmdit_lora.data.images import image_size, load_image
 from mmdit_lora.data.records import Record
+from mmdit_lora.data.shards.store import Stored
 from mmdit_lora.data.split import MOST_HELD_OUT, held_out
 from mmdit_lora.errors import InputError
 
+Result = TypeVar("Result")
 MOST_REQUESTS = 32  # for looks at a sample: some seconds
-
-
-def _nothing() -> bytes:
-    raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord(Record):
-    """A record in a shard. `image` is a name to show (`folder/shard.tar/key.jpg`), not a file; `where` is `shard.tar:key`.
+    """A record in a shard. `image` is a name to show (`folder/shard.tar/key.jpg`), not a file; `location` is `shard.tar:key`.
 
     Args:
         read: the image's bytes. pixels: (width, height) of the upright image; None = its header is read.
     """
 
-    read: Callable[[], bytes] = field(default=_nothing, repr=False, compare=False)
+    read: Callable[[], bytes] = field(default=bytes, repr=False, compare=False)
     pixels: tuple[int, int] | None = None
-
-    def read_bytes(self) -> bytes:
-        try:
-            return self.read()
-        except InputError as error:
-            raise InputError(error.what, location=self.location, hint=error.hint) from None
 
     @property
     def file(self) -> None:
         return None
 
+    def read_bytes(self) -> bytes:
+        return self._located(self.read)
+
     def load(self) -> Image.Image:
-        try:
-            return load_image(self.read_bytes())
-        except InputError as error:
-            raise error if error.location else error.at(self.location) from None
+        return self._located(lambda: load_image(self.read()))
 
     def size(self) -> tuple[int, int]:
-        if self.pixels is not None:
-            return self.pixels
+        return self.pixels or self._located(lambda: image_size(self.read()))
+
+    def _located(self, call: Callable[[], Result]) -> Result:
         try:
-            return image_size(self.read_bytes())
+            return call()
         except InputError as error:
-            raise error if error.location else error.at(self.location) from None
+            raise InputError(error.what, location=self.location, hint=error.hint) from None
 
 
-class Part(Protocol):
-    """One shard: its records, and what is known of all of them at once, each (records,)."""
+class Part(ABC):
+    """One shard.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def is_remote(self) -> bool: ...
-    @property
-    def content(self) -> np.ndarray:
-        """uint64 hashes of the images' files."""
+    Attributes:
+        blocks: records of each part of the shard that is cheap to read at once.
+        run: how many neighbouring records are read at once.
+    """
 
-    @property
-    def meta(self) -> np.ndarray:
-        """uint64 hashes of what says the layouts."""
+    stored: Stored
+    blocks: Sequence[int]
+    run: int = 1
 
     @property
-    def keys(self) -> np.ndarray:
-        """uint64 keys by which images are held out: `name_key` of the file name where a record states one, else `content`."""
+    def name(self) -> str:
+        return self.stored.name
 
     @property
-    def boxes(self) -> np.ndarray | None:
-        """How many boxes; None where only reading the records would say it."""
+    def is_remote(self) -> bool:
+        return self.stored.is_remote
 
-    @property
-    def pixels(self) -> np.ndarray | None:
-        """(records, 2): width and height of the upright images; None likewise."""
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        """Records of each part of the shard that is cheap to read at once."""
-
-    @property
-    def run(self) -> int:
-        """How many neighbouring records are read at once."""
-
+    @abstractmethod
     def __len__(self) -> int: ...
-    def record(self, index: int) -> ShardRecord: ...
+
+    @abstractmethod
+    def column(self, name: str) -> np.ndarray | None:
+        """What is known of all records at once, (records,); None where only reading them would say it.
+
+        Args:
+            name: "content" and "meta", uint64 hashes of the image's file and of what says the layout; "key", by which images
+                are held out: `name_key` of the file name where a record states one, else `content`; these are always known.
+                "boxes", how many; "width" and "height" of the upright image.
+        """
+
+    @abstractmethod
+    def record(self, index: int) -> ShardRecord:
+        """Raises `InputError`: it cannot be read, or is not as it was when its shard was looked through."""
 
 
-class _Places(Sequence[Record]):
-    """A sequence of which a class says what lies at a place that is there."""
+class _Lazy(Sequence[Record]):
+    """A sequence by `_at`, which is given indices that are there."""
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -119,7 +112,7 @@ class _Places(Sequence[Record]):
         raise NotImplementedError
 
 
-class ShardedRecords(_Places):
+class ShardedRecords(_Lazy):
     """The records of shards in order, fetched one by one.
 
     Args:
@@ -155,26 +148,24 @@ class ShardedRecords(_Places):
     @property
     def boxes(self) -> int | None:
         """Of all records together; None where only reading them would say it."""
-        counts = [part.boxes for part in self.parts]
-        known = [int(of_part.sum(dtype=np.int64)) for of_part in counts if of_part is not None]
-        return sum(known) if len(known) == len(counts) else None
+        known = all(part.column("boxes") is not None for part in self.parts)
+        return int(self._column("boxes").sum(dtype=np.int64)) if known else None
 
     @cached_property
     def blocks(self) -> tuple[int, ...] | None:
         """For `epoch_order`: sizes of what should be read together; None where every record costs the same."""
-        return tuple(size for part in self.parts for size in part.blocks) if _needs_blocks(self.parts) else None
+        if not any(part.is_remote or len(part.blocks) > 1 for part in self.parts):
+            return None
+        return tuple(size for part in self.parts for size in part.blocks)
 
     def pixels(self) -> np.ndarray:
         """(records, 2) uint32: width and height of every upright image, 0 where that is not known; nothing is read."""
-        sides = [np.zeros((len(part), 2)) if part.pixels is None else part.pixels for part in self.parts]
-        return np.concatenate([of_part.astype(np.uint32) for of_part in sides])
+        return np.stack([self._column(name) for name in ("width", "height")], axis=1)
 
     def fingerprint(self) -> str:
         """sha256 over the hashes of all images and layouts, in order; the same wherever the shards lie and are cut."""
-        digest = hashlib.sha256(b"shards")
-        for part in self.parts:
-            digest.update(np.stack([part.content, part.meta], axis=1).astype("<u8").tobytes())
-        return digest.hexdigest()
+        rows = np.stack([self._column(name) for name in ("content", "meta")], axis=1)
+        return hashlib.sha256(b"shards" + rows.astype("<u8").tobytes()).hexdigest()
 
     def split(self, share: float) -> tuple[Subset, Subset]:
         """(training, held out), by the rule of `mmdit_lora.data.split`; at most `MOST_HELD_OUT` images are held out.
@@ -182,44 +173,33 @@ class ShardedRecords(_Places):
         Raises:
             InputError: there are fewer than two images.
         """
-        none = np.empty(0, dtype=np.int64)
-        if share == 0:
-            return Subset(self, none, without=True), Subset(self, none, without=False)
-        keys = np.concatenate([part.keys for part in self.parts])
-        held = np.flatnonzero(held_out(keys, share, most=MOST_HELD_OUT, location="data.validation_share"))
-        return Subset(self, held, without=True), Subset(self, held, without=False)
+        mask = np.zeros(len(self), dtype=bool)
+        if share:
+            mask = held_out(self._column("key"), share, most=MOST_HELD_OUT, location="data.validation_share")
+        return Subset(self, np.flatnonzero(~mask)), Subset(self, np.flatnonzero(mask))
+
+    def _column(self, name: str) -> np.ndarray:
+        """Of all records; 0 where that is not known."""
+        columns = [(part.column(name), len(part)) for part in self.parts]
+        return np.concatenate([np.zeros(count, np.uint32) if c is None else c for c, count in columns])
 
 
-class Subset(_Places):
-    """Some records of a sharded set, or all but some.
+class Subset(_Lazy):
+    """Some records of a sharded set.
 
     Args:
-        chosen: (n,) rising indices. without: whether these are left out, rather than taken.
+        chosen: (n,) rising indices.
     """
 
-    def __init__(self, whole: ShardedRecords, chosen: np.ndarray, *, without: bool) -> None:
-        self.whole, self.chosen, self.without = whole, chosen, without
-        # The i-th record that stays is behind as many left out ones as have at most i staying ones before them.
-        self._before = chosen - np.arange(len(chosen))
+    def __init__(self, whole: ShardedRecords, chosen: np.ndarray) -> None:
+        self.whole, self.chosen = whole, chosen.astype(np.uint32)
+        self.is_remote, self.run = whole.is_remote, whole.run
 
     def __len__(self) -> int:
-        return len(self.whole) - len(self.chosen) if self.without else len(self.chosen)
+        return len(self.chosen)
 
     def _at(self, place: int) -> Record:
-        if self.without:
-            return self.whole[place + int(np.searchsorted(self._before, place, side="right"))]
         return self.whole[int(self.chosen[place])]
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[i] for i in range(len(self)))
-
-    @property
-    def is_remote(self) -> bool:
-        return self.whole.is_remote
-
-    @property
-    def run(self) -> int:
-        return self.whole.run
 
     @cached_property
     def blocks(self) -> tuple[int, ...] | None:
@@ -227,20 +207,15 @@ class Subset(_Places):
         whole = self.whole.blocks
         if whole is None:
             return None
-        ends = np.searchsorted(self.chosen, np.cumsum([0, *whole]))
-        inside = np.diff(ends)
-        return tuple((np.asarray(whole) - inside if self.without else inside).tolist())
+        return tuple(np.diff(np.searchsorted(self.chosen, np.cumsum([0, *whole]))).tolist())
 
     def pixels(self) -> np.ndarray:
         """As `ShardedRecords.pixels`."""
-        every = self.whole.pixels()
-        return np.delete(every, self.chosen, axis=0) if self.without else every[self.chosen]
+        return self.whole.pixels()[self.chosen]
 
     def fingerprint(self) -> str:
         """Of the whole set's, and of which records these are."""
-        digest = hashlib.sha256(self.whole.fingerprint().encode())
-        digest.update(bytes([self.without]) + self.chosen.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(self.whole.fingerprint().encode() + self.chosen.astype("<u4").tobytes()).hexdigest()
 
 
 def spread(records: ShardedRecords | Subset, most: int) -> list[Record]:
@@ -253,7 +228,3 @@ def spread(records: ShardedRecords | Subset, most: int) -> list[Record]:
     runs = most // run
     starts = [number * total // runs for number in range(runs)]
     return [record for start in starts for record in records[start : start + run]]
-
-
-def _needs_blocks(parts: Sequence[Part]) -> bool:
-    return any(part.is_remote or len(part.blocks) > 1 for part in parts)

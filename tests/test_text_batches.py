@@ -1,0 +1,88 @@
+"""A text's encoding is the same to the bit whatever else is encoded with it: batches have one size, filled up with copies."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mmdit_lora.training.encoding as encoding
+from mmdit_lora.pipelines import load_pipeline
+from mmdit_lora.training.encoding import TEXT_BATCH, LayoutEncoder
+from tests.tiny_flux import tiny_flux_pipeline, tiny_flux_transformer
+
+ROOT = Path(__file__).parent.parent
+WORDS = [
+    "a",
+    "red",
+    "circle",
+    "blue",
+    "square",
+    "green",
+    "left",
+    "right",
+    "large",
+    "small",
+    "the",
+    "of",
+    "and",
+    "on",
+    "under",
+    "dog",
+    "cat",
+]
+
+
+def pipeline(name: str, base: Path, tmp_path: Path) -> Any:
+    """SD3 with two CLIPs and T5; FLUX with CLIP and T5, phrases pooled or as tokens; the embedded bases, with two CLIPs."""
+    if name == "sd3":
+        return load_pipeline(str(base))
+    if name.startswith("flux"):
+        tokens = 3 if name == "flux, phrase tokens" else None
+        return tiny_flux_pipeline(tmp_path / "tokenizer", tiny_flux_transformer(phrase_tokens=tokens))
+    return load_pipeline(str(ROOT / "data" / name))
+
+
+def check(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(0)
+    texts = ["", *(" ".join(chance.choices(WORDS, k=chance.randint(1, 60))) for _ in range(3 * TEXT_BATCH))]
+    texts = list(dict.fromkeys(texts))
+    embeds, pooled = LayoutEncoder(pipe).prompts(texts)
+    phrases = LayoutEncoder(pipe).phrases(texts)
+    assert len({row.numpy().tobytes() for row in embeds.float().cpu()}) > len(texts) // 2, "texts that differ"
+    for trial in range(8):
+        chosen = chance.sample(texts, chance.choice([1, 2, TEXT_BATCH - 1, TEXT_BATCH, len(texts)]))
+        filler = chance.choice(["", "something else", "cat " * 90])
+        if trial % 2:  # what the rest of a batch holds does not matter either
+            monkeypatch.setattr(encoding, "_filled", lambda t, f=filler: [*t, *[f] * (TEXT_BATCH - len(t))])
+        again, again_pooled = LayoutEncoder(pipe).prompts(chosen)
+        again_phrases = LayoutEncoder(pipe).phrases(chosen)
+        for row, text in enumerate(chosen):
+            number = texts.index(text)
+            assert torch.equal(again[row], embeds[number]), (trial, text)
+            assert torch.equal(again_pooled[row], pooled[number]), (trial, text)
+            assert torch.equal(again_phrases[text], phrases[text]), (trial, text)
+        monkeypatch.undo()
+
+
+NAMES = ["sd3", "flux", "flux, phrase tokens", "tiny_base", "tiny_base_narrow"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_has_the_same_bits_in_any_company(
+    name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(pipeline(name, base, tmp_path), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_has_the_same_bits_in_any_company_on_a_gpu(
+    name: str, dtype: torch.dtype, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(pipeline(name, base, tmp_path).to("cuda", dtype), monkeypatch)
