@@ -176,9 +176,11 @@ class EncodingCache:
             make: from positions in `keys`, at most `batch` of them, to their entries. Not called twice for one key.
             wait: for another process that is making one; without, None stands for it.
         """
-        position = {key: number for number, key in reversed(list(enumerate(keys)))}
+        position: dict[str, int] = {}
+        for number, key in enumerate(keys):
+            position.setdefault(key, number)
         entries = {key: self._recall(kind, key) for key in position}
-        missing = [key for key in dict.fromkeys(keys) if entries[key] is None]
+        missing = [key for key in position if entries[key] is None]
         for start in range(0, len(missing), batch):
             with self._locked(missing[start : start + batch], wait=wait) as mine:
                 if self.root is not None:  # another process may have made it meanwhile
