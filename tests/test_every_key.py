@@ -134,7 +134,7 @@ ROWS: dict[str, Row] = {
     "train.phrase_dropout": Row(1.0, "losses weights", "times samples"),
     "train.quantization": Row("int8", "losses weights", "times samples"),
     "train.ema_decay": Row(0.9, "weights card", "losses rates", {"train.max_steps": 3}),
-    "train.final": Row("best", "weights", "losses rates", HELD_OUT | SAVING | {"train.learning_rate": 30.0}),
+    "train.final": Row("best", "weights", "losses rates", HELD_OUT | SAVING | {"train.learning_rate": 300.0}),
     "train.early_stop": Row(1, "steps", "", HELD_OUT | {"train.max_steps": 6, "train.learning_rate": 1e-10}),
     "train.checkpoint_every": Row(1, "files", "weights losses"),
     "train.keep_checkpoints": Row(1, "files", "weights losses", SAVING),

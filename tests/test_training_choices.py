@@ -112,7 +112,8 @@ def test_the_best_weights_are_kept_and_become_the_adapter(base: Path, data: Path
     wild = {
         "max_steps": 12,
         "validate_every": 1,
-        "learning_rate": 100.0,
+        "learning_rate": 200.0,
+        "seed": 1,
         "keep_checkpoints": 1,
         "lr_schedule": "constant",
     }
@@ -288,7 +289,7 @@ def test_the_meter_counts_each_shape_once_and_reads_shares() -> None:
     assert "tflops" not in meter.read(samples=0)
 
 
-def test_a_witness_sees_every_step_and_what_it_saw_is_the_logged_loss(base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_callback_sees_every_step_and_what_it_sees_is_the_logged_loss(base: Path, data: Path, tmp_path: Path) -> None:
     seen: list[StepRecord] = []
     logged: dict[int, float] = {}
     train(
