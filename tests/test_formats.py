@@ -467,5 +467,5 @@ def test_the_table_names_every_format(capsys: pytest.CaptureFixture[str]) -> Non
     assert printed.strip() == format_table()
     assert all(f"| `{name}` |" in printed for name in FORMATS)
     assert set(run(capsys, "data", "formats")) == set(FORMATS)
-    readme = Path(__file__).resolve().parent.parent / "README.md"
+    readme = Path(__file__).resolve().parent.parent / "data" / "README.md"
     assert format_table() in readme.read_text(encoding="utf-8")
