@@ -96,10 +96,10 @@ def test_an_entry_is_read_as_it_was_written_and_any_damage_is_seen(
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert EncodingCache(tmp_path).read(LATENTS, key, tell=False) is None, f"byte {at}"
+        assert EncodingCache(tmp_path).read(LATENTS, key, warn=False) is None, f"byte {at}"
     for length in (0, 1, 60, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert cache.read(LATENTS, key, tell=False) is None
+        assert cache.read(LATENTS, key, warn=False) is None
     assert not caplog.records
     assert cache.get(LATENTS, key, some_entry).note == made.note
     assert path.read_bytes() == whole, "the same entry has the same bytes"

@@ -62,31 +62,31 @@ def test_times_are_short() -> None:
 
 
 def test_lines_of_a_file_hold_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressLines(every_seconds=0) as tell:
-        tell("train", 10, 40, FIGURES)
+    with ProgressLines(every_seconds=0) as progress:
+        progress("train", 10, 40, FIGURES)
         time.sleep(0.02)
-        tell("train", 20, 40, FIGURES)
-        tell("encode", 0, 0, {})
+        progress("train", 20, 40, FIGURES)
+        progress("encode", 0, 0, {})
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == (
         "train 10/40  loss 0.5100  41.3 samples/s  1.25 GB  data 3%  other 1%  44 GFLOP/s  lr 1.0e-03  |g| 0.2"
     )
     assert re.fullmatch(r"train 20/40  0:00 left  loss .*", second)
     assert third == "encode ..."
-    with ProgressLines(every_seconds=0) as tell:
-        tell("train", 10, 40, {"tflops": 212.0})
+    with ProgressLines(every_seconds=0) as progress:
+        progress("train", 10, 40, {"tflops": 212.0})
     assert capsys.readouterr().err == "train 10/40  212 TFLOP/s\n"
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_the_bar_of_a_terminal_fits_it(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    tell = ProgressLines()
+    progress = ProgressLines()
     out = io.StringIO()
-    tell._bars.live.console = Console(file=out, width=width, force_terminal=False)
-    tell("train", 10, 40, FIGURES)
-    tell("train", 20, 40, FIGURES)
-    tell._bars.console.print(*tell._bars.get_renderables())
+    progress._bars.live.console = Console(file=out, width=width, force_terminal=False)
+    progress("train", 10, 40, FIGURES)
+    progress("train", 20, 40, FIGURES)
+    progress._bars.console.print(*progress._bars.get_renderables())
     lines = out.getvalue().rstrip().splitlines()
     assert all(len(line) <= width for line in lines)
     assert "20/40" in lines[0]
@@ -111,8 +111,8 @@ def test_a_phase_that_was_announced_before_it_counts_says_what_is_left(
 ) -> None:
     now = iter([0.0, 10.0, 20.0, 30.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    tell = ProgressLines(every_seconds=0)
-    tell("train", 0, 0, {})  # as the quickstart announces its phases
+    progress = ProgressLines(every_seconds=0)
+    progress("train", 0, 0, {})  # as the quickstart announces its phases
     for done in (10, 20, 30):
-        tell("train", done, 100, {})
+        progress("train", done, 100, {})
     assert "train 30/100  1:10 left" in capsys.readouterr().err

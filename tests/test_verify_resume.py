@@ -71,7 +71,7 @@ def config(base: Path, data: Path, tmp_path: Path) -> Config:
 @pytest.mark.slow
 def test_a_resumed_run_is_found_equal_and_one_with_kills_too(config: Config, tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
-    verdict = verify_resume(config, steps=3, kills=1, tell=lambda phase, done, *_: told.append((phase, done)))
+    verdict = verify_resume(config, steps=3, kills=1, on_progress=lambda phase, done, *_: told.append((phase, done)))
     assert verdict.equal, verdict
     assert [trial.differs for trial in verdict.trials] == [None, None]
     assert len(verdict.kills) == 1

@@ -95,11 +95,13 @@ def attribute(
     one_less = [
         replace(layout, boxes=layout.boxes[:index] + layout.boxes[index + 1 :]) for index in range(len(layout.boxes))
     ]
-    tell = on_progress or (lambda _: None)
+    progress = on_progress or (lambda _: None)
     with image_attention(pipe.transformer) as seen:
         (image,) = generate(pipe, [layout], settings, seed=seed)
-    tell(1)
-    without = generate(pipe, one_less, settings, seed=seed, same_noise=True, on_progress=lambda done: tell(1 + done))
+    progress(1)
+    without = generate(
+        pipe, one_less, settings, seed=seed, same_noise=True, on_progress=lambda done: progress(1 + done)
+    )
 
     changes = [difference(image, other) for other in without]
     by_block = {name: _maps(total / count, image, layout, pipe) for name, (total, count) in seen.items()}

@@ -123,13 +123,13 @@ def resize_adapter(
     after = [_smaller(update, rank, energy) for update in before]
 
     def fidelity(condition: str) -> dict[str, dict[str, float]]:
-        def tell(name: str, done: int) -> None:
+        def progress(name: str, done: int) -> None:
             if on_progress is not None:
                 on_progress(condition if name == "adapter" else name, done)
 
         opened.pipe.to(device)
         result = evaluate(
-            opened.pipe, records or (), settings or SamplingConfig(), seed=seed, on_progress=tell
+            opened.pipe, records or (), settings or SamplingConfig(), seed=seed, on_progress=progress
         ).conditions
         opened.pipe.to("cpu")
         return {"base": dict(result["base"].fidelity), condition: dict(result["adapter"].fidelity)}

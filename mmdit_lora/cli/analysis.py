@@ -120,7 +120,7 @@ def resize(
     from mmdit_lora.analysis.resize import resize_adapter
     from mmdit_lora.pipelines import SamplingConfig
 
-    with ProgressLines() as tell:
+    with ProgressLines() as progress:
         report = resize_adapter(
             adapter,
             out,
@@ -132,7 +132,7 @@ def resize(
             seed=seed,
             dtype=torch_dtype(dtype),
             device="cuda" if torch.cuda.is_available() else "cpu",
-            on_progress=lambda condition, done: tell(f"sample {condition}", done, len(records or ()), {}),
+            on_progress=lambda condition, done: progress(f"sample {condition}", done, len(records or ()), {}),
         )
     for line in _resized_lines(report):
         say(line)
@@ -170,10 +170,10 @@ def attribute(
     with new_folder(out, verb="attribute", inputs=inputs) as temporary:
         pipe = open_with_adapters(base, adapter, dtype, settings)
         sheets = []
-        with ProgressLines() as tell:
+        with ProgressLines() as progress:
             for number, each in enumerate(layouts):
                 total, name = len(each.boxes) + 1, f"sample layout {number + 1} of {len(layouts)}"
-                on_progress = partial(tell, name, total=total, scalars={})
+                on_progress = partial(progress, name, total=total, scalars={})
                 sheets.append(run(pipe, each, settings, seed=seed + number, on_progress=on_progress))
         report = {
             "base": base,

@@ -401,8 +401,8 @@ def cache(
             say(f"damaged, taken out: {path}")
         say(f"{count} entries read, {len(damaged)} damaged")
         report["verified"] = {"entries": count, "damaged": [str(path) for path in damaged]}
-    with ProgressLines() as tell:
-        report |= fill_cache(config, store, tell=tell)
+    with ProgressLines() as progress:
+        report |= fill_cache(config, store, on_progress=progress)
     if report["uncached_images"]:
         say(
             "images are not cached: their crops or flips are new each time (data.cache_variants: 4 draws one of 4 an image)"

@@ -36,7 +36,7 @@ _RECENT = 20  # intervals that the time of a step is taken from
 
 
 class ProgressLines:
-    """`with ProgressLines() as tell: tell("train", 40, 300, {"loss": 0.51})`.
+    """`with ProgressLines() as progress: progress("train", 40, 300, {"loss": 0.51})`.
 
     Args:
         every_seconds: between lines, if stderr is not a terminal.

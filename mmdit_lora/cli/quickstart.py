@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mmdit_lora.files import read_text, write_json, write_text
 from mmdit_lora.json_files import read_cached
 from mmdit_lora.outputs import open_folder
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig
+from mmdit_lora.training.callbacks import OnProgress
 from mmdit_lora.training.run_dir import WRITTEN
 from mmdit_lora.training.stopping import Interrupted
 from mmdit_lora.training.trainer import train
@@ -34,8 +35,6 @@ EXPORTS_FOLDERS = tuple(f"{to}/" for to in EXPORTS)
 SHOWN = 6  # images in the figure: the first ones, not the best ones
 _MARK, REPORT = "quickstart.yaml", "report.json"
 _WRITTEN = (_MARK, "before_after.png", "data/", "images/", *EXPORTS_FOLDERS, *WRITTEN)
-
-OnProgress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 
 
 def quickstart(
@@ -55,7 +54,7 @@ def quickstart(
     Raises:
         InputError: `out` holds something else than this quickstart.
     """
-    out, tell = Path(out), on_progress or (lambda *_: None)
+    out, on_progress = Path(out), on_progress or (lambda *_: None)
     data = {"train": out / "data" / "train", "held_out": out / "data" / "held_out", "old": out / "data" / "old_domain"}
     overrides = [f"data.path={data['train']}", f"data.validation={data['held_out']}", f"output_dir={out}"]
     config = load_config(config_path or CONFIG, overrides)
@@ -63,7 +62,7 @@ def quickstart(
         if (found := _finished(out, config)) is not None:
             return found
         write_text(out / _MARK, config.to_yaml())
-        return _run(out, config, data, tell)
+        return _run(out, config, data, on_progress)
 
 
 def _finished(out: Path, config: Config) -> dict[str, Any] | None:
@@ -78,13 +77,13 @@ def _finished(out: Path, config: Config) -> dict[str, Any] | None:
     return report if report and "export_max_abs_diff" in report else None  # otherwise it is that of the training
 
 
-def _run(out: Path, config: Config, data: dict[str, Path], tell: OnProgress) -> dict[str, Any]:
+def _run(out: Path, config: Config, data: dict[str, Path], on_progress: OnProgress) -> dict[str, Any]:
     """All phases; what an earlier start finished is not done again."""
     seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
-        tell(name, 0, 0, {})
+        on_progress(name, 0, 0, {})
         start = time.perf_counter()
         yield
         seconds[name] = round(time.perf_counter() - start, 2)
@@ -99,12 +98,12 @@ def _run(out: Path, config: Config, data: dict[str, Path], tell: OnProgress) -> 
                 write_dataset(folder, DOMAINS[domain], count=count, seed=seed, verb="quickstart")
     with phase("train"):
         try:
-            result = train(config, resume=True, callbacks=[ShowProgress(tell, config.train.max_steps)])
+            result = train(config, resume=True, callbacks=[ShowProgress(on_progress, config.train.max_steps)])
         except Interrupted as error:
             raise Interrupted(error.signal_name, error.step, again="the same call") from None
     with phase("evaluate"):
-        new = _evaluate(result.pipe, data["held_out"], out / "images" / "new", "new domain", tell)
-        old = _evaluate(result.pipe, data["old"], out / "images" / "old", "old domain", tell)
+        new = _evaluate(result.pipe, data["held_out"], out / "images" / "new", "new domain", on_progress)
+        old = _evaluate(result.pipe, data["old"], out / "images" / "old", "old domain", on_progress)
     with phase("figure"):
         save_png(_figure(new), out / "before_after.png")
     with phase("export"):
@@ -124,7 +123,7 @@ def _run(out: Path, config: Config, data: dict[str, Path], tell: OnProgress) -> 
     return report
 
 
-def _evaluate(pipe: LayoutPipeline, folder: Path, images: Path, name: str, tell: OnProgress) -> Evaluation:
+def _evaluate(pipe: LayoutPipeline, folder: Path, images: Path, name: str, on_progress: OnProgress) -> Evaluation:
     pipe.transformer.eval()
     records = read_dataset(folder)
     return evaluate(
@@ -133,7 +132,7 @@ def _evaluate(pipe: LayoutPipeline, folder: Path, images: Path, name: str, tell:
         SamplingConfig(),
         seed=0,
         cache_dir=images,
-        on_progress=lambda condition, done: tell(f"sample {name}, {condition}", done, len(records), {}),
+        on_progress=lambda condition, done: on_progress(f"sample {name}, {condition}", done, len(records), {}),
     )
 
 

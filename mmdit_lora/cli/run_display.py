@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +10,7 @@ from rich.text import Text
 from mmdit_lora.cli.output import emit
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
-from mmdit_lora.training.callbacks import Callback
+from mmdit_lora.training.callbacks import Callback, OnProgress
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.preflight import Preflight, preflight
 from mmdit_lora.training.run_dir import CHECKPOINTS
@@ -29,7 +27,7 @@ class ShowProgress(Callback):
         progress: to show it by. steps: in all.
     """
 
-    def __init__(self, progress: Callable[[str, int, int, dict[str, float]], None], steps: int) -> None:
+    def __init__(self, progress: OnProgress, steps: int) -> None:
         self._progress, self._steps = progress, steps
 
     def on_step(self, record: StepRecord) -> None:

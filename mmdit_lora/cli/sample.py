@@ -90,9 +90,9 @@ def sample(
 
     with new_folder(out, verb="sample", inputs=inputs) as temporary:
         pipe = open_with_adapters(base, adapter, dtype, settings)
-        with ProgressLines() as tell:
+        with ProgressLines() as progress:
             images = generate(
-                pipe, layouts, settings, seed=seed, on_progress=lambda done: tell("sample", done, len(layouts), {})
+                pipe, layouts, settings, seed=seed, on_progress=lambda done: progress("sample", done, len(layouts), {})
             )
         colors = phrase_colors(layouts)
         boxed = [draw_boxes(image, item, colors=colors) for image, item in zip(images, layouts, strict=True)]

@@ -74,7 +74,7 @@ def study(
         old=None if old is None else str(old),
         bases=() if bases is None else tuple(base.strip() for base in bases.split(",")),
     )
-    results = run_study(setup, command=shlex.join(["mmdit-lora", *sys.argv[1:]]), tell=_tell)
+    results = run_study(setup, command=shlex.join(["mmdit-lora", *sys.argv[1:]]), on_progress=_show_progress)
     for verdict in results["verdicts"]:
         say(f"{verdict['result']}: {verdict['claim']}")
     say(f"wrote {out / 'study.md'}, {out / 'study.png'}, {out / 'study.json'}, {out / 'verdict.json'}")
@@ -82,7 +82,7 @@ def study(
         emit(results)
 
 
-def _tell(what: str, done: int, total: int, figures: dict[str, Any]) -> None:
+def _show_progress(what: str, done: int, total: int, figures: dict[str, Any]) -> None:
     fidelity, loss = figures["fidelity"], figures["loss_minus_base"]
     parts = [] if fidelity is None else [f"mIoU {fidelity['miou']:.3f}"]
     parts += [] if loss is None else [f"loss {sum(loss) / len(loss):+.4f}"]

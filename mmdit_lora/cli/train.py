@@ -36,8 +36,8 @@ def quickstart(
     check_open_folder(out, verb="quickstart", names=())
     from mmdit_lora.cli.quickstart import quickstart as run
 
-    with ProgressLines() as tell:
-        report = run(out, on_progress=tell)
+    with ProgressLines() as progress:
+        report = run(out, on_progress=progress)
     say(fidelity_table(report, "held-out layouts of the new domain"))
     say(fidelity_table(report["old_domain"], "layouts of the old domain"))
     say(
@@ -68,8 +68,8 @@ def train(
         return
     plan = settings.train
     pauses = {"validation": plan.validate_every, "images": plan.sample_every, "checkpoint": plan.checkpoint_every}
-    with ProgressLines(pauses=pauses) as tell:
-        show = ShowRun(tell, plan.max_steps)
+    with ProgressLines(pauses=pauses) as progress:
+        show = ShowRun(progress, plan.max_steps)
         result = mmdit_lora.train(settings, resume=resume is not None, callbacks=[show])
     if not result.is_main:
         return
@@ -111,8 +111,8 @@ def verify_resume(
     settings = load_config(config, overrides or ())
     from mmdit_lora.training.verify_resume import verify_resume as run
 
-    with ProgressLines() as tell:
-        verdict = run(settings, steps=steps, kills=kills, tell=tell)
+    with ProgressLines() as progress:
+        verdict = run(settings, steps=steps, kills=kills, on_progress=progress)
     for line in _lines(verdict):
         say(line)
     if as_json:

@@ -122,8 +122,8 @@ class EncodingCache:
         kind, key = item
         return key in self._memory[kind] or (self.root is not None and os.path.isfile(self._name(kind, key)))  # noqa: PTH113 - for each sample
 
-    def read(self, kind: str, key: str, *, tell: bool = True) -> Entry | None:
-        """An entry on disk, or None: it is not there, or it is damaged, which is said and counted where `tell` is true."""
+    def read(self, kind: str, key: str, *, warn: bool = True) -> Entry | None:
+        """An entry on disk, or None: it is not there, or it is damaged, which is logged and counted where `warn` is true."""
         path = self._name(kind, key)
         try:
             with open(path, "rb") as file:  # noqa: PTH123 - Path.open costs as much as the read
@@ -132,7 +132,7 @@ class EncodingCache:
             return None
         state = (status.st_ino, status.st_size, status.st_mtime_ns)
         if self._verified.get((kind, key)) != state and not _is_whole(raw):
-            if tell:
+            if warn:
                 self.stats.damaged[kind] += 1
                 log.warning("%s is damaged: it is made anew", path)
             return None
@@ -184,7 +184,7 @@ class EncodingCache:
         for start in range(0, len(missing), batch):
             with self._locked(missing[start : start + batch], wait=wait) as mine:
                 if self.root is not None:  # another process may have made it meanwhile
-                    entries |= {key: self._recall(kind, key, tell=False) for key in mine}
+                    entries |= {key: self._recall(kind, key, warn=False) for key in mine}
                 absent = [key for key in mine if entries[key] is None]
                 for key, entry in zip(absent, make([position[key] for key in absent]) if absent else (), strict=True):
                     self.stats.misses[kind] += 1
@@ -193,12 +193,12 @@ class EncodingCache:
                     entries[key] = self._remember(kind, key, entry)
         return [entries[key] for key in keys]
 
-    def _recall(self, kind: str, key: str, *, tell: bool = True) -> Entry | None:
+    def _recall(self, kind: str, key: str, *, warn: bool = True) -> Entry | None:
         memory = self._memory[kind]
         if (entry := memory.get(key)) is not None:
             memory.move_to_end(key)
             return entry
-        entry = None if self.root is None else self.read(kind, key, tell=tell)
+        entry = None if self.root is None else self.read(kind, key, warn=warn)
         if entry is None:
             return None
         self.stats.hits[kind] += 1
@@ -257,7 +257,7 @@ class EncodingCache:
         for kind, key, path in self.entries():
             count += 1
             self._verified.pop((kind, key), None)
-            if self.read(kind, key, tell=False) is None and path.exists():
+            if self.read(kind, key, warn=False) is None and path.exists():
                 path.unlink(missing_ok=True)
                 damaged.append(path)
         return count, damaged

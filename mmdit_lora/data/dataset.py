@@ -257,7 +257,7 @@ def transform_id() -> str:
 
 def stored_view(cache: EncodingCache, vae_id: str, key: str) -> tuple[str, Layout] | None:
     """What is noted of a view whose latents are on disk too, for `LayoutDataset.stored`."""
-    entry = cache.read(VIEWS, key, tell=False)
+    entry = cache.read(VIEWS, key, warn=False)
     if entry is None or (LATENTS, content_key("latents", vae_id, entry.note["pixels"])) not in cache:
         return None
     return entry.note["pixels"], Layout.from_dict(entry.note["layout"])

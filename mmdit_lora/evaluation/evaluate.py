@@ -214,9 +214,9 @@ def evaluate(
 
     def sample(name: str, asked: Sequence[Layout], number: int = 0) -> Sequence[Image.Image]:
         assert pipeline is not None
-        tell = partial(on_progress or (lambda *_: None), f"{name}, noise {number + 1}" if number else name)
+        progress = partial(on_progress or (lambda *_: None), f"{name}, noise {number + 1}" if number else name)
         run = generate if cache is None else partial(cache.generate, f"{name}_noise_{number + 1}" if number else name)
-        return run(pipeline, asked, settings, seed=seed + number * _SEED_STEP, on_progress=tell)
+        return run(pipeline, asked, settings, seed=seed + number * _SEED_STEP, on_progress=progress)
 
     if pipeline is not None:
         for name, active, asked in _to_generate(pipeline.transformer, layouts, weights, ablations):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmdit_lora.training.preflight import Preflight
 from mmdit_lora.training.step import StepRecord
+
+OnProgress = Callable[[str, int, int, dict[str, Any]], None]  # what runs, done, of how many, scalars to show
 
 
 class Callback:

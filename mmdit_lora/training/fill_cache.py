@@ -11,14 +11,13 @@ import torch
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.cache import EncodingCache
 from mmdit_lora.errors import InputError
+from mmdit_lora.training.callbacks import OnProgress
 from mmdit_lora.training.encoding import TEXT_BATCH, EncodedDataset, LayoutEncoder
 from mmdit_lora.training.load_base import DTYPES, open_encoders
 from mmdit_lora.training.setup import read_data, run_buckets
 
-OnProgress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, of how many, scalars
 
-
-def fill_cache(config: Config, cache: EncodingCache, *, tell: OnProgress | None = None) -> dict[str, Any]:
+def fill_cache(config: Config, cache: EncodingCache, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Make what is missing: images of both sides in all their variants, captions, the empty caption, phrases.
 
     Another process may fill the same folder: what it is making is left to it, and read once more at the end.
@@ -62,8 +61,8 @@ def fill_cache(config: Config, cache: EncodingCache, *, tell: OnProgress | None 
         done += len(entries)
         if None in entries:
             left.append(item)
-        if tell is not None:
-            tell("cache", done, total, {})
+        if on_progress is not None:
+            on_progress("cache", done, total, {})
     for item in left:
         item(wait=True)
     cache.sweep()

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from safetensors import safe_open
 from mmdit_lora import json_files
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError, Stopped
-from mmdit_lora.training.callbacks import Callback
+from mmdit_lora.training.callbacks import Callback, OnProgress
 from mmdit_lora.training.checkpoint import WEIGHTS, checkpoints
 from mmdit_lora.training.run_dir import CHECKPOINTS
 from mmdit_lora.training.setup import read_data
@@ -160,8 +160,6 @@ def _file_difference(one: Path, two: Path, name: str) -> str | None:
 
 LEAST, MOST = 4, 40  # steps of each half, where nobody says how many
 
-OnProgress = Callable[[str, int, int, dict[str, float]], None]  # what runs, steps done, of how many, scalars
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -206,7 +204,7 @@ class _Enough(Exception):
 
 
 def verify_resume(
-    config: Config, *, steps: int | None = None, kills: int = 2, tell: OnProgress | None = None
+    config: Config, *, steps: int | None = None, kills: int = 2, on_progress: OnProgress | None = None
 ) -> Verdict:
     """Train 2N steps of `config` undisturbed, N + N, and with kills; compare steps, checkpoints and results.
 
@@ -217,12 +215,12 @@ def verify_resume(
     Args:
         steps: N; None = enough to cross the warm-up and an epoch's end, where that takes at most `MOST`.
         kills: how many, at moments drawn from the config's seed.
-        tell: called as it goes on, with the run, steps done, of how many, and scalars.
+        on_progress: called as it goes on, with the run, steps done, of how many, and scalars.
 
     Raises:
         InputError: the config allows no run. Stopped: a run ended by itself, for another reason.
     """
-    tell = tell or (lambda *_: None)
+    on_progress = on_progress or (lambda *_: None)
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         raise InputError(
             "is for one process",
@@ -237,18 +235,20 @@ def verify_resume(
         folder = Path(temporary)
         whole, halves, killed, again = (folder / name for name in ("whole", "halves", "killed", "again"))
         start = time.perf_counter()
-        rows = _run(_shortened(config, steps, whole), tell, "undisturbed")
+        rows = _run(_shortened(config, steps, whole), on_progress, "undisturbed")
         verdict.seconds = time.perf_counter() - start
         verdict.sha256 = digest(result_files(whole))
 
         def in_halves() -> list[Row]:
             """The step after the checkpoint is done twice: what is not in the checkpoint must not matter."""
             short = _shortened(config, steps, halves)
-            return _run(short, tell, "to be resumed", until=steps + 1) + _run(short, tell, "resumed", resume=True)
+            return _run(short, on_progress, "to be resumed", until=steps + 1) + _run(
+                short, on_progress, "resumed", resume=True
+            )
 
         def with_kills() -> list[Row]:
             short = _shortened(config, steps, killed, checkpoint_every=max(1, steps // 8))
-            return _killed(short, steps, kills, verdict.seconds / (2 * steps), folder, verdict.kills, tell)
+            return _killed(short, steps, kills, verdict.seconds / (2 * steps), folder, verdict.kills, on_progress)
 
         trials = [(f"{steps} + {steps} steps", in_halves, halves)]
         trials += [(f"{kills} kill{'s' * (kills > 1)}", with_kills, killed)] if kills else []
@@ -258,7 +258,7 @@ def verify_resume(
             seconds = time.perf_counter() - start
             verdict.trials.append(Trial(name, first_difference(rows, other) or end_difference(whole, place), seconds))
         if not verdict.equal:
-            twice = _run(_shortened(config, steps, again), tell, "undisturbed, again")
+            twice = _run(_shortened(config, steps, again), on_progress, "undisturbed, again")
             verdict.undisturbed_differs = first_difference(rows, twice) or end_difference(whole, again)
     return verdict
 
@@ -295,14 +295,16 @@ def _shortened(config: Config, steps: int, folder: Path, *, checkpoint_every: in
     return config.model_copy(update={"output_dir": str(folder), **sections})
 
 
-def _run(config: Config, tell: OnProgress, name: str, *, resume: bool = False, until: int | None = None) -> list[Row]:
+def _run(
+    config: Config, on_progress: OnProgress, name: str, *, resume: bool = False, until: int | None = None
+) -> list[Row]:
     """Train in this process; the steps that were done."""
     rows: list[Row] = []
 
     class Rows(Callback):
         def on_step(self, record: StepRecord) -> None:
             rows.append(row_of(record))
-            tell(name, record.step, config.train.max_steps, {"loss": record.loss})
+            on_progress(name, record.step, config.train.max_steps, {"loss": record.loss})
             if record.step == until:
                 raise _Enough
 
@@ -319,7 +321,7 @@ def _run(config: Config, tell: OnProgress, name: str, *, resume: bool = False, u
 
 
 def _killed(
-    config: Config, steps: int, kills: int, pace: float, folder: Path, at: list[int], tell: OnProgress
+    config: Config, steps: int, kills: int, pace: float, folder: Path, at: list[int], on_progress: OnProgress
 ) -> list[Row]:
     """Train in a process that is killed `kills` times.
 
@@ -349,7 +351,7 @@ def _killed(
                 rows = read_rows(out)
                 done = max((row["step"] for row in rows), default=0)
                 if done != shown:
-                    tell("with kills", shown := done, config.train.max_steps, {})
+                    on_progress("with kills", shown := done, config.train.max_steps, {})
                 if goal is not None and len(rows) > before and done >= goal:
                     time.sleep(chance.uniform(0, 1.5 * pace))  # in the step, in a validation, in a checkpoint
                     if process.poll() is None:

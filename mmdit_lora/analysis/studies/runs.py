@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from mmdit_lora.analysis.studies.setup import Arm, Scan, Setup
 from mmdit_lora.analysis.studies.worker import FIGURES, run_alone, run_arm
 from mmdit_lora.errors import InputError
 from mmdit_lora.json_files import read_object
+from mmdit_lora.training.callbacks import OnProgress
 
-OnProgress = Callable[[str, int, int, dict[str, Any]], None]  # setting and seed, done, of how many, figures
 Figures = dict[str, Any]
 
 _EXTENSIONS, _FACTOR = 2, 3.0  # how often, and by how much, a scan goes on beyond a best rate at its end
 
 
 def run_all(
-    setup: Setup, arms: Sequence[Arm], tell: OnProgress | None = None, *, isolate: bool = True
+    setup: Setup, arms: Sequence[Arm], on_progress: OnProgress | None = None, *, isolate: bool = True
 ) -> list[Figures]:
     """The figures of every arm, in order.
 
@@ -41,8 +41,8 @@ def run_all(
             run_arm(setup, arm)
         figures = read_figures(path)
         results.append(figures)
-        if tell is not None:
-            tell(f"{arm.setting}, seed {arm.seed}", number + 1, len(arms), figures)
+        if on_progress is not None:
+            on_progress(f"{arm.setting}, seed {arm.seed}", number + 1, len(arms), figures)
     return results
 
 
@@ -52,7 +52,7 @@ def read_figures(path: Path) -> Figures:
 
 
 def scan_rates(
-    setup: Setup, scans: Sequence[Scan], tell: OnProgress | None = None, *, isolate: bool = True
+    setup: Setup, scans: Sequence[Scan], on_progress: OnProgress | None = None, *, isolate: bool = True
 ) -> tuple[dict[str, float], dict[str, list[dict[str, float]]]]:
     """The learning rate of each kind with the lowest held-out loss, and all that were tried.
 
@@ -73,7 +73,7 @@ def scan_rates(
         for _ in range(1 + _EXTENSIONS):
             new = [rate for rate in rates if rate not in losses]
             for rate, figures in zip(
-                new, run_all(setup, [scan.arm(setup, rate) for rate in new], tell, isolate=isolate), strict=True
+                new, run_all(setup, [scan.arm(setup, rate) for rate in new], on_progress, isolate=isolate), strict=True
             ):
                 differences = figures["loss_minus_base"]
                 losses[rate] = math.inf if differences is None else sum(differences) / len(differences)

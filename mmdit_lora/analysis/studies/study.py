@@ -17,7 +17,7 @@ from mmdit_lora.analysis.studies.intrinsic import IntrinsicDimensionStudy
 from mmdit_lora.analysis.studies.methods import MethodsStudy
 from mmdit_lora.analysis.studies.rank import RankStudy
 from mmdit_lora.analysis.studies.report import markdown
-from mmdit_lora.analysis.studies.runs import OnProgress, read_figures, run_all, scan_rates
+from mmdit_lora.analysis.studies.runs import read_figures, run_all, scan_rates
 from mmdit_lora.analysis.studies.setup import Scan, Setup, Study
 from mmdit_lora.analysis.studies.statistics import plain
 from mmdit_lora.analysis.studies.table import Table
@@ -26,6 +26,7 @@ from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.json_files import read_object
 from mmdit_lora.outputs import check_open_folder, open_folder
+from mmdit_lora.training.callbacks import OnProgress
 from mmdit_lora.training.load_base import open_encoders
 from mmdit_lora.training.setup import read_data
 
@@ -43,7 +44,7 @@ STUDIES: dict[str, Study] = {
 
 
 def run_study(
-    setup: Setup, *, command: str = "", tell: OnProgress | None = None, isolate: bool = True
+    setup: Setup, *, command: str = "", on_progress: OnProgress | None = None, isolate: bool = True
 ) -> dict[str, Any]:
     """Run what is not yet there of a study, and write `plan.json`, `study.json`, `study.png`, `study.md`, `verdict.json`.
 
@@ -63,8 +64,8 @@ def run_study(
     inputs = {"base": setup.config.base, "data.path": setup.config.data.path, "--old": setup.old}
     with open_folder(out, verb="study", names=_WRITTEN, inputs=inputs):
         _claim_folder(setup, study)
-        rates, tried = scan_rates(setup, scans, tell, isolate=isolate)
-        runs = run_all(setup, study.arms(setup, rates), tell, isolate=isolate)
+        rates, tried = scan_rates(setup, scans, on_progress, isolate=isolate)
+        runs = run_all(setup, study.arms(setup, rates), on_progress, isolate=isolate)
         table = Table(runs)
         decided, extra = study.conclude(setup, table)
         study.draw(setup, table, extra, out / PLOT)

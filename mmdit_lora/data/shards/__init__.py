@@ -55,7 +55,7 @@ def open_shards(
     if not is_url(text) and Path(text).is_dir():
         suffix = TAR if any(Path(text).glob(f"*{TAR}")) else PARQUET
 
-    def tell(line: str) -> None:
+    def on_warning(line: str) -> None:
         if not remarks:  # of a folder that cannot be written to, each shard would say it
             remarks.append(line)
 
@@ -69,5 +69,8 @@ def open_shards(
     else:
         from mmdit_lora.data.shards.tar import TarPart
 
-        parts = [TarPart(s, bbox_format=bbox_format, bbox_units=bbox_units, edges=edges, tell=tell) for s in stored]
+        parts = [
+            TarPart(s, bbox_format=bbox_format, bbox_units=bbox_units, edges=edges, on_warning=on_warning)
+            for s in stored
+        ]
     return ShardedRecords(parts, remarks, edges)

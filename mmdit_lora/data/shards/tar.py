@@ -73,21 +73,21 @@ class TarPart(Part):
     """A tar shard that is open: its index, and its records by ranged reads. Without an index it is looked through once.
 
     Args:
-        edges: counts the boxes that were clipped when the shard was looked through. tell: called with a line for people.
+        edges: counts the boxes that were clipped when the shard was looked through. on_warning: called with a line for people.
 
     Raises:
         InputError: the shard, or a record of it, is wrong and no index says that it was right.
     """
 
     def __init__(
-        self, stored: Stored, *, bbox_format: str, bbox_units: str, edges: EdgeCount, tell: Callable[[str], None]
+        self, stored: Stored, *, bbox_format: str, bbox_units: str, edges: EdgeCount, on_warning: Callable[[str], None]
     ) -> None:
         self.stored, self._reading = stored, {"bbox_format": bbox_format, "bbox_units": bbox_units}
         self._conventions = f"{bbox_format} {bbox_units}"
         rows, counted = load_index(stored, self._conventions)
         if rows is None:
             if stored.is_remote:
-                tell(
+                on_warning(
                     f"{stored.name}: has no index beside it, so all of it is read at every start; `data shard` writes them"
                 )
             rows = _scan(stored, self._reading, counted)
@@ -97,7 +97,7 @@ class TarPart(Part):
                     mapped, _ = load_index(stored, self._conventions)
                     rows = rows if mapped is None else mapped
                 except OSError as error:
-                    tell(
+                    on_warning(
                         f"{stored.name}: its index cannot be kept beside it ({error.strerror}) and is made at every start"
                     )
         self.rows: np.ndarray = rows
