@@ -93,11 +93,11 @@ def test_every_image_has_a_bucket_and_none_is_enlarged_without_leave(height: int
         ((200, 300), (192, 256)),  # 4:3, reduced from 448 x 576
     ],
 )
-def test_a_image_goes_where_its_shape_and_its_pixels_say(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+def test_an_image_goes_where_its_shape_and_its_pixels_say(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     assert sdxl_like().of(size) == bucket
 
 
-def test_a_image_below_a_token_is_refused_and_enlarged_on_request() -> None:
+def test_an_image_below_a_token_is_refused_and_enlarged_on_request() -> None:
     with pytest.raises(InputError, match="64") as caught:
         sdxl_like().of((40, 2000))
     assert caught.value.hint is not None

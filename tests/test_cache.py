@@ -177,7 +177,7 @@ def test_training_from_a_full_cache_neither_decodes_nor_encodes(
     assert not run.examples.encoder.cache.stats.misses
 
 
-def test_variants_are_so_many_a_image_and_functions_of_seed_and_position(base: Path, data: Path) -> None:
+def test_variants_are_so_many_an_image_and_functions_of_seed_and_position(base: Path, data: Path) -> None:
     examples = prepare_run(make_config(base, data, **DRAWN)).examples
     again = prepare_run(make_config(base, data, **DRAWN)).examples
     seen: dict[str, set[bytes]] = {}

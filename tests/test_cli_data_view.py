@@ -53,7 +53,7 @@ def test_split_parts_a_set_and_loses_nothing(scenes: Path, tmp_path: Path, capsy
     assert {record.image.name for record in read_dataset(out / "validation")} == held
 
 
-def test_split_keeps_sub_folders_apart_and_layouts_of_a_image_together(tmp_path: Path) -> None:
+def test_split_keeps_sub_folders_apart_and_layouts_of_an_image_together(tmp_path: Path) -> None:
     src = tmp_path / "src"
     lines = [line(f"{folder}/{name}.png") for folder in ("x", "y") for name in "abcd"] * 2
     for entry in lines:
@@ -251,7 +251,7 @@ def test_wrong_outputs_of_show(scenes: Path, tmp_path: Path, capsys: pytest.Capt
     assert files(tmp_path) == {"file"}
 
 
-def test_show_names_a_image_that_cannot_be_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_names_an_image_that_cannot_be_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src = dataset(tmp_path / "set", line("a.png"), line("empty.png"))
     (src / "empty.png").write_bytes(b"")
     assert main(["data", "show", str(src), "--out", str(tmp_path / "x.png")]) == 2

@@ -331,7 +331,7 @@ def test_what_buckets_make_of_sizes_is_found_at_its_record(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
-def test_a_image_that_declares_20000_pixels_a_side_takes_no_memory(tmp_path: Path) -> None:
+def test_an_image_that_declares_20000_pixels_a_side_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(declared_png(20_000, 20_000))
     script = (
         "import re, sys; from pathlib import Path; from mmdit_lora import Layout;"

@@ -221,7 +221,7 @@ def test_the_number_of_steps_that_run_is_diffusers(steps: int, strength: float) 
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
-def test_from_a_image(family: str, pipe: Any, kind: str, image: Image.Image, mask: Image.Image) -> None:
+def test_from_an_image(family: str, pipe: Any, kind: str, image: Image.Image, mask: Image.Image) -> None:
     ours, stock_class = FROM_IMAGE[family, kind]
     made = ours.from_pipe(pipe)
     made.set_progress_bar_config(disable=True)
@@ -255,7 +255,7 @@ def test_from_a_image(family: str, pipe: Any, kind: str, image: Image.Image, mas
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
-def test_from_a_image_the_unguided_half_sees_no_layout(
+def test_from_an_image_the_unguided_half_sees_no_layout(
     family: str, pipe: Any, kind: str, image: Image.Image, mask: Image.Image
 ) -> None:
     made = FROM_IMAGE[family, kind][0].from_pipe(pipe)

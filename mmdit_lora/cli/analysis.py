@@ -29,7 +29,6 @@ from mmdit_lora.cli.options import (
 )
 from mmdit_lora.cli.output import ProgressLines, emit, say
 from mmdit_lora.cli.sample import (
-    layouts_of,
     open_with_adapters,
     sampling_config,
     sampling_inputs,
@@ -37,6 +36,7 @@ from mmdit_lora.cli.sample import (
 )
 from mmdit_lora.config.ranges import Range
 from mmdit_lora.data.records import read_dataset
+from mmdit_lora.data.sources import open_layouts
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.outputs import check_new_folder, new_folder
@@ -159,7 +159,7 @@ def attribute(
     """Which box moved which part of the image: each box left out once, and the image's attention to it, drawn."""
     inputs = sampling_inputs(base, adapter, layout)
     check_new_folder(out, verb="attribute", inputs=inputs)
-    layouts = layouts_of(layout)[:count]
+    layouts = open_layouts(layout)[:count]
     bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
     if bare is not None:
         raise InputError(f"layout {bare} has no boxes", location=str(layout), hint="give layouts with boxes")

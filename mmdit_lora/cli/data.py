@@ -540,9 +540,8 @@ def _read(
         if value is not None:
             raise InputError("belongs to --from FORMAT", location=option, hint="leave it away")
     conventions = {"bbox_format": bbox_format or "xyxy", "bbox_units": bbox_units or "relative"}
-    if is_scenes(data) or is_sharded(
-        data
-    ):  # opening shards reads every layout and header, unless an index says it was done
+    # Opening shards reads every layout and header, unless an index says that it was done.
+    if is_scenes(data) or is_sharded(data):
         lines: list[str] = []
         records, total = sample_dataset(data, SAMPLE, **conventions, on_warning=lines.append)
         note = f"{len(records)} of {total} records, evenly spread, are what the rest is about"

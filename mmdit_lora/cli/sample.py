@@ -28,11 +28,11 @@ from mmdit_lora.cli.options import (
 )
 from mmdit_lora.cli.output import ProgressLines, emit, say
 from mmdit_lora.config.sampling import SamplingConfig
-from mmdit_lora.data.images import image_size
-from mmdit_lora.data.records import read_dataset, warn
+from mmdit_lora.data.records import warn
+from mmdit_lora.data.sources import open_layouts
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import write_json
-from mmdit_lora.layout import Box, BoxError, Clipped, Layout, as_box, read_layouts
+from mmdit_lora.layout import Box, BoxError, Clipped, Layout, as_box
 from mmdit_lora.outputs import check_new_folder, new_folder
 
 if TYPE_CHECKING:
@@ -120,13 +120,6 @@ def sample(
         emit(record | {"out": str(out)})
 
 
-def layouts_of(path: Path) -> list[Layout]:
-    """Of a layout file, or a data set folder."""
-    if path.is_dir():
-        return [record.layout for record in read_dataset(path)]
-    return read_layouts(path, image_size=image_size)
-
-
 def given_layouts(
     layout: Path | None, prompt: str | None, boxes: list[str] | None, order: str, units: str, size: str | None
 ) -> list[Layout]:
@@ -141,7 +134,7 @@ def given_layouts(
     if layout is not None:
         if prompt is not None or boxes:
             raise InputError("is given beside --layout", location="--prompt, --box", hint="give one of the two")
-        return layouts_of(layout)
+        return open_layouts(layout)
     if prompt is None:
         raise InputError(
             "is missing" if boxes else "nothing to sample",

@@ -1,13 +1,16 @@
-"""What a data set's path names: a folder, shards, or scenes that are generated."""
+"""What a path names: a data set (a folder, shards, or scenes that are generated), or layouts alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from mmdit_lora.data.images import image_size
 from mmdit_lora.data.records import Record, read_dataset, warn
 from mmdit_lora.data.shapes import is_scenes, open_scenes
 from mmdit_lora.data.shards import ShardedRecords, is_sharded, open_shards, spread
+from mmdit_lora.layout import Layout, read_layouts
 
 
 def open_dataset(
@@ -51,3 +54,14 @@ def sample_dataset(
     for line in records.remarks:
         on_warning(line)
     return sample, len(records)
+
+
+def open_layouts(path: str | Path) -> list[Layout]:
+    """The layouts of a layout file, or of a data set folder.
+
+    Raises:
+        InputError: as of `read_dataset` and `read_layouts`.
+    """
+    if Path(path).is_dir():
+        return [record.layout for record in read_dataset(path)]
+    return read_layouts(path, image_size=image_size)

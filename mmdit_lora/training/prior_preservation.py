@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_lora.config.loading import Config
-from mmdit_lora.data.images import image_size
-from mmdit_lora.data.records import METADATA, read_dataset
+from mmdit_lora.data.records import METADATA
+from mmdit_lora.data.sources import open_layouts
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import json_text, write_text
-from mmdit_lora.layout import Layout, read_layouts
+from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.pipelines.sampling import quiet_texts
 from mmdit_lora.training.loss import Batch, Objective, flow_matching_loss, predict
@@ -44,10 +44,7 @@ def prior_layouts(config: Config) -> list[Layout]:
             location=location,
             hint="set it to null, or train with method lora",
         )
-    layouts = (
-        [r.layout for r in read_dataset(path)] if Path(path).is_dir() else read_layouts(path, image_size=image_size)
-    )
-    boxed = [layout for layout in layouts if layout.boxes]
+    boxed = [layout for layout in open_layouts(path) if layout.boxes]
     if not boxed:
         raise InputError(f"{path} holds no layout with a box", location=location, hint="give layouts of the old domain")
     return boxed[: config.prior.count]
