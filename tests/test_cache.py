@@ -321,7 +321,8 @@ def child(base: Path, data: Path, root: Path, encoded: Any = None, gate: Any = N
         encoded.put(dict(cache.stats.misses))
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_killed_fills_end_in_the_bytes_of_an_undisturbed_one(
     base: Path, data: Path, filled: Path, tmp_path: Path, kills: int
 ) -> None:

@@ -84,6 +84,7 @@ def test_buckets_give_batches_of_one_size(data: Path) -> None:
         assert batch.pixels.min() >= -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "shards", "folder with a cache", "held out"])
 def test_batches_have_the_same_bits_for_any_number_of_workers(
     kind: str, base: Path, data: Path, shards: Path, tmp_path: Path
@@ -116,6 +117,7 @@ def test_batches_have_the_same_bits_for_any_number_of_workers(
         assert each[0] == each[1] == each[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_a_run_with_workers_has_the_bits_of_one_without_and_resumes_to_them(
     kind: str, base: Path, data: Path, shards: Path, tmp_path: Path
@@ -189,6 +191,7 @@ for samples in load(dataset, ([dataset.request(p)] for p in itertools.count()), 
 """
 
 
+@pytest.mark.slow
 def test_workers_of_a_killed_process_end_and_import_no_base(data: Path, tmp_path: Path) -> None:
     """The script has no `if __name__`: a worker that ran it again would start workers of its own."""
     script = tmp_path / "script.py"

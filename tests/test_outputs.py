@@ -665,6 +665,7 @@ def killed_at(step: int, action: Callable[[], None]) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one_step", "before"),
     [
@@ -706,6 +707,7 @@ def open_and_write(out: Path, text: str) -> None:
         written(out / "adapter", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before", [pytest.param(None, id="fresh"), pytest.param("old", id="replaced", marks=pytest.mark.slow)]
 )

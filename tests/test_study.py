@@ -274,6 +274,7 @@ def test_the_bootstrap_of_d90_is_the_same_each_time_and_holds_infinity() -> None
 # --- runs
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_and_does_no_finished_run_again(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

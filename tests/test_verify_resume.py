@@ -118,6 +118,7 @@ def test_a_sampler_that_counts_starts_is_caught_and_its_samples_are_named(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_where_undisturbed_runs_differ_it_is_not_resume(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +150,7 @@ def mistake_best(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Run, "load", wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forget", "said"),
     [(forget_average, "average.safetensors differs in"), (mistake_best, "the checkpoint of step 4: best")],
