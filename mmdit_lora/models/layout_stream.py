@@ -360,9 +360,9 @@ def make_attention(
     )
 
 
-def zero_linear(dim: int) -> nn.Linear:
-    """A gate: (..., dim) -> (..., dim), all zero."""
-    linear = nn.Linear(dim, dim)
+def zero_linear(dim_in: int, dim_out: int | None = None) -> nn.Linear:
+    """(..., dim_in) -> (..., dim_out), all zero; as a gate from `dim_in` to the same width."""
+    linear = nn.Linear(dim_in, dim_out or dim_in)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

@@ -1,0 +1,22 @@
+"""The families that the generic layout stream serves: one file each, and this table."""
+
+from __future__ import annotations
+
+from mmdit_lora.models.stream_families.base import StreamFamily
+from mmdit_lora.models.stream_families.flux2 import FLUX2
+from mmdit_lora.models.stream_families.sd3 import SD3
+
+STREAM_FAMILIES: dict[str, StreamFamily] = {family.name: family for family in (SD3, FLUX2)}
+
+
+def family_of_class(name: str) -> StreamFamily:
+    """The family of a diffusers transformer class.
+
+    Raises:
+        ValueError: none is described; it lists those that are.
+    """
+    for family in STREAM_FAMILIES.values():
+        if family.transformer == name:
+            return family
+    known = ", ".join(sorted(family.transformer for family in STREAM_FAMILIES.values()))
+    raise ValueError(f"no layout stream for a {name}; known are {known}")

@@ -1,0 +1,121 @@
+"""What a family says of itself so that the generic layout stream, training and sampling can serve it.
+
+A family is one file of at most 60 lines beside this one: it describes stock diffusers classes and restates none of their code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Call = Mapping[str, Any]  # the arguments of one call of the transformer's `forward`, by name
+Where = Literal["all", "head", "tail", "index"]
+
+
+def inner_dim(config: Any) -> int:
+    """heads x head_dim, as most diffusers transformers state their width."""
+    return int(config.num_attention_heads * config.attention_head_dim)
+
+
+def thousands(name: str = "timestep") -> Callable[[Call], Tensor]:
+    """The clock of a transformer whose argument `name` runs over 0..1: its value times 1000."""
+    return lambda call: 1000 * call[name]
+
+
+def grid_of_ids(ids: Tensor, row: int = 1) -> tuple[int, int]:
+    """(height, width) in tokens of the image whose position ids (L, A) or (B, L, A) come first.
+
+    Reference images follow it, told apart by another first coordinate.
+
+    Args:
+        row: the column that holds the token's row; the next one holds its column.
+    """
+    ids = ids[0] if ids.ndim == 3 else ids
+    ids = ids[ids[:, 0] == ids[0, 0]]
+    height, width = (ids[:, row : row + 2].amax(0) - ids[:, row : row + 2].amin(0) + 1).long().tolist()
+    return height, width
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h w / 4, 4 C): 2 x 2 cells a token, as FLUX.1's and Qwen-Image's pipelines pack."""
+    batch, channels, height, width = latents.shape
+    latents = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return latents.reshape(batch, height * width // 4, channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`; height and width are those of the latents."""
+    batch, _, channels = tokens.shape
+    tokens = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return tokens.reshape(batch, channels // 4, height, width)
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """(n, S, E) text states and (n, S) mask -> (n, E): the mean of the tokens that are there."""
+    weights = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """The posterior's mode, shifted and scaled by the VAE's config, (B, C, h, w)."""
+    latents = vae.encode(pixels).latent_dist.mode()
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+@dataclass(frozen=True)
+class StreamFamily:
+    """A family of transformers of diffusers.
+
+    Shapes: B samples, L image tokens, S text tokens, E width of text states, C latent channels, h x w latents.
+
+    Args:
+        name: as adapters, streams and `plan --family` name it.
+        transformer: the diffusers class. pipelines: the diffusers pipelines that call it, text to image first.
+        blocks: name of a ModuleList -> where the first argument of its blocks (and their output) holds the image tokens of
+            the image that is generated: "all" of it, its "head", its "tail" (behind the text; reference images follow), or at
+            the `index`.
+        width: D, the width of the image tokens, from the transformer's config. phrase_dim: E of a phrase.
+        grid: rows and columns of image tokens, from model and call. time: (B,), a clock of about 0..1000.
+        index: (B, L) places of the image tokens, for "index".
+        guidance: how pipelines guide: "calls" (two calls, marked by `cache_context`), "alternate" (two calls, not marked,
+            the guided one first), a doubled batch ("uncond_first", "cond_first"), or "single" (one call, also where another
+            transformer is called without text).
+        latents: pixels -> x0, by the VAE, normalised as the transformer takes them.
+        channels, multiple, cell: of x0: C, what h and w are multiples of, and pixels a cell covers.
+        inputs: (model, x_t, t in [0, 1], texts, guidance) -> arguments of `forward`. outputs: (its answer, h, w) -> velocity.
+        captions: (pipe, texts, max_length) -> texts of the transformer by name, each (n, ...): "embeds" (n, S, E), where the
+            base masks them "mask" (n, S), where it has one "pooled" (n, P).
+        phrases: (pipe, phrases) -> (n, E).
+        presets: name of a published checkpoint -> the transformer's arguments.
+    """
+
+    name: str
+    transformer: str
+    pipelines: tuple[str, ...]
+    blocks: Mapping[str, Where]
+    width: Callable[[Any], int]
+    phrase_dim: Callable[[Any], int]
+    grid: Callable[[Any, Call], tuple[int, int]]
+    time: Callable[[Call], Tensor]
+    inputs: Callable[[Any, Tensor, Tensor, Mapping[str, Tensor], float], dict[str, Any]]
+    outputs: Callable[[Any, int, int], Tensor]
+    captions: Callable[[Any, Sequence[str], int], dict[str, Tensor]]
+    phrases: Callable[[Any, Sequence[str]], Tensor]
+    guidance: Literal["calls", "alternate", "uncond_first", "cond_first", "single"] = "calls"
+    index: Callable[[Any, Call], Tensor] | None = None
+    latents: Callable[[Any, Tensor], Tensor] = scaled_latents
+    channels: Callable[[Any], int] = lambda config: config.in_channels // 4
+    multiple: int = 2
+    cell: int = 8
+    max_side: Callable[[Any], int | None] = lambda config: None  # noqa: ARG005
+    max_length: int = 512
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def cartesian_ids(*sizes: int, device: torch.device) -> Tensor:
+    """Every combination of range(size) for each of `sizes`, (product, axes), the last running fastest."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
