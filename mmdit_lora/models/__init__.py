@@ -3,6 +3,7 @@
 from mmdit_lora.models.base import LayoutModelMixin
 from mmdit_lora.models.families import FAMILIES, Family, family_of
 from mmdit_lora.models.flux import LayoutFluxTransformer2DModel
+from mmdit_lora.models.generic_stream import add_layout_stream, remove_layout_stream
 from mmdit_lora.models.init import StreamInit
 from mmdit_lora.models.layout_stream import (
     LayoutInputs,
@@ -12,6 +13,7 @@ from mmdit_lora.models.layout_stream import (
     SingleLayoutStream,
 )
 from mmdit_lora.models.sd3 import LayoutSD3Transformer2DModel
+from mmdit_lora.models.stream_files import load_layout_stream, save_layout_stream
 
 __all__ = [
     "FAMILIES",
@@ -25,5 +27,9 @@ __all__ = [
     "LayoutStream",
     "SingleLayoutStream",
     "StreamInit",
+    "add_layout_stream",
     "family_of",
+    "load_layout_stream",
+    "remove_layout_stream",
+    "save_layout_stream",
 ]

@@ -35,6 +35,7 @@ from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox, get
 from torch import Tensor, nn
 
 from mmdit_lora.models.base import LayoutModelMixin
+from mmdit_lora.models.fingerprint import FINGERPRINT
 from mmdit_lora.models.layout_stream import (
     FOURIER_DIM,
     FOURIER_FREQUENCIES,
@@ -234,7 +235,7 @@ class StreamModel(LayoutModelMixin):
     layout_call: CallState
     layout_time: nn.Module
     _arguments: list[str]
-    phrase_tokens: ClassVar[None] = None  # type: ignore[misc]
+    phrase_tokens: ClassVar[None] = None
 
     def forward(self, *args: Any, layout: LayoutInputs | None = None, layout_scale: float = 1.0, **kwargs: Any) -> Any:
         """As the stock class; with a layout, image tokens read it.
@@ -342,7 +343,9 @@ class StreamModel(LayoutModelMixin):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers': the base, without its layout stream, which `save_layout_stream` writes."""
-        logger.warning("%s: the base is saved without its layout stream; save_layout_stream writes that", save_directory)
+        logger.warning(
+            "%s: the base is saved without its layout stream; save_layout_stream writes that", save_directory
+        )
         with _without_stream(self):
             super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -424,13 +427,13 @@ def add_layout_stream(
     if attention not in ("siamese", "cross"):
         raise ValueError(f"attention is {attention!r}; known: 'siamese', 'cross'")
     blocks = stream_blocks(transformer, family)
-    for part in (transformer, *(block for block, _ in blocks)):
-        if "forward" in vars(part):  # accelerate and diffusers' HookRegistry have taken the forward of now
-            raise ValueError("the model is offloaded or hooked; add the layout stream first, then offload")
+    hooks = ("forward", "_hf_hook", "_diffusers_hook")  # they have taken the forward, or the modules, of now
+    if any(hook in vars(module) for module in transformer.modules() for hook in hooks):
+        raise ValueError("the model is offloaded or hooked; add the layout stream first, then offload")
     width = width or min(family.width(model.config), MAX_WIDTH)
     base_parameters = sum(p.numel() for p in transformer.parameters())
     model.stream_family, model.layout_call = family, CallState()
-    model.stream_config = stream_config(family, model.config, attention=attention, width=width)
+    model.stream_config = stream_config(model.config, attention=attention, width=width)
     # `inspect` follows `__wrapped__` to the parameters of a decorated forward.
     model._arguments = list(inspect.signature(type(transformer).forward).parameters)[1:]
     repeated = {*(getattr(model, "_repeated_blocks", None) or ()), *(type(block).__name__ for block, _ in blocks)}
@@ -459,13 +462,14 @@ def remove_layout_stream(transformer: nn.Module) -> None:
     for name in ("layout_processor", "layout_time", "stream_family", "stream_config", "layout_call", "_arguments"):
         delattr(model, name)
     model.__dict__.pop("_repeated_blocks", None)
-    model.__dict__.pop("gradient_checkpointing_every", None)
+    for name in ("gradient_checkpointing_every", FINGERPRINT):
+        model.__dict__.pop(name, None)
     model.__class__ = type(model).__bases__[1]
     if checkpoints:
         model.enable_gradient_checkpointing()
 
 
-def stream_config(family: StreamFamily, config: Any, *, attention: str, width: int) -> StreamConfig:
+def stream_config(config: Any, *, attention: str, width: int) -> StreamConfig:
     """How a stream of `width` is built on a base.
 
     Raises:

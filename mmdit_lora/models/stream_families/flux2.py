@@ -49,7 +49,9 @@ def phrases(pipe: Any, texts: Sequence[str]) -> Tensor:
     chats = [[{"role": "user", "content": text}] for text in texts]
     template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     read = [pipe.tokenizer.apply_chat_template(chat, **template) for chat in chats]
-    mask = pipe.tokenizer(read, padding="max_length", truncation=True, max_length=64, return_tensors="pt").attention_mask
+    mask = pipe.tokenizer(
+        read, padding="max_length", truncation=True, max_length=64, return_tensors="pt"
+    ).attention_mask
     states = captions(pipe, texts, 64)["embeds"]
     return base.masked_mean(states, mask.to(states.device))
 
