@@ -125,9 +125,9 @@ def embedded(work: Path) -> dict[str, Any]:
         def fetch(index: int) -> Sample:
             view, layout = dataset.cached_view(index, 0), records[index].layout
             assert view is not None
-            embeds, pooled = dataset.encoder.prompts([layout.caption])
+            texts = dataset.encoder.prompts([layout.caption])
             phrases = dataset.encoder.phrases([box.phrase for box in layout.boxes])
-            return {**view.tensors, "embeds": embeds, "pooled": pooled, "phrases": torch.stack(list(phrases.values()))}
+            return {**view.tensors, **texts, "phrases": torch.stack(list(phrases.values()))}
 
         return fetch
 

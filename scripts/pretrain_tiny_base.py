@@ -312,7 +312,7 @@ def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: 
         # First the details too, then mostly where things are decided: towards noise.
         t = sample_timesteps(batch, logit_mean=0.3 if step < 0.4 * steps else 1.2, generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
-        loss = flow_matching_loss(model, Batch(x0, noise, t, prompt, pooled, layouts)).mean()
+        loss = flow_matching_loss(model, Batch(x0, noise, t, {"embeds": prompt, "pooled": pooled}, layouts)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -133,8 +133,7 @@ def random_batch(model: Any, setup: Setup) -> Batch:
         x0=torch.randn(image),
         noise=torch.randn(image),
         t=torch.rand(size),
-        prompt_embeds=torch.randn(size, setup.text_tokens, model.config.joint_attention_dim),
-        pooled=torch.randn(size, model.config.pooled_projection_dim),
+        texts={name: torch.randn(size, *shape) for name, shape in model.text_shapes(setup.text_tokens).items()},
         layout=LayoutInputs(
             torch.rand(size, slots, 4), torch.randn(size, slots, *phrase), torch.ones(size, slots, dtype=torch.bool)
         ),

@@ -445,8 +445,8 @@ def test_dropouts_of_one_leave_nothing(places: dict[str, str], tmp_path: Path) -
     assert one.layout.mask.sum(1).tolist() == [1] * 4
     examples = drawn({"train.caption_dropout": 1.0, "train.phrase_dropout": 1.0})
     silent = examples.batch(range(4))
-    nothing, _ = examples.encoder.prompts([""])
-    assert torch.equal(silent.prompt_embeds, nothing.expand_as(silent.prompt_embeds))
+    nothing = examples.encoder.prompts([""])["embeds"]
+    assert torch.equal(silent.texts["embeds"], nothing.expand_as(silent.texts["embeds"]))
     empty = examples.encoder.phrases([""])[""]
     assert all(torch.equal(embeds, empty) for embeds in silent.layout.phrase_embeds[silent.layout.mask])
     for other in (one, silent):  # the image's own draws are what they were

@@ -307,15 +307,14 @@ class TestContract:
         model = case.model()
         generator = torch.Generator().manual_seed(4)
         latents = torch.randn(2, model.latent_channels, 12, 8, generator=generator)
-        text = torch.randn(2, 7, model.config.joint_attention_dim, generator=generator)
-        pooled = torch.randn(2, model.config.pooled_projection_dim, generator=generator)
+        texts = {name: torch.randn(2, *shape, generator=generator) for name, shape in model.text_shapes(7).items()}
         times = torch.tensor([0.9, 0.3])
-        inputs = model.model_inputs(latents, times, text, pooled, guidance=3.5)
+        inputs = model.model_inputs(latents, times, texts, guidance=3.5)
         sample = model(**inputs, layout=case.layout(model)).sample
         assert model.as_latents(sample, 12, 8).shape == latents.shape
         assert torch.equal(model.as_latents(inputs["hidden_states"], 12, 8), latents)
         assert 12 % model.latent_multiple == 0
-        half = model.model_inputs(latents.to(torch.bfloat16), times, text, pooled)
+        half = model.model_inputs(latents.to(torch.bfloat16), times, texts)
         assert half["hidden_states"].dtype is torch.bfloat16
         assert half["timestep"].dtype is torch.float32
 
@@ -385,14 +384,13 @@ def test_full_sizes(preset: str, choice: str) -> None:
 def test_packing_is_that_of_diffusers_flux_pipeline() -> None:
     model = tiny_flux_transformer()
     latents = torch.randn(2, 4, 12, 8, generator=torch.Generator().manual_seed(0))
-    inputs = model.model_inputs(latents, torch.ones(2), torch.zeros(2, 7, 24), torch.zeros(2, 16), guidance=2.5)
+    texts = {"embeds": torch.zeros(2, 7, 24), "pooled": torch.zeros(2, 16)}
+    inputs = model.model_inputs(latents, torch.ones(2), texts, guidance=2.5)
     assert torch.equal(inputs["hidden_states"], FluxPipeline._pack_latents(latents, 2, 4, 12, 8))
     ids = FluxPipeline._prepare_latent_image_ids(2, 6, 4, torch.device("cpu"), torch.float32)
     assert torch.equal(inputs["img_ids"], ids)
     assert torch.equal(inputs["guidance"], torch.tensor([2.5, 2.5]))
-    assert "guidance" not in tiny_flux_transformer(guidance_embeds=False).model_inputs(
-        latents, torch.ones(2), torch.zeros(2, 7, 24), torch.zeros(2, 16)
-    )
+    assert "guidance" not in tiny_flux_transformer(guidance_embeds=False).model_inputs(latents, torch.ones(2), texts)
 
 
 def test_the_uncond_call_of_true_guidance_sees_no_layout() -> None:

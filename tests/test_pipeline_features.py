@@ -425,8 +425,8 @@ def test_the_transformer_is_called_as_in_training(family: str, pipe: Any) -> Non
     hidden, t = sampled["hidden_states"], pipe.scheduler.timesteps[1:2] / 1000
     latents = hidden if family == "sd3" else pipe._unpack_latents(hidden, 32, 32, pipe.vae_scale_factor)
     assert latents.shape[1] == pipe.transformer.latent_channels
-    embeds, pooled = pipe.encode_caption("a red circle")
-    trained = pipe.transformer.model_inputs(latents, t, embeds, pooled, guidance=3.5)
+    texts = pipe.encode_caption("a red circle")
+    trained = pipe.transformer.model_inputs(latents, t, texts, guidance=3.5)
     assert trained.keys() == sampled.keys()
     for name, value in trained.items():
         torch.testing.assert_close(value, sampled[name])

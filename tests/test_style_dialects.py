@@ -200,7 +200,7 @@ def test_the_scale_of_a_call_is_that_of_set_adapters_in_every_part(scale: float,
                 full, full_phrases = seen(pipe)
                 pipe.set_adapters("style", 0.75 * scale)
                 expected, phrases = seen(pipe)
-                prompt_embeds = pipe.encode_caption(RED.caption)[0]
+                prompt_embeds = pipe.encode_caption(RED.caption)["embeds"]
                 pipe.set_adapters("style", 0.75)
                 before = snapshot(pipe)
                 scaled, scaled_phrases = seen(pipe, scale=scale)

@@ -50,20 +50,22 @@ def check(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(0)
     texts = ["", *(" ".join(chance.choices(WORDS, k=chance.randint(1, 60))) for _ in range(3 * TEXT_BATCH))]
     texts = list(dict.fromkeys(texts))
-    embeds, pooled = LayoutEncoder(pipe).prompts(texts)
+    encoded = LayoutEncoder(pipe).prompts(texts)
     phrases = LayoutEncoder(pipe).phrases(texts)
-    assert len({row.numpy().tobytes() for row in embeds.float().cpu()}) > len(texts) // 2, "texts that differ"
+    assert len({row.numpy().tobytes() for row in encoded["embeds"].float().cpu()}) > len(texts) // 2, (
+        "texts that differ"
+    )
     for trial in range(8):
         chosen = chance.sample(texts, chance.choice([1, 2, TEXT_BATCH - 1, TEXT_BATCH, len(texts)]))
         filler = chance.choice(["", "something else", "cat " * 90])
         if trial % 2:  # what the rest of a batch holds does not matter either
             monkeypatch.setattr(encoding, "_filled", lambda t, f=filler: [*t, *[f] * (TEXT_BATCH - len(t))])
-        again, again_pooled = LayoutEncoder(pipe).prompts(chosen)
+        again = LayoutEncoder(pipe).prompts(chosen)
         again_phrases = LayoutEncoder(pipe).phrases(chosen)
         for row, text in enumerate(chosen):
             number = texts.index(text)
-            assert torch.equal(again[row], embeds[number]), (trial, text)
-            assert torch.equal(again_pooled[row], pooled[number]), (trial, text)
+            for name, value in encoded.items():
+                assert torch.equal(again[name][row], value[number]), (trial, name, text)
             assert torch.equal(again_phrases[text], phrases[text]), (trial, text)
         monkeypatch.undo()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class Batch:
 
     Args:
         x0: (B, C, h, w) latents; noise: the same shape; t: (B,) in [0, 1], 1 = noise.
-        prompt_embeds: (B, S, E); pooled: (B, P).
+        texts: encoded captions by name, (B, ...) each: what `LayoutModelMixin.model_inputs` of the base takes.
         layout: B layouts; a dropped one is masked, never absent.
         keys: (B,) int32, what the adapter's dropout draws from for each sample; None where nothing drops.
     """
@@ -112,20 +112,19 @@ class Batch:
     x0: Tensor
     noise: Tensor
     t: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
+    texts: dict[str, Tensor]
     layout: LayoutInputs
     keys: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """On `device`; from pinned memory without waiting."""
-        return Batch(
-            **{  # type: ignore[arg-type]
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-                for name, value in vars(self).items()
-                if value is not None
-            }
-        )
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(each) for name, each in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+
+        return Batch(**{name: moved(value) for name, value in vars(self).items() if value is not None})
 
 
 def to_pixels(image: Tensor) -> Tensor:

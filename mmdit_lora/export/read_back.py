@@ -30,7 +30,6 @@ STREAM_FILE = "model.safetensors"
 
 def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
     """Random inputs of `forward` that reach every layer of `model`: two samples, three boxes each, the last one masked once."""
-    config = model.config
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,8 +42,7 @@ def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
     inputs: dict[str, Any] = model.model_inputs(
         normal(2, model.latent_channels, side, side),
         torch.tensor([0.3, 0.8]),
-        normal(2, 8, config.joint_attention_dim),
-        normal(2, config.pooled_projection_dim),
+        {name: normal(2, *shape) for name, shape in model.text_shapes(8).items()},
     )
     return inputs | {"layout": LayoutInputs(corners.flatten(2), normal(2, 3, *phrase), mask)}
 
@@ -52,7 +50,7 @@ def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
 @torch.no_grad()
 def outputs(model: Any, *, layout_scale: float = 1.0) -> Tensor:
     """What `model` predicts for `probe`."""
-    return model(**probe(model), layout_scale=layout_scale).sample
+    return model(**probe(model), layout_scale=layout_scale, return_dict=False)[0]
 
 
 def open_transformer(base: str) -> Any:

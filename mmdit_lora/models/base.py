@@ -59,6 +59,68 @@ def stock_arguments(stock: type, given: Mapping[str, Any], **changes: Any) -> di
     return {key: value for key, value in given.items() if key in known} | changes
 
 
+def open_strictly(
+    load: Callable[..., Any],
+    reader: Any,
+    location: str,
+    *,
+    may_miss: Callable[[Any], list[str]] = lambda model: [],  # noqa: ARG005
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """A model by diffusers' `from_pretrained`, from safetensors only, with exactly the weights of its config.
+
+    Args:
+        load: the `from_pretrained`. reader: the class, for `load_config`. location: a folder or hub id.
+        may_miss: names of which the stored weights have all or none.
+
+    Returns:
+        The model and diffusers' loading info.
+
+    Raises:
+        InputError: names are missing, unexpected or of another shape (they are listed), or there is no such folder or hub id,
+            or a file of it is damaged or a pickle.
+    """
+    refuse_pickle(kwargs.get("use_safetensors", True) is not False, location)
+    kwargs["use_safetensors"] = True
+    if not exists(location) and written_as_path(location):
+        raise no_such_base(location)
+    if exists(location):
+        refuse_pickled_weights(Path(location, kwargs.get("subfolder") or ""))
+    places = ("subfolder", "revision", "cache_dir", "local_files_only", "token")
+    try:
+        stored = reader.load_config(location, **{key: kwargs[key] for key in places if key in kwargs})
+        check_sizes(stored, location=location)
+        with without_missing_weights_warning():
+            # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
+            model, info = load(location, output_loading_info=True, **kwargs)
+    except InputError:
+        raise
+    except (ValueError, OSError, SafetensorError) as error:  # another shape; no such or a damaged file
+        if isinstance(error, OSError) and not exists(location) and nearest(location) is not None:
+            raise no_such_base(location) from error
+        raise InputError(f"does not hold this model: {error}", location=location) from error
+    added, missing = set(may_miss(model)), set(info["missing_keys"])
+    faults: dict[str, list[str]] = {
+        "missing": sorted(missing if missing & added != added else missing - added),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+    }
+    if any(faults.values()):
+        raise InputError(f"does not hold this model: {counted(faults)}", location=location)
+    return model, info
+
+
+def log_new_stream(location: str, model: nn.Module, how: str) -> None:
+    """One warning that a base had no layout stream, and how a new one was initialised."""
+    size = sum(p.numel() for n, p in model.named_parameters() if "layout" in n) / 1e6
+    logger.warning(
+        "%s has no layout stream: a new one of %.2f M parameters was initialised (%s), its gates zero.",
+        location,
+        size,
+        how,
+    )
+
+
 class LayoutModelMixin(AdapterMethods):
     """Mixed into a diffusers transformer, in front of it. The class builds its stream in `build_layout_stream`."""
 
@@ -95,52 +157,25 @@ class LayoutModelMixin(AdapterMethods):
                 such folder or hub id, or a file of it is damaged.
         """
         want_info = kwargs.pop("output_loading_info", False)
+        reader: Any = cls
+        loader: Any = super().from_pretrained  # type: ignore[misc]
         location = here_or_packaged(pretrained_model_name_or_path)
-        refuse_pickle(kwargs.get("use_safetensors", True) is not False, location)
-        kwargs["use_safetensors"] = True
-        if not exists(location) and written_as_path(location):
-            raise no_such_base(location)
-        if exists(location):
-            refuse_pickled_weights(Path(location, kwargs.get("subfolder") or ""))
-        places = ("subfolder", "revision", "cache_dir", "local_files_only", "token")
-        try:
-            reader: Any = cls
-            check_sizes(
-                reader.load_config(location, **{key: kwargs[key] for key in places if key in kwargs}), location=location
-            )
-            with without_missing_weights_warning():
-                # Missing and unexpected names are let through by diffusers and come with the info: all in one message.
-                loaded = super().from_pretrained(location, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except InputError:
-            raise
-        except (ValueError, OSError, SafetensorError) as error:  # another shape; no such or a damaged file
-            if isinstance(error, OSError) and not exists(location) and nearest(location) is not None:
-                raise no_such_base(location) from error
-            raise InputError(f"does not hold this model: {error}", location=location) from error
-        model, info = loaded
-        added = {name for name, _ in model.named_parameters() if "layout" in name}
-        missing = set(info["missing_keys"])
-        faults: dict[str, list[str]] = {
-            "missing": sorted(missing if missing & added != added else missing - added),
-            "unexpected": sorted(info["unexpected_keys"]),
-            "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
-        }
-        if any(faults.values()):
-            raise InputError(f"does not hold this model: {counted(faults)}", location=location)
-        if missing:
+        model, info = open_strictly(
+            loader,
+            reader,
+            location,
+            may_miss=lambda model: [n for n, _ in model.named_parameters() if "layout" in n],
+            **kwargs,
+        )
+        if info["missing_keys"]:
             model.reset_layout_stream(seed=layout_seed, init=layout_init)
-            logger.warning(
-                "%s has no layout stream: a new one of %.2f M parameters was initialised (%s, seed %d), its gates zero.",
-                location,
-                sum(p.numel() for n, p in model.named_parameters() if "layout" in n) / 1e6,
-                layout_init,
-                layout_seed,
-            )
+            log_new_stream(location, model, f"{layout_init}, seed {layout_seed}")
         on_meta = [name for name, p in model.named_parameters() if p.is_meta]
         if on_meta:
             raise RuntimeError(f"weights left on the meta device: {', '.join(on_meta[:8])}")
         model.opened_from = opened_from(location, kwargs.get("subfolder"))
-        return (model, info) if want_info else model  # type: ignore[return-value]
+        result: Any = (model, info) if want_info else model
+        return result
 
     def reset_layout_stream(self, *, seed: int, init: StreamInit = "copy_text") -> None:
         """Give the model a fresh layout stream in its own dtype and on its own device, every gate zero.
@@ -176,6 +211,11 @@ class LayoutModelMixin(AdapterMethods):
         """K, the text tokens that stand for a phrase, (B, N, K, P); None = one pooled embedding, (B, N, P)."""
         return getattr(self.config, "phrase_tokens", None)
 
+    @property
+    def layout_slots(self) -> int | None:
+        """Boxes that every layout is padded to; None = as many as a batch needs."""
+        return getattr(self.config, "layout_slots", None)
+
     # -- what trainer, evaluation and export need of a family: from latents to `forward` and back
 
     @property
@@ -210,15 +250,19 @@ class LayoutModelMixin(AdapterMethods):
                 hint=f"give {nearest if largest is None else min(nearest, largest)}, or leave it out",
             )
 
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes, without the batch, of the encoded captions that `model_inputs` takes, of `tokens` text tokens."""
+        return {"embeds": (tokens, self.config.joint_attention_dim), "pooled": (self.config.pooled_projection_dim,)}
+
     def model_inputs(
-        self, latents: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, guidance: float = 1.0
+        self, latents: Tensor, t: Tensor, texts: Mapping[str, Tensor], *, guidance: float = 1.0
     ) -> dict[str, Any]:
         """Keyword arguments of `forward`, all but the layout.
 
         Args:
             latents: (B, C, h, w) noisy latents.
             t: (B,) in [0, 1], 1 = noise.
-            prompt_embeds: (B, S, E); pooled: (B, P).
+            texts: encoded captions by name: "embeds" (B, S, E), and "pooled" (B, P) or "mask" (B, S) where the base has one.
             guidance: the embedded guidance of a guidance-distilled base; others have no such input.
         """
         raise NotImplementedError

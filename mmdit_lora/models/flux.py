@@ -7,7 +7,7 @@ is numerically that of CreatiLayout (HuiZhang0812/CreatiLayout at 860d8bd, src/m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
 from typing import Any, ClassVar
@@ -251,7 +251,7 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         return 2
 
     def model_inputs(
-        self, latents: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, guidance: float = 1.0
+        self, latents: Tensor, t: Tensor, texts: Mapping[str, Tensor], *, guidance: float = 1.0
     ) -> dict[str, Any]:
         height, width = (side // 2 for side in latents.shape[-2:])
         # (B, C, 2 h, 2 w) -> (B, h w, 4 C), as diffusers' FluxPipeline packs and numbers them.
@@ -262,11 +262,11 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
         inputs: dict[str, Any] = {
             "hidden_states": patches.reshape(len(latents), height * width, -1),
-            "encoder_hidden_states": prompt_embeds,
-            "pooled_projections": pooled,
+            "encoder_hidden_states": texts["embeds"],
+            "pooled_projections": texts["pooled"],
             "timestep": t,
             "img_ids": image_ids.to(latents),
-            "txt_ids": latents.new_zeros(prompt_embeds.shape[1], 3),
+            "txt_ids": latents.new_zeros(texts["embeds"].shape[1], 3),
         }
         if self.config.guidance_embeds:
             inputs["guidance"] = torch.full_like(t, guidance)

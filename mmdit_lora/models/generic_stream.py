@@ -371,6 +371,14 @@ class StreamModel(LayoutModelMixin):
     def max_latent_side(self) -> int | None:
         return self.stream_family.max_side(self.config)
 
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return self.stream_family.text_shapes(self.config, tokens)
+
+    def model_inputs(
+        self, latents: Tensor, t: Tensor, texts: Mapping[str, Tensor], *, guidance: float = 1.0
+    ) -> dict[str, Any]:
+        return self.stream_family.inputs(self, latents, t, texts, guidance)
+
     def as_latents(self, sample: Any, height: int, width: int) -> Tensor:
         return self.stream_family.outputs(sample, height, width)
 

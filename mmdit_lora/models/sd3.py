@@ -6,6 +6,7 @@ models/transformers/transformer_sd3.py and models/attention.py `JointTransformer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -183,13 +184,13 @@ class LayoutSD3Transformer2DModel(LayoutModelMixin, SD3Transformer2DModel):
         return self.config.pos_embed_max_size * self.config.patch_size
 
     def model_inputs(
-        self, latents: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, guidance: float = 1.0
+        self, latents: Tensor, t: Tensor, texts: Mapping[str, Tensor], *, guidance: float = 1.0
     ) -> dict[str, Any]:
         del guidance  # no base of this family is guidance-distilled
         return {
             "hidden_states": latents,
-            "encoder_hidden_states": prompt_embeds,
-            "pooled_projections": pooled,
+            "encoder_hidden_states": texts["embeds"],
+            "pooled_projections": texts["pooled"],
             "timestep": 1000 * t,
         }
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
 import transformers
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import PeftModel
@@ -66,13 +66,16 @@ def require_finite(images: Tensor, what: str) -> None:
         raise NonFiniteError(bad, len(images), what=what, dtype=str(images.dtype).removeprefix("torch."))
 
 
-class FiniteImageProcessor(VaeImageProcessor):
-    """diffusers' image processor, which first checks what the VAE has decoded."""
+@functools.cache
+def finite_processor(kind: Any) -> Any:
+    """A class of diffusers' image processors that first checks what the VAE has decoded, see `require_finite`."""
 
-    def postprocess(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers'. Raises `NonFiniteError`, see `require_finite`."""
+    def postprocess(self: Any, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         require_finite(image, "images")
-        return super().postprocess(image, *args, **kwargs)
+        return super(checked, self).postprocess(image, *args, **kwargs)
+
+    checked: Any = type(kind.__name__, (kind,), {"postprocess": postprocess, "__module__": kind.__module__})
+    return checked
 
 
 def _in_evaluation_mode(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +120,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         """What diffusers' class takes; anything else is a default of calls, which the saved config states."""
         known = inspect.signature(super().__init__).parameters
         super().__init__(**{name: value for name, value in arguments.items() if name in known})
-        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
+        self.image_processor.__class__ = finite_processor(self.image_processor.__class__)
         self.register_to_config(**{name: value for name, value in arguments.items() if name not in known})
 
     @classmethod
@@ -144,9 +147,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             kwargs["dtype"] = torch.float32
         if kwargs.get("transformer") is None:
             shared = {key: kwargs[key] for key in _SHARED_OPTIONS if key in kwargs}
-            kwargs["transformer"] = cls.transformer_class.from_pretrained(
-                path, subfolder="transformer", **shared, **(transformer_options or {})
-            )
+            kwargs["transformer"] = cls._open_transformer(path, **shared, **(transformer_options or {}))
         elif transformer_options:
             raise ValueError("transformer_options belong to a transformer that is opened, and one is given")
         kwargs |= cls._complete_parts(path, kwargs)
@@ -154,6 +155,10 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         _check_parts(pipe, path)
         pipe.opened_from = opened_from(path)
         return pipe
+
+    @classmethod
+    def _open_transformer(cls, path: str, **options: Any) -> Any:
+        return cls.transformer_class.from_pretrained(path, subfolder="transformer", **options)
 
     @classmethod
     def _complete_parts(cls, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,8 +315,9 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         """
         raise NotImplementedError
 
-    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The texts of n images as this pipeline samples with them: prompt embeddings (n, S, E), pooled ones (n, P).
+    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> dict[str, Tensor]:
+        """The texts of n images as this pipeline samples with them, by name: "embeds" (n, S, E), "pooled" (n, P) where the
+        base has one, "mask" (n, S) where it masks them.
 
         Args:
             device: as in `encode_phrases`.
@@ -331,7 +337,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             dict(zip(phrases, embeds, strict=True)),
             phrase_dim=self.transformer.phrase_dim,
             phrase_tokens=self.transformer.phrase_tokens,
-            slots=self.transformer.config.layout_slots,
+            slots=self.transformer.layout_slots,
         )
         return inputs.to(self._execution_device, self.transformer.dtype)
 
@@ -339,6 +345,28 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         """The layouts as the sampling loop's batches need them; where guidance doubles a batch, both halves."""
         del guidance_scale
         return inputs
+
+    @contextmanager
+    def _layout_during(
+        self, inputs: LayoutInputs, scale: float, arguments: dict[str, Any]
+    ) -> Iterator[Callable[[float], None]]:
+        """Let the transformer's calls of one stock call see the layouts; what it yields changes the scale.
+
+        Args:
+            arguments: of the stock call, to be changed in place.
+        """
+        attention = {**(arguments["joint_attention_kwargs"] or {}), "layout": inputs, "layout_scale": scale}
+        arguments["joint_attention_kwargs"] = attention
+
+        def rescale(scale: float) -> None:
+            running: Any = self
+            running._joint_attention_kwargs["layout_scale"] = scale
+
+        yield rescale
+
+    def _stock_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call as the stock pipeline names them."""
+        return arguments
 
     @torch.no_grad()
     @_in_evaluation_mode
@@ -407,6 +435,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             if side is not None and side < self.vae_scale_factor * self.transformer.latent_multiple:
                 self.check_side(side)
         finite: list[Tensor] = []  # after each step: whose latents are
+        inputs: LayoutInputs | None = None
         num_inference_steps = num_inference_steps or self.config.num_inference_steps
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         layouts, prompt = _layouts_and_prompt(layout, prompt)
@@ -434,7 +463,6 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
             if strength is not None:  # image to image, inpainting: the first, noisiest steps are left out
                 steps = steps_that_run(steps, kwargs.get("strength", strength.default))
             schedule = LayoutSchedule(layout_scale, layout_window, steps)
-            joint_attention_kwargs = {**(joint_attention_kwargs or {}), "layout": inputs, "layout_scale": schedule(0)}
             user_callback = callback_on_step_end
             callback_on_step_end_tensor_inputs = getattr(
                 user_callback, "tensor_inputs", callback_on_step_end_tensor_inputs
@@ -442,24 +470,28 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
 
             def callback_on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 # Schedulers of higher order call the model more often than there are steps: share out what is there.
-                pipe._joint_attention_kwargs["layout_scale"] = schedule((step + 1) * steps / pipe.num_timesteps)
+                rescale(schedule((step + 1) * steps / pipe.num_timesteps))
                 if (latents := tensors.get("latents")) is not None:
                     finite.append(each_finite(latents))  # read only where an image turns out not to be: no waiting here
                 return tensors if user_callback is None else user_callback(pipe, step, timestep, tensors)
 
+        arguments = {
+            "prompt": prompt,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "num_images_per_prompt": num_images_per_prompt,
+            "sigmas": sigmas,
+            "max_sequence_length": max_sequence_length or self.config.max_sequence_length,
+            "joint_attention_kwargs": joint_attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+            **kwargs,
+        }
         try:
-            output = stock_call(
-                prompt=prompt,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                num_images_per_prompt=num_images_per_prompt,
-                sigmas=sigmas,
-                max_sequence_length=max_sequence_length or self.config.max_sequence_length,
-                joint_attention_kwargs=joint_attention_kwargs,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                **kwargs,
-            )
+            with ExitStack() as stack:
+                if inputs is not None:
+                    rescale = stack.enter_context(self._layout_during(inputs, schedule(0), arguments))
+                output = stock_call(**self._stock_arguments(arguments))
             if isinstance(output[0], Tensor) and output[0].is_floating_point():  # latents; images were looked at before
                 require_finite(output[0], "latents")
         except NonFiniteError as error:

@@ -72,12 +72,12 @@ class _Flux(LayoutPipeline):
         return embeds[:, :tokens]
 
     @torch.no_grad()
-    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> dict[str, Tensor]:
         length = self.config.max_sequence_length
         device = device or self.encoding_device
         texts = caption if isinstance(caption, str) else list(caption)
         embeds, pooled, _ = self.encode_prompt(texts, None, max_sequence_length=length, device=device)
-        return embeds, pooled
+        return {"embeds": embeds, "pooled": pooled}
 
 
 class LayoutFluxPipeline(_Flux, FluxPipeline):

@@ -16,9 +16,11 @@ from huggingface_hub import snapshot_download
 from mmdit_lora.errors import InputError
 from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.hub import check_base_folder, no_such_base
+from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from mmdit_lora.models.weight_files import refuse_pickled_weights, shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.flux import LayoutFluxPipeline
+from mmdit_lora.pipelines.generic import generic_pipeline
 from mmdit_lora.pipelines.stable_diffusion_3 import LayoutStableDiffusion3Pipeline
 from mmdit_lora.resources import here_or_packaged
 
@@ -34,6 +36,8 @@ def load_pipeline(
     *,
     dtype: torch.dtype = torch.float32,
     components: Mapping[str, Any] | None = None,
+    stream: str | Path | None = None,
+    generic: bool = False,
     **transformer_options: Any,
 ) -> LayoutPipeline:
     """The pipeline of a folder or hub id, in evaluation mode, its progress bar off. The family is the one that its
@@ -43,6 +47,8 @@ def load_pipeline(
 
     Args:
         components: to be used instead of those in the folder; None for one that is not needed.
+        stream: folder of a generic layout stream, as `train` with `method: layout_stream` or `save_layout_stream` writes it.
+        generic: give the base a new generic stream where its family has a built-in one too (SD3 and FLUX.1).
         transformer_options: for the transformer's `from_pretrained`: `layout_init`, `layout_seed`, `layout_attention`,
             `quantization_config`, ...
 
@@ -67,9 +73,11 @@ def load_pipeline(
                     raise no_such_base(base) from error
                 raise
             name = index["_class_name"]
-            by_name = {opened: pipeline for pipeline in PIPELINES for opened in pipeline.opens}
-            if name in by_name:
-                pipe = by_name[name].from_pretrained(
+            pipeline = pipeline_class(name, generic=generic or stream is not None)
+            if pipeline is not None:
+                if stream is not None:
+                    transformer_options["stream"] = str(stream)
+                pipe = pipeline.from_pretrained(
                     base, dtype=dtype, transformer_options=transformer_options, **(components or {})
                 )
     except InputError:
@@ -86,9 +94,9 @@ def load_pipeline(
             location=base,
             hint="give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id that is cached",
         ) from error
-    if name not in by_name:
+    if pipeline is None:
         raise InputError(
-            f"is a {name}; known are {', '.join(by_name)}",
+            f"is a {name}; known are {', '.join(known_pipelines())}",
             location=str(folder / "model_index.json") if exists(folder) else base,
             hint="give a base of one of these families",
         )
@@ -97,6 +105,22 @@ def load_pipeline(
         if isinstance(module, torch.nn.Module):
             module.eval()
     return pipe
+
+
+def pipeline_class(name: str, *, generic: bool = False) -> type[LayoutPipeline] | None:
+    """The class that opens a base whose model_index.json names the pipeline `name`; None where no family knows it.
+
+    Args:
+        generic: the one with a generic stream, also where there is one with a built-in stream.
+    """
+    built_in = {opened: pipeline for pipeline in PIPELINES for opened in pipeline.opens}
+    return (None if generic else built_in.get(name)) or generic_pipeline(name)
+
+
+def known_pipelines() -> list[str]:
+    """Names of the pipelines that `load_pipeline` opens."""
+    built_in = [name for pipeline in PIPELINES for name in pipeline.opens]
+    return list(dict.fromkeys([*built_in, *(name for family in STREAM_FAMILIES.values() for name in family.pipelines)]))
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class _StableDiffusion3(LayoutPipeline):
         return torch.cat(pooled, dim=-1)
 
     @torch.no_grad()
-    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self.encode_prompt(
             caption if isinstance(caption, str) else list(caption),
             None,
@@ -77,7 +77,7 @@ class _StableDiffusion3(LayoutPipeline):
             do_classifier_free_guidance=False,
             max_sequence_length=self.config.max_sequence_length,
         )
-        return embeds, pooled
+        return {"embeds": embeds, "pooled": pooled}
 
     def layout_under_guidance(self, inputs: LayoutInputs, guidance_scale: float) -> LayoutInputs:
         # diffusers' batch is then [without, with], and "without" has neither text nor layout.

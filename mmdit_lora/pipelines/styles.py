@@ -99,7 +99,7 @@ class StyleLoader:
         location = clip(source, 300) if isinstance(source, str | Path) else None
         components = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         adapter_name = self._new_adapter_name(adapter_name, components, hotswap=hotswap)
-        if not hotswap and (file := _layout_adapter_file(source, kwargs)) is not None:
+        if not hotswap and (file := layout_adapter_file(source, kwargs)) is not None:
             stored = load_adapter(self.transformer, file, adapter_name=adapter_name)
             self._reenable_adapters()
             size = 4 * sum(tensor.numel() for tensor in stored.tensors.values())
@@ -298,7 +298,7 @@ class StyleLoader:
             return stock.encode_prompt(*args, **kwargs)
 
 
-def _layout_adapter_file(source: Any, options: Mapping[str, Any]) -> Path | None:
+def layout_adapter_file(source: Any, options: Mapping[str, Any]) -> Path | None:
     """The file of a layout adapter that `load_lora_weights` is asked for; None for anything else."""
     if not isinstance(source, str | Path) or not exists(source):
         return None

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -73,7 +73,6 @@ class LayoutEncoder:
         if noise is None:
             keys = samples.key.tolist()
             noise = torch.stack([torch.randn(latents.shape[1:], generator=seeded("noise", key)) for key in keys])
-        embeds, pooled = self.prompts(samples.caption)
         transformer, phrases = self.pipe.transformer, samples.phrases
         layout = collate_layouts(
             samples.layout,
@@ -84,7 +83,7 @@ class LayoutEncoder:
             phrases=phrases,
         )
         layout = type(layout)(layout.boxes, layout.phrase_embeds, layout.mask & ~samples.drops_layout[:, None].cpu())
-        return Batch(latents, noise, samples.t, embeds, pooled, layout, samples.key)
+        return Batch(latents, noise, samples.t, self.prompts(samples.caption), layout, samples.key)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -93,10 +92,11 @@ class LayoutEncoder:
         each = [vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in pixels.split(1)]
         return (torch.cat(each) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings (B, S, E) and pooled ones (B, P), on the CPU, as the pipeline makes them when it samples."""
+    def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Encoded captions by name, (B, ...) each, on the CPU, as the pipeline makes them when it samples; see
+        `LayoutPipeline.encode_caption`."""
         entries = [entry for entry in self.cached_prompts(captions) if entry is not None]
-        return tuple(torch.cat([entry.tensors[name] for entry in entries]) for name in ("embeds", "pooled"))  # type: ignore[return-value]
+        return joined_texts([entry.tensors for entry in entries])
 
     def phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         """phrase -> embedding, pooled (P,) or of tokens (K, P), on the CPU."""
@@ -108,8 +108,8 @@ class LayoutEncoder:
         """The entry of each caption, made where it is missing; `wait` as of `EncodingCache.get_many`."""
 
         def make(missing: list[int]) -> list[Entry]:
-            embeds, pooled = self.encode_captions([captions[number] for number in missing])
-            return [Entry({"embeds": e, "pooled": p}) for e, p in zip(embeds.split(1), pooled.split(1), strict=True)]
+            texts = self.encode_captions([captions[number] for number in missing])
+            return [Entry({name: value[row : row + 1] for name, value in texts.items()}) for row in range(len(missing))]
 
         length = self.pipe.config.max_sequence_length
         keys = [content_key("prompt", self._text_id, length, TEXT_BATCH, caption) for caption in captions]
@@ -127,11 +127,11 @@ class LayoutEncoder:
         return self.cache.get_many(PHRASES, keys, make, batch=TEXT_BATCH, wait=wait)
 
     @torch.no_grad()
-    def encode_captions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(n, S, E) and (n, P) of at most `TEXT_BATCH` captions, never from the cache."""
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """At most `TEXT_BATCH` captions, encoded, never from the cache."""
         with quiet_texts(self.pipe):
-            embeds, pooled = self.pipe.encode_caption(_filled(captions), self._text_device)
-        return embeds[: len(captions)].cpu(), pooled[: len(captions)].cpu()
+            texts = self.pipe.encode_caption(_filled(captions), self._text_device)
+        return {name: value[: len(captions)].cpu() for name, value in texts.items()}
 
     @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
@@ -366,6 +366,22 @@ class EncodedDataset:
         if one != other:
             location = str(self.records[index].image)
             raise InputError("changed while it was read", location=location, hint="start again")
+
+
+def joined_texts(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Encoded captions in one batch; where their lengths differ, shorter ones are filled up with zeros, which are masked."""
+
+    def join(values: list[Tensor]) -> Tensor:
+        longest = max(value.shape[1] for value in values) if values[0].ndim > 1 else 0
+        filled = [
+            value
+            if value.ndim < 2 or value.shape[1] == longest
+            else torch.cat([value, value.new_zeros(1, longest - value.shape[1], *value.shape[2:])], dim=1)
+            for value in values
+        ]
+        return torch.cat(filled)
+
+    return {name: join([row[name] for row in rows]) for name in rows[0]}
 
 
 def _filled(texts: Sequence[str]) -> list[str]:

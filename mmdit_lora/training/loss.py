@@ -45,10 +45,9 @@ def predict(model: nn.Module, batch: Batch, *, guidance: float = 1.0) -> Tensor:
     if (shared := getattr(family, "sample_keys", None)) is not None:
         shared.value = batch.keys
     dtype = family.dtype
-    inputs = family.model_inputs(
-        x_t.to(dtype), batch.t, batch.prompt_embeds.to(dtype), batch.pooled.to(dtype), guidance=guidance
-    )
-    return family.as_latents(model(**inputs, layout=batch.layout).sample, height, width)
+    texts = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.texts.items()}
+    inputs = family.model_inputs(x_t.to(dtype), batch.t, texts, guidance=guidance)
+    return family.as_latents(model(**inputs, layout=batch.layout, return_dict=False)[0], height, width)
 
 
 def flow_matching_loss(
@@ -61,7 +60,7 @@ def flow_matching_loss(
 
     Args:
         transformer: a layout transformer of any family, with its adapter, in Accelerate's wrapper or not.
-        batch: x0 and noise (B, C, h, w), t (B,), prompt_embeds (B, S, E), pooled (B, P), B layouts; on the
+        batch: x0 and noise (B, C, h, w), t (B,), texts of B captions, B layouts; on the
             transformer's device, of any floating dtype.
         objective: weights inside boxes and over time, and the guidance that a distilled transformer takes as input.
         target: (B, C, h, w) velocity to predict; None = that of the batch, noise - x0.

@@ -408,7 +408,7 @@ def _backward(run: Run, positions: range, dry: DryRun) -> tuple[float, list[str]
         dry.data_seconds = time.perf_counter() - start - drawn
     dry.encode_seconds = max(drawn - dry.data_seconds, 0.0)
     dry.latents_bytes = max(dry.latents_bytes, batch.x0[0].nbytes)
-    dry.text_bytes = batch.prompt_embeds[0].nbytes + batch.pooled[0].nbytes
+    dry.text_bytes = sum(value[0].nbytes for value in batch.texts.values())
     batch = batch.to(device)
     torch.manual_seed(seeded("dropout", settings.seed, positions[0]).initial_seed())
     _synchronize(device)

@@ -462,7 +462,7 @@ def prepare_run(config: Config, *, resume: bool = False, method: FoldedMethod | 
     optimizer = make_optimizer(pipe.transformer, config)
     schedule = make_schedule(optimizer, settings)
     encoder = LayoutEncoder(
-        pipe, EncodingCache(config.data.cache), base=config.base, slots=pipe.transformer.config.layout_slots
+        pipe, EncodingCache(config.data.cache), base=config.base, slots=pipe.transformer.layout_slots
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         set_engine(accelerator, config)

@@ -89,7 +89,7 @@ def forecast(base: PlannedBase, setup: Setup, method: Method) -> Forecast:
         InputError: the base does not take this setup, or its config makes no model.
     """
     model = planned_model(base, setup.dtype)
-    latents, slots = base.latent_side(model, setup.resolution), model.config.layout_slots or setup.boxes
+    latents, slots = base.latent_side(model, setup.resolution), model.layout_slots or setup.boxes
     if setup.boxes > slots:
         what, hint = f"is {setup.boxes}, and this base takes {slots}", f"give at most {slots} boxes"
         raise InputError(what, location="--boxes", hint=hint)
@@ -138,8 +138,7 @@ def empty_batch(model: Any, setup: Setup, latents: int, slots: int) -> Batch:
         x0=torch.empty(image),
         noise=torch.empty(image),
         t=torch.empty(size),
-        prompt_embeds=torch.empty(size, setup.text_tokens, model.config.joint_attention_dim),
-        pooled=torch.empty(size, model.config.pooled_projection_dim),
+        texts={name: torch.empty(size, *shape) for name, shape in model.text_shapes(setup.text_tokens).items()},
         layout=layout,
     )
 

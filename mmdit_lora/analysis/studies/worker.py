@@ -142,7 +142,7 @@ def _fidelity(
 
 def _losses(pipe: LayoutPipeline, config: Config, records: Sequence[Record]) -> list[float]:
     """Loss of each image, at times and noises that are the same for every run, whatever its seed."""
-    slots = pipe.transformer.config.layout_slots
+    slots = pipe.transformer.layout_slots
     encoder = LayoutEncoder(pipe, EncodingCache(config.data.cache), base=config.base, slots=slots)
     dataset = EncodedDataset(records, encoder, config, buckets=run_buckets(config, pipe), stream="held out")
     found = held_out_losses(pipe.transformer, dataset, pipe.device)

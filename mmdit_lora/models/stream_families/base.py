@@ -84,12 +84,15 @@ class StreamFamily:
         guidance: how pipelines guide: "calls" (two calls, marked by `cache_context`), "alternate" (two calls, not marked,
             the guided one first), a doubled batch ("uncond_first", "cond_first"), or "single" (one call, also where another
             transformer is called without text).
+        guide: (guidance scale, number of prompts) -> arguments of a pipeline's call that guide so.
         latents: pixels -> x0, by the VAE, normalised as the transformer takes them.
         channels, multiple, cell: of x0: C, what h and w are multiples of, and pixels a cell covers.
         inputs: (model, x_t, t in [0, 1], texts, guidance) -> arguments of `forward`. outputs: (its answer, h, w) -> velocity.
         captions: (pipe, texts, max_length) -> texts of the transformer by name, each (n, ...): "embeds" (n, S, E), where the
             base masks them "mask" (n, S), where it has one "pooled" (n, P).
+        pooled_dim: P; None = there is no pooled embedding. masked: captions have a "mask".
         phrases: (pipe, phrases) -> (n, E).
+        text_dim: E of a caption's tokens; None = as of phrases.
         presets: name of a published checkpoint -> the transformer's arguments.
     """
 
@@ -106,7 +109,10 @@ class StreamFamily:
     captions: Callable[[Any, Sequence[str], int], dict[str, Tensor]]
     phrases: Callable[[Any, Sequence[str]], Tensor]
     guidance: Literal["calls", "alternate", "uncond_first", "cond_first", "single"] = "calls"
+    guide: Callable[[float, int], dict[str, Any]] = lambda scale, count: {"guidance_scale": scale}  # noqa: ARG005
     index: Callable[[Any, Call], Tensor] | None = None
+    pooled_dim: Callable[[Any], int] | None = None
+    masked: bool = False
     latents: Callable[[Any, Tensor], Tensor] = scaled_latents
     channels: Callable[[Any], int] = lambda config: config.in_channels // 4
     multiple: int = 2
@@ -114,6 +120,13 @@ class StreamFamily:
     max_side: Callable[[Any], int | None] = lambda config: None  # noqa: ARG005
     max_length: int = 512
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    text_dim: Callable[[Any], int] | None = None
+
+    def text_shapes(self, config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes, without the batch, of encoded captions of `tokens` text tokens."""
+        shapes: dict[str, tuple[int, ...]] = {"embeds": (tokens, (self.text_dim or self.phrase_dim)(config))}
+        shapes |= {} if self.pooled_dim is None else {"pooled": (self.pooled_dim(config),)}
+        return shapes | ({"mask": (tokens,)} if self.masked else {})
 
 
 def cartesian_ids(*sizes: int, device: torch.device) -> Tensor:

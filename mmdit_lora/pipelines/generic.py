@@ -1,0 +1,148 @@
+"""The stock pipelines of every described family, with a layout: one class is made of each."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from torch import Tensor
+
+from mmdit_lora.errors import InputError
+from mmdit_lora.lora import load_adapter
+from mmdit_lora.models.base import log_new_stream, open_strictly
+from mmdit_lora.models.generic_stream import StreamModel, add_layout_stream
+from mmdit_lora.models.layout_stream import LayoutInputs
+from mmdit_lora.models.stream_families import STREAM_FAMILIES
+from mmdit_lora.models.stream_families.base import StreamFamily
+from mmdit_lora.models.stream_files import load_layout_stream
+from mmdit_lora.models.weight_files import opened_from
+from mmdit_lora.pipelines.base import LayoutPipeline
+from mmdit_lora.pipelines.styles import StyleLoader, layout_adapter_file
+
+
+class GenericLayoutPipeline(LayoutPipeline):
+    """Mixed into a stock diffusers pipeline, in front of it: see `LayoutPipeline`, and `generic_pipeline`.
+
+    The loop is the stock one. Its calls of the transformer see the layout while the pipeline runs, and those without text do
+    not; guidance is what the stock pipeline does. `save_pretrained` writes a folder that stock diffusers opens.
+    """
+
+    stream_family: ClassVar[StreamFamily]
+
+    @classmethod
+    def _open_transformer(
+        cls,
+        path: str,
+        *,
+        stream: str | None = None,
+        layout_attention: str = "siamese",
+        layout_width: int | None = None,
+        layout_seed: int = 0,
+        **options: Any,
+    ) -> Any:
+        """The stock transformer with the stream of a folder, or with a new one.
+
+        Raises:
+            InputError: it is damaged; the stream does not fit it; or a new one cannot be built so.
+        """
+        stock = getattr(diffusers, cls.stream_family.transformer)
+        model, _ = open_strictly(stock.from_pretrained, stock, path, subfolder="transformer", **options)
+        if stream is not None:
+            load_layout_stream(model, stream)
+        else:
+            try:
+                add_layout_stream(model, attention=layout_attention, width=layout_width, seed=layout_seed)
+            except ValueError as error:
+                raise InputError(str(error), location="stream", hint="see the section `stream` of the config") from None
+            log_new_stream(path, model, f"seed {layout_seed}")
+        model.opened_from = opened_from(path, "transformer")
+        return model
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where texts are encoded; that of the VAE where the transformer is there by its config alone."""
+        by_config_alone = self.transformer.device.type == "meta" and not hasattr(self.transformer, "_hf_hook")
+        device: torch.device = self.vae.device if by_config_alone else super()._execution_device
+        return device
+
+    @property
+    def encoding_device(self) -> torch.device:
+        return self._execution_device
+
+    @torch.no_grad()
+    def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:
+        """One embedding for each phrase, (n, E), as the family makes it of its text encoder's states."""
+        return self.stream_family.phrases(self, list(phrases)).to(device or self._execution_device)
+
+    @torch.no_grad()
+    def encode_caption(self, caption: str | Sequence[str], device: torch.device | None = None) -> dict[str, Tensor]:
+        texts = [caption] if isinstance(caption, str) else list(caption)
+        encoded = self.stream_family.captions(self, texts, self.config.max_sequence_length)
+        return {name: value.to(device or self._execution_device) for name, value in encoded.items()}
+
+    @contextmanager
+    def _layout_during(
+        self, inputs: LayoutInputs, scale: float, arguments: dict[str, Any]
+    ) -> Iterator[Callable[[float], None]]:
+        guides = (arguments["guidance_scale"] or 0) > 1
+        alternates = self.stream_family.guidance == "alternate" and guides
+        with self.transformer.with_layout(inputs, scale, alternates=alternates) as rescale:
+            yield rescale
+
+    def _stock_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        known = inspect.signature(super(LayoutPipeline, self).__call__).parameters
+        guidance = self.stream_family.guide(arguments.pop("guidance_scale"), len(arguments["prompt"] or ()))
+        attention = arguments.pop("joint_attention_kwargs")
+        name = next((name for name in ("joint_attention_kwargs", "attention_kwargs") if name in known), None)
+        if name is not None:
+            arguments.setdefault(name, attention)
+        if layers := self.config.get("text_encoder_out_layers"):
+            arguments.setdefault("text_encoder_out_layers", tuple(layers))
+        return {key: value for key, value in {**guidance, **arguments}.items() if key in known or value is not None}
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layout adapter in any form that `export` writes, as `load_adapter` does; any other LoRA as diffusers does."""
+        source = pretrained_model_name_or_path_or_dict
+        if (file := layout_adapter_file(source, kwargs)) is None:
+            return super(StyleLoader, self).load_lora_weights(source, *args, **kwargs)
+        return load_adapter(self.transformer, file, adapter_name=kwargs.get("adapter_name") or "default")
+
+
+@functools.cache
+def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
+    """The class for a stock diffusers pipeline, by its name; None where no family describes it."""
+    family = next((family for family in STREAM_FAMILIES.values() if name in family.pipelines), None)
+    stock: Any = None if family is None else getattr(diffusers, name)
+    if family is None:
+        return None
+    own: dict[str, Any] = {"max_sequence_length": family.max_length, "num_inference_steps": 28, "guidance_scale": 4.0}
+    own |= {"default_sample_size": 128, "text_encoder_out_layers": None}
+    stated = inspect.signature(stock.__init__)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    more = [
+        inspect.Parameter(key, keyword, default=value) for key, value in own.items() if key not in stated.parameters
+    ]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        arguments.pop("self")
+        super(made, self).__init__(**arguments)
+        self.default_sample_size = arguments.get("default_sample_size", 128)
+
+    signature = stated.replace(parameters=[*stated.parameters.values(), *more])
+    vars(__init__)["__signature__"] = signature  # diffusers reads the components from it
+    body = {"__init__": __init__, "__module__": stock.__module__, "__doc__": stock.__doc__, "stream_family": family}
+    body |= {"transformer_class": StreamModel, "opens": (name,)}
+    # A base may come without its further text encoders, as SD3 without T5, and a saved one then says null.
+    further = [key for key in stated.parameters if key.startswith(("text_encoder_", "tokenizer_"))]
+    body["_optional_components"] = [*getattr(stock, "_optional_components", ()), *further]
+    # Under the stock name: a saved folder is one that stock diffusers opens.
+    made: type[GenericLayoutPipeline] = type(name, (GenericLayoutPipeline, stock), body)
+    return made
