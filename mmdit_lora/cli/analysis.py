@@ -23,6 +23,7 @@ from mmdit_lora.cli.options import (
     SeedOption,
     SizeOption,
     StepsOption,
+    StreamOption,
     WindowOption,
     adapter_is_there,
     number,
@@ -145,6 +146,7 @@ def attribute(
     layout: Annotated[Path, typer.Option("--layout", help="A .json layout, a .jsonl of many, or a data set folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     adapter: AdapterOption = None,
+    stream: StreamOption = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
@@ -157,7 +159,7 @@ def attribute(
     as_json: JsonFlag = False,
 ) -> None:
     """Which box moved which part of the image: each box left out once, and the image's attention to it, drawn."""
-    inputs = sampling_inputs(base, adapter, layout)
+    inputs = sampling_inputs(base, adapter, layout) | {"--stream": stream}
     check_new_folder(out, verb="attribute", inputs=inputs)
     layouts = open_layouts(layout)[:count]
     bare = next((number for number, each in enumerate(layouts, start=1) if not each.boxes), None)
@@ -168,7 +170,7 @@ def attribute(
     from mmdit_lora.analysis.attribute import sheet
 
     with new_folder(out, verb="attribute", inputs=inputs) as temporary:
-        pipe = open_with_adapters(base, adapter, dtype, settings)
+        pipe = open_with_adapters(base, adapter, dtype, settings, stream=stream)
         sheets = []
         with ProgressLines() as progress:
             for number, each in enumerate(layouts):

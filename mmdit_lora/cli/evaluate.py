@@ -18,6 +18,7 @@ from mmdit_lora.cli.options import (
     SeedOption,
     SizeOption,
     StepsOption,
+    StreamOption,
     WindowOption,
     base_is_there,
     number,
@@ -55,6 +56,7 @@ def evaluate(
         typer.Option("--base", help="Pipeline folder or hub id, to sample with.", callback=base_is_there),
     ] = None,
     adapter: AdapterOption = None,
+    stream: StreamOption = None,
     each: Annotated[
         bool, typer.Option("--each", help="Every --adapter is a side of its own; without it they act together.")
     ] = False,
@@ -120,7 +122,7 @@ def evaluate(
         raise InputError("nothing to judge", hint="give --base, to sample with, or --images, a folder of images")
     if base is None and (adapter or ablations or variations):
         raise InputError("is for sampling", location="--adapter, --ablations, --variations", hint="give --base too")
-    inputs: Inputs = sampling_inputs(base, adapter, data) | {"--data": data, "--images": images}
+    inputs: Inputs = sampling_inputs(base, adapter, data) | {"--data": data, "--images": images, "--stream": stream}
     with open_folder(out, verb="evaluate", names=_WRITTEN, inputs=inputs):
         # What is cheap to check comes before torch is imported, and that before the base is loaded.
         from mmdit_lora.data.sources import open_dataset
@@ -141,7 +143,9 @@ def evaluate(
         clip_model = None if clip is None else Clip(clip)
         with ProgressLines() as progress:
             result = run(
-                open_with_adapters(base, adapter, dtype, settings, allow_same=each) if base is not None else None,
+                None
+                if base is None
+                else open_with_adapters(base, adapter, dtype, settings, allow_same=each, stream=stream),
                 records,
                 settings,
                 seed=seed,

@@ -163,6 +163,10 @@ AdapterOption = Annotated[
         callback=_each(_require_weighted_adapter),
     ),
 ]
+StreamOption = Annotated[
+    Path | None,
+    typer.Option("--stream", help="Folder of a generic layout stream that was trained on the base."),
+]
 StepsOption = Annotated[int | None, number(STEPS, "--steps", help="Sampling steps; default: what the base states.")]
 GuidanceOption = Annotated[
     float | None, number(GUIDANCE, "--guidance", help="Classifier-free guidance; default: what the base states.")

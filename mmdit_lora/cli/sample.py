@@ -22,6 +22,7 @@ from mmdit_lora.cli.options import (
     SeedOption,
     SizeOption,
     StepsOption,
+    StreamOption,
     WindowOption,
     folder_and_weight,
     size_of,
@@ -69,6 +70,7 @@ def sample(
         typer.Option("--box-units", help="Units of --box: relative (0 to 1), permille (0 to 1000), pixel (of --size)."),
     ] = "relative",
     adapter: AdapterOption = None,
+    stream: StreamOption = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
@@ -81,7 +83,7 @@ def sample(
     as_json: JsonFlag = False,
 ) -> None:
     """Sample images of layouts: plain, with their boxes, as a contact sheet, and a JSON of all settings."""
-    inputs = sampling_inputs(base, adapter, layout)
+    inputs = sampling_inputs(base, adapter, layout) | {"--stream": stream}
     check_new_folder(out, verb="sample", inputs=inputs)
     layouts = given_layouts(layout, prompt, box, box_format, box_units, size)[:count]
     settings = sampling_config(steps, guidance, layout_scale, layout_window, size, batch_size)
@@ -89,7 +91,7 @@ def sample(
     from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
     with new_folder(out, verb="sample", inputs=inputs) as temporary:
-        pipe = open_with_adapters(base, adapter, dtype, settings)
+        pipe = open_with_adapters(base, adapter, dtype, settings, stream=stream)
         with ProgressLines() as progress:
             images = generate(
                 pipe, layouts, settings, seed=seed, on_progress=lambda done: progress("sample", done, len(layouts), {})
@@ -205,11 +207,13 @@ def open_with_adapters(
     settings: SamplingConfig | None = None,
     *,
     allow_same: bool = False,
+    stream: Path | None = None,
 ) -> LayoutPipeline:
     """The base with its adapters, all active, on the GPU if there is one.
 
     Args:
         settings: their size must be one that this base can sample.
+        stream: folder of a generic layout stream.
         allow_same: an adapter may be given several times, if they do not act together.
     """
     import torch
@@ -219,7 +223,7 @@ def open_with_adapters(
 
     for given in adapters or []:
         adapter_file(folder_and_weight(given)[0])  # before the base is opened, which takes longer
-    pipe = load_pipeline(base, dtype=torch_dtype(dtype))
+    pipe = load_pipeline(base, dtype=torch_dtype(dtype), stream=stream)
     for side in (settings and settings.size) or ():
         try:
             pipe.check_side(side)

@@ -178,6 +178,11 @@ class Config(Section):
     method: Literal["lora", "layout_stream", "full"] = optional(
         "lora", "what is trained: lora (an adapter) | layout_stream (pretrain the stream) | full (everything)"
     )
+    stream_weights: str | None = optional(
+        None,
+        "folder of a generic layout stream that was trained on the base: `<output_dir>/stream` of such a run",
+        min_length=1,
+    )
     output_dir: str = optional("outputs/run", "where checkpoints, images and the adapter go", min_length=1)
     license: str = optional("other", "of the adapter, for its card: the hub's name of it", min_length=1)
     data: DataSection = Field(description="the data set")

@@ -223,6 +223,11 @@ class LayoutModelMixin(AdapterMethods):
         """C of the VAE's latents."""
         raise NotImplementedError
 
+    def encode_latents(self, vae: Any, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w): the posterior's mode, normalised as the transformer takes it."""
+        latents = vae.encode(pixels).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
     @property
     def latent_multiple(self) -> int:
         """Sides of the latents must be multiples of this."""

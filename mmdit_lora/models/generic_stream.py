@@ -382,6 +382,9 @@ class StreamModel(LayoutModelMixin):
     def as_latents(self, sample: Any, height: int, width: int) -> Tensor:
         return self.stream_family.outputs(sample, height, width)
 
+    def encode_latents(self, vae: Any, pixels: Tensor) -> Tensor:
+        return self.stream_family.latents(vae, pixels).float()
+
     def build_layout_stream(self) -> None:
         family, config, call = self.stream_family, self.stream_config, self.layout_call
         dim, blocks = family.width(self.config), stream_blocks(self, family)

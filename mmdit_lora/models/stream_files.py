@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmdit_lora.errors import InputError, counted
 from mmdit_lora.files import exists, public_name, write_json
 from mmdit_lora.json_files import read_object
-from mmdit_lora.models.fingerprint import base_fingerprint
+from mmdit_lora.models.fingerprint import base_fingerprint as fingerprint_of
 from mmdit_lora.models.generic_stream import (
     LayoutStreamReport,
     StreamModel,
@@ -36,13 +36,15 @@ def save_layout_stream(
     folder: str | Path,
     *,
     base: str | None = None,
+    base_fingerprint: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
     verb: str = "save_layout_stream",
 ) -> None:
     """Write the stream of a model to a folder, all or nothing. Adapters that are on it are left out.
 
     Args:
-        base: folder or hub id of the model, for people. weights: to be saved in place of the model's, by name.
+        base: folder or hub id of the model, for people. base_fingerprint: of the stock model, where the caller has it already, or
+            the model is quantised and so another. weights: to be saved in place of the model's, by name.
 
     Raises:
         ValueError: the model has no stream that `add_layout_stream` made.
@@ -58,7 +60,7 @@ def save_layout_stream(
         "attention": transformer.stream_config.attention,
         "width": transformer.stream_config.width,
         "base": None if base is None else public_name(base),
-        "base_fingerprint": base_fingerprint(transformer, with_stream=False),
+        "base_fingerprint": base_fingerprint or fingerprint_of(transformer, with_stream=False),
         "parameters": sum(value.numel() for value in tensors.values()),
     }
     with new_folder(folder, verb=verb) as temporary:
@@ -133,7 +135,7 @@ def load_layout_stream(
         }
         if any(faults.values()):
             raise InputError(f"does not fit this base: {counted(faults)}", location=location)
-        if check_base and config["base_fingerprint"] != base_fingerprint(transformer, with_stream=False):
+        if check_base and config["base_fingerprint"] != fingerprint_of(transformer, with_stream=False):
             raise InputError(
                 f"was trained on another base ({config.get('base') or 'not named'}, {config['base_fingerprint'][:12]})",
                 location=location,

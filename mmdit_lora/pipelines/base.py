@@ -113,6 +113,7 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
     scheduler: Any
     vae_scale_factor: int
     opened_from: Path | None = None  # its folder
+    stock_fingerprint: str | None = None  # of the transformer without its generic layout stream
     image_processor: Any
     config: Any
 

@@ -19,7 +19,7 @@ from mmdit_lora.models.generic_stream import StreamModel, add_layout_stream
 from mmdit_lora.models.layout_stream import LayoutInputs
 from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from mmdit_lora.models.stream_families.base import StreamFamily
-from mmdit_lora.models.stream_files import load_layout_stream
+from mmdit_lora.models.stream_files import load_layout_stream, read_stream_config
 from mmdit_lora.models.weight_files import opened_from
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.styles import StyleLoader, layout_adapter_file
@@ -111,6 +111,29 @@ class GenericLayoutPipeline(LayoutPipeline):
         if (file := layout_adapter_file(source, kwargs)) is None:
             return super(StyleLoader, self).load_lora_weights(source, *args, **kwargs)
         return load_adapter(self.transformer, file, adapter_name=kwargs.get("adapter_name") or "default")
+
+
+def generic_on_meta(
+    base: str,
+    *,
+    stream: str | None = None,
+    layout_attention: str = "siamese",
+    layout_width: int | None = None,
+    **_: Any,
+) -> Any:
+    """The transformer of a base with its stream, both by their configs alone, on the meta device."""
+    index: Any = diffusers.DiffusionPipeline.load_config(base)
+    pipeline = generic_pipeline(index["_class_name"])
+    if pipeline is None:
+        raise InputError(f"is a {index['_class_name']}, which no family describes", location=base)
+    stock = getattr(diffusers, pipeline.stream_family.transformer)
+    if stream is not None:
+        stored = read_stream_config(stream)
+        layout_attention, layout_width = stored["attention"], stored["width"]
+    with torch.device("meta"):
+        model = stock.from_config(stock.load_config(base, subfolder="transformer"))
+        add_layout_stream(model, attention=layout_attention, width=layout_width)
+    return model
 
 
 @functools.cache

@@ -117,6 +117,15 @@ def pipeline_class(name: str, *, generic: bool = False) -> type[LayoutPipeline] 
     return (None if generic else built_in.get(name)) or generic_pipeline(name)
 
 
+def is_generic_base(base: str) -> bool:
+    """Whether a base is of a family that has a generic stream and no built-in one; False where it cannot be read."""
+    with suppress(OSError, ValueError):
+        name = DiffusionPipeline.load_config(here_or_packaged(base)).get("_class_name")
+        pipeline = pipeline_class(str(name))
+        return pipeline is not None and pipeline not in PIPELINES
+    return False
+
+
 def known_pipelines() -> list[str]:
     """Names of the pipelines that `load_pipeline` opens."""
     built_in = [name for pipeline in PIPELINES for name in pipeline.opens]

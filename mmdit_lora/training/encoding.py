@@ -88,9 +88,9 @@ class LayoutEncoder:
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) fp32 on the CPU: the posterior's mode, scaled as the transformer takes it."""
-        vae = self.pipe.vae
-        each = [vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in pixels.split(1)]
-        return (torch.cat(each) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        vae, transformer = self.pipe.vae, self.pipe.transformer
+        each = [transformer.encode_latents(vae, x.to(vae.device, vae.dtype)).cpu() for x in pixels.split(1)]
+        return torch.cat(each)
 
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Encoded captions by name, (B, ...) each, on the CPU, as the pipeline makes them when it samples; see
@@ -206,7 +206,7 @@ class EncodedDataset:
         stream: str = "train",
         workers: int = 0,
     ) -> None:
-        data, train, flow, vae = config.data, config.train, config.flow, encoder.pipe.vae
+        data, train, flow = config.data, config.train, config.flow
         self.records, self.encoder, self.workers, self.guidance = records, encoder, workers, flow.guidance
         times = partial(
             sample_timesteps,
@@ -233,7 +233,7 @@ class EncodedDataset:
             box_dropout=train.box_dropout,
             phrase_dropout=train.phrase_dropout,
             times=times,
-            latents=(vae.config.latent_channels, encoder.pipe.vae_scale_factor),
+            latents=(encoder.pipe.transformer.latent_channels, encoder.pipe.vae_scale_factor),
         )
         self.variants, self.size_of = self.dataset.variants, self.dataset.size_of
         self.bucket_counts = self.dataset.bucket_counts

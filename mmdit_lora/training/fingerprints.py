@@ -15,7 +15,7 @@ from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.pipelines import LayoutPipeline
 
 # Keys of the config that say where something lies; the fingerprints say what it is (entries of a cache are found by content).
-PLACES = ("base", "data.path", "data.validation", "data.cache", "prior.layouts", "lora.start")
+PLACES = ("base", "stream_weights", "data.path", "data.validation", "data.cache", "prior.layouts", "lora.start")
 _NAMES = {
     "base": "base",
     "encoders": "VAE or a text encoder of the base",

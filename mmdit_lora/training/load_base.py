@@ -15,7 +15,11 @@ from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.models.families import stored_transformer, stream_changes
+from mmdit_lora.models.generic_stream import StreamModel, add_layout_stream
+from mmdit_lora.models.stream_files import read_stream_config
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
+from mmdit_lora.pipelines.generic import generic_on_meta
+from mmdit_lora.pipelines.loading import is_generic_base
 
 # Parts of module names. What is trained or carries an adapter keeps its weights: a LoRA then merges exactly.
 NEVER_QUANTISED = ("layout_stream", "layout_processor")
@@ -23,6 +27,7 @@ NEVER_QUANTISED = ("layout_stream", "layout_processor")
 # `train.mixed_precision` -> dtype of the frozen weights.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+_GENERIC_KEYS = {"attention": "layout_attention", "width": "layout_width"}
 # Keys of the config's section `stream` and of the transformer.
 _STREAM_KEYS = {
     "attention": "layout_attention",
@@ -44,6 +49,8 @@ def load_base(config: Config, dtype: torch.dtype) -> tuple[LayoutPipeline, str]:
     options = stream_options(config)
     pipe = load_pipeline(config.base, dtype=dtype, **options)
     fingerprint = base_fingerprint(pipe.transformer)
+    if isinstance(pipe.transformer, StreamModel) and config.method == "layout_stream":
+        pipe.stock_fingerprint = base_fingerprint(pipe.transformer, with_stream=False)
     if kind != "none":
         _quantise(pipe, config, dtype, options)
     return pipe, fingerprint
@@ -58,15 +65,19 @@ def open_encoders(config: Config, dtype: torch.dtype, *, texts: bool = True) -> 
     Raises:
         InputError: no such base, or the section `stream` contradicts it.
     """
+    components: dict[str, Any] = {}
+    if not texts:
+        index = DiffusionPipeline.load_config(config.base)
+        components |= dict.fromkeys(name for name in index if name.startswith(("text_encoder", "tokenizer")))
+    if is_generic(config):
+        components["transformer"] = generic_on_meta(config.base, **stream_options(config))
+        return load_pipeline(config.base, dtype=dtype, components=components, generic=True)
     transformer_class: Any
     transformer_class, stored = stored_transformer(config.base)
     options = {key: value for key, value in stream_options(config).items() if key in _STREAM_KEYS.values()}
     with torch.device("meta"):
         transformer = transformer_class.from_config({**stored, **options})
-    components: dict[str, Any] = {"transformer": transformer}
-    if not texts:
-        index = DiffusionPipeline.load_config(config.base)
-        components |= dict.fromkeys(name for name in index if name.startswith(("text_encoder", "tokenizer")))
+    components["transformer"] = transformer
     return load_pipeline(config.base, dtype=dtype, components=components)
 
 
@@ -78,6 +89,8 @@ def stream_options(config: Config) -> dict[str, Any]:
     """
     stream = config.stream
     options: dict[str, Any] = {"layout_seed": config.train.seed if stream.seed is None else stream.seed}
+    if is_generic(config):
+        return _generic_options(config, options)
     if stream.init is not None:
         options["layout_init"] = stream.init
     wanted = {own: value for key, own in _STREAM_KEYS.items() if (value := getattr(stream, key)) is not None}
@@ -107,6 +120,49 @@ def stream_options(config: Config) -> dict[str, Any]:
                 hint=start,
             )
     return options
+
+
+def is_generic(config: Config) -> bool:
+    """Whether the run's layout stream is a generic one, beside the base: it is asked for, or the family has no other."""
+    if config.stream_weights is not None or config.stream.kind == "generic" or config.stream.width is not None:
+        return True
+    return is_generic_base(config.base)
+
+
+def _generic_options(config: Config, options: dict[str, Any]) -> dict[str, Any]:
+    """The sections `stream` and `stream_weights` as options of `load_pipeline`.
+
+    Raises:
+        InputError: they contradict one another, or a generic stream knows no such thing.
+    """
+    stream = config.stream
+    if config.method == "full":
+        raise InputError(
+            "is full, and a generic layout stream lies beside its base",
+            location="method",
+            hint="give lora or layout_stream",
+        )
+    unknown = [key for key in ("single_blocks", "phrase_tokens") if getattr(stream, key) is not None]
+    unknown += ["init"] if stream.init not in (None, "random") else []
+    unknown += ["kind"] if stream.kind == "built-in" else []
+    if unknown:
+        raise InputError(
+            f"is {getattr(stream, unknown[0])}, and the layout stream of this run is a generic one, which has no such choice",
+            location=f"stream.{unknown[0]}",
+            hint="set it to null",
+        )
+    if config.stream_weights is None:
+        wanted = {own: getattr(stream, key) for key, own in _GENERIC_KEYS.items()}
+        return options | {"generic": True} | {key: value for key, value in wanted.items() if value is not None}
+    stored = read_stream_config(config.stream_weights)
+    for key in ("attention", "width"):
+        if (value := getattr(stream, key)) is not None and value != stored[key]:
+            raise InputError(
+                f"is {value}, and the stream of {config.stream_weights} has {stored[key]}",
+                location=f"stream.{key}",
+                hint="set it to null",
+            )
+    return {"stream": config.stream_weights}
 
 
 def check_quantization(kind: str) -> None:
@@ -155,7 +211,13 @@ def _quantise(pipe: LayoutPipeline, config: Config, dtype: torch.dtype, options:
     A new stream may be a copy of the base's weights, which must be those before they are quantised.
     """
     stream = {name: value for name, value in pipe.transformer.state_dict().items() if "layout" in name}
-    transformer_class = type(pipe.transformer)
+    transformer_class: Any = type(pipe.transformer)
+    built = pipe.transformer.stream_config if isinstance(pipe.transformer, StreamModel) else None
+    if built is not None:
+        transformer_class = getattr(diffusers, transformer_class.__name__)
+        options = {}
+    else:
+        options = options | {"layout_init": "random"}
     pipe.transformer = None  # not two copies at a time
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it warns about int8 in fp32, which is slower and as right
@@ -166,10 +228,12 @@ def _quantise(pipe: LayoutPipeline, config: Config, dtype: torch.dtype, options:
                 subfolder="transformer",
                 dtype=dtype,
                 quantization_config=quantization_config(config.train.quantization, dtype),
-                **options | {"layout_init": "random"},
+                **options,
             )
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
+    if built is not None:
+        add_layout_stream(transformer, attention=built.attention, width=built.width)
     own = transformer.state_dict()
     with torch.no_grad():
         for name, value in stream.items():

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from mmdit_lora import __version__
 from mmdit_lora.config.loading import Config
+from mmdit_lora.files import public_name
 from mmdit_lora.lora import describe_lora, save_adapter
+from mmdit_lora.models.generic_stream import StreamModel
+from mmdit_lora.models.stream_files import save_layout_stream
 from mmdit_lora.outputs import new_folder
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 from mmdit_lora.training.checkpoint import trainable_parameters
@@ -29,13 +32,24 @@ def save_result(
     *,
     fold: Callable[[nn.Module], dict[str, Tensor]] | None = None,
 ) -> Path:
-    """Write `<output_dir>/adapter` (method lora) or `<output_dir>/base` (the others), all or nothing; returns it.
+    """Write `<output_dir>/adapter` (method lora), `<output_dir>/stream` (layout_stream, where the stream is a generic one) or
+    `<output_dir>/base` (the others), all or nothing; returns it.
 
     Args:
         weights: of the trainable parameters, by name, where the model has only a part of each.
         fold: of a `FoldedMethod`.
     """
     folder = Path(config.output_dir)
+    if config.method != "lora" and isinstance(pipe.transformer, StreamModel):
+        save_layout_stream(
+            pipe.transformer,
+            folder / "stream",
+            base=config.base,
+            base_fingerprint=pipe.stock_fingerprint,
+            weights=weights,
+            verb=VERB,
+        )
+        return folder / "stream"
     if config.method != "lora":
         folded = fold(pipe.transformer) if fold is not None else None
         with new_folder(folder / "base", verb=VERB) as temporary, quiet():
@@ -47,6 +61,7 @@ def save_result(
         "data_fingerprint": report["fingerprints"]["data"],
         **({"start": start} if (start := report["start"]) is not None else {}),
         "family": pipe.transformer.family,
+        **({} if config.stream_weights is None else {"stream": public_name(config.stream_weights)}),
         "lora": describe_lora(lora_config(config.lora), lora_plus=config.train.lora_plus),
         "r": config.lora.r,
         "alpha": config.lora.alpha,

@@ -1,0 +1,180 @@
+"""A stock base that no family of ours restates: its generic stream from nothing, an adapter on it, and images of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mmdit_lora
+from mmdit_lora import Box, Layout
+from mmdit_lora.cli.main import main
+from mmdit_lora.errors import InputError
+from mmdit_lora.pipelines import load_pipeline
+from mmdit_lora.training.load_base import load_base, open_encoders
+from mmdit_lora.training.trainer import prepare_run, train
+from tests.streams import MAKERS
+from tests.streams.common import seeded
+from tests.test_trainer import adapter_of, make_config
+
+LAYOUT = Layout("two things", [Box((0.1, 0.1, 0.5, 0.5), "red circle"), Box((0.5, 0.4, 0.9, 0.9), "blue square")])
+
+
+@pytest.fixture(scope="module")
+def flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of stock classes."""
+    folder = tmp_path_factory.mktemp("flux2") / "base"
+    with seeded(0):
+        MAKERS["flux2"].pipeline(MAKERS["flux2"].transformer()).save_pretrained(folder)
+    index = folder / "model_index.json"
+    stated = {"max_sequence_length": 40, "default_sample_size": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
+    index.write_text(json.dumps(json.loads(index.read_text()) | stated))
+    return folder
+
+
+def config(base: Path, data: Path, out: Path, **changes: Any) -> Any:
+    size = {"path": str(data), "validation_share": 0.25, "resolution": 32}
+    return make_config(base, data, out, **{"data": size, **changes})
+
+
+@pytest.fixture(scope="module")
+def stream(flux2: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trained one, with a gate that opened."""
+    out = tmp_path_factory.mktemp("run")
+    train(config(flux2, data, out, method="layout_stream", stream={"width": 16}))
+    return out / "stream"
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def test_a_stream_is_trained_beside_its_base_and_an_adapter_on_it(
+    flux2: Path, stream: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(flux2 / "transformer")
+    trained = weights(stream)
+    assert not (stream.parent / "base").exists(), "no copy of the base"
+    assert all("layout" in name for name in trained)
+    assert (
+        sum(value.numel() for value in trained.values())
+        == json.loads((stream / "config.json").read_text())["parameters"]
+    )
+    assert any(value.any() for name, value in trained.items() if "out_proj" in name), "the gates have opened"
+
+    with pytest.raises(InputError, match="untrained"):
+        prepare_run(config(flux2, data, tmp_path / "early"))
+    run = config(flux2, data, tmp_path / "run", stream_weights=str(stream))
+    result = train(run)
+    assert result.report["family"] == "flux2"
+    assert 0 < result.report["trainable_params"] < sum(value.numel() for value in trained.values())
+    assert all("layout_mlp" in name for name in adapter_of(tmp_path / "run"))
+    now = dict(result.pipe.transformer.named_parameters())
+    for name, value in {**before, **trained}.items():
+        own = now.get(name, now.get(f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}"))
+        assert own is not None
+        assert torch.equal(own, value), name
+
+    (tmp_path / "layout.json").write_text(json.dumps(LAYOUT.to_dict()))
+    arguments = ["--base", flux2, "--layout", tmp_path / "layout.json", "--steps", 2, "--size", "32"]
+    with_stream = ["--stream", stream, "--adapter", tmp_path / "run" / "adapter"]
+    assert main([*map(str, ["sample", *arguments, *with_stream, "--out", tmp_path / "images"])]) == 0
+    assert list((tmp_path / "images").glob("*.png"))
+    capsys.readouterr()
+    # Without its stream, or with another, the adapter is not for this base.
+    other = ["--adapter", tmp_path / "run" / "adapter"]
+    assert main([*map(str, ["sample", *arguments, *other, "--out", tmp_path / "other"])]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("method", ["layout_stream", "lora"])
+def test_a_resumed_run_is_the_undisturbed_one(
+    flux2: Path, stream: Path, data: Path, tmp_path: Path, method: str
+) -> None:
+    settings = {"stream_weights": str(stream)} if method == "lora" else {"method": method, "stream": {"width": 16}}
+
+    def steps(out: Path, count: int, **more: Any) -> Any:
+        constant = {
+            "lr_schedule": "constant",
+            "warmup_steps": 0,
+        }  # a run that goes on has the schedule of its new length
+        return config(
+            flux2, data, out, train={"max_steps": count, "checkpoint_every": 1} | constant, **settings, **more
+        )
+
+    train(steps(tmp_path / "whole", 4))
+    train(steps(tmp_path / "parts", 2))
+    train(steps(tmp_path / "parts", 4), resume=True)
+    part = "stream" if method == "layout_stream" else "adapter"
+    whole, parts = weights(tmp_path / "whole" / part), weights(tmp_path / "parts" / part)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_latents_and_texts_are_those_of_the_pipeline(flux2: Path, data: Path, tmp_path: Path) -> None:
+    run = prepare_run(config(flux2, data, tmp_path / "run", method="layout_stream", stream={"width": 16}))
+    batch = run.examples.batch(range(2))
+    assert batch.x0.shape == (2, 4, 16, 16)
+    captions = [run.examples.record_at(position).layout.caption for position in range(2)]
+    embeds, _ = run.pipe.encode_prompt(captions, max_sequence_length=40)
+    torch.testing.assert_close(batch.texts["embeds"], embeds, atol=1e-5, rtol=1e-5)
+    packed = run.pipe._patchify_latents(batch.x0)
+    mean = run.pipe.vae.bn.running_mean.view(1, -1, 1, 1)
+    std = (run.pipe.vae.bn.running_var.view(1, -1, 1, 1) + run.pipe.vae.config.batch_norm_eps).sqrt()
+    decoded = run.pipe.vae.decode(run.pipe._unpatchify_latents(packed * std + mean)).sample
+    assert decoded.shape == (2, 3, 32, 32)
+
+
+def test_encoders_open_without_the_transformers_weights(flux2: Path, stream: Path, data: Path, tmp_path: Path) -> None:
+    run = config(flux2, data, tmp_path / "run", stream_weights=str(stream))
+    pipe = open_encoders(run, torch.float32)
+    assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+    whole, _ = load_base(run, torch.float32)
+    assert pipe.transformer.stream_config == whole.transformer.stream_config
+    for name, value in whole.encode_caption("a red circle").items():
+        assert torch.equal(pipe.encode_caption("a red circle")[name], value)
+    assert torch.equal(pipe.encode_phrases(["a", "b c"]), whole.encode_phrases(["a", "b c"]))
+
+
+def test_a_built_in_family_may_have_a_generic_stream(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stock = tmp_path / "stock"
+    pipe = load_pipeline(str(base))
+    parts = {name: part for name, part in pipe.components.items() if name != "transformer"}
+    from diffusers import StableDiffusion3Pipeline
+
+    from tests.tiny import plain_twin
+
+    StableDiffusion3Pipeline(**parts, transformer=plain_twin(pipe.transformer)).save_pretrained(stock)
+    train(config(stock, data, out, method="layout_stream", stream={"kind": "generic", "width": 16}))
+    opened = load_pipeline(str(stock), stream=out / "stream")
+    image = opened(
+        LAYOUT, num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    assert image.size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "full"}, "a generic layout stream lies beside its base"),
+        ({"stream": {"single_blocks": True}}, "has no such choice"),
+        ({"stream": {"kind": "built-in"}}, "has no such choice"),
+        ({"stream": {"init": "copy_text"}}, "has no such choice"),
+        ({"stream_weights": "STREAM", "stream": {"width": 32}}, "the stream of"),
+        ({"stream_weights": "nowhere"}, "no layout stream"),
+    ],
+)
+def test_what_contradicts_is_refused(
+    flux2: Path, stream: Path, data: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    given = {key: str(stream) if value == "STREAM" else value for key, value in changes.items()}
+    with pytest.raises(InputError, match=said):
+        mmdit_lora.train(config(flux2, data, tmp_path / "run", **{"method": "layout_stream", **given}))
+    assert not (tmp_path / "run").exists()
