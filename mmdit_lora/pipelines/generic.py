@@ -144,7 +144,7 @@ def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
     if family is None:
         return None
     own: dict[str, Any] = {"max_sequence_length": family.max_length, "num_inference_steps": 28, "guidance_scale": 4.0}
-    own |= {"default_sample_size": 128, "text_encoder_out_layers": None}
+    own |= {"default_sample_size": None, "text_encoder_out_layers": None}
     stated = inspect.signature(stock.__init__)
     keyword = inspect.Parameter.KEYWORD_ONLY
     more = [
@@ -157,7 +157,8 @@ def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
         arguments = dict(bound.arguments)
         arguments.pop("self")
         super(made, self).__init__(**arguments)
-        self.default_sample_size = arguments.get("default_sample_size", 128)
+        # Stated by the base, by the stock class, or 1024 pixels where a cell is 8.
+        self.default_sample_size = arguments["default_sample_size"] or getattr(self, "default_sample_size", 128)
 
     signature = stated.replace(parameters=[*stated.parameters.values(), *more])
     vars(__init__)["__signature__"] = signature  # diffusers reads the components from it
