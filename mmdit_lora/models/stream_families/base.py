@@ -66,6 +66,13 @@ def scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
+def one_frame_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """The posterior's mode of a video of one frame, each channel normalised by the VAE's config, (B, C, h, w)."""
+    latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()[:, :, 0]
+    mean, std = (latents.new_tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return (latents - mean) / std
+
+
 @dataclass(frozen=True)
 class StreamFamily:
     """A family of transformers of diffusers.
