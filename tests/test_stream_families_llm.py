@@ -305,3 +305,40 @@ def test_the_layout_does_not_move_images_to_edit(name: str, monkeypatch: pytest.
     assert moved == list(range(start, start + rows * columns))
     assert plain.shape == changed.shape == given(family, x).shape
     assert (changed - plain).abs().max() > 1e-4
+
+
+def test_captions_without_a_mask_have_all_their_tokens(described: StreamFamily, pipe: Any, noise: Tensor) -> None:
+    model, time = pipe.transformer, torch.tensor([0.3, 0.6])
+    embeds = {name: torch.randn(2, *shape) for name, shape in described.text_shapes(model.config, 6).items()}
+    assert embeds.keys() == {"embeds"}
+    whole = embeds | {"mask": torch.ones(2, 6, dtype=captions(pipe, described, [""])["mask"].dtype)}
+    with torch.no_grad():
+        one, other = (model(**described.inputs(model, noise, time, texts, 1.0))[0] for texts in (embeds, whole))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_scale_of_guidance_is_that_of_cfg(described: StreamFamily, pipe: Any, noise: Tensor) -> None:
+    """uncond + scale (cond - uncond), in the stock pipeline's own words; 1 = no guidance."""
+    made = MAKERS[described.name].SAMPLING
+    own = {key: value for key, value in made.items() if key == "max_sequence_length"}
+    size = {"height": HEIGHT * described.cell, "width": WIDTH * described.cell, "latents": given(described, noise)}
+    for scale in (1.0, 3.0):
+        with spied(pipe) as (calls, steps), torch.no_grad():
+            pipe(
+                prompt=list(PROMPTS),
+                num_inference_steps=1,
+                output_type="latent",
+                **own,
+                **size,
+                **described.guide(scale, 2),
+            )
+        answers = [described.outputs(call["answer"], HEIGHT, WIDTH) for call in calls]
+        if len(answers) == 1:
+            answers = list(answers[0].split(2))
+        assert len(answers) == (1 if scale == 1 else 2)
+        expected = answers[0] if scale == 1 else answers[1] + scale * (answers[0] - answers[1])
+        prediction, expected = steps[0][0].float(), given(described, expected)
+        if described.name in ("qwen_image", "lumina2"):  # they rescale it to the norm of the guided answer
+            prediction, expected = (each / each.norm(dim=-1, keepdim=True) for each in (prediction, expected))
+        torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-4)

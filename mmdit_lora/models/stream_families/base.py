@@ -73,6 +73,16 @@ def one_frame_latents(vae: Any, pixels: Tensor) -> Tensor:
     return (latents - mean) / std
 
 
+def beyond_one(scale: float, count: int) -> dict[str, Any]:  # noqa: ARG001
+    """Of pipelines that add scale x (cond - uncond) to cond: theirs is ours - 1."""
+    return {"guidance_scale": max(scale - 1, 0)}
+
+
+def true_cfg(scale: float, count: int) -> dict[str, Any]:
+    """Qwen's pipelines guide where there is a negative prompt, one a prompt; the published one is a space."""
+    return {"true_cfg_scale": scale} | ({"negative_prompt": [" "] * count} if scale > 1 else {})
+
+
 @dataclass(frozen=True)
 class StreamFamily:
     """A family of transformers of diffusers.
@@ -97,9 +107,10 @@ class StreamFamily:
         inputs: (model, x_t, t in [0, 1], texts, guidance) -> arguments of `forward`. outputs: (its answer, h, w) -> velocity.
         captions: (pipe, texts, max_length) -> texts of the transformer by name, each (n, ...): "embeds" (n, S, E), where the
             base masks them "mask" (n, S), where it has one "pooled" (n, P).
-        pooled_dim: P; None = there is no pooled embedding. masked: captions have a "mask".
+        pooled_dim: P; None = there is no pooled embedding.
+        masked: `inputs` needs the "mask" of captions; else captions without one have all their tokens.
         phrases: (pipe, phrases) -> (n, E).
-        text_dim: E of a caption's tokens; None = as of phrases.
+        text_dim: E of a caption's tokens, or (layers, E); None = as of phrases.
         presets: name of a published checkpoint -> the transformer's arguments.
     """
 
@@ -127,11 +138,12 @@ class StreamFamily:
     max_side: Callable[[Any], int | None] = lambda config: None  # noqa: ARG005
     max_length: int = 512
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    text_dim: Callable[[Any], int] | None = None
+    text_dim: Callable[[Any], int | tuple[int, ...]] | None = None
 
     def text_shapes(self, config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes, without the batch, of encoded captions of `tokens` text tokens."""
-        shapes: dict[str, tuple[int, ...]] = {"embeds": (tokens, (self.text_dim or self.phrase_dim)(config))}
+        width = self.phrase_dim(config) if self.text_dim is None else self.text_dim(config)
+        shapes: dict[str, tuple[int, ...]] = {"embeds": (tokens, *(width if isinstance(width, tuple) else (width,)))}
         shapes |= {} if self.pooled_dim is None else {"pooled": (self.pooled_dim(config),)}
         return shapes | ({"mask": (tokens,)} if self.masked else {})
 

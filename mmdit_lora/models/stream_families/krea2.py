@@ -1,7 +1,7 @@
 """Krea 2 (Raw and Turbo): Krea2Transformer2DModel, Krea2Pipeline of diffusers 0.42.1.
 
 The text, hidden states of several layers of its encoder, comes before the image. Its padding stands between the prompt and the
-end of the template, so captions keep the fixed length that the pipeline gives them.
+end of the template, so captions keep the fixed length that the pipeline gives them. Its guidance scale is ours - 1.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidan
         "encoder_hidden_states": embeds,
         "timestep": t,
         "position_ids": F.pad(image_ids, (0, 0, embeds.shape[1], 0)),
-        "encoder_attention_mask": texts["mask"],
+        "encoder_attention_mask": texts.get("mask"),
     }
 
 
 def captions(pipe: Any, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
     """Embeds are (n, S, layers, E)."""
-    embeds, mask = pipe.encode_prompt(list(texts), max_sequence_length=max_length)
-    return {"embeds": embeds, "mask": mask}
+    return dict(zip(("embeds", "mask"), pipe.encode_prompt(list(texts), max_sequence_length=max_length), strict=True))
 
 
 def phrases(pipe: Any, texts: Sequence[str]) -> Tensor:
@@ -47,6 +46,7 @@ KREA2 = StreamFamily(
     blocks={"transformer_blocks": "tail"},
     width=base.inner_dim,
     phrase_dim=lambda config: config.text_hidden_dim,
+    text_dim=lambda config: (config.num_text_layers, config.text_hidden_dim),
     grid=lambda _, call: base.grid_of_ids(call["position_ids"][call["encoder_hidden_states"].shape[1] :]),
     time=base.thousands(),
     inputs=inputs,
@@ -54,6 +54,7 @@ KREA2 = StreamFamily(
     captions=captions,
     phrases=phrases,
     guidance="alternate",
+    guide=base.beyond_one,
     latents=base.one_frame_latents,
     presets={"krea2": {}},
 )

@@ -27,8 +27,9 @@ def index(model: Any, call: Call) -> Tensor:
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
-    text = {"encoder_hidden_states": texts["embeds"], "encoder_attention_mask": texts["mask"]}
-    return {"hidden_states": x, "timestep": 1 - t, **text}
+    embeds, mask = texts["embeds"], texts.get("mask")
+    mask = torch.ones_like(embeds[..., 0], dtype=torch.long) if mask is None else mask
+    return {"hidden_states": x, "timestep": 1 - t, "encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
 def captions(pipe: Any, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:

@@ -16,12 +16,12 @@ from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:
-    (batch, _, height, width), mask = x.shape, texts["mask"]
+    (batch, _, height, width), mask = x.shape, texts.get("mask")
     return {
         "hidden_states": pack(x),
         "timestep": t,
         "guidance": x.new_full((batch,), guidance) if model.config.guidance_embeds else None,
-        "encoder_hidden_states_mask": None if mask.all() else mask,
+        "encoder_hidden_states_mask": None if mask is None or mask.all() else mask,
         "encoder_hidden_states": texts["embeds"],
         "img_shapes": [[(1, height // 2, width // 2)]] * batch,
     }
@@ -51,6 +51,7 @@ QWEN_IMAGE = StreamFamily(
     outputs=unpack,
     captions=captions,
     phrases=phrases,
+    guide=base.true_cfg,
     latents=base.one_frame_latents,
     presets={"qwen-image": {}, "qwen-image-edit": {}, "qwen-image-edit-2511": {"zero_cond_t": True}},
 )

@@ -18,15 +18,15 @@ from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
-    (batch, _, height, width), mask = x.shape, texts["mask"]
+    (batch, _, height, width), embeds, mask = x.shape, texts["embeds"], texts.get("mask")
     return {
         "hidden_states": x.flatten(2).transpose(1, 2),
         "timestep": t,
-        "encoder_hidden_states": texts["embeds"],
-        "encoder_hidden_states_mask": None if mask.all() else mask,
+        "encoder_hidden_states": embeds,
+        "encoder_hidden_states_mask": None if mask is None or mask.all() else mask,
         "img_shapes": [[(1, height, width)]] * batch,
         # The text encoder's place of an image stands for 2 x 2 of its tokens.
-        "img_mask": F.pad(torch.zeros_like(mask, dtype=torch.bool), (0, height * width // 4), value=True),
+        "img_mask": F.pad(torch.zeros_like(embeds[..., 0], dtype=torch.bool), (0, height * width // 4), value=True),
     }
 
 
@@ -51,6 +51,7 @@ QWEN_IMAGE21 = StreamFamily(
     outputs=lambda sample, height, width: sample[:, -height * width :].transpose(1, 2).unflatten(2, (height, width)),
     captions=captions,
     phrases=lambda pipe, texts: base.masked_mean(*captions(pipe, texts).values()),
+    guide=base.true_cfg,
     latents=lambda vae, pixels: base.one_frame_latents(vae, F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)),
     channels=lambda config: config.in_channels,
     cell=16,
