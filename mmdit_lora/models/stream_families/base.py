@@ -73,6 +73,28 @@ def one_frame_latents(vae: Any, pixels: Tensor) -> Tensor:
     return (latents - mean) / std
 
 
+def batch_norm_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """The mode, 2 x 2 cells normalised together by the batch norm of FLUX.2's VAE, as (B, C, h, w) again."""
+    mode = vae.encode(pixels).latent_dist.mode()
+    packed = (pack(mode) - vae.bn.running_mean) / (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    return unpack(packed.to(mode.dtype), *mode.shape[-2:])
+
+
+def chat_phrases(
+    captions: Callable[[Any, Sequence[str], int], dict[str, Tensor]], max_length: int = 64
+) -> Callable[[Any, Sequence[str]], Tensor]:
+    """Phrases as the mean state of the tokens that the pipeline's chat template makes of each."""
+
+    def phrases(pipe: Any, texts: Sequence[str]) -> Tensor:
+        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        chats = [pipe.tokenizer.apply_chat_template([{"role": "user", "content": text}], **template) for text in texts]
+        padding = {"padding": "max_length", "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+        states = captions(pipe, texts, max_length)["embeds"]
+        return masked_mean(states, pipe.tokenizer(chats, **padding).attention_mask.to(states.device))
+
+    return phrases
+
+
 def beyond_one(scale: float, count: int) -> dict[str, Any]:  # noqa: ARG001
     """Of pipelines that add scale x (cond - uncond) to cond: theirs is ours - 1."""
     return {"guidance_scale": max(scale - 1, 0)}

@@ -10,12 +10,10 @@ from torch import Tensor
 from mmdit_lora.models.stream_families import base
 from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
 
-_KEYS = ("joint_attention_dim", "num_layers", "num_single_layers", "num_attention_heads", "guidance_embeds")
-_SIZES = {
-    "flux2-dev": (15360, 8, 48, 48, True),
-    "flux2-klein-9b": (12288, 8, 24, 32, False),
-    "flux2-klein-4b": (7680, 5, 20, 24, False),
-}
+
+def config(text: int, double: int, single: int, heads: int, *, guidance: bool = False) -> dict[str, Any]:
+    sizes = {"num_layers": double, "num_single_layers": single, "num_attention_heads": heads}
+    return {"joint_attention_dim": text, "guidance_embeds": guidance, **sizes}
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:
@@ -30,30 +28,10 @@ def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidan
     }
 
 
-def latents(vae: Any, pixels: Tensor) -> Tensor:
-    """The mode, 2 x 2 cells normalised together by the VAE's batch norm, as (B, C, h, w) again."""
-    mode = vae.encode(pixels).latent_dist.mode()
-    norm, eps = vae.bn, vae.config.batch_norm_eps
-    packed = (pack(mode) - norm.running_mean) / (norm.running_var + eps).sqrt()
-    return unpack(packed.to(mode.dtype), *mode.shape[-2:])
-
-
 def captions(pipe: Any, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
     layers = pipe.config.get("text_encoder_out_layers")
     chosen = {} if layers is None else {"text_encoder_out_layers": tuple(layers)}
     return {"embeds": pipe.encode_prompt(list(texts), max_sequence_length=max_length, **chosen)[0]}
-
-
-def phrases(pipe: Any, texts: Sequence[str]) -> Tensor:
-    """The mean over the tokens that the chat template makes of a phrase."""
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    read = [pipe.tokenizer.apply_chat_template(chat, **template) for chat in chats]
-    mask = pipe.tokenizer(
-        read, padding="max_length", truncation=True, max_length=64, return_tensors="pt"
-    ).attention_mask
-    states = captions(pipe, texts, 64)["embeds"]
-    return base.masked_mean(states, mask.to(states.device))
 
 
 FLUX2 = StreamFamily(
@@ -68,7 +46,11 @@ FLUX2 = StreamFamily(
     inputs=inputs,
     outputs=unpack,
     captions=captions,
-    phrases=phrases,
-    latents=latents,
-    presets={name: dict(zip(_KEYS, sizes, strict=True)) for name, sizes in _SIZES.items()},
+    phrases=base.chat_phrases(captions),
+    latents=base.batch_norm_latents,
+    presets={
+        "flux2-dev": config(15360, 8, 48, 48, guidance=True),
+        "flux2-klein-9b": config(12288, 8, 24, 32),
+        "flux2-klein-4b": config(7680, 5, 20, 24),
+    },
 )
