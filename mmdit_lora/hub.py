@@ -106,7 +106,10 @@ def check_base_folder(folder: Path) -> None:
     if "_class_name" not in content:
         raise InputError("is no pipeline description: it has no _class_name", location=str(index))
     # transformers makes an empty tokenizer of a folder that is not there.
-    parts = [part for part, source in content.items() if isinstance(source, list) and source and source[0] is not None]
+    # A part is [library, class], a missing one [null, null]; a setting may be a list as well, as Krea 2's of layers.
+    parts = [
+        part for part, source in content.items() if isinstance(source, list) and source and isinstance(source[0], str)
+    ]
     absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if absent:
         what = f"lacks {', '.join(absent)}, which model_index.json names"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +16,17 @@ from diffusers import QwenImageEditPipeline
 from PIL import Image
 from torch import Tensor
 
+from mmdit_lora import Box, Layout
 from mmdit_lora.models import LayoutInputs, add_layout_stream
 from mmdit_lora.models.generic_stream import stream_parameters
 from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from mmdit_lora.models.stream_families.base import StreamFamily, pack
+from mmdit_lora.pipelines import load_pipeline
+from mmdit_lora.training.trainer import train
 from tests.streams import MAKERS
 from tests.streams.common import seeded
 from tests.streams.qwen_parts import qwen25_vl_processor
+from tests.test_trainer import make_config
 
 FAMILIES = ("z_image", "qwen_image", "krea2", "lumina2", "qwen_image21")
 GUIDED_OFF: dict[str, dict[str, Any]] = {
@@ -342,3 +348,22 @@ def test_the_scale_of_guidance_is_that_of_cfg(described: StreamFamily, pipe: Any
         if described.name in ("qwen_image", "lumina2"):  # they rescale it to the norm of the guided answer
             prediction, expected = (each / each.norm(dim=-1, keepdim=True) for each in (prediction, expected))
         torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_folder_of_the_base_is_trained_on_and_painted_with(
+    described: StreamFamily, pipe: Any, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    pipe.save_pretrained(folder)
+    index = folder / "model_index.json"
+    length = MAKERS[described.name].SAMPLING.get("max_sequence_length", 64)
+    stated = {"max_sequence_length": length, "default_sample_size": 4, "num_inference_steps": 1}
+    index.write_text(json.dumps(json.loads(index.read_text()) | stated))
+    train(make_config(folder, data, tmp_path / "run", method="layout_stream", stream={"width": 16}))
+    opened = load_pipeline(str(folder), stream=tmp_path / "run" / "stream")
+    layout = Layout("two things", [Box((0.1, 0.1, 0.5, 0.5), "red circle"), Box((0.5, 0.4, 0.9, 0.9), "blue square")])
+    size = {"height": 8 * described.cell, "width": 8 * described.cell}
+    for scale in (1.0, 3.0):
+        for call, count in (({"layout": layout}, 1), ({"layout": [layout, layout]}, 2), ({"prompt": "a cat"}, 1)):
+            images = opened(**call, **size, guidance_scale=scale).images
+            assert [image.size for image in images] == [(8 * described.cell, 8 * described.cell)] * count

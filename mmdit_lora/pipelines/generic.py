@@ -96,7 +96,11 @@ class GenericLayoutPipeline(LayoutPipeline):
 
     def _stock_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         known = inspect.signature(super(LayoutPipeline, self).__call__).parameters
-        guidance = self.stream_family.guide(arguments.pop("guidance_scale"), len(arguments["prompt"] or ()))
+        prompt = arguments["prompt"]
+        count = 1 if isinstance(prompt, str) else len(prompt or ())
+        guidance = self.stream_family.guide(arguments.pop("guidance_scale"), count)
+        if "max_sequence_length" not in known:  # Qwen-Image 2.1 reads whole captions
+            arguments.pop("max_sequence_length")
         attention = arguments.pop("joint_attention_kwargs")
         name = next((name for name in ("joint_attention_kwargs", "attention_kwargs") if name in known), None)
         if name is not None:
@@ -164,8 +168,10 @@ def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
     vars(__init__)["__signature__"] = signature  # diffusers reads the components from it
     body = {"__init__": __init__, "__module__": stock.__module__, "__doc__": stock.__doc__, "stream_family": family}
     body |= {"transformer_class": StreamModel, "opens": (name,)}
-    # A base may come without its further text encoders, as SD3 without T5, and a saved one then says null.
-    further = [key for key in stated.parameters if key.startswith(("text_encoder_", "tokenizer_"))]
+    # A base may come without its further text encoders, as SD3 without T5, and a saved one then says null. What has a default
+    # is a setting: Krea 2's `text_encoder_select_layers`.
+    parts = [key for key, parameter in stated.parameters.items() if parameter.default is parameter.empty]
+    further = [key for key in parts if key.startswith(("text_encoder_", "tokenizer_"))]
     body["_optional_components"] = [*getattr(stock, "_optional_components", ()), *further]
     # Under the stock name: a saved folder is one that stock diffusers opens.
     made: type[GenericLayoutPipeline] = type(name, (GenericLayoutPipeline, stock), body)

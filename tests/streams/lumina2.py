@@ -47,5 +47,6 @@ def pipeline(transformer: Any) -> Lumina2Pipeline:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
+        eos_token_id=qwen_tokenizer().eos_token_id,
     )
     return Lumina2Pipeline(transformer, scheduler(), vae.eval(), Gemma2Model(encoder).eval(), qwen_tokenizer())
