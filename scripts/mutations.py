@@ -365,7 +365,7 @@ MUTATIONS = (
     _m("LoRA in the base's dtype", "lora/inject.py", "cast_training_params(model, torch.float32)", "pass", "lora"),
     _m(
         "the fingerprint depends on the dtype",
-        "lora/storage.py",
+        "models/fingerprint.py",
         "value = value.to(torch.bfloat16) if value.is_floating_point() else value",
         "value = value.float() if value.is_floating_point() else value",
         "adapter_files",

@@ -212,8 +212,7 @@ class LoraSection(Section):
 class StreamSection(Section):
     kind: Literal["built-in", "generic"] | None = optional(
         None,
-        "built-in (SD3 and FLUX.1, compatible with CreatiLayout) | generic (a file of its own); null = built-in where the "
-        "family has it",
+        "built-in (compatible with CreatiLayout) | generic (a file of its own); null = built-in where the base's family has it",
     )
     width: int | None = optional(None, "of a new generic stream; null = the base's, at most 1024", ge=8, le=16384)
     attention: Literal["siamese", "cross"] | None = optional(
