@@ -275,6 +275,10 @@ def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     """A config as it is, or from its values, or from the path of its YAML file. Raises `InputError` as `load_config` does."""
     if isinstance(config, Config):
         return config
+    if not isinstance(config, Mapping | str | Path):
+        raise InputError(
+            f"is a {type(config).__name__}", location="config", hint="give a YAML file, a dict or a Config"
+        )
     if not isinstance(config, Mapping):
         return load_config(config)
     return _validated({key: _section_as_mapping(key, value) for key, value in config.items()}, {}, "config")

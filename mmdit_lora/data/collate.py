@@ -89,6 +89,8 @@ class LayoutCollator:
     """The `collate_fn` of a `DataLoader` over a `LayoutDataset`: `Sample`s to `Samples`."""
 
     def __call__(self, samples: Sequence[Sample]) -> Samples:
+        if not samples:
+            raise ValueError("no samples: a batch has at least one")
         columns = Samples(*zip(*samples, strict=True))  # type: ignore[arg-type]
         return columns._replace(
             drops_layout=torch.tensor(columns.drops_layout),

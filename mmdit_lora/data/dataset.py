@@ -57,9 +57,10 @@ class LayoutDataset(Dataset[Sample]):
 
     Args:
         source: a data set folder, shards or scenes (see `open_dataset`), or records.
-        size: of the images in pixels: a side, (height, width), or buckets.
+        size: of the images in pixels, 8 or more: a side, (height, width), or buckets.
         seed: of the order and of all draws.
-        samples: how many positions `len` counts; None = one epoch. Positions beyond are there all the same.
+        samples: how many positions `len` and iteration count; None = one epoch. Positions beyond are there all the same: they
+            are later epochs.
         batch: samples of an optimizer step over all processes: with buckets, they are of one size.
         group_boxes: they have about as many boxes, too.
         stream: names the draws, so that two sets of a run draw different things. "held out": every record as it is, in its
@@ -113,6 +114,14 @@ class LayoutDataset(Dataset[Sample]):
         self._times, self._latents, self.stored = times, latents, stored
         if isinstance(size, int):
             size = (size, size)
+        sides = size if isinstance(size, tuple) else ()
+        for name, value, least in (
+            *(("size", side, 8) for side in sides),
+            ("samples", samples, 0),
+            ("batch", batch, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"is {value}", location=name, hint=f"give {least} or more")
         buckets = size if isinstance(size, Buckets) else one_size(size)
         self._size = buckets.sizes[0][0] if buckets.is_single else None
         self._sizes = [] if self._size else sizes_of(source, buckets)
@@ -120,8 +129,17 @@ class LayoutDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records) if self.samples is None else self.samples
 
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[position] for position in range(len(self)))
+
     def __getitem__(self, position: int | Request) -> Sample:
-        """Raises `InputError` where the record or its image cannot be read."""
+        """The sample at a position of the run, 0 or more.
+
+        Raises:
+            IndexError: `position` is no whole number of 0 or more. InputError: the record or its image cannot be read.
+        """
+        if not isinstance(position, Request) and (not isinstance(position, int) or position < 0):
+            raise IndexError(f"position is {position!r}; positions are whole numbers from 0 on")
         request = position if isinstance(position, Request) else self.request(position)
         position, index, layout = request
         generator = self._generator(position, index)

@@ -221,7 +221,7 @@ def open_scenes(url: str) -> list[Record]:
     """
     domain, _, query = url.removeprefix(SCHEME).partition("?")
     if domain not in DOMAINS:
-        hint = unknown_key(domain, DOMAINS).hint
+        hint = (unknown_key(domain, DOMAINS).hint or "").replace("keys", "domains")
         raise InputError(f"there is no domain {shown(domain)} of scenes", location=url, hint=hint)
     values: dict[str, int] = {}
     for part in filter(None, query.split("&")):

@@ -184,6 +184,8 @@ def evaluate(
         InputError: the data set cannot be read, there is no box, the detector cannot look for a phrase, or `cache_dir` holds
             another evaluation.
     """
+    if count is not None and count < 1:
+        raise InputError(f"is {count}", location="count", hint="give 1 or more, or None for all")
     records = list((open_dataset(data) if isinstance(data, str | Path) else data)[:count])
     settings = settings or SamplingConfig()
     if steps is not None:

@@ -72,7 +72,7 @@ class ExportReport:
 
 
 def export_adapter(
-    adapter: str | Path, *, to: Target, out: str | Path, base: str | None = None, merge: bool = False
+    adapter: str | Path, to: Target, out: str | Path, *, base: str | None = None, merge: bool = False
 ) -> ExportReport:
     """Write `out`, load it in a fresh process with the loader of its format, and compare the velocity for random inputs and an
     image sampled twice with one seed.

@@ -67,7 +67,7 @@ def save_adapter(
     model: nn.Module,
     folder: str | Path,
     *,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
     card: str | None = None,
     beside: Mapping[str, bytes] | None = None,
     weights: Mapping[str, Tensor] | None = None,
@@ -80,7 +80,8 @@ def save_adapter(
 
     Args:
         metadata: goes as JSON into the safetensors header under `mmdit_lora`; its "base" also into the PEFT config, a hub id as
-            it is, a folder by its name alone (the fingerprint says which base it is, a path says whose machine it was).
+            it is, a folder by its name alone (the fingerprint says which base it is, a path says whose machine it was). None = the
+            base's fingerprint and family, and what the LoRA is.
         card: text of README.md; None = two lines.
         beside: other files, name -> content.
         weights: of the adapter's parameters, by their names in the model, where that has only a part of each (FSDP).
@@ -100,9 +101,12 @@ def save_adapter(
         raise InputError(
             f"the adapter holds NaN or infinity, in {', '.join(bad[:4])}", hint="train with a lower learning rate"
         )
+    lora = cast(Any, model).peft_config[adapter_name]
+    if metadata is None:
+        own = {"fingerprint": base_fingerprint(model), "family": getattr(model, "family", None)}
+        metadata = own | {"lora": describe_lora(lora), "r": lora.r, "alpha": lora.lora_alpha}
     remember_base(metadata.get("fingerprint"), metadata.get("base"))
     metadata = public_header(metadata)
-    lora = cast(Any, model).peft_config[adapter_name]
     config = stored_config(lora)
     config |= {"base_model_name_or_path": metadata.get("base"), "inference_mode": True}
     header = {HEADER_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}

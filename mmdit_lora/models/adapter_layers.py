@@ -104,7 +104,7 @@ def refuse_fused(*models: nn.Module, names: Sequence[str] | None = None) -> None
 
 
 def refuse_wrapped(model: Any, location: str = "model") -> None:
-    """Refuse a `PeftModel`: its modules have other names than the model's.
+    """Refuse a `PeftModel`, whose modules have other names than the model's, and what is no model.
 
     Args:
         location: how the user reaches it, e.g. "pipe.transformer".
@@ -112,6 +112,9 @@ def refuse_wrapped(model: Any, location: str = "model") -> None:
     Raises:
         InputError: it is one.
     """
+    if not isinstance(model, nn.Module):
+        hint = "give its transformer: `pipe.transformer`" if hasattr(model, "transformer") else "give a transformer"
+        raise InputError(f"is a {type(model).__name__}, and no model", location=location, hint=hint)
     if isinstance(model, PeftModel):
         raise InputError(
             f"is a PeftModel around a {type(model.get_base_model()).__name__}, which has adapters already: "

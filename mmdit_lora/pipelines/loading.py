@@ -13,7 +13,7 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.hub import check_base_folder, no_such_base
 from mmdit_lora.models.stream_families import STREAM_FAMILIES
@@ -34,10 +34,11 @@ _LIBRARIES = ("builtins", "safetensors_rust", "safetensors", "huggingface_hub")
 def load_pipeline(
     base: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     components: Mapping[str, Any] | None = None,
     stream: str | Path | None = None,
     generic: bool = False,
+    torch_dtype: torch.dtype | None = None,
     **transformer_options: Any,
 ) -> LayoutPipeline:
     """The pipeline of a folder or hub id, in evaluation mode, its progress bar off. The family is the one that its
@@ -46,6 +47,7 @@ def load_pipeline(
         pipe = load_pipeline("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16)
 
     Args:
+        dtype: of the weights; default fp32. torch_dtype: the same, by diffusers' older name.
         components: to be used instead of those in the folder; None for one that is not needed.
         stream: folder of a generic layout stream, as `train` with `method: layout_stream` or `save_layout_stream` writes it.
         generic: give the base a new generic stream where its family has a built-in one too (SD3 and FLUX.1).
@@ -56,6 +58,15 @@ def load_pipeline(
         InputError: there is no such folder or repository, it is no pipeline folder, of another family, or its weights
             are not those of its config.
     """
+    if not isinstance(base, str | Path) or not str(base):
+        raise InputError(f"is {shown(base)}", location="base", hint="give a pipeline folder or a hub id")
+    given = {name: value for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype)) if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, torch.dtype):
+            raise InputError(f"is {shown(value)}", location=name, hint="give a torch.dtype, such as torch.bfloat16")
+    if len(set(given.values())) > 1:
+        raise InputError("say two things", location="dtype and torch_dtype", hint="give one of them")
+    dtype = next(iter(given.values()), torch.float32)
     base = here_or_packaged(base)
     folder = Path(base)
     if exists(folder):

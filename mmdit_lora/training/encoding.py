@@ -67,6 +67,10 @@ class LayoutEncoder:
         Args:
             latents: (B, C, h, w) of the images, where they are known.
         """
+        if not isinstance(samples, Samples):
+            raise TypeError(
+                f"samples is a {type(samples).__name__}; give what LayoutCollator makes of a list of samples"
+            )
         if latents is None:
             latents = self.latents(samples.pixels)
         noise = samples.noise

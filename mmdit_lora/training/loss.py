@@ -38,6 +38,11 @@ def predict(model: nn.Module, batch: Batch, *, guidance: float = 1.0) -> Tensor:
         model: a layout transformer of any family, in Accelerate's wrapper or not.
         guidance: see `LayoutModelMixin.model_inputs`.
     """
+    if not isinstance(model, nn.Module):
+        hint = "give its transformer" if hasattr(model, "transformer") else "give a transformer with a layout"
+        raise TypeError(f"the model is a {type(model).__name__}; {hint}")
+    if not isinstance(batch, Batch):
+        raise TypeError(f"the batch is a {type(batch).__name__}; give what LayoutEncoder makes of collated samples")
     x_t = interpolate(batch.x0, batch.noise, batch.t)
     height, width = x_t.shape[-2:]
     # The call goes through the wrapper, which gathers gradients over processes; the rest is the model's own.

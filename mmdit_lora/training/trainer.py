@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from mmdit_lora.config.loading import Config, as_config
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, shown
 from mmdit_lora.files import write_json, write_text
 from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.training.callbacks import Callback
@@ -73,6 +73,10 @@ def train(
         DiskFull: the disk is full; the last checkpoint is whole.
     """
     config = as_config(config)
+    if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
+        raise InputError(
+            f"holds {shown(wrong[0])}", location="callbacks", hint="give objects of subclasses of Callback"
+        )
     with isolated(), run_folder(config, resume=resume), disk_full_as_error(Path(config.output_dir)):
         run = prepare_run(config, resume=resume, method=method)
         saved = checkpoints(run.folder / CHECKPOINTS) if resume else []
