@@ -99,6 +99,7 @@ class StreamState:
         time: (B, T). position: (L, FOURIER_DIM).
         tail: tokens from the image's first one to the end of a sequence that has the text first: L, and reference images.
         index: (B, L) places of the image tokens, or None.
+        unchecked: arguments, by class of block, that the stock class forgets where it checkpoints.
     """
 
     tokens: Tensor
@@ -108,6 +109,7 @@ class StreamState:
     position: Tensor
     tail: int
     index: Tensor | None
+    unchecked: Mapping[type, Mapping[str, Any]]
 
 
 class CallState:
@@ -295,6 +297,10 @@ class StreamModel(LayoutModelMixin):
             position=token_boxes(height, width, device).to(dtype),
             tail=ids.shape[-2] if isinstance(ids, Tensor) else height * width,
             index=None if family.index is None else family.index(self, call).to(device),
+            unchecked={
+                type(next(self.get_submodule(name).children())): {key: call[key] for key in keys if key in call}
+                for name, keys in family.unchecked.items()
+            },
         )
 
     @contextmanager
@@ -523,9 +529,10 @@ def _with_layout_tokens(func: Callable[..., Any], shared: CallState, every: int)
     def run(block: Any, *args: Any) -> Any:
         nonlocal seen
         seen += 1
-        if seen % every and every > 1:
-            return block(*args)
         state = shared.stream
+        more = {} if state is None else state.unchecked.get(type(block), {})
+        if seen % every and every > 1:
+            return block(*args, **more)
         if state is None or not isinstance(block, StreamBlock):
             return func(block, *args)
 
@@ -533,7 +540,7 @@ def _with_layout_tokens(func: Callable[..., Any], shared: CallState, every: int)
             with shared.lock:
                 outside, shared.stream = shared.stream, replace(state, tokens=tokens)
                 try:
-                    out = block(*args)
+                    out = block(*args, **more)
                     assert shared.stream is not None
                     return out, shared.stream.tokens
                 finally:

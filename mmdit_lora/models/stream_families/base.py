@@ -120,6 +120,8 @@ class StreamFamily:
         width: D, the width of the image tokens, from the transformer's config. phrase_dim: E of a phrase.
         grid: rows and columns of image tokens, from model and call. time: (B,), a clock of about 0..1000.
         index: (B, L) places of the image tokens, for "index".
+        unchecked: name of a ModuleList -> arguments of `forward` that the stock class gives its blocks, and forgets where it
+            checkpoints them.
         guidance: how pipelines guide: "calls" (two calls, marked by `cache_context`), "alternate" (two calls, not marked,
             the guided one first), a doubled batch ("uncond_first", "cond_first"), or "single" (one call, also where another
             transformer is called without text).
@@ -151,6 +153,7 @@ class StreamFamily:
     guidance: Literal["calls", "alternate", "uncond_first", "cond_first", "single"] = "calls"
     guide: Callable[[float, int], dict[str, Any]] = lambda scale, count: {"guidance_scale": scale}  # noqa: ARG005
     index: Callable[[Any, Call], Tensor] | None = None
+    unchecked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pooled_dim: Callable[[Any], int] | None = None
     masked: bool = False
     latents: Callable[[Any, Tensor], Tensor] = scaled_latents
