@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mmdit_lora.config.loading import SECTIONS, Config
+from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from tests.data_makers import annotation, voc
 from tests.test_advice import COMMANDS
 
@@ -93,6 +94,25 @@ def key_table() -> str:
     every = rows(Config, "")
     assert all(any(f"`{name}." in row for row in every) for name in SECTIONS)
     return "\n".join(["| key | default | |", "| --- | --- | --- |", *every])
+
+
+GUIDANCE = {
+    "calls": "two calls, the one without text sees no layout",
+    "alternate": "two calls in turn, the one without text sees no layout",
+    "uncond_first": "a doubled batch, its first half without layout",
+    "cond_first": "a doubled batch, its second half without layout",
+    "single": "one call",
+}
+
+
+def family_table() -> str:
+    """The families of the generic stream as `mmdit_lora/README.md` shows them."""
+    rows = [f"| `{f.name}` | `{f.transformer}` | {GUIDANCE[f.guidance]} |" for f in STREAM_FAMILIES.values()]
+    return "\n".join(["| family | transformer | guidance of its pipeline |", "| --- | --- | --- |", *rows])
+
+
+def test_the_table_of_families_is_the_code_s() -> None:
+    assert family_table() in (ROOT / "mmdit_lora" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_keys_is_the_config_s() -> None:
@@ -175,4 +195,4 @@ def test_the_commands_of_a_page(clone: Path, page: str) -> None:
 
 
 if __name__ == "__main__":
-    print(key_table())
+    print(key_table(), family_table(), sep="\n\n")
