@@ -13,10 +13,11 @@ from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from tests.streams import MAKERS
 from tests.streams.common import seeded
 
-FAMILIES = ("flux", "chroma", "longcat", "ovis")
+FAMILIES = ("flux", "chroma", "longcat", "ovis", "ideogram4")
 SCALE = 2.0  # of guidance
 GUIDED: dict[str, dict[str, Any]] = {
     "flux": {"guidance_scale": 3.5, "true_cfg_scale": SCALE, "negative_prompt": "blurred"},
+    "ideogram4": {"max_sequence_length": 31},  # of the prompt: no padding
     "longcat": {"enable_cfg_renorm": False},
 }
 APART = {"return_dict", "joint_attention_kwargs", "attention_kwargs"}

@@ -112,7 +112,7 @@ def refuse_wrapped(model: Any, location: str = "model") -> None:
     Raises:
         InputError: it is one.
     """
-    if not isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, nn.Module):  # None: a part that the base does not have
         hint = "give its transformer: `pipe.transformer`" if hasattr(model, "transformer") else "give a transformer"
         raise InputError(f"is a {type(model).__name__}, and no model", location=location, hint=hint)
     if isinstance(model, PeftModel):

@@ -6,6 +6,7 @@ from mmdit_lora.models.stream_families.base import StreamFamily
 from mmdit_lora.models.stream_families.chroma import CHROMA
 from mmdit_lora.models.stream_families.flux import FLUX
 from mmdit_lora.models.stream_families.flux2 import FLUX2
+from mmdit_lora.models.stream_families.ideogram4 import IDEOGRAM4
 from mmdit_lora.models.stream_families.krea2 import KREA2
 from mmdit_lora.models.stream_families.longcat import LONGCAT
 from mmdit_lora.models.stream_families.lumina2 import LUMINA2
@@ -17,7 +18,20 @@ from mmdit_lora.models.stream_families.z_image import Z_IMAGE
 
 STREAM_FAMILIES: dict[str, StreamFamily] = {
     family.name: family
-    for family in (SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, KREA2, LUMINA2, QWEN_IMAGE21, CHROMA, LONGCAT, OVIS)
+    for family in (
+        SD3,
+        FLUX,
+        FLUX2,
+        Z_IMAGE,
+        QWEN_IMAGE,
+        KREA2,
+        LUMINA2,
+        QWEN_IMAGE21,
+        CHROMA,
+        LONGCAT,
+        OVIS,
+        IDEOGRAM4,
+    )
 }
 
 
