@@ -13,7 +13,7 @@ from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from tests.streams import MAKERS
 from tests.streams.common import seeded
 
-FAMILIES = ("flux", "chroma", "longcat", "ovis", "ideogram4")
+FAMILIES = ("flux", "chroma", "longcat", "ovis", "ideogram4", "flux3")
 SCALE = 2.0  # of guidance
 GUIDED: dict[str, dict[str, Any]] = {
     "flux": {"guidance_scale": 3.5, "true_cfg_scale": SCALE, "negative_prompt": "blurred"},

@@ -580,6 +580,10 @@ def _subclass(of: type, mixin: type) -> type:
         code = forward.__code__.replace(co_name=f"forward_{of.__name__}")
         own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
         own.__kwdefaults__ = forward.__kwdefaults__
+        if mixin is StreamModel:  # modular pipelines go by the names of its arguments
+            stated: Any = inspect.signature(of.forward)  # type: ignore[attr-defined]
+            layout = [p for p in inspect.signature(forward).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            vars(own)["__signature__"] = stated.replace(parameters=[*stated.parameters.values(), *layout])
         body: Mapping[str, Any] = {"__module__": of.__module__, "__doc__": of.__doc__, "forward": own}
         _SUBCLASSES[of, mixin] = type(of.__name__, (mixin, of), dict(body))
     return _SUBCLASSES[of, mixin]

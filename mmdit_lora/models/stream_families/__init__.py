@@ -6,6 +6,7 @@ from mmdit_lora.models.stream_families.base import StreamFamily
 from mmdit_lora.models.stream_families.chroma import CHROMA
 from mmdit_lora.models.stream_families.flux import FLUX
 from mmdit_lora.models.stream_families.flux2 import FLUX2
+from mmdit_lora.models.stream_families.flux3 import FLUX3
 from mmdit_lora.models.stream_families.ideogram4 import IDEOGRAM4
 from mmdit_lora.models.stream_families.krea2 import KREA2
 from mmdit_lora.models.stream_families.longcat import LONGCAT
@@ -31,6 +32,7 @@ STREAM_FAMILIES: dict[str, StreamFamily] = {
         LONGCAT,
         OVIS,
         IDEOGRAM4,
+        FLUX3,
     )
 }
 
