@@ -100,6 +100,8 @@ ROWS: dict[str, Row] = {
     "lora.rslora": Row(True, "weights losses", "params times"),
     "lora.dora": Row(True, "weights params", "times"),
     "lora.start": Row("{adapter}", "weights losses header card", "params times"),
+    "stream.kind": Row("generic", "weights params", "times", PLAIN),
+    "stream.width": Row(16, "weights params", "times", PLAIN | {"stream.kind": "generic"}),
     "stream.attention": Row("cross", "weights", "times", PLAIN),
     "stream.init": Row("copy_image", "weights", "times", PLAIN),
     "stream.seed": Row(7, "weights", "times", PLAIN),
@@ -161,6 +163,7 @@ ROWS: dict[str, Row] = {
 # Keys for which nothing of a run can differ, and why.
 NOTHING = {
     "version": "of the file's format: checked before a run is read (tests/test_config.py)",
+    "stream_weights": "a part of the base: with another one, the base is another (tests/test_generic_training.py)",
     "data.workers": "processes that read ahead what is read anyway; the draws do not know of them (tests/test_loader.py)",
     "train.gradient_checkpointing": "the same computation, made twice to keep less: seen on the model below",
     "train.attention_backend": "the same attention by another kernel: seen on the model below",
@@ -270,7 +273,9 @@ def outcome(config: Config) -> dict[str, Any]:
     if config.method == "lora":
         weights = load_file(adapter / "adapter_model.safetensors")
     else:
-        weights = load_file(folder / "base" / "transformer" / "diffusion_pytorch_model.safetensors")
+        stream = folder / "stream" / "layout_stream.safetensors"
+        whole = folder / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(stream if stream.exists() else whole)
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return {
         "weights": {name: digest(tensor) for name, tensor in weights.items()},
