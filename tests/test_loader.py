@@ -45,7 +45,9 @@ def equal(one: Any, two: Any) -> bool:
 
 def same(one: Batch, two: Batch) -> bool:
     layouts = (one.layout, two.layout)
-    plain = [{k: v for k, v in vars(batch).items() if k != "layout"} for batch in (one, two)]
+    plain = [
+        {k: v for k, v in vars(batch).items() if k not in ("layout", "texts")} | batch.texts for batch in (one, two)
+    ]
     return all(equal(a[k], b[k]) for a, b in (plain, [vars(layout) for layout in layouts]) for k in a)
 
 
