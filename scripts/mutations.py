@@ -174,9 +174,9 @@ MUTATIONS = (
     ),
     _m(
         "FLUX: latents unpacked with sides changed over",
-        FLUX,
-        "patches.permute(0, 3, 1, 4, 2, 5)",
-        "patches.permute(0, 3, 2, 4, 1, 5)",
+        "models/latents.py",
+        "permute(0, 3, 1, 4, 2, 5)",
+        "permute(0, 3, 2, 4, 1, 5)",
         "families",
         "flux_pipeline",
     ),

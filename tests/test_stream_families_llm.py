@@ -19,12 +19,13 @@ from torch import Tensor
 from mmdit_lora import Box, Layout
 from mmdit_lora.models import LayoutInputs, add_layout_stream
 from mmdit_lora.models.generic_stream import stream_parameters
+from mmdit_lora.models.latents import pack
 from mmdit_lora.models.stream_families import STREAM_FAMILIES
-from mmdit_lora.models.stream_families.base import StreamFamily, pack
+from mmdit_lora.models.stream_families.base import StreamFamily
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.trainer import train
 from tests.streams import MAKERS
-from tests.streams.common import seeded
+from tests.streams.common import CELLS, seeded
 from tests.streams.qwen_parts import qwen25_vl_processor
 from tests.test_trainer import make_config
 
@@ -101,8 +102,8 @@ def sample(pipe: Any, family: StreamFamily, x: Tensor, **options: Any) -> Any:
     with torch.no_grad():
         return pipe(
             prompt=list(PROMPTS),
-            height=HEIGHT * family.cell,
-            width=WIDTH * family.cell,
+            height=HEIGHT * CELLS.get(family.name, 8),
+            width=WIDTH * CELLS.get(family.name, 8),
             latents=given(family, x),
             **settings,
         ).images
@@ -177,7 +178,7 @@ def test_latents_are_what_the_pipeline_decodes(
     described: StreamFamily, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with seeded(2), torch.no_grad():
-        pixels = 2 * torch.rand(2, 3, HEIGHT * described.cell, WIDTH * described.cell) - 1
+        pixels = 2 * torch.rand(2, 3, HEIGHT * CELLS.get(described.name, 8), WIDTH * CELLS.get(described.name, 8)) - 1
         latents = described.latents(pipe.vae, pixels)
         assert latents.shape == (2, described.channels(pipe.transformer.config), HEIGHT, WIDTH)
         read = pixels
@@ -294,7 +295,7 @@ def test_the_layout_does_not_move_images_to_edit(name: str, monkeypatch: pytest.
     settings = {**GUIDED_OFF[name], "num_inference_steps": 1, "output_type": "latent", "latents": given(family, x)}
 
     def edit() -> Tensor:
-        size = {"height": HEIGHT * family.cell, "width": WIDTH * family.cell}
+        size = {"height": HEIGHT * CELLS.get(family.name, 8), "width": WIDTH * CELLS.get(family.name, 8)}
         with torch.no_grad():
             return pipe(image=Image.new("RGB", (64, 96), "red"), prompt="make it blue", **settings, **size).images
 
@@ -328,7 +329,11 @@ def test_the_scale_of_guidance_is_that_of_cfg(described: StreamFamily, pipe: Any
     """uncond + scale (cond - uncond), in the stock pipeline's own words; 1 = no guidance."""
     made = MAKERS[described.name].SAMPLING
     own = {key: value for key, value in made.items() if key == "max_sequence_length"}
-    size = {"height": HEIGHT * described.cell, "width": WIDTH * described.cell, "latents": given(described, noise)}
+    size = {
+        "height": HEIGHT * CELLS.get(described.name, 8),
+        "width": WIDTH * CELLS.get(described.name, 8),
+        "latents": given(described, noise),
+    }
     for scale in (1.0, 3.0):
         with spied(pipe) as (calls, steps), torch.no_grad():
             pipe(
@@ -362,8 +367,10 @@ def test_a_folder_of_the_base_is_trained_on_and_painted_with(
     train(make_config(folder, data, tmp_path / "run", method="layout_stream", stream={"width": 16}))
     opened = load_pipeline(str(folder), stream=tmp_path / "run" / "stream")
     layout = Layout("two things", [Box((0.1, 0.1, 0.5, 0.5), "red circle"), Box((0.5, 0.4, 0.9, 0.9), "blue square")])
-    size = {"height": 8 * described.cell, "width": 8 * described.cell}
+    size = {"height": 8 * CELLS.get(described.name, 8), "width": 8 * CELLS.get(described.name, 8)}
     for scale in (1.0, 3.0):
         for call, count in (({"layout": layout}, 1), ({"layout": [layout, layout]}, 2), ({"prompt": "a cat"}, 1)):
             images = opened(**call, **size, guidance_scale=scale).images
-            assert [image.size for image in images] == [(8 * described.cell, 8 * described.cell)] * count
+            assert [image.size for image in images] == [
+                (8 * CELLS.get(described.name, 8), 8 * CELLS.get(described.name, 8))
+            ] * count

@@ -18,6 +18,7 @@ from mmdit_lora.files import exists, nearest, output_path, written_as_path
 from mmdit_lora.hub import no_such_base
 from mmdit_lora.models.adapter_layers import AdapterMethods, adapter_layers, warn_of_adapters, without_adapters
 from mmdit_lora.models.init import STREAM_INITS, StreamInit, copy_from_block
+from mmdit_lora.models.latents import scaled_latents
 from mmdit_lora.models.layout_stream import ChunkedFeedForward, LayoutInputs, LayoutProcessor
 from mmdit_lora.models.weight_files import (
     check_sizes,
@@ -225,8 +226,7 @@ class LayoutModelMixin(AdapterMethods):
 
     def encode_latents(self, vae: Any, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w): the posterior's mode, normalised as the transformer takes it."""
-        latents = vae.encode(pixels).latent_dist.mode().float()
-        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return scaled_latents(vae, pixels)
 
     @property
     def latent_multiple(self) -> int:

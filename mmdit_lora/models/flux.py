@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mmdit_lora.models.adapter_layers import scaled_by_attention_kwargs
 from mmdit_lora.models.attention import JointAttnProcessor, RotaryEmbedding
 from mmdit_lora.models.base import LayoutModelMixin, stock_arguments
+from mmdit_lora.models.latents import cartesian_ids, pack, unpack
 from mmdit_lora.models.layout_stream import (
     LayoutBlock,
     LayoutInputs,
@@ -253,15 +254,10 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
     def model_inputs(
         self, latents: Tensor, t: Tensor, texts: Mapping[str, Tensor], *, guidance: float = 1.0
     ) -> dict[str, Any]:
-        height, width = (side // 2 for side in latents.shape[-2:])
-        # (B, C, 2 h, 2 w) -> (B, h w, 4 C), as diffusers' FluxPipeline packs and numbers them.
-        patches = latents.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5)
-        rows, columns = torch.meshgrid(
-            torch.arange(height, device=latents.device), torch.arange(width, device=latents.device), indexing="ij"
-        )
-        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+        height, width = latents.shape[-2:]
+        image_ids = cartesian_ids(1, height // 2, width // 2, device=latents.device)
         inputs: dict[str, Any] = {
-            "hidden_states": patches.reshape(len(latents), height * width, -1),
+            "hidden_states": pack(latents),
             "encoder_hidden_states": texts["embeds"],
             "pooled_projections": texts["pooled"],
             "timestep": t,
@@ -273,8 +269,7 @@ class LayoutFluxTransformer2DModel(LayoutModelMixin, FluxTransformer2DModel):
         return inputs
 
     def as_latents(self, sample: Tensor, height: int, width: int) -> Tensor:
-        patches = sample.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(sample), -1, height, width)
+        return unpack(sample, height, width)
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:

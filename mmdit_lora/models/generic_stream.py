@@ -330,22 +330,21 @@ class StreamModel(LayoutModelMixin):
                 shared.offered, shared.alternates = None, False
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """As diffusers'. Pipelines call it to say whether a call has the text ("cond") or not ("uncond")."""
-        self.layout_call.condition = name
+        before, self.layout_call.condition = self.layout_call.condition, name
         try:
-            with super().cache_context(name):  # type: ignore[misc]
+            with super().cache_context(name, **kwargs):  # type: ignore[misc]
                 yield
         finally:
-            self.layout_call.condition = None
+            self.layout_call.condition = before
 
     def enable_gradient_checkpointing(
         self, gradient_checkpointing_func: Callable[..., Any] | None = None, *, every: int = 1
     ) -> None:
         """As diffusers', on every block or every `every`-th one; the layout tokens are an input and output of each block."""
         func = gradient_checkpointing_func or _checkpoint
-        super().enable_gradient_checkpointing(_with_layout_tokens(func, self.layout_call, every))
-        self.gradient_checkpointing_every = every
+        super().enable_gradient_checkpointing(_with_layout_tokens(func, self.layout_call, every), every=every)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers': the base, without its layout stream, which `save_layout_stream` writes."""
@@ -531,7 +530,7 @@ def _with_layout_tokens(func: Callable[..., Any], shared: CallState, every: int)
         seen += 1
         state = shared.stream
         more = {} if state is None else state.unchecked.get(type(block), {})
-        if seen % every and every > 1:
+        if seen % every:
             return block(*args, **more)
         if state is None or not isinstance(block, StreamBlock):
             return func(block, *args)

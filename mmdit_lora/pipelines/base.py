@@ -303,10 +303,18 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
     # -- texts and layouts
 
     @property
+    def _execution_device(self) -> torch.device:
+        """As diffusers'; that of the VAE where the transformer is there by its config alone, and only texts are encoded."""
+        part = self.transformer
+        by_config_alone = part is not None and part.device.type == "meta" and not hasattr(part, "_hf_hook")
+        # A hook: offloaded, and will be there.
+        device: torch.device = self.vae.device if by_config_alone else super()._execution_device
+        return device
+
+    @property
     def encoding_device(self) -> torch.device:
-        """Where texts are encoded; that of the VAE where the transformer is there by its config alone."""
-        by_config_alone = self.transformer.device.type == "meta" and not hasattr(self.transformer, "_hf_hook")
-        return self.vae.device if by_config_alone else self._execution_device  # a hook: offloaded, and will be there
+        """Where texts are encoded."""
+        return self._execution_device
 
     def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:
         """Phrases as this base's transformer takes them: pooled embeddings (n, P), or token embeddings (n, K, P).

@@ -63,17 +63,6 @@ class GenericLayoutPipeline(LayoutPipeline):
         model.opened_from = opened_from(path, "transformer")
         return model
 
-    @property
-    def _execution_device(self) -> torch.device:
-        """Where texts are encoded; that of the VAE where the transformer is there by its config alone."""
-        by_config_alone = self.transformer.device.type == "meta" and not hasattr(self.transformer, "_hf_hook")
-        device: torch.device = self.vae.device if by_config_alone else super()._execution_device
-        return device
-
-    @property
-    def encoding_device(self) -> torch.device:
-        return self._execution_device
-
     @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:
         """One embedding for each phrase, (n, E), as the family makes it of its text encoder's states."""

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mmdit_lora.config.loading import Config
 from mmdit_lora.data.buckets import Buckets, Size
@@ -373,19 +374,8 @@ class EncodedDataset:
 
 
 def joined_texts(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded captions in one batch; where their lengths differ, shorter ones are filled up with zeros, which are masked."""
-
-    def join(values: list[Tensor]) -> Tensor:
-        longest = max(value.shape[1] for value in values) if values[0].ndim > 1 else 0
-        filled = [
-            value
-            if value.ndim < 2 or value.shape[1] == longest
-            else torch.cat([value, value.new_zeros(1, longest - value.shape[1], *value.shape[2:])], dim=1)
-            for value in values
-        ]
-        return torch.cat(filled)
-
-    return {name: join([row[name] for row in rows]) for name in rows[0]}
+    """Encoded captions, (1, ...) each, as a batch; where lengths differ, shorter ones are filled up with zeros, which are masked."""
+    return {name: pad_sequence([row[name][0] for row in rows], batch_first=True) for name in rows[0]}
 
 
 def _filled(texts: Sequence[str]) -> list[str]:

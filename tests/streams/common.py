@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
@@ -16,6 +16,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
+CELLS = {"qwen_image21": 16}  # pixels that a cell of the published VAE covers, where they are not 8
 VOCABULARY = 256 + len(SPECIAL)
 
 
@@ -43,6 +44,34 @@ def qwen3_config(*, width: int = 8, layers: int = 2) -> Qwen3Config:
 def qwen3(*, width: int = 8, layers: int = 2, head: bool = True) -> Any:
     config = qwen3_config(width=width, layers=layers)
     return (Qwen3ForCausalLM(config) if head else Qwen3Model(config)).eval()
+
+
+def flux2_vae() -> AutoencoderKLFlux2:
+    """FLUX.2's, with statistics of its batch norm that are not 0 and 1. A cell covers 2 x 2 pixels."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae.eval()
+
+
+def kl_vae() -> AutoencoderKL:
+    """A cell covers 8 x 8 pixels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    ).eval()
 
 
 def scheduler(**changes: Any) -> FlowMatchEulerDiscreteScheduler:

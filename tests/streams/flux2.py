@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
-from tests.streams.common import qwen3, qwen_tokenizer, scheduler
+from tests.streams.common import flux2_vae, qwen3, qwen_tokenizer, scheduler
 
 SAMPLING: dict[str, Any] = {"guidance_scale": 3.0, "max_sequence_length": 48}
 CHECKPOINTS = ("flux2-klein-4b", "flux2-klein-9b", "flux2-dev")
@@ -26,15 +26,5 @@ def transformer() -> Flux2Transformer2DModel:
 
 
 def pipeline(transformer: Any) -> Flux2KleinPipeline:
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2.0)
     # The pipeline reads the hidden states behind the 9th, 18th and 27th layer.
-    return Flux2KleinPipeline(scheduler(), vae.eval(), qwen3(layers=27), qwen_tokenizer(), transformer)
+    return Flux2KleinPipeline(scheduler(), flux2_vae(), qwen3(layers=27), qwen_tokenizer(), transformer)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from diffusers import AutoencoderKLFlux2, ClassifierFreeGuidance, Flux3Transformer2DModel
+from diffusers import ClassifierFreeGuidance, Flux3Transformer2DModel
 from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBlocks
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from tests.streams.common import TEMPLATE, scheduler
+from tests.streams.common import TEMPLATE, flux2_vae, scheduler
 from tests.streams.qwen_parts import SIZES, VISION, ids, qwen3_vl_processor
 
 SAMPLING: dict[str, Any] = {"guidance_scale": 3.0, "max_sequence_length": 80}
@@ -59,16 +59,6 @@ class Pipeline:
 
 
 def pipeline(transformer: Any) -> Pipeline:
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2.0)
     text = {**SIZES, "num_hidden_layers": 32}  # the pipeline reads eight of them, up to the last
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     vision = {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
@@ -77,7 +67,7 @@ def pipeline(transformer: Any) -> Pipeline:
     processor.chat_template = TEMPLATE
     return Pipeline(
         scheduler=scheduler(shift=6.93),
-        vae=vae.eval(),
+        vae=flux2_vae(),
         text_encoder=Qwen3VLForConditionalGeneration(config).eval(),
         tokenizer=processor,
         transformer=transformer,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKLFlux2, Ideogram4Pipeline, Ideogram4Transformer2DModel
+from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
-from tests.streams.common import VOCABULARY, qwen_tokenizer, scheduler
+from tests.streams.common import VOCABULARY, flux2_vae, qwen_tokenizer, scheduler
 
 SAMPLING: dict[str, Any] = {"guidance_scale": 3.0, "guidance_schedule": None, "max_sequence_length": 128}
 CHECKPOINTS = ("ideogram4",)
@@ -27,16 +27,6 @@ def transformer() -> Ideogram4Transformer2DModel:
 
 
 def pipeline(transformer: Any) -> Ideogram4Pipeline:
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2.0)
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": 8,
@@ -54,5 +44,5 @@ def pipeline(transformer: Any) -> Ideogram4Pipeline:
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content[0].text")
     # Another transformer guides.
     return Ideogram4Pipeline(
-        scheduler(), vae.eval(), encoder, tokenizer, transformer, unconditional_transformer=globals()["transformer"]()
+        scheduler(), flux2_vae(), encoder, tokenizer, transformer, unconditional_transformer=globals()["transformer"]()
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKL, Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 from transformers import Gemma2Config, Gemma2Model
 
-from tests.streams.common import VOCABULARY, qwen_tokenizer, scheduler
+from tests.streams.common import VOCABULARY, kl_vae, qwen_tokenizer, scheduler
 
 SAMPLING: dict[str, Any] = {"guidance_scale": 3.0, "max_sequence_length": 256}
 CHECKPOINTS = ("lumina2",)
@@ -30,15 +30,6 @@ def transformer() -> Lumina2Transformer2DModel:
 
 
 def pipeline(transformer: Any) -> Lumina2Pipeline:
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
     encoder = Gemma2Config(
         vocab_size=VOCABULARY,
         hidden_size=8,
@@ -49,4 +40,4 @@ def pipeline(transformer: Any) -> Lumina2Pipeline:
         head_dim=8,
         eos_token_id=qwen_tokenizer().eos_token_id,
     )
-    return Lumina2Pipeline(transformer, scheduler(), vae.eval(), Gemma2Model(encoder).eval(), qwen_tokenizer())
+    return Lumina2Pipeline(transformer, scheduler(), kl_vae(), Gemma2Model(encoder).eval(), qwen_tokenizer())

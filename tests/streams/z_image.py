@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
-from tests.streams.common import qwen3, qwen_tokenizer, scheduler
+from tests.streams.common import kl_vae, qwen3, qwen_tokenizer, scheduler
 
 SAMPLING: dict[str, Any] = {"guidance_scale": 3.0, "max_sequence_length": 64}
 CHECKPOINTS = ("z-image",)
@@ -27,13 +27,4 @@ def transformer() -> ZImageTransformer2DModel:
 
 
 def pipeline(transformer: Any) -> ZImagePipeline:
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
-    return ZImagePipeline(scheduler(), vae.eval(), qwen3(head=False), qwen_tokenizer(), transformer)
+    return ZImagePipeline(scheduler(), kl_vae(), qwen3(head=False), qwen_tokenizer(), transformer)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
+
+from mmdit_lora.models.latents import scaled_latents, unpack
 
 Call = Mapping[str, Any]  # the arguments of one call of the transformer's `forward`, by name
 Where = Literal["all", "head", "tail", "index"]
@@ -21,71 +22,20 @@ def inner_dim(config: Any) -> int:
     return int(config.num_attention_heads * config.attention_head_dim)
 
 
-def thousands(name: str = "timestep") -> Callable[[Call], Tensor]:
-    """The clock of a transformer whose argument `name` runs over 0..1: its value times 1000."""
-    return lambda call: 1000 * call[name]
-
-
-def grid_of_ids(ids: Tensor, row: int = 1) -> tuple[int, int]:
-    """(height, width) in tokens of the image whose position ids (L, A) or (B, L, A) come first.
-
-    Reference images follow it, told apart by another first coordinate.
-
-    Args:
-        row: the column that holds the token's row; the next one holds its column.
+def grid_of_ids(ids: Tensor) -> tuple[int, int]:
+    """(height, width) in tokens of the image whose position ids (L, A) or (B, L, A) come first; columns 1 and 2 are its rows
+    and columns. Reference images follow it, told apart by another first coordinate.
     """
     ids = ids[0] if ids.ndim == 3 else ids
     ids = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (ids[:, row : row + 2].amax(0) - ids[:, row : row + 2].amin(0) + 1).long().tolist()
+    height, width = (ids[:, 1:3].amax(0) - ids[:, 1:3].amin(0) + 1).long().tolist()
     return height, width
-
-
-def pack(latents: Tensor, *, cells_first: bool = False) -> Tensor:
-    """(B, C, h, w) -> (B, h w / 4, 4 C): 2 x 2 cells a token, as FLUX.1's and Qwen-Image's pipelines pack.
-
-    Args:
-        cells_first: the cells of the first channel do not come first, but the first cell's channels: Ideogram's order.
-    """
-    batch, channels, height, width = latents.shape
-    latents = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    latents = latents.permute((0, 2, 4, 3, 5, 1) if cells_first else (0, 2, 4, 1, 3, 5))
-    return latents.reshape(batch, height * width // 4, channels * 4)
-
-
-def unpack(tokens: Tensor, height: int, width: int, *, cells_first: bool = False) -> Tensor:
-    """The inverse of `pack`; height and width are those of the latents."""
-    batch, _, channels = tokens.shape
-    tokens = tokens.unflatten(-1, (4, -1)).transpose(-1, -2) if cells_first else tokens
-    tokens = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return tokens.reshape(batch, channels // 4, height, width)
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     """(n, S, E) text states and (n, S) mask -> (n, E): the mean of the tokens that are there."""
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-def scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """The posterior's mode, shifted and scaled by the VAE's config, (B, C, h, w)."""
-    latents = vae.encode(pixels).latent_dist.mode()
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def one_frame_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """The posterior's mode of a video of one frame, each channel normalised by the VAE's config, (B, C, h, w)."""
-    latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()[:, :, 0]
-    mean, std = (latents.new_tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-    return (latents - mean) / std
-
-
-def batch_norm_latents(vae: Any, pixels: Tensor, *, cells_first: bool = False) -> Tensor:
-    """The mode, 2 x 2 cells normalised together by the batch norm of FLUX.2's VAE, as (B, C, h, w) again."""
-    mode = vae.encode(pixels).latent_dist.mode()
-    packed = (pack(mode, cells_first=cells_first) - vae.bn.running_mean) / (
-        vae.bn.running_var + vae.config.batch_norm_eps
-    ).sqrt()
-    return unpack(packed.to(mode.dtype), *mode.shape[-2:], cells_first=cells_first)
 
 
 def chat_phrases(
@@ -119,6 +69,8 @@ class StreamFamily:
 
     Shapes: B samples, L image tokens, S text tokens, E width of text states, C latent channels, h x w latents.
 
+    What has a default is as in most families: 2 x 2 cells of the latents a token, `img_ids`, a `timestep` of 0..1.
+
     Args:
         name: as adapters, streams and `plan --family` name it.
         transformer: the diffusers class. pipelines: the diffusers pipelines that call it, text to image first.
@@ -135,7 +87,7 @@ class StreamFamily:
             transformer is called without text).
         guide: (guidance scale, number of prompts) -> arguments of a pipeline's call that guide so.
         latents: pixels -> x0, by the VAE, normalised as the transformer takes them.
-        channels, multiple, cell: of x0: C, what h and w are multiples of, and pixels a cell covers.
+        channels, multiple: of x0: C, and what h and w are multiples of.
         inputs: (model, x_t, t in [0, 1], texts, guidance) -> arguments of `forward`. outputs: (its answer, h, w) -> velocity.
         captions: (pipe, texts, max_length) -> texts of the transformer by name, each (n, ...): "embeds" (n, S, E), where the
             base masks them "mask" (n, S), where it has one "pooled" (n, P).
@@ -150,14 +102,14 @@ class StreamFamily:
     transformer: str
     pipelines: tuple[str, ...]
     blocks: Mapping[str, Where]
-    width: Callable[[Any], int]
-    phrase_dim: Callable[[Any], int]
-    grid: Callable[[Any, Call], tuple[int, int]]
-    time: Callable[[Call], Tensor]
     inputs: Callable[[Any, Tensor, Tensor, Mapping[str, Tensor], float], dict[str, Any]]
-    outputs: Callable[[Any, int, int], Tensor]
     captions: Callable[[Any, Sequence[str], int], dict[str, Tensor]]
     phrases: Callable[[Any, Sequence[str]], Tensor]
+    width: Callable[[Any], int] = inner_dim
+    phrase_dim: Callable[[Any], int] = lambda config: config.joint_attention_dim
+    grid: Callable[[Any, Call], tuple[int, int]] = lambda model, call: grid_of_ids(call["img_ids"])  # noqa: ARG005
+    time: Callable[[Call], Tensor] = lambda call: 1000 * call["timestep"]
+    outputs: Callable[[Any, int, int], Tensor] = unpack
     guidance: Literal["calls", "alternate", "uncond_first", "cond_first", "single"] = "calls"
     guide: Callable[[float, int], dict[str, Any]] = lambda scale, count: {"guidance_scale": scale}  # noqa: ARG005
     index: Callable[[Any, Call], Tensor] | None = None
@@ -167,7 +119,6 @@ class StreamFamily:
     latents: Callable[[Any, Tensor], Tensor] = scaled_latents
     channels: Callable[[Any], int] = lambda config: config.in_channels // 4
     multiple: int = 2
-    cell: int = 8
     max_side: Callable[[Any], int | None] = lambda config: None  # noqa: ARG005
     max_length: int = 512
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -179,8 +130,3 @@ class StreamFamily:
         shapes: dict[str, tuple[int, ...]] = {"embeds": (tokens, *(width if isinstance(width, tuple) else (width,)))}
         shapes |= {} if self.pooled_dim is None else {"pooled": (self.pooled_dim(config),)}
         return shapes | ({"mask": (tokens,)} if self.masked else {})
-
-
-def cartesian_ids(*sizes: int, device: torch.device) -> Tensor:
-    """Every combination of range(size) for each of `sizes`, (product, axes), the last running fastest."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))

@@ -8,8 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit_lora.models.latents import cartesian_ids, pack
 from mmdit_lora.models.stream_families import base
-from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
@@ -19,7 +20,7 @@ def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidan
         "timestep": t,
         "encoder_hidden_states": embeds,
         "txt_ids": embeds.new_zeros(embeds.shape[1], 3),
-        "img_ids": base.cartesian_ids(1, height // 2, width // 2, device=x.device).to(embeds.dtype),
+        "img_ids": cartesian_ids(1, height // 2, width // 2, device=x.device).to(embeds.dtype),
         "attention_mask": F.pad(texts["mask"].to(embeds.dtype), (0, height * width // 4), value=1.0),
     }
 
@@ -43,12 +44,7 @@ CHROMA = StreamFamily(
     transformer="ChromaTransformer2DModel",
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
     blocks={"transformer_blocks": "all", "single_transformer_blocks": "tail"},
-    width=base.inner_dim,
-    phrase_dim=lambda config: config.joint_attention_dim,
-    grid=lambda _, call: base.grid_of_ids(call["img_ids"]),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=unpack,
     captions=captions,
     phrases=phrases,
     guidance="alternate",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mmdit_lora.models.flux import PRESETS
-from mmdit_lora.models.stream_families import base
-from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
+from mmdit_lora.models.latents import cartesian_ids, pack
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidan
         "pooled_projections": texts["pooled"],
         "encoder_hidden_states": embeds,
         "txt_ids": embeds.new_zeros(embeds.shape[1], 3),
-        "img_ids": base.cartesian_ids(1, height // 2, width // 2, device=x.device).to(embeds.dtype),
+        "img_ids": cartesian_ids(1, height // 2, width // 2, device=x.device).to(embeds.dtype),
     }
 
 
@@ -40,14 +40,10 @@ FLUX = StreamFamily(
     transformer="FluxTransformer2DModel",
     pipelines=("FluxPipeline", "FluxKontextPipeline"),
     blocks={"transformer_blocks": "all", "single_transformer_blocks": "all"},
-    width=base.inner_dim,
     phrase_dim=lambda config: config.pooled_projection_dim,
     text_dim=lambda config: config.joint_attention_dim,
     pooled_dim=lambda config: config.pooled_projection_dim,
-    grid=lambda _, call: base.grid_of_ids(call["img_ids"]),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=unpack,
     captions=captions,
     phrases=lambda pipe, texts: pipe._get_clip_prompt_embeds(list(texts)),  # CLIP's pooled one
     presets={**PRESETS, "flux-kontext-dev": PRESETS["flux-dev"]},

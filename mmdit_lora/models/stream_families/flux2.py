@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mmdit_lora.models.latents import batch_norm_latents, cartesian_ids, pack
 from mmdit_lora.models.stream_families import base
-from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def config(text: int, double: int, single: int, heads: int, *, guidance: bool = False) -> dict[str, Any]:
@@ -23,8 +24,8 @@ def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidan
         "timestep": t,
         "guidance": x.new_full((batch,), guidance) if model.config.guidance_embeds else None,
         "encoder_hidden_states": embeds,
-        "txt_ids": base.cartesian_ids(1, 1, 1, embeds.shape[1], device=x.device).expand(batch, -1, -1),
-        "img_ids": base.cartesian_ids(1, height // 2, width // 2, 1, device=x.device).expand(batch, -1, -1),
+        "txt_ids": cartesian_ids(1, 1, 1, embeds.shape[1], device=x.device).expand(batch, -1, -1),
+        "img_ids": cartesian_ids(1, height // 2, width // 2, 1, device=x.device).expand(batch, -1, -1),
     }
 
 
@@ -39,15 +40,10 @@ FLUX2 = StreamFamily(
     transformer="Flux2Transformer2DModel",
     pipelines=("Flux2KleinPipeline", "Flux2Pipeline", "Flux2KleinInpaintPipeline"),
     blocks={"transformer_blocks": "all", "single_transformer_blocks": "tail"},
-    width=base.inner_dim,
-    phrase_dim=lambda config: config.joint_attention_dim,
-    grid=lambda _, call: base.grid_of_ids(call["img_ids"]),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=unpack,
     captions=captions,
     phrases=base.chat_phrases(captions),
-    latents=base.batch_norm_latents,
+    latents=batch_norm_latents,
     presets={
         "flux2-dev": config(15360, 8, 48, 48, guidance=True),
         "flux2-klein-9b": config(12288, 8, 24, 32),

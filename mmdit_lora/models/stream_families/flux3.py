@@ -9,18 +9,19 @@ import torch
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from torch import Tensor
 
+from mmdit_lora.models.latents import batch_norm_latents, cartesian_ids, pack
 from mmdit_lora.models.stream_families import base
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
     embeds, (height, width) = texts["embeds"], x.shape[-2:]
-    ids = base.cartesian_ids(1, height // 2, width // 2, 1, device=x.device)
+    ids = cartesian_ids(1, height // 2, width // 2, 1, device=x.device)
     return {
-        "hidden_states": base.pack(x),
+        "hidden_states": pack(x),
         "encoder_hidden_states": embeds,
         "timestep": t.to(x.dtype),
         "img_ids": ids * torch.tensor([1, 0.5, 0.5, 1], device=x.device),
-        "txt_ids": base.cartesian_ids(1, 1, 1, embeds.shape[1], device=x.device).float(),
+        "txt_ids": cartesian_ids(1, 1, 1, embeds.shape[1], device=x.device).float(),
     }
 
 
@@ -45,16 +46,12 @@ def phrases(pipe: Any, texts: Sequence[str]) -> Tensor:
 FLUX3 = base.StreamFamily(
     *("flux3", "Flux3Transformer2DModel", ("Flux3ModularPipeline",)),
     blocks={"mode_blocks.image": "all", "single_transformer_blocks": "all"},
-    width=base.inner_dim,
-    phrase_dim=lambda config: config.joint_attention_dim,
     grid=lambda _, call: (len(call["img_ids"][:, 1].unique()), len(call["img_ids"][:, 2].unique())),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=base.unpack,
     captions=captions,
     phrases=phrases,
     guidance="alternate",
-    latents=base.batch_norm_latents,
+    latents=batch_norm_latents,
     max_length=8192,
     presets={"flux3-klein": {}},
 )

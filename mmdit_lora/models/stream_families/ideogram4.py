@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import Ideogram4Pipeline
 from torch import Tensor
 
+from mmdit_lora.models.latents import batch_norm_latents, pack, unpack
 from mmdit_lora.models.stream_families import base
 
 
@@ -22,7 +23,7 @@ def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidan
     text = torch.stack([row.roll(longest - n, 0) for row, n in zip(texts["embeds"], counts, strict=True)])
     ids = Ideogram4Pipeline._prepare_ids(counts, height // 2, width // 2, longest, x.device)
     return {
-        "hidden_states": F.pad(base.pack(x, cells_first=True), (0, 0, longest, 0)),
+        "hidden_states": F.pad(pack(x, cells_first=True), (0, 0, longest, 0)),
         "timestep": (1 - t).to(x.dtype),
         "encoder_hidden_states": F.pad(text, (0, 0, 0, height * width // 4)).to(x.dtype),
         **dict(zip(("position_ids", "segment_ids", "indicator"), ids, strict=True)),
@@ -43,18 +44,17 @@ IDEOGRAM4 = base.StreamFamily(
     "Ideogram4Transformer2DModel",
     ("Ideogram4Pipeline",),
     {"layers": "tail"},
-    base.inner_dim,
     phrase_dim=lambda config: config.llm_features_dim,
     grid=lambda _, call: base.grid_of_ids(call["position_ids"][0][call["indicator"][0] == 2]),
     time=lambda call: 1000 * (1 - call["timestep"].float()),
     inputs=inputs,
-    outputs=lambda y, h, w: -base.unpack(y[:, -(h * w // 4) :], h, w, cells_first=True),
+    outputs=lambda y, h, w: -unpack(y[:, -(h * w // 4) :], h, w, cells_first=True),
     captions=captions,
     phrases=lambda pipe, texts: base.masked_mean(*captions(pipe, texts, 256).values()),
     guidance="single",
     guide=lambda scale, _: {"guidance_scale": scale, "guidance_schedule": None},
     masked=True,
-    latents=partial(base.batch_norm_latents, cells_first=True),
+    latents=partial(batch_norm_latents, cells_first=True),
     max_length=2048,
     presets={"ideogram4": {}},
 )

@@ -12,13 +12,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit_lora.models.latents import cartesian_ids, one_frame_latents, pack
 from mmdit_lora.models.stream_families import base
-from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
     embeds, (height, width) = texts["embeds"], x.shape[-2:]
-    image_ids = base.cartesian_ids(1, height // 2, width // 2, device=x.device).float()
+    image_ids = cartesian_ids(1, height // 2, width // 2, device=x.device).float()
     return {
         "hidden_states": pack(x),
         "encoder_hidden_states": embeds,
@@ -44,17 +45,14 @@ KREA2 = StreamFamily(
     transformer="Krea2Transformer2DModel",
     pipelines=("Krea2Pipeline",),
     blocks={"transformer_blocks": "tail"},
-    width=base.inner_dim,
     phrase_dim=lambda config: config.text_hidden_dim,
     text_dim=lambda config: (config.num_text_layers, config.text_hidden_dim),
     grid=lambda _, call: base.grid_of_ids(call["position_ids"][call["encoder_hidden_states"].shape[1] :]),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=unpack,
     captions=captions,
     phrases=phrases,
     guidance="alternate",
     guide=base.beyond_one,
-    latents=base.one_frame_latents,
+    latents=one_frame_latents,
     presets={"krea2": {}},
 )

@@ -9,14 +9,15 @@ import torch
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
 from torch import Tensor
 
+from mmdit_lora.models.latents import cartesian_ids, pack
 from mmdit_lora.models.stream_families import base
-from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
     """Text stands on the diagonal, the image behind it: at (S, S) and on."""
     (_, _, height, width), embeds, tokens = x.shape, texts["embeds"], texts["embeds"].shape[1]
-    place = base.cartesian_ids(1, height // 2, width // 2, device=x.device)
+    place = cartesian_ids(1, height // 2, width // 2, device=x.device)
     diagonal = torch.arange(tokens, device=x.device).float()
     return {
         "hidden_states": pack(x),
@@ -47,12 +48,7 @@ LONGCAT = StreamFamily(
     "LongCatImageTransformer2DModel",
     ("LongCatImagePipeline",),
     blocks={"transformer_blocks": "all", "single_transformer_blocks": "all"},
-    width=base.inner_dim,
-    phrase_dim=lambda config: config.joint_attention_dim,
-    grid=lambda _, call: base.grid_of_ids(call["img_ids"]),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=unpack,
     captions=captions,
     phrases=phrases,
     guide=lambda scale, _: {"guidance_scale": scale, "enable_prompt_rewrite": False},

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit_lora.models.latents import cartesian_ids, pack
 from mmdit_lora.models.stream_families import base
-from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
@@ -20,7 +21,7 @@ def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidan
         "timestep": t,
         "encoder_hidden_states": embeds,
         "txt_ids": torch.stack([torch.zeros_like(diagonal), diagonal, diagonal], -1).to(embeds.dtype),
-        "img_ids": base.cartesian_ids(1, height // 2, width // 2, device=x.device).to(embeds.dtype),
+        "img_ids": cartesian_ids(1, height // 2, width // 2, device=x.device).to(embeds.dtype),
     }
 
 
@@ -40,12 +41,7 @@ OVIS = StreamFamily(
     transformer="OvisImageTransformer2DModel",
     pipelines=("OvisImagePipeline",),
     blocks={"transformer_blocks": "all", "single_transformer_blocks": "all"},
-    width=base.inner_dim,
-    phrase_dim=lambda config: config.joint_attention_dim,
-    grid=lambda _, call: base.grid_of_ids(call["img_ids"]),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=unpack,
     captions=captions,
     phrases=phrases,
     max_length=256,

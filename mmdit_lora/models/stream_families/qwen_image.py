@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit_lora.models.latents import one_frame_latents, pack
 from mmdit_lora.models.stream_families import base
-from mmdit_lora.models.stream_families.base import StreamFamily, pack, unpack
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:
@@ -43,15 +44,11 @@ QWEN_IMAGE = StreamFamily(
     transformer="QwenImageTransformer2DModel",
     pipelines=("QwenImagePipeline", "QwenImageEditPipeline"),
     blocks={"transformer_blocks": "head"},
-    width=base.inner_dim,
-    phrase_dim=lambda config: config.joint_attention_dim,
     grid=lambda _, call: tuple(call["img_shapes"][0][0][1:]),
-    time=base.thousands(),
     inputs=inputs,
-    outputs=unpack,
     captions=captions,
     phrases=phrases,
     guide=base.true_cfg,
-    latents=base.one_frame_latents,
+    latents=one_frame_latents,
     presets={"qwen-image": {}, "qwen-image-edit": {}, "qwen-image-edit-2511": {"zero_cond_t": True}},
 )

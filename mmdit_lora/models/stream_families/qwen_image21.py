@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit_lora.models.latents import one_frame_latents
 from mmdit_lora.models.stream_families import base
 from mmdit_lora.models.stream_families.base import StreamFamily
 
@@ -43,17 +44,14 @@ QWEN_IMAGE21 = StreamFamily(
     transformer="QwenImage21Transformer2DModel",
     pipelines=("QwenImage21Pipeline",),
     blocks={"transformer_blocks": "tail"},
-    width=base.inner_dim,
     phrase_dim=lambda config: config.context_in_dim,
     grid=lambda _, call: tuple(call["img_shapes"][0][-1][1:]),
-    time=base.thousands(),
     inputs=inputs,
     outputs=lambda sample, height, width: sample[:, -height * width :].transpose(1, 2).unflatten(2, (height, width)),
     captions=captions,
     phrases=lambda pipe, texts: base.masked_mean(*captions(pipe, texts).values()),
     guide=base.true_cfg,
-    latents=lambda vae, pixels: base.one_frame_latents(vae, F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)),
+    latents=lambda vae, pixels: one_frame_latents(vae, F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)),
     channels=lambda config: config.in_channels,
-    cell=16,
     presets={"qwen-image-2.1": {}},
 )

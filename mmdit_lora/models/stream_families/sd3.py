@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdit_lora.models.sd3 import PRESETS
-from mmdit_lora.models.stream_families.base import StreamFamily, inner_dim
+from mmdit_lora.models.stream_families.base import StreamFamily
 
 
 def inputs(model: Any, x: Tensor, t: Tensor, texts: Mapping[str, Tensor], guidance: float) -> dict[str, Any]:  # noqa: ARG001
@@ -38,7 +38,6 @@ SD3 = StreamFamily(
     transformer="SD3Transformer2DModel",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     blocks={"transformer_blocks": "all"},
-    width=inner_dim,
     phrase_dim=lambda config: config.pooled_projection_dim,
     text_dim=lambda config: config.joint_attention_dim,
     pooled_dim=lambda config: config.pooled_projection_dim,
