@@ -160,6 +160,19 @@ def test_a_built_in_family_may_have_a_generic_stream(base: Path, data: Path, tmp
     assert image.size == (32, 32)
 
 
+def test_a_base_with_a_stream_of_its_own_takes_no_generic_one(
+    base: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", "--base", str(base), "--prompt", "a red circle", "--out", str(tmp_path / "images")]
+    for folder, said in (
+        (stream, "has a built-in layout stream"),
+        (tmp_path / "nothing", "no layout stream: config.json"),
+    ):
+        assert main([*arguments, "--stream", str(folder)]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -17,6 +17,7 @@ from mmdit_lora.errors import InputError, shown
 from mmdit_lora.files import exists, written_as_path
 from mmdit_lora.hub import check_base_folder, no_such_base
 from mmdit_lora.models.stream_families import STREAM_FAMILIES
+from mmdit_lora.models.stream_files import read_stream_config
 from mmdit_lora.models.weight_files import refuse_pickled_weights, shard_names
 from mmdit_lora.pipelines.base import LayoutPipeline
 from mmdit_lora.pipelines.flux import LayoutFluxPipeline
@@ -67,6 +68,8 @@ def load_pipeline(
     if len(set(given.values())) > 1:
         raise InputError("say two things", location="dtype and torch_dtype", hint="give one of them")
     dtype = next(iter(given.values()), torch.float32)
+    if stream is not None:
+        read_stream_config(stream)  # before the base is opened, which takes longer
     base = here_or_packaged(base)
     folder = Path(base)
     if exists(folder):
@@ -105,6 +108,12 @@ def load_pipeline(
             location=base,
             hint="give a diffusers pipeline folder (model_index.json beside transformer/, vae/, ...) or a hub id that is cached",
         ) from error
+    if pipeline is None and pipeline_class(name) is not None:
+        raise InputError(
+            "has a built-in layout stream, and a generic one lies beside a plain base",
+            location=base,
+            hint="leave the generic stream out (--stream, stream_weights, stream.kind, stream.width), or give the plain base",
+        )
     if pipeline is None:
         raise InputError(
             f"is a {name}; known are {', '.join(known_pipelines())}",
