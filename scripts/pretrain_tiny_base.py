@@ -19,7 +19,9 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,13 +159,23 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(work: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> None:
+def train_vae(
+    work: Path,
+    new: Callable[[], Any],
+    normalise: Callable[[Any, Tensor], None],
+    steps: int,
+    batch: int = 16,
+    rate: float = 2e-3,
+    *,
+    bf16: bool = False,
+) -> None:
+    """Train the VAE that `new` makes; `normalise` is given it and images (n, 3, 64, 64) uint8 before it is saved."""
     if (work / "vae").exists():
         return
     torch.manual_seed(0)
     images = vae_images(14_000)
     log(f"vae: {len(images)} images")
-    vae = new_vae()
+    vae = new()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     step, curve = resume(work / "vae_training", vae, optimizer)
     while step < steps:
@@ -171,8 +183,9 @@ def train_vae(work: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> No
         x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
         for group in optimizer.param_groups:  # constant, then a cosine to 0 over the second half
             group["lr"] = rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1))) / 2
-        posterior = vae.encode(x).latent_dist
-        out = vae.decode(posterior.sample(generator=generator)).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            posterior = vae.encode(x).latent_dist
+            out = vae.decode(posterior.sample(generator=generator)).sample.float()
         squared = F.mse_loss(out, x)
         loss = F.l1_loss(out, x) + 2 * squared + 1e-6 * posterior.kl().mean()
         optimizer.zero_grad()
@@ -185,7 +198,7 @@ def train_vae(work: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> No
         if step % 100 == 0:
             save_progress(work / "vae_training", vae, optimizer, step, curve)
             log(f"vae: step {step}/{steps}, {curve[-1]['psnr_db']:.1f} dB")
-    normalise_latents(vae, images)
+    normalise(vae, images)
     vae.save_pretrained(work / "vae")
 
 
@@ -489,7 +502,7 @@ def main() -> None:
     if args.parts is not None:
         take_parts(args.parts, args.work)
     make_text(args.work)
-    train_vae(args.work, args.vae_steps)
+    train_vae(args.work, new_vae, normalise_latents, args.vae_steps)
     if not (args.work / "transformer").exists():
         train_transformer(args.work, args.steps, args.scenes, width=args.width)
     publish(args.work, args.out)

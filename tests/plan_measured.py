@@ -1,7 +1,8 @@
 """What a training step really allocates, by the CPU allocator's own records, beside what `plan` forecasts.
 
 python -m tests.plan_measured memory > data/benchmarks/plan_memory.json     # all set-ups below; half a minute
-python -m tests.plan_measured presets > data/benchmarks/plan_presets.json   # forecasts for the published checkpoints
+python -m tests.plan_measured presets > data/benchmarks/plan_presets.json   # the published checkpoints, built-in streams
+python -m tests.plan_measured bases > data/benchmarks/plan_bases.json       # all of them, a generic stream of width 1024
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmdit_lora.analysis.plan.bases import PlannedBase, preset_base
 from mmdit_lora.analysis.plan.forecast import DTYPES, Method, Setup, forecast, set_for
 from mmdit_lora.models import FAMILIES, LayoutInputs
+from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from mmdit_lora.training.loss import Batch, flow_matching_loss
 
 # 10 M parameters and more: a step holds 100 to 500 MB.
@@ -45,6 +47,26 @@ _FLUX: dict[str, Any] = {
     "guidance_embeds": True,
     "axes_dims_rope": (16, 24, 24),
 }
+_FLUX2: dict[str, Any] = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 256,
+    "axes_dims_rope": (16, 16, 16, 16),
+    "guidance_embeds": False,
+}
+# It reads masks and position ids to find its image tokens.
+_LUMINA2: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_layers": 3,
+    "num_refiner_layers": 1,
+    "num_attention_heads": 6,
+    "num_kv_heads": 2,
+    "cap_feat_dim": 256,
+    "axes_dim_rope": (16, 24, 24),
+    "axes_lens": (300, 64, 64),
+}
 # name -> family, arguments of the transformer, method, changes to the setup
 SETUPS: dict[str, tuple[str, dict[str, Any], Method, dict[str, Any]]] = {
     "siamese, lora": ("sd3", _SD3, "lora", {}),
@@ -64,6 +86,8 @@ SETUPS: dict[str, tuple[str, dict[str, Any], Method, dict[str, Any]]] = {
         "layout_stream",
         {"dtype": "bf16"},
     ),
+    "generic stream, flux2, lora": ("generic flux2", _FLUX2, "lora", {}),
+    "generic stream, lumina2, layout_stream": ("generic lumina2", _LUMINA2, "layout_stream", {}),
 }
 
 
@@ -78,7 +102,10 @@ def planned(name: str) -> tuple[PlannedBase, Setup, Method]:
         "text_tokens": 77,
         "device": "cpu",
     }
-    return PlannedBase(name, FAMILIES[family], arguments, 8), Setup(**defaults | changes), method
+    setup = Setup(**defaults | changes)
+    if family.startswith("generic "):
+        return PlannedBase(name, STREAM_FAMILIES[family.removeprefix("generic ")], arguments, 8, {}), setup, method
+    return PlannedBase(name, FAMILIES[family], arguments, 8), setup, method
 
 
 def measured_peak(base: PlannedBase, setup: Setup, method: Method) -> int:
@@ -180,7 +207,7 @@ METHODS: tuple[Method, ...] = ("lora", "layout_stream", "full")
 
 def preset_setup(base: PlannedBase) -> Setup:
     """1024 px, 10 boxes, batch 1, bf16, on a GPU."""
-    return Setup(resolution=1024, text_tokens=base.family.text_tokens)
+    return Setup(resolution=1024, text_tokens=base.family.max_length)
 
 
 def foresee_presets() -> dict[str, Any]:
@@ -196,8 +223,25 @@ def foresee_presets() -> dict[str, Any]:
     }
 
 
+def foresee_bases() -> dict[str, Any]:
+    rows = {}
+    for preset in (preset for family in STREAM_FAMILIES.values() for preset in family.presets):
+        base = preset_base(preset, {"layout_width": 1024})
+        rows[preset] = forecast(base, preset_setup(base), "lora").to_dict() | {"family": base.family.name}
+    return {
+        "what": "LoRA on a generic layout stream of width 1024: 1024 px, 10 boxes, batch 1, bf16, r 16, AdamW, on a GPU; bytes",
+        "command": "python -m tests.plan_measured bases",
+        "torch": torch.__version__,
+        "bases": rows,
+    }
+
+
 def main() -> None:
-    json.dump({"memory": compare_memory, "presets": foresee_presets}[sys.argv[1]](), sys.stdout, indent=1)
+    json.dump(
+        {"memory": compare_memory, "presets": foresee_presets, "bases": foresee_bases}[sys.argv[1]](),
+        sys.stdout,
+        indent=1,
+    )
     print()
 
 

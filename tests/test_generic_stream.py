@@ -25,7 +25,7 @@ from mmdit_lora.models import (
 from mmdit_lora.models.generic_stream import StreamModel, stream_blocks, stream_parameters
 from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from tests.streams import MAKERS
-from tests.streams.common import CELLS, seeded
+from tests.streams.common import seeded
 
 FAMILIES = sorted(STREAM_FAMILIES)
 SIDE = 8  # of the latents
@@ -238,7 +238,7 @@ def test_an_adapter_is_added_saved_loaded_and_merged(family: str, inputs: dict[s
 
 def sampled(pipe: Any, family: str, **options: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    size = SIDE * CELLS.get(family, 8)
+    size = SIDE * STREAM_FAMILIES[family].vae_scale_factor
     settings = {
         "num_inference_steps": 2,
         "height": size,

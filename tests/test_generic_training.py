@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,12 +22,14 @@ from mmdit_lora import Box, Layout
 from mmdit_lora.cli.main import main
 from mmdit_lora.errors import InputError
 from mmdit_lora.pipelines import load_pipeline
+from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.load_base import load_base, open_encoders
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.streams import MAKERS
 from tests.streams.common import seeded
 from tests.test_trainer import adapter_of, make_config
 
+ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = Layout("two things", [Box((0.1, 0.1, 0.5, 0.5), "red circle"), Box((0.5, 0.4, 0.9, 0.9), "blue square")])
 
 
@@ -191,3 +199,49 @@ def test_what_contradicts_is_refused(
     with pytest.raises(InputError, match=said):
         mmdit_lora.train(config(flux2, data, tmp_path / "run", **{"method": "layout_stream", **given}))
     assert not (tmp_path / "run").exists()
+
+
+def in_two_processes(config: Path, *more: str) -> list[str]:
+    """The command that starts a run spread over two processes (gloo)."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return [*torchrun, "-m", "mmdit_lora", "train", str(config), *more]
+
+
+@pytest.mark.slow
+def test_a_stream_trained_by_two_processes_is_killed_and_goes_on_to_the_bit(
+    flux2: Path, data: Path, tmp_path: Path
+) -> None:
+    plan = {"max_steps": 24, "batch_size": 2, "checkpoint_every": 1, "keep_checkpoints": 2, "learning_rate": 1e-3}
+    content = {
+        "base": str(flux2),
+        "method": "layout_stream",
+        "data": {"path": str(data), "validation_share": 0.25, "resolution": 32},
+        "stream": {"width": 16},
+        "train": plan | {"sample_every": 0, "log_every": 1, "ema_decay": 0.9},
+    }
+    files = {name: tmp_path / f"{name}.yaml" for name in ("whole", "killed", "alone")}
+    for name, file in files.items():
+        file.write_text(yaml.safe_dump(content | {"output_dir": str(tmp_path / name)}))
+    options: dict[str, Any] = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE}
+    whole = subprocess.run(in_two_processes(files["whole"]), timeout=300, check=False, **options)
+    assert whole.returncode == 0, whole.stderr.decode()[-3000:]
+    for goal in (5, 14):
+        process = subprocess.Popen(
+            in_two_processes(files["killed"], "--resume", "latest"), start_new_session=True, **options
+        )
+        folder, deadline = tmp_path / "killed" / "checkpoints", time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if (found := checkpoints(folder)) and found[-1].step >= goal:
+                break
+            time.sleep(0.005)
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun and what it started
+        process.communicate(timeout=60)
+    done = subprocess.run(in_two_processes(files["killed"], "--resume", "latest"), timeout=300, check=False, **options)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    one, two = weights(tmp_path / "whole" / "stream"), weights(tmp_path / "killed" / "stream")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(value.any() for name, value in one.items() if "out_proj" in name)
+
+    assert main(["verify-resume", str(files["alone"]), "--steps", "4", "--kills", "1"]) == 0

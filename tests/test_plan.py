@@ -24,11 +24,17 @@ from mmdit_lora.analysis.plan.bases import preset_base
 from mmdit_lora.analysis.plan.forecast import Setup, empty_batch, forecast, mean_loss, planned_model, set_for
 from mmdit_lora.analysis.plan.trace import StepTracer
 from mmdit_lora.cli.main import main
+from mmdit_lora.models.generic_stream import add_layout_stream
+from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from tests.plan_measured import METHODS, PRESETS, SETUPS, measured_peak, planned, preset_setup, random_batch
+from tests.streams import MAKERS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "data" / "benchmarks"
-QUICK = ("siamese, lora", "cross, layout_stream", "full, checkpointing", "single-stream blocks, lora")
+QUICK = (
+    *("siamese, lora", "cross, layout_stream", "full, checkpointing", "single-stream blocks, lora"),
+    *("generic stream, flux2, lora", "generic stream, lumina2, layout_stream"),
+)
 
 
 # -- against real steps
@@ -55,7 +61,13 @@ def test_the_committed_comparison_is_within_what_was_promised() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["siamese, lora", "single-stream blocks, lora", pytest.param("full, checkpointing", marks=pytest.mark.slow)],
+    [
+        "siamese, lora",
+        "single-stream blocks, lora",
+        "generic stream, flux2, lora",
+        "generic stream, lumina2, layout_stream",
+        pytest.param("full, checkpointing", marks=pytest.mark.slow),
+    ],
 )
 def test_flops_are_those_that_torch_counts_in_a_real_step(name: str) -> None:
     base, setup, method = planned(name)
@@ -149,6 +161,22 @@ def test_nothing_is_computed_or_allocated() -> None:
         assert tracer.live == 4
     assert tracer.flops == 2 * 10**21
     assert y.shape == ()
+
+
+def test_values_that_follow_from_constants_are_known_until_something_unknown_is_written_to_them() -> None:
+    with StepTracer():
+        mask, weights = torch.arange(5) > 2, torch.empty(5, 7)
+        assert mask.tolist() == [False, False, False, True, True]
+        assert mask.nonzero().tolist() == [[3], [4]]
+        assert weights[mask].shape == (2, 7)
+        ids = torch.zeros(3)
+        view = ids[1:]
+        view.copy_(torch.ones(2))
+        assert ids.tolist() == [0, 1, 1]
+        view.copy_(weights[0, :2])
+        with pytest.raises(RuntimeError, match="depend on weights or images"):
+            ids.tolist()
+        assert torch.ones(2**11, 2**11).constant is None  # type: ignore[attr-defined]  # too many
 
 
 def test_tracing_leaves_no_mode_behind() -> None:
@@ -280,6 +308,64 @@ def test_a_hub_id_takes_its_config_from_the_cache(
     assert report["methods"]["layout_stream"]["parameters"]["stream"] > 0
 
 
+PUBLISHED = json.loads((BENCHMARKS / "plan_bases.json").read_text())["bases"]
+STATED = {  # billions, as the vendors' pages and diffusers' converted checkpoints have them
+    "sd3-medium": 2.03,
+    "flux-dev": 11.90,
+    "flux2-klein-4b": 3.88,
+    "flux2-klein-9b": 9.08,
+    "flux2-dev": 32.22,
+    "flux3-klein": 5.54,
+    "z-image": 6.15,
+    "qwen-image": 20.43,
+    "krea2": 12.82,
+    "lumina2": 2.61,
+    "qwen-image-2.1": 7.12,
+    "ideogram4": 9.28,
+}
+FAST = ("flux2-klein-4b", "lumina2", "z-image")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED])
+def test_any_published_base_with_a_generic_stream(name: str) -> None:
+    base = preset_base(name, {"layout_width": 1024})
+    now, row = forecast(base, preset_setup(base), "lora").to_dict(), PUBLISHED[name]
+    assert now["parameters"] == row["parameters"]
+    assert now["flops"] == pytest.approx(row["flops"], rel=0.001)
+    assert now["memory"]["peak"] == pytest.approx(row["memory"]["peak"], rel=0.02)
+    if name in STATED:
+        assert round(row["parameters"]["base"] / 1e9, 2) == STATED[name]
+
+
+def test_every_published_base_is_planned() -> None:
+    assert list(PUBLISHED) == [preset for family in STREAM_FAMILIES.values() for preset in family.presets]
+
+
+def test_a_stock_base_that_no_built_in_stream_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MAKERS["flux2"].pipeline(MAKERS["flux2"].transformer()).save_pretrained(tmp_path / "base")
+    reports = [
+        json.loads(run(capsys, tmp_path / "base", "--resolution", 32, *options, "--json")[0])
+        for options in ([], ["--stream-width", 16], ["--attention", "cross"])
+    ]
+    whole, narrow, cross = (report["methods"]["lora"]["parameters"] for report in reports)
+    model = MAKERS["flux2"].transformer()
+    report = add_layout_stream(model)
+    assert (whole["base"], whole["stream"]) == (report.base_parameters, report.parameters)
+    assert narrow["base"] == whole["base"]
+    assert max(narrow["stream"], cross["stream"]) < whole["stream"]
+    assert reports[0]["transformer"] == "Flux2Transformer2DModel"
+
+
+def test_a_width_asks_for_a_generic_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--family", "sd3-medium", "--method", "lora", "--resolution", 64, "--json")
+    built_in, generic = (
+        json.loads(run(capsys, *common, *more)[0])["methods"]["lora"]["parameters"]
+        for more in ([], ["--stream-width", 768])
+    )
+    assert built_in["base"] == generic["base"]
+    assert generic["stream"] < built_in["stream"] / 3
+
+
 def test_options_of_a_new_stream(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = {
         "_class_name": "FluxTransformer2DModel",
@@ -313,6 +399,9 @@ def test_options_of_a_new_stream(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["--family", "sd3-medium", "--phrase-tokens", "5"], "no such choice"),
         (["--family", "sd3-medium", "--every", "2"], "add --gradient-checkpointing"),
         (["BASE", "--attention", "cross"], "the layout stream of"),
+        (["BASE", "--stream-width", "64"], "--stream-width"),
+        (["--family", "z-image", "--single-blocks"], "no such choice"),
+        (["--family", "z-image", "--stream-width", "67"], "--stream-width: width is 67"),
         (["EMPTY"], "has neither transformer/config.json nor config.json"),
         (["BROKEN"], "is not JSON"),
         (["OTHER"], "its transformer is a UNet2DConditionModel"),

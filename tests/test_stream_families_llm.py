@@ -25,7 +25,7 @@ from mmdit_lora.models.stream_families.base import StreamFamily
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.training.trainer import train
 from tests.streams import MAKERS
-from tests.streams.common import CELLS, seeded
+from tests.streams.common import seeded
 from tests.streams.qwen_parts import qwen25_vl_processor
 from tests.test_trainer import make_config
 
@@ -102,8 +102,8 @@ def sample(pipe: Any, family: StreamFamily, x: Tensor, **options: Any) -> Any:
     with torch.no_grad():
         return pipe(
             prompt=list(PROMPTS),
-            height=HEIGHT * CELLS.get(family.name, 8),
-            width=WIDTH * CELLS.get(family.name, 8),
+            height=HEIGHT * family.vae_scale_factor,
+            width=WIDTH * family.vae_scale_factor,
             latents=given(family, x),
             **settings,
         ).images
@@ -178,7 +178,7 @@ def test_latents_are_what_the_pipeline_decodes(
     described: StreamFamily, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with seeded(2), torch.no_grad():
-        pixels = 2 * torch.rand(2, 3, HEIGHT * CELLS.get(described.name, 8), WIDTH * CELLS.get(described.name, 8)) - 1
+        pixels = 2 * torch.rand(2, 3, HEIGHT * described.vae_scale_factor, WIDTH * described.vae_scale_factor) - 1
         latents = described.latents(pipe.vae, pixels)
         assert latents.shape == (2, described.channels(pipe.transformer.config), HEIGHT, WIDTH)
         read = pixels
@@ -295,7 +295,7 @@ def test_the_layout_does_not_move_images_to_edit(name: str, monkeypatch: pytest.
     settings = {**GUIDED_OFF[name], "num_inference_steps": 1, "output_type": "latent", "latents": given(family, x)}
 
     def edit() -> Tensor:
-        size = {"height": HEIGHT * CELLS.get(family.name, 8), "width": WIDTH * CELLS.get(family.name, 8)}
+        size = {"height": HEIGHT * family.vae_scale_factor, "width": WIDTH * family.vae_scale_factor}
         with torch.no_grad():
             return pipe(image=Image.new("RGB", (64, 96), "red"), prompt="make it blue", **settings, **size).images
 
@@ -330,8 +330,8 @@ def test_the_scale_of_guidance_is_that_of_cfg(described: StreamFamily, pipe: Any
     made = MAKERS[described.name].SAMPLING
     own = {key: value for key, value in made.items() if key == "max_sequence_length"}
     size = {
-        "height": HEIGHT * CELLS.get(described.name, 8),
-        "width": WIDTH * CELLS.get(described.name, 8),
+        "height": HEIGHT * described.vae_scale_factor,
+        "width": WIDTH * described.vae_scale_factor,
         "latents": given(described, noise),
     }
     for scale in (1.0, 3.0):
@@ -367,10 +367,10 @@ def test_a_folder_of_the_base_is_trained_on_and_painted_with(
     train(make_config(folder, data, tmp_path / "run", method="layout_stream", stream={"width": 16}))
     opened = load_pipeline(str(folder), stream=tmp_path / "run" / "stream")
     layout = Layout("two things", [Box((0.1, 0.1, 0.5, 0.5), "red circle"), Box((0.5, 0.4, 0.9, 0.9), "blue square")])
-    size = {"height": 8 * CELLS.get(described.name, 8), "width": 8 * CELLS.get(described.name, 8)}
+    size = {"height": 8 * described.vae_scale_factor, "width": 8 * described.vae_scale_factor}
     for scale in (1.0, 3.0):
         for call, count in (({"layout": layout}, 1), ({"layout": [layout, layout]}, 2), ({"prompt": "a cat"}, 1)):
             images = opened(**call, **size, guidance_scale=scale).images
             assert [image.size for image in images] == [
-                (8 * CELLS.get(described.name, 8), 8 * CELLS.get(described.name, 8))
+                (8 * described.vae_scale_factor, 8 * described.vae_scale_factor)
             ] * count

@@ -1,4 +1,4 @@
-"""The verbs that work with data sets: `init` and `data make|check|convert|cache|split|shard|stats|show|formats`."""
+"""The verbs that work with data sets: `init` and `data make|synthesize|check|convert|cache|split|shard|stats|show|formats`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from mmdit_lora.cli.options import (
     number,
 )
 from mmdit_lora.cli.output import ProgressLines, emit, say
+from mmdit_lora.cli.synthesize import synthesize
 from mmdit_lora.config.loading import Config, load_config
 from mmdit_lora.config.ranges import COUNT, PART, SEED, Range
 from mmdit_lora.data.buckets import one_size
@@ -58,7 +59,7 @@ def register(app: typer.Typer) -> None:
     """Add this file's verbs to the app."""
     data = typer.Typer(help="Make, check, convert, split, shard and show data sets.", no_args_is_help=False)
     app.command("init")(init)
-    for verb in (make, convert, formats, check, split, stats, show, shard, cache):
+    for verb in (make, convert, formats, check, split, stats, show, shard, cache, synthesize):
         data.command(verb.__name__)(verb)
     app.add_typer(data, name="data")
 

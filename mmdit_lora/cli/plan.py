@@ -37,7 +37,7 @@ def plan(
     family: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a base: sd3-medium | sd3.5-medium | sd3.5-large | flux-dev | flux-schnell; downloads nothing."
+            help="Instead of a base, a published one: sd3.5-medium, flux-dev, flux2-klein-4b, z-image, ...; downloads nothing."
         ),
     ] = None,
     method: Annotated[
@@ -63,6 +63,9 @@ def plan(
         number(
             _UP_TO, "--phrase-tokens", help="Text tokens of a phrase in a new stream; default: one pooled embedding."
         ),
+    ] = None,
+    stream_width: Annotated[
+        int | None, number(SIDE, "--stream-width", help="Width of a generic stream; default: the base's, at most 1024.")
     ] = None,
     text_tokens: Annotated[
         int | None, number(_UP_TO, "--text-tokens", help="Text tokens of a caption; default: the published pipeline's.")
@@ -90,7 +93,12 @@ def plan(
         )
     if base is not None:
         base = require_base(base, whole=False)
-    stream = {"layout_attention": attention, "layout_single_blocks": single_blocks, "phrase_tokens": phrase_tokens}
+    stream = {
+        "layout_attention": attention,
+        "layout_single_blocks": single_blocks,
+        "phrase_tokens": phrase_tokens,
+        "layout_width": stream_width,
+    }
     logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # where there is no triton, it warns
     from mmdit_lora.analysis.plan.bases import load_base, preset_base
     from mmdit_lora.analysis.plan.forecast import NOT_COUNTED, Setup, forecast, full_fine_tuning
@@ -101,7 +109,7 @@ def plan(
         boxes=boxes,
         batch=batch,
         dtype=dtype,
-        text_tokens=text_tokens or planned.family.text_tokens,
+        text_tokens=text_tokens or planned.family.max_length,
         rank=r,
         optimizer=optimizer,
         checkpoint_every=every if gradient_checkpointing else 0,
@@ -116,7 +124,7 @@ def plan(
         emit(
             {
                 "base": planned.name,
-                "transformer": planned.family.transformer.__name__,
+                "transformer": planned.transformer.__name__,
                 "setup": asdict(setup),
                 "methods": {each.method: each.to_dict() for each in forecasts},
                 "full_fine_tuning": classic,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -339,6 +339,9 @@ def _caption(boxes: list[Box], tone: str) -> str:
     phrases = [box.phrase for box in boxes]
     if len(phrases) > LISTED_IN_CAPTION:
         return f"{NUMBER_WORDS[len(phrases)]} shapes {location}"
-    if len(phrases) == 1:
-        return f"{phrases[0]} {location}"
-    return f"{', '.join(phrases[:-1])} and {phrases[-1]} {location}"
+    return f"{join_phrases(phrases)} {location}"
+
+
+def join_phrases(phrases: Sequence[str]) -> str:
+    """ "a cat", "a cat and a dog", "a cat, a dog and a cow"."""
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))

@@ -30,26 +30,26 @@ _DETECTIONS = TypeAdapter(list[list[Detection]])
 
 
 class ImageCache:
-    """`folder/images/<condition>/00000.png`, and `folder/evaluate.json` with everything that determines them.
+    """`folder/images/<condition>/00000.png`, and a file with everything that determines them.
 
     `folder/images/<condition>/digests.json` holds their digests: an image that was changed since is refused.
 
     Args:
-        folder: of one evaluation. plan: what the images depend on, for JSON; the same to continue.
+        folder: of one evaluation. plan: what the images depend on, for JSON; the same to continue. name: of its file. what: made them.
 
     Raises:
         InputError: the folder holds images of another plan.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
-        self.folder, self._plan = folder, json.loads(json.dumps(plan))
-        before = read_cached(folder / PLAN, dict)
+    def __init__(self, folder: Path, plan: dict[str, Any], *, name: str = PLAN, what: str = "evaluation") -> None:
+        self.folder, self._plan, self._file = folder, json.loads(json.dumps(plan)), folder / name
+        before = read_cached(self._file, dict)
         self._begun = before is not None
         for key in {} if before is None else before | self._plan:
             was, now = (before or {}).get(key), self._plan.get(key)
             if was != now:
                 raise InputError(
-                    f"holds images of another evaluation: {key} was {_short(was)} and is {_short(now)}",
+                    f"holds images of another {what}: {key} was {_short(was)} and is {_short(now)}",
                     location=f"--out {folder}",
                     hint="give another folder, or remove this one",
                 )
@@ -60,7 +60,7 @@ class ImageCache:
             # Without a readable plan it is unknown what the images here show: all are generated again.
             for digests in self.folder.glob(f"{IMAGES}/*/{_DIGESTS}"):
                 digests.unlink()
-            write_json(self.folder / PLAN, self._plan)
+            write_json(self._file, self._plan)
             self._begun = True
 
     def generate(

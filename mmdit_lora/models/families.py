@@ -26,14 +26,14 @@ class Family:
         transformer: our class; its first diffusers base is the class that a plain base folder names.
         stock_class: name of that diffusers class, as in `transformer/config.json`.
         vae_scale_factor: pixels a latent cell covers, along a side, in the published checkpoints.
-        text_tokens: length of the text sequence that the published pipelines give the transformer by default.
+        max_length: length of the text sequence that the published pipelines give the transformer by default.
         presets: name of a published checkpoint -> the arguments of its transformer (its config.json).
     """
 
     transformer: type[LayoutModelMixin]
     stock_class: str
     vae_scale_factor: int
-    text_tokens: int
+    max_length: int
     presets: Mapping[str, Mapping[str, Any]]
 
 
@@ -42,14 +42,14 @@ FAMILIES: dict[str, Family] = {
         LayoutSD3Transformer2DModel,
         stock_class="SD3Transformer2DModel",
         vae_scale_factor=8,
-        text_tokens=77 + 256,  # CLIP and T5
+        max_length=77 + 256,  # CLIP and T5
         presets=sd3.PRESETS,
     ),
     "flux": Family(
         LayoutFluxTransformer2DModel,
         stock_class="FluxTransformer2DModel",
         vae_scale_factor=8,
-        text_tokens=512,
+        max_length=512,
         presets=flux.PRESETS,
     ),
 }

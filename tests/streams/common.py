@@ -16,7 +16,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
-CELLS = {"qwen_image21": 16}  # pixels that a cell of the published VAE covers, where they are not 8
 VOCABULARY = 256 + len(SPECIAL)
 
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import hf_hub_download
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.hub import read_base_config
 from mmdit_lora.models import FAMILIES, Family, LayoutModelMixin, family_of
 from mmdit_lora.models.families import stream_changes
+from mmdit_lora.models.generic_stream import add_layout_stream
+from mmdit_lora.models.stream_families import STREAM_FAMILIES, StreamFamily
+from mmdit_lora.models.weight_files import check_sizes
 
 DEFAULT_SIDE = 1024
 _HINT = "give a pipeline folder, its transformer folder, a hub id, or a --family without a base"
@@ -23,6 +27,7 @@ STREAM_OPTIONS = {
     "layout_attention": "--attention",
     "layout_single_blocks": "--single-blocks",
     "phrase_tokens": "--phrase-tokens",
+    "layout_width": "--stream-width",
 }
 
 
@@ -32,14 +37,23 @@ class PlannedBase:
 
     Args:
         name: preset, folder or hub id.
+        family: with a built-in layout stream, or for a generic one.
         arguments: of the family's transformer.
         vae_scale_factor: pixels that a latent cell covers, along a side.
+        stream: of a generic stream, the arguments of `add_layout_stream`.
     """
 
     name: str
-    family: Family
+    family: Family | StreamFamily
     arguments: Mapping[str, Any]
     vae_scale_factor: int
+    stream: Mapping[str, Any] | None = None
+
+    @property
+    def transformer(self) -> type[Any]:
+        """The class that is made."""
+        family = self.family
+        return getattr(diffusers, family.transformer) if isinstance(family, StreamFamily) else family.transformer
 
     @property
     def default_side(self) -> int:
@@ -54,9 +68,15 @@ class PlannedBase:
             InputError: the config makes none.
         """
         try:
-            return self.family.transformer(**self.arguments)
+            model = self.transformer(**self.arguments)
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise InputError(f"its transformer's config makes no model: {error}", location=self.name) from error
+        if self.stream is not None:
+            try:
+                add_layout_stream(model, **self.stream)
+            except ValueError as error:
+                raise InputError(str(error), location="--stream-width") from None
+        return model
 
     def latent_side(self, model: LayoutModelMixin, side: int) -> int:
         """Latent cells along the side of a square image of `side` pixels.
@@ -72,21 +92,23 @@ class PlannedBase:
 
 
 def preset_base(preset: str, options: Mapping[str, Any]) -> PlannedBase:
-    """A published checkpoint by its name, e.g. "sd3-medium".
+    """A published checkpoint by its name, e.g. "sd3-medium": with a built-in stream where its family has one.
 
     Args:
-        options: of the layout stream, keys of `STREAM_OPTIONS`; None = the default.
+        options: of the layout stream, keys of `STREAM_OPTIONS`; None = the default. A width asks for a generic stream.
 
     Raises:
         InputError: no such preset (the nearest is named), or its family knows no such option.
     """
-    presets = {name: family for family in FAMILIES.values() for name in family.presets}
-    if preset not in presets:
-        near = difflib.get_close_matches(preset, presets, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(presets)}"
+    built_in = {name: family for family in FAMILIES.values() for name in family.presets}
+    generic = {name: family for family in STREAM_FAMILIES.values() for name in family.presets}
+    if preset not in generic:
+        near = difflib.get_close_matches(preset, generic, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(generic)}"
         raise InputError(f"is {preset!r}, which is not known", location="--family", hint=hint)
-    family = presets[preset]
-    return _planned(preset, family, family.presets[preset], options, has_stream=False)
+    if preset in built_in and options.get("layout_width") is None:
+        return _built_in(preset, built_in[preset], built_in[preset].presets[preset], options, has_stream=False)
+    return _generic(preset, generic[preset], generic[preset].presets[preset], options)
 
 
 def load_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
@@ -113,16 +135,22 @@ def load_base(base: str, options: Mapping[str, Any]) -> PlannedBase:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             what = f"is no folder, and as a hub id its transformer/config.json cannot be had ({first})"
             raise InputError(what, location=base, hint=_HINT) from error
-    family = family_of(config, location=base)
-    has_stream = config["_class_name"] == family.transformer.__name__
-    planned = _planned(base, family, config, options, has_stream=has_stream)
+    stock = next((f for f in STREAM_FAMILIES.values() if f.transformer == config.get("_class_name")), None)
+    built_in = stock is not None and any(f.stock_class == stock.transformer for f in FAMILIES.values())
+    if stock is not None and (not built_in or options.get("layout_width") is not None):
+        check_sizes(config, location=base)
+        planned = _generic(base, stock, config, options)
+    else:
+        family = family_of(config, location=base)
+        has_stream = config["_class_name"] == family.transformer.__name__
+        planned = _built_in(base, family, config, options, has_stream=has_stream)
     vae = folder / "vae" / "config.json"
     stages = read_base_config(vae).get("block_out_channels") if vae.is_file() else None
     # As diffusers' pipelines compute it.
     return replace(planned, vae_scale_factor=2 ** (len(stages) - 1)) if isinstance(stages, list) and stages else planned
 
 
-def _planned(
+def _built_in(
     base: str, family: Family, config: Mapping[str, Any], options: Mapping[str, Any], *, has_stream: bool
 ) -> PlannedBase:
     known = inspect.signature(family.transformer.__init__).parameters
@@ -137,3 +165,14 @@ def _planned(
         hint="leave it out",
     )
     return PlannedBase(base, family, arguments | changes, family.vae_scale_factor)
+
+
+def _generic(base: str, family: StreamFamily, config: Mapping[str, Any], options: Mapping[str, Any]) -> PlannedBase:
+    chosen = {key: value for key, value in options.items() if value is not None}
+    for key in chosen.keys() - {"layout_attention", "layout_width"}:
+        what = f"is {chosen[key]}, and the generic stream of {base} has no such choice"
+        raise InputError(what, location=STREAM_OPTIONS[key], hint="leave it out")
+    known = inspect.signature(getattr(diffusers, family.transformer).__init__).parameters
+    stream = {key.removeprefix("layout_"): value for key, value in chosen.items()}
+    arguments = {key: value for key, value in config.items() if key in known}
+    return PlannedBase(base, family, arguments, family.vae_scale_factor, stream)

@@ -138,7 +138,11 @@ def empty_batch(model: Any, setup: Setup, latents: int, slots: int) -> Batch:
         x0=torch.empty(image),
         noise=torch.empty(image),
         t=torch.empty(size),
-        texts={name: torch.empty(size, *shape) for name, shape in model.text_shapes(setup.text_tokens).items()},
+        texts={
+            # Some bases read their masks to find the image tokens.
+            name: torch.ones(size, *shape, dtype=torch.bool) if name == "mask" else torch.empty(size, *shape)
+            for name, shape in model.text_shapes(setup.text_tokens).items()
+        },
         layout=layout,
     )
 

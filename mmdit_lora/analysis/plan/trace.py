@@ -6,6 +6,7 @@ allocation to its release, and counts FLOPs with torch's own formulas. Nothing i
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -25,9 +26,15 @@ DeviceKind = Literal["gpu", "cpu"]
 OptimizerName = Literal["adamw", "sgd-momentum"]
 Part = Literal["forward", "backward", "optimizer"]
 
+
 _CPU = torch.device("cpu")
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _FACTORIES = (torch.ops.aten.scalar_tensor.default,)
+# What they make is known; of the second ones it depends on the shape that they are given.
+_CONSTANTS = ("arange", "linspace", "zeros", "ones", "full", "scalar_tensor", "eye")
+_SHAPED = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+_MOST_VALUES = 2**20  # a tensor of more is known by its shape only
 _RMS_NORMS = (torch.rms_norm, nn.functional.rms_norm)
 _NORMS = (torch.layer_norm, nn.functional.layer_norm, *_RMS_NORMS)
 
@@ -61,17 +68,33 @@ class ShapeTensor(Tensor):
     """A tensor without data that autograd and autocast take for one on the CPU; its shape and storage are those of `meta`.
 
     torch's `FakeTensor` gives the same figures in four times the time; `plan` is to answer within seconds.
+
+    Args:
+        constant: what it holds, where that follows from constants alone (position ids, masks) and is small: models read such
+            numbers to find their image tokens.
     """
 
     meta: Tensor
+    constant: Tensor | None
 
     @staticmethod
-    def __new__(cls, meta: Tensor) -> ShapeTensor:
+    def __new__(cls, meta: Tensor, constant: Tensor | None = None) -> ShapeTensor:
         made = Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=_CPU
         )
-        made.meta = meta
+        made.meta, made.constant = meta, constant
         return made
+
+    def known(self) -> Tensor | None:
+        """`constant`, unless something unknown was written to it since, also through a view."""
+        unknown = self.constant is None or hasattr(self.constant.untyped_storage(), "overwritten")
+        return None if unknown else self.constant
+
+    def tolist(self) -> Any:
+        """As of any tensor; torch's own reads memory, which is not there."""
+        if (values := self.known()) is None:
+            raise RuntimeError(f"the values of {self} depend on weights or images")
+        return values.tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ShapeTensor({tuple(self.shape)}, {self.dtype})"
@@ -91,17 +114,29 @@ class StepTracer(TorchDispatchMode):
         self._known: dict[Any, dict[Any, tuple[int, Callable[[], Any]]] | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = _computed(func, args, kwargs or {})
         if func is _ITEM:
-            return 1.0  # of the optimizer's step counters
+            return 1.0 if values is None else values  # 1: of the optimizer's step counters
+        if values is not None and torch.Tag.dynamic_output_shape in func.tags:
+            if isinstance(values, Tensor):
+                return self._wrap(values.to("meta"), [], values)
+            return type(values)(self._wrap(x.to("meta"), [], x) for x in values)
+        if func._overloadpacket.__name__ in _INDEXING:
+            args = _places(args)
         given: list[ShapeTensor] = []
         args = [_unwrap(x, given) for x in args]
         kwargs = {key: _unwrap(x, given) for key, x in (kwargs or {}).items()}
         if "device" in kwargs or func in _FACTORIES:
             kwargs["device"] = "meta"
         out = self._run(func, args, kwargs)
+        if values is None and func._schema.is_mutable:
+            for tensor in given:
+                if tensor.meta is out and tensor.constant is not None:
+                    vars(tensor.constant.untyped_storage())["overwritten"] = True
         if isinstance(out, tuple | list):
-            return type(out)(self._wrap(x, given) for x in out)
-        return self._wrap(out, given)
+            each = values if isinstance(values, tuple | list) else [None] * len(out)
+            return type(out)(self._wrap(x, given, value) for x, value in zip(out, each, strict=True))
+        return self._wrap(out, given, values)
 
     def _run(self, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """`func` on meta tensors, its FLOPs counted. As blocks are alike, what shapes give is remembered."""
@@ -124,7 +159,7 @@ class StepTracer(TorchDispatchMode):
         outputs = out if isinstance(out, tuple | list) else (out,)
         return not any(isinstance(x, Tensor) and x.untyped_storage()._cdata in self._storages for x in outputs)
 
-    def _wrap(self, out: Any, given: list[ShapeTensor]) -> Any:
+    def _wrap(self, out: Any, given: list[ShapeTensor], values: Any = None) -> Any:
         if not isinstance(out, Tensor):
             return out
         for tensor in given:
@@ -133,7 +168,7 @@ class StepTracer(TorchDispatchMode):
         storage = out.untyped_storage()
         if storage._cdata not in self._storages:
             self._follow(storage, storage.nbytes())
-        return ShapeTensor(out)
+        return ShapeTensor(out, values if isinstance(values, Tensor) and values.numel() <= _MOST_VALUES else None)
 
     def _follow(self, storage: Any, size: int) -> None:
         key = storage._cdata
@@ -145,6 +180,53 @@ class StepTracer(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         del self._storages[key]
         self.live -= size
+
+
+class _UnknownError(Exception):
+    """A tensor whose values are not known."""
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What `func` gives, where all that it is given is known and little; else None."""
+    seen: list[Tensor] = []
+    name = func._overloadpacket.__name__
+    if name in _SHAPED and isinstance(args[0], ShapeTensor):
+        args = [torch.empty((), dtype=args[0].dtype).expand(args[0].shape), *args[1:]]
+    try:
+        values = [_values(x, seen) for x in args], {key: _values(x, seen) for key, x in kwargs.items()}
+    except _UnknownError:
+        return None
+    if not seen and name not in _CONSTANTS:
+        return None
+    sizes = [x for x in args if isinstance(x, list | tuple) and all(isinstance(y, int) for y in x)]
+    if (not seen or name in _SHAPED) and any(math.prod(size) > _MOST_VALUES for size in sizes):
+        return None
+    return func(*values[0], **values[1])
+
+
+def _values(x: Any, seen: list[Tensor]) -> Any:
+    if isinstance(x, Tensor):
+        values = x.known() if isinstance(x, ShapeTensor) else x
+        if values is None or values.device != _CPU or values.numel() > _MOST_VALUES:
+            raise _UnknownError
+        seen.append(values)
+        return values
+    if isinstance(x, torch.device) and x.type == "meta":
+        raise _UnknownError
+    return [_values(y, seen) for y in x] if isinstance(x, list | tuple) else x
+
+
+def _places(args: Any) -> list[Any]:
+    """Masks among the indices of `index` or `index_put`, where they are known, as the places that they select."""
+    out = list(args)
+    for number, x in enumerate(args):
+        if isinstance(x, list | tuple) and any(isinstance(y, Tensor) and y.dtype == torch.bool for y in x):
+            known = [(y.known() if isinstance(y, ShapeTensor) else y) if isinstance(y, Tensor) else y for y in x]
+            each = [
+                y.nonzero(as_tuple=True) if isinstance(y, Tensor) and y.dtype == torch.bool else (y,) for y in known
+            ]
+            out[number] = [place for places in each for place in places]
+    return out
 
 
 def _unwrap(x: Any, given: list[ShapeTensor]) -> Any:

@@ -17,6 +17,8 @@ from mmdit_lora.models.stream_families.qwen_image21 import QWEN_IMAGE21
 from mmdit_lora.models.stream_families.sd3 import SD3
 from mmdit_lora.models.stream_families.z_image import Z_IMAGE
 
+__all__ = ["STREAM_FAMILIES", "StreamFamily", "family_of_class"]
+
 STREAM_FAMILIES: dict[str, StreamFamily] = {
     family.name: family
     for family in (

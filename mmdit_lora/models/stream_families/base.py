@@ -95,6 +95,7 @@ class StreamFamily:
         masked: `inputs` needs the "mask" of captions; else captions without one have all their tokens.
         phrases: (pipe, phrases) -> (n, E).
         text_dim: E of a caption's tokens, or (layers, E); None = as of phrases.
+        vae_scale_factor: pixels a latent cell covers, along a side, in the published checkpoints.
         presets: name of a published checkpoint -> the transformer's arguments.
     """
 
@@ -121,6 +122,7 @@ class StreamFamily:
     multiple: int = 2
     max_side: Callable[[Any], int | None] = lambda config: None  # noqa: ARG005
     max_length: int = 512
+    vae_scale_factor: int = 8
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     text_dim: Callable[[Any], int | tuple[int, ...]] | None = None
 

@@ -53,5 +53,6 @@ QWEN_IMAGE21 = StreamFamily(
     guide=base.true_cfg,
     latents=lambda vae, pixels: one_frame_latents(vae, F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)),
     channels=lambda config: config.in_channels,
+    vae_scale_factor=16,
     presets={"qwen-image-2.1": {}},
 )

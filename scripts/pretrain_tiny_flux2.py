@@ -1,0 +1,317 @@
+"""Make the second embedded base, `data/tiny_flux2`, from nothing: a small FLUX.2 klein that knows text and no layout.
+
+    uv run python scripts/pretrain_tiny_flux2.py --work .work/tiny_flux2 --out data/tiny_flux2
+
+Stock classes throughout: `Flux2Transformer2DModel`, `AutoencoderKLFlux2`, `Qwen3ForCausalLM`, `Flux2KleinPipeline`; only the
+configs are small. The transformer learns captions alone, as a published base does; its layout stream comes afterwards, by
+`mmdit-lora train configs/tiny_flux2_stream.yaml`. Every stage writes to `--work` as it goes and takes up again from there
+after a break. The VAE starts from the two levels of the first embedded base's and gets a third.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from PIL import Image
+from pretrain_tiny_base import (
+    COMMON_WORDS,
+    HELD_OUT_SEED,
+    TRAIN_SEED,
+    log,
+    resume,
+    save_progress,
+    train_vae,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from mmdit_lora.config.ranges import COUNT
+from mmdit_lora.data.shapes import DOMAINS, make_scene, phrase_attributes
+from mmdit_lora.evaluation.detectors.shapes import detect_all
+from mmdit_lora.flow import sample_timesteps
+from mmdit_lora.layout import Layout
+from mmdit_lora.models.latents import batch_norm_latents, pack
+from mmdit_lora.models.stream_families import STREAM_FAMILIES
+from mmdit_lora.visual import contact_sheet, save_png
+
+FAMILY = STREAM_FAMILIES["flux2"]
+DOMAIN = "basic"
+TEXT_WIDTH, TEXT_TOKENS = 64, 40
+STEPS, GUIDANCE = 20, 3.0
+# As the published template makes a chat of one message, without thinking.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+
+
+# -- text ----------------------------------------------------------------------------------------------------------------
+
+
+def make_text(work: Path) -> None:
+    """A byte-level BPE tokenizer and a frozen Qwen3 with random weights, as deep as klein's reading of it (27 layers).
+
+    Every layer adds little to what the one before it gave, so a token's state keeps its word and takes up its neighbours'.
+    """
+    if (work / "text_encoder").exists():
+        return
+    captions = [make_scene(DOMAINS["mixed"], TRAIN_SEED, index)[1].caption for index in range(2000)]
+    phrases = [f"a {color}" for caption in captions for color in caption.split()]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1400, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    chats = [f"user\nassistant\n<think>\n\n</think>\n\n {' '.join(COMMON_WORDS)}"] * 5
+    bpe.train_from_iterator([*captions, *phrases, *chats], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2TokenizerFast(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        additional_special_tokens=SPECIAL[1:],
+        pad_token=SPECIAL[0],
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=27,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    encoder = Qwen3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "embed_tokens" in name:
+                parameter.normal_(generator=generator)
+            elif parameter.ndim == 2:
+                small = 0.15 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                parameter.normal_(std=small * parameter.shape[1] ** -0.5, generator=generator)
+    tokenizer.save_pretrained(work / "tokenizer")
+    encoder.half().save_pretrained(work / "text_encoder")
+    log(f"text: {len(tokenizer)} tokens, {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters")
+
+
+# -- VAE -----------------------------------------------------------------------------------------------------------------
+
+
+def new_vae(start: Path) -> AutoencoderKLFlux2:
+    """Three levels, a cell of 4 pixels, 16 channels; the outer two levels as those of the VAE at `start`."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=64,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    own, given = vae.state_dict(), AutoencoderKL.from_pretrained(start).state_dict()
+    for name, value in given.items():
+        # The decoder counts its levels from the inside.
+        for level in (1, 0):
+            name = name.replace(f"decoder.up_blocks.{level}.", f"decoder.up_blocks.{level + 1}.")
+        if name in own and own[name].shape == value.shape:
+            own[name] = value.float()
+    vae.load_state_dict(own)
+    return vae
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKLFlux2, images: Tensor) -> None:
+    """Mean and variance of 2 x 2 cells into the batch norm, by which klein's pipeline normalises."""
+    modes = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in images[::7].split(50)])
+    cells = pack(modes).flatten(0, 1)
+    vae.bn.running_mean.copy_(cells.mean(0))
+    vae.bn.running_var.copy_(cells.var(0))
+
+
+# -- transformer ---------------------------------------------------------------------------------------------------------
+
+
+def new_transformer() -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=3 * TEXT_WIDTH,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=False,
+    )
+
+
+def assemble(work: Path, transformer: Flux2Transformer2DModel) -> Flux2KleinPipeline:
+    pipe = Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        vae=AutoencoderKLFlux2.from_pretrained(work / "vae", torch_dtype=torch.float32),
+        text_encoder=Qwen3ForCausalLM.from_pretrained(work / "text_encoder", dtype=torch.float32),
+        tokenizer=Qwen2TokenizerFast.from_pretrained(work / "tokenizer"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Scenes:
+    """Encoded scenes in memory: latents, and captions as rows of a table, both fp16; row 0 is the empty caption."""
+
+    @torch.no_grad()
+    def __init__(self, pipe: Flux2KleinPipeline, count: int) -> None:
+        scenes = [make_scene(DOMAINS[DOMAIN], TRAIN_SEED, index) for index in range(count)]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in scenes])).permute(0, 3, 1, 2)
+        self.latents = torch.cat([batch_norm_latents(pipe.vae, x.float() / 127.5 - 1).half() for x in pixels.split(50)])
+        captions = list(dict.fromkeys(["", *(layout.caption for _, layout in scenes)]))
+        row = {caption: number for number, caption in enumerate(captions)}
+        self.rows = torch.tensor([row[layout.caption] for _, layout in scenes])
+        parts = [captions[i : i + 200] for i in range(0, len(captions), 200)]
+        self.embeds = torch.cat([FAMILY.captions(pipe, part, TEXT_TOKENS)["embeds"].half() for part in parts])
+
+    def batch(self, index: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) and caption embeddings (B, S, E); where `dropped` (B,) the caption is empty."""
+        rows = self.rows[index].masked_fill(dropped, 0)
+        return self.latents[index].float(), self.embeds[rows].float()
+
+
+def velocity(model: Flux2Transformer2DModel, x_t: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+    answer = model(**FAMILY.inputs(model, x_t, t, {"embeds": embeds}, 1.0), return_dict=False)[0]
+    return FAMILY.outputs(answer, *x_t.shape[-2:])
+
+
+def train_transformer(work: Path, steps: int, count: int, *, batch: int = 32, rate: float = 1.3e-3) -> None:
+    torch.manual_seed(0)
+    model = new_transformer()
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    both = torch.nn.ModuleDict({"model": model, "ema": ema})
+    step, curve = resume(work / "transformer_training", both, optimizer)
+    pipe = assemble(work, ema)
+    log("transformer: encoding scenes")
+    scenes = Scenes(pipe, count)
+    held_out = [make_scene(DOMAINS[DOMAIN], HELD_OUT_SEED, index)[1] for index in range(64)]
+    recent: list[float] = []
+    log(f"transformer: {count} scenes, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    while step < steps:
+        for group in optimizer.param_groups:  # warm-up, constant, then a cosine to 2 % over the second half
+            fall = 0.02 + 0.98 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1))) / 2
+            group["lr"] = rate * min(1, (step + 1) / 200) * fall
+        generator = torch.Generator().manual_seed(step)
+        index = torch.randint(count, (batch,), generator=generator)
+        x0, embeds = scenes.batch(index, torch.rand(batch, generator=generator) < 0.1)
+        t = sample_timesteps(batch, logit_mean=0.3 if step < 0.4 * steps else 1.0, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+        loss = F.mse_loss(velocity(model, x_t, t, embeds), noise - x0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (1 + step) / (10 + step))
+            )
+        recent.append(loss.item())
+        if step % 100 == 0:
+            entry: dict[str, Any] = {"step": step, "loss": float(np.mean(recent))}
+            recent.clear()
+            if step % 1500 == 0 or step == steps:
+                entry |= caption_fidelity(paint(pipe, held_out), held_out)
+                save_png(contact_sheet(paint(pipe, held_out[:16])), work / "samples.png")
+            curve.append(entry)
+            log(f"transformer: {json.dumps(entry)}")
+        if step % 250 == 0 or step == steps:
+            save_progress(work / "transformer_training", both, optimizer, step, curve)
+    ema.save_pretrained(work / "transformer")
+
+
+# -- fidelity to captions ------------------------------------------------------------------------------------------------
+
+
+def paint(pipe: Flux2KleinPipeline, layouts: Sequence[Layout], batch: int = 32) -> list[Image.Image]:
+    """Images of the captions alone, by the stock pipeline and its own guidance."""
+    images: list[Image.Image] = []
+    for start in range(0, len(layouts), batch):
+        prompts = [layout.caption for layout in layouts[start : start + batch]]
+        size = DOMAINS[DOMAIN].size
+        images += pipe(
+            prompts,
+            height=size,
+            width=size,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            max_sequence_length=TEXT_TOKENS,
+            generator=[torch.Generator().manual_seed(start + n) for n in range(len(prompts))],
+        ).images
+    return images
+
+
+def caption_fidelity(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> dict[str, float]:
+    """What a caption names against what the exact reader finds, wherever it stands.
+
+    Returns:
+        color: share of the named objects whose colour is found, each object found counted once. object: whose colour and
+        shape are found together. extra: objects found beyond the number named, over the number named.
+    """
+    named_objects = colors = objects = extra = 0
+    for found, layout in zip(detect_all(images), layouts, strict=True):
+        named = Counter(attributes for box in layout.boxes if (attributes := phrase_attributes(box.phrase)))
+        seen = Counter((d.color, d.shape) for d in found)
+        named_colors, seen_colors = Counter(c for c, _ in named.elements()), Counter(c for c, _ in seen.elements())
+        named_objects += named.total()
+        colors += (named_colors & seen_colors).total()
+        objects += (named & seen).total()
+        extra += max(0, len(found) - named.total())
+    return {"color": colors / named_objects, "object": objects / named_objects, "extra": extra / named_objects}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path(".work/tiny_flux2"))
+    parser.add_argument("--out", type=Path, default=Path("data/tiny_flux2"))
+    parser.add_argument("--vae-steps", type=COUNT.parse, default=700)
+    parser.add_argument("--steps", type=COUNT.parse, default=7_000, help="of the transformer")
+    parser.add_argument("--scenes", type=COUNT.parse, default=24_000)
+    parser.add_argument("--start", type=Path, default=Path("data/tiny_base/vae"), help="VAE of the outer levels")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    make_text(args.work)
+    train_vae(args.work, lambda: new_vae(args.start), normalise_latents, args.vae_steps, bf16=True)
+    if not (args.work / "transformer").exists():
+        train_transformer(args.work, args.steps, args.scenes)
+
+
+if __name__ == "__main__":
+    main()
