@@ -267,7 +267,7 @@ def paint(pipe: Flux2KleinPipeline, layouts: Sequence[Layout], batch: int = 32) 
         prompts = [layout.caption for layout in layouts[start : start + batch]]
         size = DOMAINS[DOMAIN].size
         images += pipe(
-            prompts,
+            prompt=prompts,
             height=size,
             width=size,
             num_inference_steps=STEPS,

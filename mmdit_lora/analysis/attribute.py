@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError
 from mmdit_lora.layout import Box, Layout
+from mmdit_lora.models.generic_stream import GenericLayoutStream, StreamState
 from mmdit_lora.pipelines import LayoutPipeline, SamplingConfig, generate
 from mmdit_lora.visual import draw_boxes, phrase_colors
 from mmdit_lora.visual.compose import WHITE, Rgb, blank, fit, join, paragraph
@@ -150,7 +151,33 @@ def image_attention(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]
             each()
 
 
+def _watch_generic(
+    name: str, stream: GenericLayoutStream, seen: dict[str, tuple[Tensor, int]]
+) -> list[Callable[[], None]]:
+    state: list[tuple[int, StreamState]] = []  # image tokens and state of a call whose attention is still to come
+
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        state[:] = [(args[0].shape[1], args[1])]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        image, call = state.pop()
+        samples = call.gain.flatten().nonzero().flatten()
+        if len(samples):
+            last = int(samples[-1])
+            queries, keys = query[last, :, :image].transpose(0, 1), key[last].transpose(0, 1)
+            mass = probabilities(queries, keys, mask[last])[:, -call.tokens.shape[1] :]
+            total, calls = seen.get(name, (torch.zeros_like(mass), 0))
+            seen[name] = (total + mass, calls + 1)
+        return GenericLayoutStream.attend(stream, query, key, value, mask)
+
+    handle = stream.register_forward_pre_hook(before)
+    vars(stream)["attend"] = attend
+    return [handle.remove, lambda: delattr(stream, "attend")]
+
+
 def _watch(name: str, stream: Any, seen: dict[str, tuple[Tensor, int]]) -> list[Callable[[], None]]:
+    if isinstance(stream, GenericLayoutStream):
+        return _watch_generic(name, stream, seen)
     processor = stream.attn.processor
     counts: list[tuple[int, int]] = []  # image and layout tokens of a call whose first attention is still to come
 

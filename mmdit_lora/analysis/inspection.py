@@ -132,6 +132,7 @@ def inspect_adapter(
     adapter: str | Path,
     *,
     base: str | None = None,
+    stream: str | Path | None = None,
     against: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Inspection:
@@ -139,13 +140,14 @@ def inspect_adapter(
 
     Args:
         base: folder or hub id; None = the one that the adapter names.
+        stream: folder of a generic layout stream; None = the one that the adapter names, if any.
         against: a second adapter, whose directions are compared with the first's.
         dtype: of the base's weights.
 
     Raises:
         InputError: one of the two is no adapter or does not fit the base, or they share no linear.
     """
-    opened = open_adapter(adapter, base=base, dtype=dtype)
+    opened = open_adapter(adapter, base=base, stream=stream, dtype=dtype)
     own, pairs = list(opened.updates()), None
     if against is not None:
         model = opened.pipe.transformer

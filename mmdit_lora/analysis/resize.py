@@ -81,6 +81,7 @@ def resize_adapter(
     rank: int | None = None,
     energy: float | None = None,
     base: str | None = None,
+    stream: str | Path | None = None,
     records: Sequence[Record] | None = None,
     settings: SamplingConfig | None = None,
     seed: int = 0,
@@ -98,6 +99,7 @@ def resize_adapter(
         rank: of every linear; those stored at less keep theirs. Or
         energy: in (0, 1]: each linear gets the smallest rank that holds this share of its sum of squared singular values.
         base: folder or hub id; None = the one that the adapter names.
+        stream: folder of a generic layout stream; None = the one that the adapter names, if any.
         records: a data set on which fidelity is measured before and after.
         settings, seed, on_progress: of that, see `mmdit_lora.evaluation.evaluate.evaluate`; the progress names "before" and "after".
 
@@ -108,8 +110,8 @@ def resize_adapter(
     adapter, out = Path(adapter), Path(out)
     if (rank is None) == (energy is None):
         raise InputError("give a rank or an energy" if rank is None else "a rank and an energy are given")
-    check_new_folder(out, verb="resize", inputs={"adapter": adapter, "base": base})
-    opened = open_adapter(adapter, base=base, dtype=dtype, to_sample=records is not None)
+    check_new_folder(out, verb="resize", inputs={"adapter": adapter, "base": base, "stream": stream})
+    opened = open_adapter(adapter, base=base, stream=stream, dtype=dtype, to_sample=records is not None)
     model = opened.pipe.transformer
     model.peft_config[ADAPTER].base_model_name_or_path = None  # PEFT would look for that base, on the hub too
     before = list(opened.updates())

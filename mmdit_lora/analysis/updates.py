@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmdit_lora.analysis.spectrum import Directions, frobenius, of_product, top
 from mmdit_lora.errors import InputError
 from mmdit_lora.lora import load_adapter
-from mmdit_lora.lora.known_bases import base_of
+from mmdit_lora.lora.known_bases import base_of, stream_of
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline
 
 ADAPTER = "default"
@@ -101,26 +101,32 @@ class OpenedAdapter:
 
 
 def open_adapter(
-    adapter: str | Path, *, base: str | None = None, dtype: torch.dtype = torch.float32, to_sample: bool = False
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    stream: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    to_sample: bool = False,
 ) -> OpenedAdapter:
     """Put an adapter on its base, strictly.
 
     Args:
         base: folder or hub id; None = the one that the adapter names.
+        stream: folder of a generic layout stream; None = the one that the adapter names, if any.
         dtype: of the base's weights.
         to_sample: with the VAE and the text encoders; else the transformer alone.
 
     Raises:
         InputError: it is no adapter, is damaged, names no base, or is of another base; or the base is none.
     """
-    base = base or base_of(adapter)
+    base, stream = base or base_of(adapter), stream or stream_of(adapter)
     components: dict[str, None] = {}
     if not to_sample:
         with suppress(OSError, ValueError):  # opening it says what is wrong
             index: Any = DiffusionPipeline.load_config(base)
             needless = ("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
             components = dict.fromkeys(name for name in index if name.startswith(needless))
-    pipe = load_pipeline(base, dtype=dtype, components=components)
+    pipe = load_pipeline(base, dtype=dtype, components=components, stream=stream)
     stored = load_adapter(pipe.transformer, adapter)
     pipe.transformer.eval()
     return OpenedAdapter(Path(adapter), base, pipe, stored.config, stored.header)

@@ -19,6 +19,7 @@ from mmdit_lora.cli.options import (
     GuidanceOption,
     JsonFlag,
     OwnBase,
+    OwnStream,
     ScaleOption,
     SeedOption,
     SizeOption,
@@ -56,6 +57,7 @@ def register(app: typer.Typer) -> None:
 def inspect(
     adapter: AdapterArgument,
     base: OwnBase = None,
+    stream: OwnStream = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -69,13 +71,13 @@ def inspect(
     as_json: JsonFlag = False,
 ) -> None:
     """What an adapter changes: norms, spectrum, ranks that hold it, and what it amplifies, linear by linear."""
-    inputs = {"ADAPTER": adapter, "--base": base, "--against": against}
+    inputs = {"ADAPTER": adapter, "--base": base, "--stream": stream, "--against": against}
     if out is not None:
         check_new_folder(out, verb="inspect", inputs=inputs)
     from mmdit_lora.analysis.inspect_page import lines, page
     from mmdit_lora.analysis.inspection import inspect_adapter
 
-    inspection = inspect_adapter(adapter, base=base, against=against, dtype=torch_dtype(dtype))
+    inspection = inspect_adapter(adapter, base=base, stream=stream, against=against, dtype=torch_dtype(dtype))
     for line in lines(inspection):
         say(line)
     if out is not None:
@@ -102,6 +104,7 @@ def resize(
         ),
     ] = None,
     base: OwnBase = None,
+    stream: OwnStream = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Data set folder: fidelity is measured on it, before and after.")
     ] = None,
@@ -114,7 +117,9 @@ def resize(
     if (rank is None) == (energy is None):
         what = "give --rank or --energy" if rank is None else "--rank and --energy are given"
         raise InputError(what, hint="give one of the two; `mmdit-lora inspect ADAPTER` suggests a rank")
-    check_new_folder(out, verb="resize", inputs={"ADAPTER": adapter, "--base": base, "--data": data})
+    check_new_folder(
+        out, verb="resize", inputs={"ADAPTER": adapter, "--base": base, "--stream": stream, "--data": data}
+    )
     records = None if data is None else read_dataset(data)
     import torch
 
@@ -128,6 +133,7 @@ def resize(
             rank=rank,
             energy=energy,
             base=base,
+            stream=stream,
             records=records,
             settings=SamplingConfig(steps=steps),
             seed=seed,

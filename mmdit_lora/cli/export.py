@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 import mmdit_lora
-from mmdit_lora.cli.options import AdapterArgument, JsonFlag, OwnBase, adapter_is_there
+from mmdit_lora.cli.options import AdapterArgument, JsonFlag, OwnBase, OwnStream, adapter_is_there
 from mmdit_lora.cli.output import emit, say
 from mmdit_lora.errors import InputError
 from mmdit_lora.export import Target, check_target
@@ -42,14 +42,15 @@ def export(
     ],
     out: Annotated[str, typer.Option("--out", metavar="PATH", help="Folder to write; for kohya a .safetensors file.")],
     base: OwnBase = None,
+    stream: OwnStream = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="creatilayout: the whole stream, with the adapter in its weights.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write an adapter for other tools, read it back in a fresh process, and compare."""
-    check_target(to, out, merge=merge, inputs={"ADAPTER": adapter, "--base": base})
-    report = mmdit_lora.export_adapter(adapter, to=to, out=out, base=base, merge=merge)
+    check_target(to, out, merge=merge, inputs={"ADAPTER": adapter, "--base": base, "--stream": stream})
+    report = mmdit_lora.export_adapter(adapter, to=to, out=out, base=base, stream=stream, merge=merge)
     say(f"wrote {report.out} ({report.bytes / 2**20:.2f} MiB); read back, it differs by {report.max_abs_diff:.1e}")
     if report.max_image_diff is not None:
         say(f"an image sampled with it, twice with one seed, differs by {report.max_image_diff:.1e} of 1")
@@ -62,12 +63,13 @@ def export(
 def verify(
     adapter: AdapterArgument,
     base: OwnBase = None,
+    stream: OwnStream = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Check that an adapter is whole, fits its base, does something, and that PEFT alone loads it to the same outputs."""
     from mmdit_lora.export.export import verify_adapter
 
-    report = verify_adapter(adapter, base=base)
+    report = verify_adapter(adapter, base=base, stream=stream)
     say("\n".join(f"{key:<13} {value}" for key, value in report.items()))
     if as_json:
         emit(report)

@@ -167,6 +167,10 @@ StreamOption = Annotated[
     Path | None,
     typer.Option("--stream", help="Folder of a generic layout stream that was trained on the base."),
 ]
+OwnStream = Annotated[
+    Path | None,
+    typer.Option("--stream", help="Its generic layout stream; default: the one that it names, if any."),
+]
 StepsOption = Annotated[int | None, number(STEPS, "--steps", help="Sampling steps; default: what the base states.")]
 GuidanceOption = Annotated[
     float | None, number(GUIDANCE, "--guidance", help="Classifier-free guidance; default: what the base states.")

@@ -19,7 +19,7 @@ from mmdit_lora.export import Target, check_target
 from mmdit_lora.export.creatilayout import write_creatilayout_adapter, write_creatilayout_stream
 from mmdit_lora.export.diffusers import write_diffusers
 from mmdit_lora.export.kohya import is_kohya_export, write_kohya
-from mmdit_lora.export.read_back import answers, open_transformer, outputs
+from mmdit_lora.export.read_back import BARE, answers, open_transformer, outputs
 from mmdit_lora.files import atomic_file
 from mmdit_lora.lora import (
     StoredAdapter,
@@ -30,9 +30,11 @@ from mmdit_lora.lora import (
     read_card,
     save_adapter,
 )
-from mmdit_lora.lora.known_bases import base_of, remember_base
+from mmdit_lora.lora.known_bases import base_of, remember_base, remember_stream, stream_of
 from mmdit_lora.models.creatilayout import SLOTS, variant_of_model
 from mmdit_lora.models.families import stored_transformer
+from mmdit_lora.models.generic_stream import StreamModel
+from mmdit_lora.models.stream_files import save_layout_stream
 from mmdit_lora.outputs import check_new_file, new_folder, refuse_inputs
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline, quiet
 
@@ -72,7 +74,13 @@ class ExportReport:
 
 
 def export_adapter(
-    adapter: str | Path, to: Target, out: str | Path, *, base: str | None = None, merge: bool = False
+    adapter: str | Path,
+    to: Target,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    stream: str | Path | None = None,
+    merge: bool = False,
 ) -> ExportReport:
     """Write `out`, load it in a fresh process with the loader of its format, and compare the velocity for random inputs and an
     image sampled twice with one seed.
@@ -82,28 +90,31 @@ def export_adapter(
     Args:
         to: "peft" a PEFT folder; "diffusers" a folder for `pipe.load_lora_weights`; "kohya" one .safetensors file in the
             names of kohya-ss/sd-scripts; "creatilayout" a folder under CreatiLayout's names, for its `load_lora_adapter`;
-            "merged" a whole base with the adapter in its weights (fp32).
+            "merged" a whole base with the adapter in its weights (fp32), or a whole generic stream.
         base: folder or hub id; None = the one that the adapter names.
+        stream: folder of a generic layout stream; None = the one that the adapter names, if any.
         merge: "creatilayout" only: the whole layout stream with the adapter in its weights.
 
     Raises:
         InputError: `adapter` is not an adapter, does not fit the base or the format, or `out` exists and is not an export.
         RuntimeError: the written files do not give the same outputs; they are removed again.
     """
-    out, inputs = Path(out), {"ADAPTER": adapter, "--base": base}
+    out, inputs = Path(out), {"ADAPTER": adapter, "--base": base, "--stream": stream}
     check_target(to, out, merge=merge, inputs=inputs)
     if to == "kohya":
         check_new_file(out, verb="export", inputs=inputs, is_own=is_kohya_export)
     if to == "creatilayout" and (Path(adapter) / "transformer").is_dir():
         return _export_stream(str(adapter), out)
-    base = base or base_of(adapter)
-    refuse_inputs([out], {"--base": base}, verb="export")
+    base, stream = base or base_of(adapter), stream or stream_of(adapter)
+    refuse_inputs([out], {"--base": base, "--stream": stream}, verb="export")
+    if to == "creatilayout" and stream is not None:
+        raise InputError("is for built-in streams, and this adapter is of a generic one", location=f"--to {to}")
     if to == "creatilayout":  # known from its config, before any weight is opened
         transformer, stored_config = stored_transformer(base)
         with torch.device("meta"):
             variant_of_model(cast(Any, transformer).from_config(stored_config))
     with atomic_file(out) if to == "kohya" else new_folder(out, verb="export") as temporary:
-        pipe, stored = _open(adapter, base)
+        pipe, stored = _open(adapter, base, stream)
         config = pipe.transformer.peft_config["default"]
         header = public_header({"base": base, "lora_dropout": config.lora_dropout, **stored.header})
         config.lora_dropout = 0.0
@@ -112,14 +123,14 @@ def export_adapter(
         if merge:
             write_creatilayout_stream(merge_adapter(pipe.transformer, in_place=True), temporary)
         else:
-            _write(to, pipe, temporary, adapter, header)
+            _write(to, pipe, temporary, adapter, header, base)
         del pipe  # the fresh process needs the memory
         gc.collect()
-        differences = _compare("creatilayout stream" if merge else to, temporary, base, expected)
+        differences = _compare("creatilayout stream" if merge else to, temporary, base, expected, stream)
     return ExportReport(to, str(out), _bytes(out), differences[0], effect, note, differences[1])
 
 
-def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str, Any]:
+def verify_adapter(adapter: str | Path, *, base: str | None = None, stream: str | Path | None = None) -> dict[str, Any]:
     """Load an adapter strictly on its base, and again in a fresh process by the loader of its format (a PEFT folder: by PEFT
     alone); compare the outputs.
 
@@ -130,8 +141,8 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
     Raises:
         InputError: it is not an adapter, is damaged, is for another base or has no effect; or PEFT cannot load it by its config.
     """
-    base = base or base_of(adapter)
-    pipe, stored = _open(adapter, base)
+    base, stream = base or base_of(adapter), stream or stream_of(adapter)
+    pipe, stored = _open(adapter, base, stream)
     expected, effect = _reference(pipe)
     count = sum(p.numel() for name, p in pipe.transformer.named_parameters() if "lora_" in name)
     del pipe
@@ -141,7 +152,8 @@ def verify_adapter(adapter: str | Path, *, base: str | None = None) -> dict[str,
     # PEFT would try a file's regular expressions on every module, and one that backtracks takes minutes.
     form = "ours" if stored.form == "peft" and not _states_names(stored) else stored.form
     try:
-        differences = _compare(form, stored.path.parent if stored.form == "peft" else stored.path, base, expected)
+        path = stored.path.parent if stored.form == "peft" else stored.path
+        differences = _compare(form, path, base, expected, stream)
     except RuntimeError as error:
         raise InputError(f"another loader gives other outputs: {error}", location=str(adapter)) from None
     named: dict[str, Any] = {key: stored.header[key] for key in ("fingerprint", "version") if key in stored.header}
@@ -164,10 +176,11 @@ def _states_names(stored: StoredAdapter) -> bool:
     return all(getattr(config, key) == getattr(stored.config, key) for key in keys)
 
 
-def _open(adapter: str | Path, base: str) -> tuple[LayoutPipeline, StoredAdapter]:
-    pipe = load_pipeline(base)
+def _open(adapter: str | Path, base: str, stream: str | Path | None) -> tuple[LayoutPipeline, StoredAdapter]:
+    pipe = load_pipeline(base, stream=stream)
     stored = load_adapter(pipe.transformer, adapter)
     remember_base(stored.header.get("fingerprint"), base)
+    remember_stream(stored.header.get("fingerprint"), stream)
     return pipe, stored
 
 
@@ -183,15 +196,22 @@ def _export_stream(base: str, out: Path) -> ExportReport:
 
 
 def _note(to: Target, model: Any) -> str | None:
+    if isinstance(model, StreamModel):
+        return None if to != "kohya" else _NOTES[to]
     same_as_theirs = model.config.layout_slots == SLOTS and not model.config.mask_padding
     return None if to == "creatilayout" and same_as_theirs else _NOTES.get(to)
 
 
-def _write(to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, header: dict[str, Any]) -> None:
+def _write(
+    to: Target, pipe: LayoutPipeline, path: Path, adapter: str | Path, header: dict[str, Any], base: str
+) -> None:
     if to == "peft":
         save_adapter(pipe.transformer, path, metadata=header, card=read_card(adapter))
     elif to == "merged":
         pipe.transformer = merge_adapter(pipe.transformer, in_place=True)
+        if isinstance(pipe.transformer, StreamModel):
+            save_layout_stream(pipe.transformer, path, base=base)
+            return
         with quiet():
             pipe.save_pretrained(path)
     else:
@@ -208,11 +228,12 @@ def _reference(pipe: LayoutPipeline) -> tuple[dict[str, Tensor], float]:
     return expected, effect
 
 
-def _read_back(to: str, written: Path, base: str) -> dict[str, Tensor]:
+def _read_back(to: str, written: Path, base: str, stream: str | Path | None) -> dict[str, Tensor]:
     """The outputs in a process that has only the files."""
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answers.safetensors"
-        command = [sys.executable, "-m", "mmdit_lora.export.read_back", to, str(written), base, str(answer)]
+        command = [sys.executable, "-m", "mmdit_lora.export.read_back", to, str(written), str(answer), base]
+        command += [] if stream is None else [str(stream)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(
@@ -221,17 +242,20 @@ def _read_back(to: str, written: Path, base: str) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in load_file(answer).items()}
 
 
-def _compare(to: str, written: Path, base: str, expected: dict[str, Tensor]) -> tuple[float, float | None]:
+def _compare(
+    to: str, written: Path, base: str, expected: dict[str, Tensor], stream: str | Path | None = None
+) -> tuple[float, float | None]:
     """Largest differences of velocity and image to those of a fresh process, which computes them twice.
 
     Raises:
         RuntimeError: they are too large, or the second outputs are not the first, as with dropout left on.
     """
-    found = _read_back(to, written, base)
+    found = _read_back(to, written, base, stream)
     for name in expected:
         if not torch.equal(found[name], found[f"{name} again"]):
             raise RuntimeError(f"the export gives another {name} when it is asked again; nothing was written")
-    velocity = (found["velocity"] - expected["velocity"]).abs().max().item()
+    velocities = [found[name] for name in ("velocity", BARE) if name in found]
+    velocity = max((each - expected["velocity"]).abs().max().item() for each in velocities)
     image = (found["image"] - expected["image"]).abs().max().item() if "image" in expected else None
     if not velocity <= TOLERANCE or not (image is None or image <= IMAGE_TOLERANCE):
         raise RuntimeError(

@@ -1,6 +1,6 @@
 """The reading side of `export`: a fresh process loads what was written, as a user does, and writes its outputs to a file.
 
-    python -m mmdit_lora.export.read_back FORMAT WRITTEN BASE ANSWER
+    python -m mmdit_lora.export.read_back FORMAT WRITTEN ANSWER BASE [STREAM]
 
 Nothing of the writing side is used here.
 """
@@ -25,6 +25,8 @@ from mmdit_lora.models.families import stored_transformer
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline
 
 STEPS = 4
+BARE = "velocity of the transformer alone"
+_CELLS = 8  # of latents a side, in units of what a token covers
 STREAM_FILE = "model.safetensors"
 
 
@@ -37,12 +39,13 @@ def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
 
     corners = torch.rand(2, 3, 2, 2, generator=generator).sort(dim=2).values
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    side = min(8 * model.latent_multiple, model.max_latent_side or sys.maxsize)
+    side = min(_CELLS * model.latent_multiple, model.max_latent_side or sys.maxsize)
+    texts = {name: normal(2, *shape) for name, shape in model.text_shapes(8).items()}
     phrase = (model.phrase_dim,) if model.phrase_tokens is None else (model.phrase_tokens, model.phrase_dim)
     inputs: dict[str, Any] = model.model_inputs(
         normal(2, model.latent_channels, side, side),
         torch.tensor([0.3, 0.8]),
-        {name: normal(2, *shape) for name, shape in model.text_shapes(8).items()},
+        texts | ({"mask": torch.ones(2, 8, dtype=torch.bool)} if "mask" in texts else {}),
     )
     return inputs | {"layout": LayoutInputs(corners.flatten(2), normal(2, 3, *phrase), mask)}
 
@@ -50,7 +53,8 @@ def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
 @torch.no_grad()
 def outputs(model: Any, *, layout_scale: float = 1.0) -> Tensor:
     """What `model` predicts for `probe`."""
-    return model(**probe(model), layout_scale=layout_scale, return_dict=False)[0]
+    answer = model(**probe(model), layout_scale=layout_scale, return_dict=False)[0]
+    return answer if isinstance(answer, Tensor) else torch.stack(list(answer))
 
 
 def open_transformer(base: str) -> Any:
@@ -70,11 +74,11 @@ def take_creatilayout_stream(file: Path, model: nn.Module) -> None:
         own[name].copy_(recipe(theirs))
 
 
-def read(to: str, written: str, base: str) -> LayoutPipeline:
+def read(to: str, written: str, base: str, stream: str | None = None) -> LayoutPipeline:
     """The pipeline with what was written, by the calls that its users make; no mode is set for them."""
     if to == "merged":
-        return load_pipeline(written)
-    pipe: Any = load_pipeline(base)
+        return load_pipeline(written) if stream is None else load_pipeline(base, stream=written)
+    pipe: Any = load_pipeline(base, stream=stream)
     if to == "peft":
         pipe.transformer = PeftModel.from_pretrained(pipe.transformer, written)
     elif to == "ours":
@@ -106,13 +110,13 @@ def answers(pipe: Any, *, twice: bool = True) -> dict[str, Tensor]:
     return found
 
 
-def main(to: str, written: str, base: str, answer: str) -> None:
-    pipe = read(to, written, base)
+def main(to: str, written: str, answer: str, base: str, stream: str | None = None) -> None:
+    pipe = read(to, written, base, stream)
     found = answers(pipe)
     if to == "diffusers":  # the same file by diffusers' own loader of transformers
-        bare = load_pipeline(base)
+        bare = load_pipeline(base, stream=stream)
         bare.transformer.load_lora_adapter(written, weight_name=DIFFUSERS_FILE)
-        found["velocity again"] = outputs(bare.transformer).contiguous()
+        found[BARE] = outputs(bare.transformer).contiguous()
     save_file(found, Path(answer))
 
 

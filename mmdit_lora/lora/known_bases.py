@@ -36,6 +36,42 @@ def remember_base(fingerprint: object, base: object) -> None:
         write_json(note_file(), dict([*known.items(), (fingerprint, place)][-_MOST:]))
 
 
+def remember_stream(fingerprint: object, stream: str | Path | None) -> None:
+    """Note where the generic layout stream is whose model has the fingerprint, as `remember_base` does."""
+    if not isinstance(fingerprint, str) or stream is None:
+        return
+    with suppress(OSError, RuntimeError, ValueError):
+        place = str(Path(stream).absolute())
+        if _known().get(_stream_key(fingerprint)) != place:
+            write_json(note_file(), dict([*_known().items(), (_stream_key(fingerprint), place)][-_MOST:]))
+
+
+def stream_of(adapter: str | Path) -> str | None:
+    """Folder of the generic layout stream that an adapter names in its header; None where it names none.
+
+    It is looked for where the run beside the adapter says, then where this machine last had it, then by its name in the current
+    directory and the folders above the adapter.
+
+    Raises:
+        InputError: it names one that is not found.
+    """
+    header = read_adapter_header(adapter)
+    name = header.get("stream")
+    if not isinstance(name, str) or not name:
+        return None
+    here = list(adapter_file(adapter).resolve().parents)
+    noted = _known().get(_stream_key(str(header.get("fingerprint"))))
+    for place in (_of_run(here[1], "stream_weights"), noted, *(root / name for root in (Path(), *here[:3])), name):
+        if place is not None and exists(Path(place, "layout_stream.safetensors")):
+            return str(place)
+    what = f"names its layout stream {clip(repr(name), 100)}, and no such folder is here"
+    raise InputError(what, location=str(adapter), hint="give --stream FOLDER")
+
+
+def _stream_key(fingerprint: str) -> str:
+    return f"stream of {fingerprint}"
+
+
 def recall_base(fingerprint: object) -> Path | None:
     """Where the base of a fingerprint was, if it still is there."""
     return _first([_known().get(fingerprint)] if isinstance(fingerprint, str) else [])
@@ -68,7 +104,7 @@ def base_of(adapter: str | Path) -> str:
         return name
     short = public_name(name)
     here = list(file.resolve().parents)
-    beside = [run for run in map(_base_of_run, here[1:2]) if run is not None and public_name(run) == short]
+    beside = [run for run in (_of_run(here[1], "base"),) if run is not None and public_name(run) == short]
     roots = [Path(), Path("data"), *here[:3]]
     noted = recall_base(header.get("fingerprint"))
     packaged = resource(f"data/{short}")
@@ -84,11 +120,11 @@ def base_of(adapter: str | Path) -> str:
     )
 
 
-def _base_of_run(folder: Path) -> Path | None:
-    """The base that the config of a run in `folder` states."""
+def _of_run(folder: Path, key: str) -> Path | None:
+    """The folder that the config of a run in `folder` states."""
     try:
         file = folder / "config.yaml"
-        return Path(parse_yaml(read_text(file, what="config", limit=2**20), location=str(file))[0]["base"])
+        return Path(parse_yaml(read_text(file, what="config", limit=2**20), location=str(file))[0][key])
     except (InputError, TypeError, KeyError):
         return None
 

@@ -182,7 +182,7 @@ class GenericLayoutStream(nn.Module):
             mask = F.pad(mask, (count, 0), value=True)
         if not self.last:
             query = torch.cat([query, self._heads(self.add_q_proj(layout), self.norm_added_q)], dim=2)
-        out = F.scaled_dot_product_attention(query, key.to(query), value.to(query), attn_mask=mask)
+        out = self.attend(query, key.to(query), value.to(query), mask)
         out = out.transpose(1, 2).flatten(2)
 
         residual = self.out_proj(out[:, :count])
@@ -192,6 +192,10 @@ class GenericLayoutStream(nn.Module):
         tokens = tokens + (1 + gate) * self.to_add_out(out[:, count:])
         layout = self.norm2(tokens) * (1 + mlp_scale) + mlp_shift
         return residual, within_fp16(tokens + (1 + mlp_gate) * self.layout_mlp(layout))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """(B, heads, S, d), (B, heads, T, d) twice and (B, 1, 1, T) -> (B, heads, S, d). Image tokens come first."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
     def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         x = x.unflatten(-1, (self.heads, -1))
