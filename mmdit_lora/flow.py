@@ -7,7 +7,8 @@ noise - x_0; its `timestep` argument is 1000 t.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +47,21 @@ def sample_timesteps(
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
     """s t / (1 + (s - 1) t) (eq. 23, s = sqrt(m / n)): the same signal-to-noise ratio at a larger resolution."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def scheduler_shift(scheduler: Mapping[str, Any], tokens: int) -> float:
+    """The shift s that a base's scheduler gives an image: its own constant, or, with dynamic shifting, one that grows with the
+    number of image tokens (diffusers' `calculate_shift` and `FlowMatchEulerDiscreteScheduler.time_shift`).
+
+    Args:
+        scheduler: its config. tokens: of the image that the transformer sees.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
+        return float(scheduler.get("shift") or 1.0)
+    few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    mu = least + (most - least) * (tokens - few) / (many - few)
+    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

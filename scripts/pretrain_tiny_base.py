@@ -19,7 +19,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def train_vae(
     log(f"vae: {len(images)} images")
     vae = new()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    step, curve = resume(work / "vae_training", vae, optimizer)
+    step, curve = resume(work / "vae_training", vae, [optimizer])
     while step < steps:
         generator = torch.Generator().manual_seed(step)
         x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
@@ -196,7 +196,7 @@ def train_vae(
         if step % 20 == 0:
             curve.append({"step": step, "psnr_db": 10 * math.log10(4 / squared.item())})
         if step % 100 == 0:
-            save_progress(work / "vae_training", vae, optimizer, step, curve)
+            save_progress(work / "vae_training", vae, [optimizer], step, curve)
             log(f"vae: step {step}/{steps}, {curve[-1]['psnr_db']:.1f} dB")
     normalise(vae, images)
     vae.save_pretrained(work / "vae")
@@ -307,7 +307,7 @@ def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: 
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     both = torch.nn.ModuleDict({"model": model, "ema": ema})
-    step, curve = resume(work / "transformer_training", both, optimizer)
+    step, curve = resume(work / "transformer_training", both, [optimizer])
     pipe = assemble(work, ema)
     log("transformer: encoding scenes")
     scenes = Scenes(pipe, count)
@@ -345,7 +345,7 @@ def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: 
             curve.append(entry)
             log(f"transformer: {json.dumps(entry)}")
         if step % 250 == 0 or step == steps:
-            save_progress(work / "transformer_training", both, optimizer, step, curve)
+            save_progress(work / "transformer_training", both, [optimizer], step, curve)
     ema.save_pretrained(work / "transformer")
 
 
@@ -468,19 +468,21 @@ steps of 32 scenes on two CPU cores, EMA weights. The log is `training_log.json`
 
 
 def save_progress(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, curve: list
+    folder: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, curve: list
 ) -> None:
     with atomic_folder(folder) as temporary:
         save_file(model.state_dict(), temporary / "model.safetensors")
-        optimizer_writer(optimizer)(temporary / "optimizer.safetensors")
+        for number, optimizer in enumerate(optimizers):
+            optimizer_writer(optimizer)(temporary / f"optimizer_{number}.safetensors")
         write_json(temporary / "progress.json", {"step": step, "curve": curve})
 
 
-def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list]:
+def resume(folder: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[int, list]:
     if not folder.exists():
         return 0, []
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    load_optimizer(optimizer, folder / "optimizer.safetensors")
+    for number, optimizer in enumerate(optimizers):
+        load_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
     progress = json.loads((folder / "progress.json").read_text())
     log(f"{folder.name}: resumed at step {progress['step']}")
     return progress["step"], progress["curve"]

@@ -53,9 +53,10 @@ from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from mmdit_lora.visual import contact_sheet, save_png
 
 FAMILY = STREAM_FAMILIES["flux2"]
-DOMAIN = "basic"
+DOMAIN = "sparse"
 TEXT_WIDTH, TEXT_TOKENS = 64, 40
 STEPS, GUIDANCE = 20, 3.0
+MUON_RATE = 3e-3
 # As the published template makes a chat of one message, without thinking.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
@@ -214,9 +215,15 @@ def train_transformer(work: Path, steps: int, count: int, *, batch: int = 32, ra
     torch.manual_seed(0)
     model = new_transformer()
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    # Muon for the matrices of the blocks: in 400 steps as far as AdamW alone in 520.
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "blocks." not in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
     both = torch.nn.ModuleDict({"model": model, "ema": ema})
-    step, curve = resume(work / "transformer_training", both, optimizer)
+    step, curve = resume(work / "transformer_training", both, optimizers)
     pipe = assemble(work, ema)
     log("transformer: encoding scenes")
     scenes = Scenes(pipe, count)
@@ -224,9 +231,14 @@ def train_transformer(work: Path, steps: int, count: int, *, batch: int = 32, ra
     recent: list[float] = []
     log(f"transformer: {count} scenes, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     while step < steps:
-        for group in optimizer.param_groups:  # warm-up, constant, then a cosine to 2 % over the second half
-            fall = 0.02 + 0.98 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1))) / 2
-            group["lr"] = rate * min(1, (step + 1) / 200) * fall
+        # Warm-up, constant, then a cosine to 2 % over the second half.
+        fall = 0.02 + 0.98 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1))) / 2
+        for group, peak in (
+            (group, peak)
+            for each, peak in zip(optimizers, (MUON_RATE, rate), strict=True)
+            for group in each.param_groups
+        ):
+            group["lr"] = peak * min(1, (step + 1) / 100) * fall
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(count, (batch,), generator=generator)
         x0, embeds = scenes.batch(index, torch.rand(batch, generator=generator) < 0.1)
@@ -234,10 +246,12 @@ def train_transformer(work: Path, steps: int, count: int, *, batch: int = 32, ra
         noise = torch.randn(x0.shape, generator=generator)
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         loss = F.mse_loss(velocity(model, x_t, t, embeds), noise - x0)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         with torch.no_grad():
             torch._foreach_lerp_(
@@ -253,7 +267,7 @@ def train_transformer(work: Path, steps: int, count: int, *, batch: int = 32, ra
             curve.append(entry)
             log(f"transformer: {json.dumps(entry)}")
         if step % 250 == 0 or step == steps:
-            save_progress(work / "transformer_training", both, optimizer, step, curve)
+            save_progress(work / "transformer_training", both, optimizers, step, curve)
     ema.save_pretrained(work / "transformer")
 
 

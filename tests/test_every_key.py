@@ -113,6 +113,7 @@ ROWS: dict[str, Row] = {
     "flow.logit_std": Row(2.0, "times losses weights", "samples"),
     "flow.mode_scale": Row(0.5, "times losses weights", "samples", {"flow.timesteps": "mode"}),
     "flow.shift": Row(3.0, "times losses weights", "samples"),
+    "flow.scheduler_shift": Row(True, "times losses weights", "samples"),
     "flow.weighting": Row("min_snr", "losses weights", "times samples"),
     "flow.min_snr_gamma": Row(0.1, "losses weights", "times samples", {"flow.weighting": "min_snr"}),
     "flow.inside_weight": Row(5.0, "losses weights", "times samples"),

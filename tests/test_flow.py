@@ -7,10 +7,21 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import stats
 
-from mmdit_lora.flow import flow_loss, inside_weight, interpolate, sample_timesteps, shift_timesteps, velocity
+from mmdit_lora.data.dataset import LayoutDataset
+from mmdit_lora.data.shapes import open_scenes
+from mmdit_lora.flow import (
+    flow_loss,
+    inside_weight,
+    interpolate,
+    sample_timesteps,
+    scheduler_shift,
+    shift_timesteps,
+    velocity,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -56,6 +67,32 @@ def test_shift_is_that_of_the_scheduler(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     plain = torch.arange(1000, 0, -1) / 1000
     torch.testing.assert_close(shift_timesteps(plain, shift), scheduler.sigmas.float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+def test_the_shift_of_a_resolution_is_that_of_the_scheduler(kind: str, side: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, time_shift_type=kind
+    )
+    tokens = (side // 16) ** 2
+    sigmas = torch.linspace(1, 0.02, 50)
+    scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=calculate_shift(tokens))
+    shifted = shift_timesteps(sigmas, scheduler_shift(scheduler.config, tokens))
+    torch.testing.assert_close(shifted, scheduler.sigmas[:-1].float(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_scheduler_without_dynamic_shifting_has_one_shift() -> None:
+    assert scheduler_shift(FlowMatchEulerDiscreteScheduler(shift=3.0).config, 4096) == 3.0
+
+
+def test_images_of_each_size_are_shifted_by_their_own_tokens() -> None:
+    """The draws are the same, so the times differ by the shift alone."""
+    records = open_scenes("shapes://basic?count=4&seed=0")
+    plain = LayoutDataset(records, size=64, seed=0)
+    shifted = LayoutDataset(records, size=64, seed=0, shift=lambda size: size[0] / 32)
+    for index in range(4):
+        assert shifted[index].t == pytest.approx(shift_timesteps(plain[index].t, 2.0))
 
 
 def test_interpolation_is_the_schedulers_noise_and_the_velocity_is_its_slope() -> None:

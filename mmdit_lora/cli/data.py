@@ -91,7 +91,7 @@ def make(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     count: Annotated[int, number(COUNT, "--count", help="Number of images.")],
     seed: Annotated[int, number(SEED, "--seed", help="The same seed gives the same images.")] = 0,
-    domain: Annotated[str, typer.Option(help="basic | dense | page | mixed")] = "basic",
+    domain: Annotated[str, typer.Option(help=" | ".join(DOMAINS))] = "basic",
     as_json: JsonFlag = False,
 ) -> None:
     """Make a procedural data set."""

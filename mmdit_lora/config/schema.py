@@ -246,6 +246,10 @@ class FlowSection(Section):
     # Beyond these t is no rising function of the number that is drawn, and leaves [0, 1] (arXiv 2403.03206, eq. 20).
     mode_scale: float = optional(1.29, "mode: weight of the middle of [0, 1]", ge=-1, le=1.75)
     shift: float = optional(1.0, "moves t towards noise, as the scheduler's shift does (1 = off)", ge=1e-3, le=1000)
+    scheduler_shift: bool = optional(
+        False,
+        "and as the base's scheduler shifts at each image's size (SD3 by a constant, FLUX.1 and later by the tokens)",
+    )
     weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = optional(
         "none", "weight of the loss over t: none | min_snr | sigma_sqrt | cosmap"
     )

@@ -40,7 +40,7 @@ from mmdit_lora.data.shards import ShardedRecords, ShardRecord, Subset
 from mmdit_lora.data.sources import open_dataset
 from mmdit_lora.data.transforms import augment_boxes, transform
 from mmdit_lora.errors import InputError
-from mmdit_lora.flow import sample_timesteps
+from mmdit_lora.flow import sample_timesteps, shift_timesteps
 from mmdit_lora.layout import Layout
 
 
@@ -69,7 +69,7 @@ class LayoutDataset(Dataset[Sample]):
         variants: a random crop or flip is one of so many views an image; None = a new one each time.
         caption_dropout, layout_dropout: shares of samples without caption, and without layout.
         box_jitter, box_dropout, phrase_dropout: see `augment_boxes`.
-        times: draws training times, see `sample_timesteps`.
+        times: draws training times, see `sample_timesteps`. shift: at a size, see `shift_timesteps`; None = 1.
         latents: (channels, pixels a cell) of the VAE: with it, noise is drawn too.
         stored: given the key of a view, its digest of pixels and its layout where its latents are in a cache on disk:
             such an image is not decoded.
@@ -98,6 +98,7 @@ class LayoutDataset(Dataset[Sample]):
         box_dropout: float = 0.0,
         phrase_dropout: float = 0.0,
         times: Callable[..., Tensor] = sample_timesteps,
+        shift: Callable[[Size], float] | None = None,
         latents: tuple[int, int] | None = None,
         stored: Callable[[str], tuple[str, Layout] | None] | None = None,
     ) -> None:
@@ -111,7 +112,7 @@ class LayoutDataset(Dataset[Sample]):
         self.variants = variants if self._is_drawn else 1
         self.caption_dropout, self.layout_dropout = caption_dropout, layout_dropout
         self._augment = partial(augment_boxes, jitter=box_jitter, dropout=box_dropout, phrase_dropout=phrase_dropout)
-        self._times, self._latents, self.stored = times, latents, stored
+        self._times, self._shift, self._latents, self.stored = times, shift, latents, stored
         if isinstance(size, int):
             size = (size, size)
         sides = size if isinstance(size, tuple) else ()
@@ -150,6 +151,8 @@ class LayoutDataset(Dataset[Sample]):
         dropped = [1.0, 1.0] if self.is_held_out else torch.rand(2, generator=generator).tolist()
         caption = "" if dropped[0] < self.caption_dropout else layout.caption
         t = self._times(1, generator=generator)[0]
+        if self._shift is not None:
+            t = shift_timesteps(t, self._shift(self.size_of(index)))
         noise = None
         if self._latents is not None:
             channels, cell = self._latents

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -37,7 +38,7 @@ from mmdit_lora.data.dataset import LayoutDataset, Request, load, start_server, 
 from mmdit_lora.data.records import Record
 from mmdit_lora.data.sampler import seeded
 from mmdit_lora.errors import InputError
-from mmdit_lora.flow import sample_timesteps
+from mmdit_lora.flow import sample_timesteps, scheduler_shift
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.pipelines.sampling import quiet_texts
@@ -186,6 +187,10 @@ class LayoutEncoder:
         return str(self.cache.get(WEIGHTS, key, make).note["sha256"])
 
 
+def _scheduler_shift(scheduler: dict[str, Any], cell: int, size: Size) -> float:
+    return scheduler_shift(scheduler, size[0] // cell * (size[1] // cell))
+
+
 class EncodedDataset:
     """A data set with its encoders: batches of what the model takes.
 
@@ -221,6 +226,8 @@ class EncodedDataset:
             mode_scale=flow.mode_scale,
             shift=flow.shift,
         )
+        pipe = encoder.pipe
+        cell = pipe.vae_scale_factor * pipe.transformer.latent_multiple
         self.dataset = LayoutDataset(
             records,
             size=buckets,
@@ -238,7 +245,8 @@ class EncodedDataset:
             box_dropout=train.box_dropout,
             phrase_dropout=train.phrase_dropout,
             times=times,
-            latents=(encoder.pipe.transformer.latent_channels, encoder.pipe.vae_scale_factor),
+            shift=partial(_scheduler_shift, dict(pipe.scheduler.config), cell) if flow.scheduler_shift else None,
+            latents=(pipe.transformer.latent_channels, pipe.vae_scale_factor),
         )
         self.variants, self.size_of = self.dataset.variants, self.dataset.size_of
         self.bucket_counts = self.dataset.bucket_counts

@@ -94,11 +94,12 @@ def _measured(report: dict[str, Any]) -> str:
 def _table(config: Config, report: dict[str, Any]) -> str:
     train, flow = config.train, config.flow
     average = f", moving average {train.ema_decay:g}" if train.ema_decay else ""
+    scheduler = " times the scheduler's" if flow.scheduler_shift else ""
     rows = {
         "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.lr_schedule}{average}",
         "samples a step": report["samples_a_step"],
         "precision": train.mixed_precision + ("" if train.quantization == "none" else f", base {train.quantization}"),
-        "timesteps": f"{flow.timesteps}, shift {flow.shift:g}, weighting {flow.weighting}",
+        "timesteps": f"{flow.timesteps}, shift {flow.shift:g}{scheduler}, weighting {flow.weighting}",
         "sizes": ", ".join(list(report["buckets"])[:8]) + (", ..." if len(report["buckets"]) > 8 else ""),
         "seed": train.seed,
         "time": f"{report['seconds']:,.0f} s",
