@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +113,58 @@ def family_table() -> str:
     return "\n".join(["| family | transformer | guidance of its pipeline |", "| --- | --- | --- |", *rows])
 
 
+def _plans(name: str) -> dict[str, Any]:
+    plans: dict[str, Any] = json.loads((ROOT / "data" / "benchmarks" / f"plan_{name}.json").read_text())
+    return plans["presets" if name == "presets" else "bases"]
+
+
+def _row(name: str, plan: dict[str, Any], *, flops: bool = False) -> str:
+    numbers, memory = plan["parameters"], plan["memory"]
+    cells = [
+        f"{numbers['base'] / 1e9:.1f} B",
+        f"{numbers['stream'] / 1e9:.1f} B",
+        f"{numbers['trainable'] / 1e6:.1f} M",
+    ]
+    cells += [f"{memory['peak'] / 2**30:.1f} GiB"]
+    cells += [f"{plan['flops']['step'] / 1e12:.0f} TFLOP"] if flops else []
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+FEATURED = (
+    "flux2-klein-4b",
+    "flux2-klein-9b",
+    "flux2-dev",
+    "flux3-klein",
+    "z-image",
+    "qwen-image",
+    "krea2",
+    "ideogram4",
+)
+
+
+def plan_table() -> str:
+    """Bases and what a LoRA on them needs, as README.md shows them."""
+    built_in, generic = _plans("presets"), _plans("bases")
+    rows = [
+        _row(f"`{name}`", built_in[f"{name}, siamese"]["lora"]) for name in ("sd3-medium", "sd3.5-medium", "flux-dev")
+    ]
+    rows += [_row(f"`{name} --stream-width 1024`", generic[name]) for name in FEATURED]
+    head = "| base (`mmdit-lora plan --method lora --family ...`, 1024 px, batch 1, bf16) | parameters | layout stream | LoRA, r = 16 | peak memory |"
+    return "\n".join([head, "| --- | ---: | ---: | ---: | ---: |", *rows])
+
+
+def bases_table() -> str:
+    """Every published base with a generic stream, as `mmdit_lora/README.md` shows them."""
+    rows = [_row(f"`{name}`", plan, flops=True) for name, plan in _plans("bases").items()]
+    head = "| `plan --method lora --stream-width 1024 --family ...` | parameters | layout stream | LoRA, r = 16 | peak memory | a step |"
+    return "\n".join([head, "| --- | ---: | ---: | ---: | ---: | ---: |", *rows])
+
+
+@pytest.mark.parametrize(("page", "table"), [("README.md", plan_table), ("mmdit_lora/README.md", bases_table)])
+def test_the_table_of_bases_is_the_plan_s(page: str, table: Callable[[], str]) -> None:
+    assert table() in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_the_table_of_families_is_the_code_s() -> None:
     assert family_table() in (ROOT / "mmdit_lora" / "README.md").read_text(encoding="utf-8")
 
@@ -195,4 +249,4 @@ def test_the_commands_of_a_page(clone: Path, page: str) -> None:
 
 
 if __name__ == "__main__":
-    print(key_table(), family_table(), sep="\n\n")
+    print(key_table(), family_table(), plan_table(), bases_table(), sep="\n\n")
