@@ -57,7 +57,7 @@ from mmdit_lora.visual import contact_sheet, save_png
 FAMILY = STREAM_FAMILIES["flux2"]
 DOMAIN = "sparse"
 TEXT_WIDTH, TEXT_TOKENS = 64, 40
-STEPS, GUIDANCE = 20, 3.0
+STEPS, GUIDANCE = 20, 5.0
 MUON_RATE = 6e-3
 # As the published template makes a chat of one message, without thinking.
 CHAT_TEMPLATE = (
@@ -416,7 +416,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".work/tiny_flux2"))
     parser.add_argument("--out", type=Path, default=Path("data/tiny_flux2"))
     parser.add_argument("--vae-steps", type=COUNT.parse, default=700)
-    parser.add_argument("--steps", type=COUNT.parse, default=5_000, help="of the transformer")
+    parser.add_argument("--steps", type=COUNT.parse, default=16_000, help="of the transformer")
     parser.add_argument("--scenes", type=COUNT.parse, default=24_000)
     parser.add_argument("--start", type=Path, default=Path("data/tiny_base/vae"), help="VAE of the outer levels")
     args = parser.parse_args()

@@ -36,9 +36,7 @@ def plan(
     ] = None,
     family: Annotated[
         str | None,
-        typer.Option(
-            help="Instead of a base, a published one: sd3.5-medium, flux-dev, flux2-klein-4b, z-image, ...; downloads nothing."
-        ),
+        typer.Option(help="Instead of a base: the name of a published one; a wrong name lists all. Downloads nothing."),
     ] = None,
     method: Annotated[
         Literal["lora", "layout_stream", "full", "all"], typer.Option(help="What is trained; all = side by side.")

@@ -248,7 +248,7 @@ class FlowSection(Section):
     shift: float = optional(1.0, "moves t towards noise, as the scheduler's shift does (1 = off)", ge=1e-3, le=1000)
     scheduler_shift: bool = optional(
         False,
-        "and as the base's scheduler shifts at each image's size (SD3 by a constant, FLUX.1 and later by the tokens)",
+        "and as the base's scheduler shifts: by a constant, or by the number of tokens of each image",
     )
     weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = optional(
         "none", "weight of the loss over t: none | min_snr | sigma_sqrt | cosmap"
