@@ -84,7 +84,7 @@ DOMAINS: dict[str, SceneSpec] = {
     # What the embedded base is trained on: every number of objects, most of them few and large, a few that overlap.
     "mixed": SceneSpec(objects=(1, 10), side=(9, 32), elongation=(1.0, 1.3), max_overlap=0.1, gap=1, many=0.3),
     "dense": SceneSpec(objects=(6, 10), side=(8, 14), gap=1),
-    # What the second embedded base is trained on, by captions alone: few and small, well apart.
+    # Few and small, well apart: what a base may learn from captions alone.
     "sparse": SceneSpec(side=(13, 22), gap=5),
     # Banners and columns, as on a page or a poster: longer and larger than anything in "mixed".
     "page": SceneSpec(objects=(2, 3), side=(20, 34), elongation=(2.0, 5.0), gap=1, fill=0.8),
