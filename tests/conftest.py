@@ -42,8 +42,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reading side of an export runs here: a fresh process costs seconds. `-m slow` and the command line's tests have it."""
     from mmdit_lora.export.read_back import answers, read
 
-    def read_back(to: str, written: Path, base: str) -> dict[str, torch.Tensor]:
-        return answers(read(to, str(written), base))
+    def read_back(to: str, written: Path, base: str, stream: str | None) -> dict[str, torch.Tensor]:
+        return answers(read(to, str(written), base, stream))
 
     monkeypatch.setattr("mmdit_lora.export.export._read_back", read_back)
 

@@ -106,7 +106,9 @@ def out_of(to: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize(
+    ("pair", "to"), [*(("two streams", to) for to in FORMATS), ("single blocks", "merged")], indirect=["pair"]
+)
 def test_a_fresh_process_reads_each_format(pair: tuple[str, Path], tmp_path: Path, to: Target) -> None:
     assert export_adapter(pair[1], to=to, out=out_of(to, tmp_path)).max_abs_diff <= 1e-5
 

@@ -262,6 +262,13 @@ def adapter(flux2: Path, stream: Path, data: Path, tmp_path_factory: pytest.Temp
     return out / "adapter"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["diffusers", "merged"])
+def test_a_fresh_process_reads_an_adapter_on_a_stream(adapter: Path, tmp_path: Path, to: Any) -> None:
+    assert export_adapter(adapter, to, tmp_path / "out").max_abs_diff <= 1e-5
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("to", ["peft", "diffusers", "kohya", "merged"])
 def test_an_adapter_on_a_stream_is_exported(flux2: Path, stream: Path, adapter: Path, tmp_path: Path, to: Any) -> None:
     out = tmp_path / ("out.safetensors" if to == "kohya" else "out")
@@ -280,6 +287,7 @@ def test_an_adapter_on_a_stream_is_exported(flux2: Path, stream: Path, adapter: 
         assert load_pipeline(str(flux2), stream=out).transformer.stream_config.width == 16
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_an_adapter_finds_its_stream_or_says_that_it_does_not(
     flux2: Path,
     stream: Path,

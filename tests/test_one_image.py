@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {"trained": folder / "trained"}
     with pytest.MonkeyPatch.context() as patch:
         # A fresh process costs seconds: `-m slow` has it, in tests/test_export.py.
-        patch.setattr("mmdit_lora.export.export._read_back", lambda to, path, base: answers(read(to, str(path), base)))
+        patch.setattr("mmdit_lora.export.export._read_back", lambda to, path, *at: answers(read(to, str(path), *at)))
         for to in FORMATS:
             made[to] = folder / (f"{to}.safetensors" if to == "kohya" else to)
             export_adapter(made["trained"], to=to, out=made[to], base=str(BASE))

@@ -75,6 +75,13 @@ VERBS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "data split": (lambda i, out: ["data", "split", str(i.data), *_argv(out)], ("data",)),
     "data shard": (lambda i, out: ["data", "shard", str(i.data), *_argv(out)], ("data",)),
     "data show": (lambda i, out: ["data", "show", str(i.data), *_argv(out)], ("data",)),
+    "data synthesize": (
+        lambda i, out: [
+            *("data", "synthesize", *_argv(out, base=i.base, captions=i.data)),
+            *("--detector", "shapes", "--steps", "1", "--count", "2"),
+        ],
+        ("base", "data"),
+    ),
     "data cache": (lambda i, out: ["data", "cache", str(i.config), *_argv(out)], ("data", "base")),
 }
 ONLY_READ = {"verify", "plan", "verify-resume", "data formats", "data stats"}
