@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import multiprocessing
 import os
 import shutil
@@ -46,6 +47,21 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return answers(read(to, str(written), base, stream))
 
     monkeypatch.setattr("mmdit_lora.export.export._read_back", read_back)
+
+
+@pytest.fixture(scope="session")
+def flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of stock classes, without a layout stream: a small FLUX.2 klein."""
+    from tests.streams import MAKERS
+    from tests.streams.common import seeded
+
+    folder = tmp_path_factory.mktemp("flux2") / "base"
+    with seeded(0):
+        MAKERS["flux2"].pipeline(MAKERS["flux2"].transformer()).save_pretrained(folder)
+    index = folder / "model_index.json"
+    stated = {"max_sequence_length": 40, "default_sample_size": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
+    index.write_text(json.dumps(json.loads(index.read_text()) | stated))
+    return folder
 
 
 @pytest.fixture(scope="session")

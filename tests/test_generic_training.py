@@ -31,24 +31,10 @@ from mmdit_lora.pipelines import SamplingConfig, load_pipeline
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.load_base import load_base, open_encoders
 from mmdit_lora.training.trainer import prepare_run, train
-from tests.streams import MAKERS
-from tests.streams.common import seeded
 from tests.test_trainer import adapter_of, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = Layout("two things", [Box((0.1, 0.1, 0.5, 0.5), "red circle"), Box((0.5, 0.4, 0.9, 0.9), "blue square")])
-
-
-@pytest.fixture(scope="module")
-def flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of stock classes."""
-    folder = tmp_path_factory.mktemp("flux2") / "base"
-    with seeded(0):
-        MAKERS["flux2"].pipeline(MAKERS["flux2"].transformer()).save_pretrained(folder)
-    index = folder / "model_index.json"
-    stated = {"max_sequence_length": 40, "default_sample_size": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
-    index.write_text(json.dumps(json.loads(index.read_text()) | stated))
-    return folder
 
 
 def config(base: Path, data: Path, out: Path, **changes: Any) -> Any:

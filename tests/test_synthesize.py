@@ -23,8 +23,6 @@ from mmdit_lora.evaluation.detectors import Detection, Detector, open_detector
 from mmdit_lora.evaluation.detectors.base import agrees
 from mmdit_lora.evaluation.synthesize import MISSING, NOTHING, UNNAMED, boxes_of, synthesize
 from mmdit_lora.pipelines import SamplingConfig, generate, load_pipeline
-from tests.streams import MAKERS
-from tests.streams.common import seeded
 
 PLACES = [(0.1 * n, 0.1, 0.1 * n + 0.08, 0.3) for n in range(9)]
 
@@ -107,26 +105,15 @@ class Told(Detector):
         return "told"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("flux2") / "base"
-    with seeded(0):
-        MAKERS["flux2"].pipeline(MAKERS["flux2"].transformer()).save_pretrained(folder)
-    index = folder / "model_index.json"
-    stated = {"max_sequence_length": 40, "default_sample_size": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
-    index.write_text(json.dumps(json.loads(index.read_text()) | stated))
-    return folder
-
-
 CAPTIONS = [Caption(f"a dog number {number}", ("a dog",)) for number in range(6)]
 SETTINGS = SamplingConfig(steps=2, batch_size=2, size=(32, 32))
 
 
 def test_a_data_set_is_made_and_a_stopped_call_goes_on(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flux2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthesize_module, "PART", 4)
-    pipe = load_pipeline(str(base))
+    pipe = load_pipeline(str(flux2))
     whole = synthesize(pipe, CAPTIONS, Told(), tmp_path / "whole", SETTINGS, seed=3)
     assert (whole.kept, whole.boxes, whole.dropped) == (3, 3, {NOTHING: 3})
     records = read_dataset(tmp_path / "whole")
@@ -161,10 +148,10 @@ def test_a_data_set_is_made_and_a_stopped_call_goes_on(
 
 
 def test_where_nothing_is_found_there_is_no_data_set(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flux2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "words.txt").write_text("a red circle\n")
-    arguments = ["--base", str(base), "--detector", "shapes", "--steps", "2", "--size", "32"]
+    arguments = ["--base", str(flux2), "--detector", "shapes", "--steps", "2", "--size", "32"]
     command = [
         "data",
         "synthesize",
@@ -180,17 +167,17 @@ def test_where_nothing_is_found_there_is_no_data_set(
 
 
 def test_what_the_detector_cannot_look_for_is_refused_before_anything_is_painted(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flux2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "words.jsonl").write_text(json.dumps({"caption": "a dog", "phrases": ["a dog"]}) + "\n")
-    arguments = ["--base", str(base), "--captions", str(tmp_path / "words.jsonl"), "--detector", "shapes"]
+    arguments = ["--base", str(flux2), "--captions", str(tmp_path / "words.jsonl"), "--detector", "shapes"]
     assert main(["data", "synthesize", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert "cannot look for 'a dog'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "images").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_captions(base: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_captions(flux2: Path, tmp_path: Path) -> None:
     script = tmp_path / "shared.py"
     script.write_text(
         "import sys\n"
@@ -199,7 +186,7 @@ def test_two_processes_share_the_captions(base: Path, tmp_path: Path) -> None:
         "from mmdit_lora.pipelines import load_pipeline\n"
         "from tests.test_synthesize import CAPTIONS, SETTINGS, Told\n"
         "module.PART = 2\n"
-        f"module.synthesize(load_pipeline({str(base)!r}), CAPTIONS, Told(), Path(sys.argv[1]), SETTINGS, seed=3)\n"
+        f"module.synthesize(load_pipeline({str(flux2)!r}), CAPTIONS, Told(), Path(sys.argv[1]), SETTINGS, seed=3)\n"
     )
     root = Path(__file__).resolve().parent.parent
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]

@@ -248,7 +248,7 @@ class FlowSection(Section):
     shift: float = optional(1.0, "moves t towards noise, as the scheduler's shift does (1 = off)", ge=1e-3, le=1000)
     scheduler_shift: bool = optional(
         False,
-        "and as the base's scheduler shifts: by a constant, or by the number of tokens of each image",
+        "shift also as the base's scheduler does: by a constant, or by the image's number of tokens",
     )
     weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = optional(
         "none", "weight of the loss over t: none | min_snr | sigma_sqrt | cosmap"

@@ -6,6 +6,7 @@ LaySyn of Laytrol (arXiv 2511.07934), Qwen-Image-EliGen V2 (DiffSynth-Studio).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -113,11 +114,11 @@ def synthesize(
         if on_progress is not None:
             on_progress(before + count)
 
-    starts = list(range(0, len(captions), PART))
-    done = 0
-    for start in starts[state.process_index :: state.num_processes]:
+    parts, done = math.ceil(len(captions) / PART), 0
+    for number in range(state.process_index, parts, state.num_processes):
+        start = number * PART
         part = captions[start : start + PART]
-        path = out / PARTS / f"{start // PART:04d}.json"
+        path = _part(out, number)
         if read_cached(path, list) is None:
             layouts = [Layout(c.text, tuple(Box(_WHOLE, phrase) for phrase in c.phrases)) for c in part]
             images = cache.generate(
@@ -132,15 +133,15 @@ def synthesize(
             for first in range(0, len(part), settings.batch_size):
                 batch = slice(first, first + settings.batch_size)
                 found = detector.detect(images[batch], known_layouts(detector, layouts[batch]))
-                for number, (caption, detections) in enumerate(zip(part[batch], found, strict=True), first):
+                for index, (caption, detections) in enumerate(zip(part[batch], found, strict=True), first):
                     boxes, reason = boxes_of(caption, detections, detector, min_score)
-                    file = f"images/{path.stem}/{number:05d}.png"
+                    file = f"images/{path.stem}/{index:05d}.png"
                     entries.append(_Entry(file, Layout(caption.text, tuple(boxes)).to_dict(), reason))
             write_json(path, [asdict(entry) for entry in entries])
         done += len(part)
         report(done, 0)
     state.wait_for_everyone()
-    return _collect(out, len(starts), write=state.is_main_process)
+    return _collect(out, parts, write=state.is_main_process)
 
 
 def boxes_of(

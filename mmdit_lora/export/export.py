@@ -197,7 +197,7 @@ def _export_stream(base: str, out: Path) -> ExportReport:
 
 def _note(to: Target, model: Any) -> str | None:
     if isinstance(model, StreamModel):
-        return None if to != "kohya" else _NOTES[to]
+        return _NOTES[to] if to == "kohya" else None
     same_as_theirs = model.config.layout_slots == SLOTS and not model.config.mask_padding
     return None if to == "creatilayout" and same_as_theirs else _NOTES.get(to)
 

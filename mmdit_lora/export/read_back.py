@@ -26,7 +26,6 @@ from mmdit_lora.pipelines import LayoutPipeline, load_pipeline
 
 STEPS = 4
 BARE = "velocity of the transformer alone"
-_CELLS = 8  # of latents a side, in units of what a token covers
 STREAM_FILE = "model.safetensors"
 
 
@@ -39,7 +38,7 @@ def probe(model: Any, *, seed: int = 0) -> dict[str, Any]:
 
     corners = torch.rand(2, 3, 2, 2, generator=generator).sort(dim=2).values
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    side = min(_CELLS * model.latent_multiple, model.max_latent_side or sys.maxsize)
+    side = min(8 * model.latent_multiple, model.max_latent_side or sys.maxsize)
     texts = {name: normal(2, *shape) for name, shape in model.text_shapes(8).items()}
     phrase = (model.phrase_dim,) if model.phrase_tokens is None else (model.phrase_tokens, model.phrase_dim)
     inputs: dict[str, Any] = model.model_inputs(

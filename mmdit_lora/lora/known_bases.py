@@ -12,6 +12,7 @@ from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import exists, public_name, read_text, write_json
 from mmdit_lora.json_files import read_object
 from mmdit_lora.lora.reading import CONFIG_FILE, adapter_file, read_adapter_config, read_adapter_header
+from mmdit_lora.models.stream_files import WEIGHTS
 from mmdit_lora.resources import resource
 
 _MOST = 1_000  # the newest are kept
@@ -26,24 +27,14 @@ def note_file() -> Path:
 
 def remember_base(fingerprint: object, base: object) -> None:
     """Note where the base of a fingerprint is, if it is a folder. A note that cannot be written is left out."""
-    if not isinstance(fingerprint, str) or not isinstance(base, str) or not _is_base(base):
-        return
-    with suppress(OSError, RuntimeError, ValueError):  # no home, or one that cannot be written to
-        place = str(Path(base).absolute())
-        known = _known()
-        if known.pop(fingerprint, None) == place:
-            return
-        write_json(note_file(), dict([*known.items(), (fingerprint, place)][-_MOST:]))
+    if isinstance(fingerprint, str) and isinstance(base, str) and _is_base(base):
+        _note(fingerprint, base)
 
 
 def remember_stream(fingerprint: object, stream: str | Path | None) -> None:
     """Note where the generic layout stream is whose model has the fingerprint, as `remember_base` does."""
-    if not isinstance(fingerprint, str) or stream is None:
-        return
-    with suppress(OSError, RuntimeError, ValueError):
-        place = str(Path(stream).absolute())
-        if _known().get(_stream_key(fingerprint)) != place:
-            write_json(note_file(), dict([*_known().items(), (_stream_key(fingerprint), place)][-_MOST:]))
+    if isinstance(fingerprint, str) and stream is not None:
+        _note(_stream_key(fingerprint), stream)
 
 
 def stream_of(adapter: str | Path) -> str | None:
@@ -62,10 +53,17 @@ def stream_of(adapter: str | Path) -> str | None:
     here = list(adapter_file(adapter).resolve().parents)
     noted = _known().get(_stream_key(str(header.get("fingerprint"))))
     for place in (_of_run(here[1], "stream_weights"), noted, *(root / name for root in (Path(), *here[:3])), name):
-        if place is not None and exists(Path(place, "layout_stream.safetensors")):
+        if place is not None and exists(Path(place, WEIGHTS)):
             return str(place)
     what = f"names its layout stream {clip(repr(name), 100)}, and no such folder is here"
     raise InputError(what, location=str(adapter), hint="give --stream FOLDER")
+
+
+def _note(key: str, folder: str | Path) -> None:
+    with suppress(OSError, RuntimeError, ValueError):  # no home, or one that cannot be written to
+        place, known = str(Path(folder).absolute()), _known()
+        if known.pop(key, None) != place:
+            write_json(note_file(), dict([*known.items(), (key, place)][-_MOST:]))
 
 
 def _stream_key(fingerprint: str) -> str:
@@ -104,7 +102,8 @@ def base_of(adapter: str | Path) -> str:
         return name
     short = public_name(name)
     here = list(file.resolve().parents)
-    beside = [run for run in (_of_run(here[1], "base"),) if run is not None and public_name(run) == short]
+    run = _of_run(here[1], "base")
+    beside = [run] if run is not None and public_name(run) == short else []
     roots = [Path(), Path("data"), *here[:3]]
     noted = recall_base(header.get("fingerprint"))
     packaged = resource(f"data/{short}")
