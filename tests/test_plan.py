@@ -177,6 +177,10 @@ def test_values_that_follow_from_constants_are_known_until_something_unknown_is_
         with pytest.raises(RuntimeError, match="depend on weights or images"):
             ids.tolist()
         assert torch.ones(2**11, 2**11).constant is None  # type: ignore[attr-defined]  # too many
+        moments = torch.zeros_like(weights)
+        assert moments.constant is not None  # type: ignore[attr-defined]
+        moments.add_(weights)
+        assert moments.constant is None, "an optimizer's state would be held in real memory"  # type: ignore[attr-defined]
 
 
 def test_tracing_leaves_no_mode_behind() -> None:

@@ -34,7 +34,7 @@ _FACTORIES = (torch.ops.aten.scalar_tensor.default,)
 _CONSTANTS = ("arange", "linspace", "zeros", "ones", "full", "scalar_tensor", "eye")
 _SHAPED = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
-_MOST_VALUES = 2**20  # a tensor of more is known by its shape only
+_MOST_VALUES = 2**18  # a tensor of more is known by its shape only
 _RMS_NORMS = (torch.rms_norm, nn.functional.rms_norm)
 _NORMS = (torch.layer_norm, nn.functional.layer_norm, *_RMS_NORMS)
 
@@ -133,6 +133,7 @@ class StepTracer(TorchDispatchMode):
             for tensor in given:
                 if tensor.meta is out and tensor.constant is not None:
                     vars(tensor.constant.untyped_storage())["overwritten"] = True
+                    tensor.constant = None
         if isinstance(out, tuple | list):
             each = values if isinstance(values, tuple | list) else [None] * len(out)
             return type(out)(self._wrap(x, given, value) for x, value in zip(out, each, strict=True))
