@@ -17,6 +17,10 @@ from mmdit_lora.json_files import parse_object
 from mmdit_lora.resources import here_or_packaged
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w.-]+")
+# What diffusers writes into the folder of a pipeline, and into that of a modular one (FLUX.3).
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+_NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignore: Sequence[str] = ()) -> Path:
@@ -58,6 +62,48 @@ def local_copy(source: str | Path, *, location: str, allow: Sequence[str], ignor
     return folder / inside
 
 
+def index_file(folder: str | Path) -> Path | None:
+    """The index of a pipeline's folder; None where it is no such folder."""
+    return next((file for name in (INDEX, MODULAR_INDEX) if exists(file := Path(folder, name))), None)
+
+
+def pipeline_index(base: str, **options: Any) -> dict[str, Any]:
+    """The index of a base, a folder or hub id: the pipeline's class, its parts as [library, class], and its settings.
+
+    Args:
+        options: keys of `HUB_OPTIONS`.
+
+    Raises:
+        OSError: there is none.
+    """
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    try:
+        found: Any = DiffusionPipeline.load_config(base, **options)
+    except OSError:
+        try:
+            found = ModularPipeline.load_config(base, **options)
+        except OSError:
+            found = None
+        if found is None:
+            raise
+    return {name: _part(value) for name, value in found.items()}
+
+
+def _part(value: Any) -> Any:
+    """A part of a modular pipeline, [library, class, where it lies], as other pipelines state theirs."""
+    if not (isinstance(value, list | tuple) and len(value) == 3 and isinstance(value[2], dict)):
+        return value
+    library, kind, source = value
+    hint = source.get("type_hint")
+    return [library, kind] if library is not None or hint is None else list(hint)
+
+
+def opened_folder(base: str) -> Path:
+    """The folder of a base that has been opened: its own, or that of a hub id's files in the cache."""
+    return Path(base) if Path(base).is_dir() else Path(huggingface_hub.snapshot_download(base, local_files_only=True))
+
+
 def no_such_base(base: str) -> InputError:
     """The error for a base that is neither a folder nor a hub id that can be reached; it names the nearest folder."""
     near = None if exists(base) else nearest(base)
@@ -96,13 +142,15 @@ def check_base_folder(folder: Path) -> None:
     Raises:
         InputError: it is not.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
+    index = index_file(folder)
+    if index is None or not index.is_file():
         hint = "give a diffusers pipeline folder: model_index.json beside transformer/, vae/, text_encoder/, ..."
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give it as --adapter, and the base it was trained on as --base"
         raise InputError("is not a base: it has no model_index.json", location=str(folder), hint=hint)
-    content = read_base_config(index)
+    content = {name: _part(value) for name, value in read_base_config(index).items()}
+    if index.name == MODULAR_INDEX:  # what else it names (FLUX.3's prompt upsampler) may lie elsewhere, and is not used
+        content = {name: value for name, value in content.items() if name.startswith(("_class_name", *_NEEDED))}
     if "_class_name" not in content:
         raise InputError("is no pipeline description: it has no _class_name", location=str(index))
     # transformers makes an empty tokenizer of a folder that is not there.
@@ -112,7 +160,7 @@ def check_base_folder(folder: Path) -> None:
     ]
     absent = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if absent:
-        what = f"lacks {', '.join(absent)}, which model_index.json names"
+        what = f"lacks {', '.join(absent)}, which {index.name} names"
         raise InputError(what, location=str(folder), hint="copy it whole")
     for file in (file for part in parts for file in sorted((folder / part).iterdir())):
         if not file.is_dir():

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import peft
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from mmdit_lora.analysis.spectrum import Directions, frobenius, of_product, top
 from mmdit_lora.errors import InputError
+from mmdit_lora.hub import pipeline_index
 from mmdit_lora.lora import load_adapter
 from mmdit_lora.lora.known_bases import base_of, stream_of
 from mmdit_lora.pipelines import LayoutPipeline, load_pipeline
@@ -123,7 +123,7 @@ def open_adapter(
     components: dict[str, None] = {}
     if not to_sample:
         with suppress(OSError, ValueError):  # opening it says what is wrong
-            index: Any = DiffusionPipeline.load_config(base)
+            index = pipeline_index(base)
             needless = ("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
             components = dict.fromkeys(name for name in index if name.startswith(needless))
     pipe = load_pipeline(base, dtype=dtype, components=components, stream=stream)

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmdit_lora.config.loading import parse_yaml
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import exists, public_name, read_text, write_json
+from mmdit_lora.hub import index_file
 from mmdit_lora.json_files import read_object
 from mmdit_lora.lora.reading import CONFIG_FILE, adapter_file, read_adapter_config, read_adapter_header
 from mmdit_lora.models.stream_files import WEIGHTS
@@ -129,7 +130,7 @@ def _of_run(folder: Path, key: str) -> Path | None:
 
 
 def _is_base(folder: str | Path) -> bool:
-    return exists(Path(folder, "model_index.json"))
+    return index_file(folder) is not None
 
 
 def _first(places: Iterable[str | None]) -> Path | None:

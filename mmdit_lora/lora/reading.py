@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mmdit_lora.errors import InputError, clip
 from mmdit_lora.files import exists, nearest, require_file
+from mmdit_lora.hub import index_file
 from mmdit_lora.json_files import parse_object, read_object
 from mmdit_lora.lora.style import warn_without_alpha
 from mmdit_lora.models.adapter_layers import own_modules
@@ -166,7 +167,7 @@ def adapter_file(source: str | Path) -> Path:
                 f"holds no adapter: no {CONFIG_FILE} beside {WEIGHTS_FILE}, no {DIFFUSERS_FILE}, "
                 + ("no .safetensors file" if not alone else f"and {len(alone)} .safetensors files"),
                 location=str(source),
-                hint="this is a base: give it as --base" if (path / "model_index.json").is_file() else hint,
+                hint="this is a base: give it as --base" if index_file(path) is not None else hint,
             )
         path = found[0]
     if path.suffix in PICKLES:

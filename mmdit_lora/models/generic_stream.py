@@ -121,6 +121,8 @@ class CallState:
     def __init__(self) -> None:
         self.stream: StreamState | None = None
         self.offered: tuple[LayoutInputs, float] | None = None  # by `with_layout`
+        self.start = 1.0  # the scale that it began with
+        self.rows = slice(None)  # of it
         self.alternates = False
         self.calls = 0
         self.condition: str | None = None  # of diffusers' `cache_context`
@@ -273,7 +275,8 @@ class StreamModel(LayoutModelMixin):
         shared.calls += 1
         if shared.condition == "uncond" or (shared.alternates and shared.calls % 2 == 0):
             return None, 0.0
-        return shared.offered
+        layout, scale = shared.offered
+        return (layout if shared.rows == slice(None) else layout[shared.rows]), scale
 
     def _begin(self, layout: LayoutInputs, scale: float, call: Call) -> StreamState:
         family = self.stream_family
@@ -327,11 +330,23 @@ class StreamModel(LayoutModelMixin):
         with shared.lock:
             if shared.offered is not None:
                 raise RuntimeError("the model is already in a `with_layout`")
-            shared.offered, shared.alternates, shared.calls = (layout, scale), alternates, 0
+            shared.offered, shared.alternates, shared.calls, shared.start = (layout, scale), alternates, 0, scale
             try:
                 yield rescale
             finally:
                 shared.offered, shared.alternates = None, False
+
+    @contextmanager
+    def rows_of_layout(self, rows: slice) -> Iterator[None]:
+        """Calls inside it are those of one more sampling loop, for some of the samples of the layout that `with_layout` offers."""
+        shared = self.layout_call
+        shared.rows, shared.calls = rows, 0
+        if shared.offered is not None:
+            shared.offered = shared.offered[0], shared.start
+        try:
+            yield
+        finally:
+            shared.rows = slice(None)
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmdit_lora.config.ranges import Range
 from mmdit_lora.errors import InputError, listed
 from mmdit_lora.files import exists, inside, public_name, write_json
+from mmdit_lora.hub import INDEX, MODULAR_INDEX
 from mmdit_lora.json_files import read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -156,9 +157,14 @@ def refuse_pickled_weights(folder: Path) -> None:
 def strip_local_paths(folder: str | Path) -> None:
     """Take the paths of this machine out of the configs of a folder that was saved: diffusers writes where a part was opened."""
     for file in (*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")):
-        if file.name not in ("config.json", "model_index.json"):
+        if file.name not in ("config.json", INDEX, MODULAR_INDEX):
             continue
         config = read_object(file)
+        if file.name == MODULAR_INDEX:  # diffusers looks for a part in the folder itself first
+            sources = [value[2] for value in config.values() if isinstance(value, list) and isinstance(value[-1], dict)]
+            for source in sources:
+                source["pretrained_model_name_or_path"] = public_name(source["pretrained_model_name_or_path"])
+            write_json(file, config)
         origin = config.get("_name_or_path")
         if isinstance(origin, str) and public_name(origin) != origin:
             del config["_name_or_path"]

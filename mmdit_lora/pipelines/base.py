@@ -27,6 +27,7 @@ from mmdit_lora.config.ranges import Range, check_arguments, check_window
 from mmdit_lora.data.collate import collate_layouts
 from mmdit_lora.errors import InputError, NonFiniteError, clip, counted, listed
 from mmdit_lora.files import exists, output_path
+from mmdit_lora.hub import HUB_OPTIONS, pipeline_index
 from mmdit_lora.layout import Layout
 from mmdit_lora.lora import merged_copy
 from mmdit_lora.models.adapter_layers import (
@@ -42,9 +43,8 @@ from mmdit_lora.models.weight_files import opened_from, refuse_pickle, refuse_pi
 from mmdit_lora.pipelines.styles import StyleLoader
 from mmdit_lora.resources import here_or_packaged
 
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 # What `from_pretrained` of a pipeline and of its models both take.
-_SHARED_OPTIONS = (*_HUB_OPTIONS, "dtype", "torch_dtype", "variant", "use_safetensors")
+_SHARED_OPTIONS = (*HUB_OPTIONS, "dtype", "torch_dtype", "variant", "use_safetensors")
 
 
 def each_finite(images: Tensor) -> Tensor:
@@ -173,11 +173,12 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
         unusual = [key for key in ("variant", "device_map", "quantization_config") if given.get(key) is not None]
         if unusual or any(isinstance(value, dict) for value in options.values()):
             return {}  # diffusers settles these part by part
-        index: Any = cls.load_config(path, **{key: value for key, value in options.items() if key in _HUB_OPTIONS})
+        index = pipeline_index(path, **{key: value for key, value in options.items() if key in HUB_OPTIONS})
         expected, _ = cls._get_signature_keys(cls)
         parts = {}
         for name in expected - given.keys():
-            library, kind = index.get(name) if isinstance(index.get(name), list | tuple) else ("", "")
+            stated = index.get(name)
+            library, kind = stated if isinstance(stated, list | tuple) else ("", "")
             source = {"diffusers": diffusers, "transformers": transformers}.get(str(library))
             model_class: Any = getattr(source, str(kind), None)
             if not _has_weights(model_class):
@@ -526,7 +527,7 @@ def _check_parts(pipe: Any, location: str) -> None:
         )
         if tokenizer is None or encoder is None:
             continue
-        part = f"{location}/{name}"
+        part, tokenizer = f"{location}/{name}", getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         largest, rows = max(tokenizer.get_vocab().values(), default=0), encoder.get_input_embeddings().num_embeddings
         if largest >= rows:
             raise InputError(

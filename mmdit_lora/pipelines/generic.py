@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmdit_lora.errors import InputError
+from mmdit_lora.hub import pipeline_index
 from mmdit_lora.lora import load_adapter
 from mmdit_lora.models.base import log_new_stream, open_strictly
 from mmdit_lora.models.generic_stream import StreamModel, add_layout_stream
@@ -22,6 +23,7 @@ from mmdit_lora.models.stream_families.base import StreamFamily
 from mmdit_lora.models.stream_files import load_layout_stream, read_stream_config
 from mmdit_lora.models.weight_files import opened_from
 from mmdit_lora.pipelines.base import LayoutPipeline
+from mmdit_lora.pipelines.modular import modular_pipeline
 from mmdit_lora.pipelines.styles import StyleLoader, layout_adapter_file
 
 
@@ -83,6 +85,9 @@ class GenericLayoutPipeline(LayoutPipeline):
         with self.transformer.with_layout(inputs, scale, alternates=alternates) as rescale:
             yield rescale
 
+    def _rows(self, rows: slice) -> Any:
+        return self.transformer.rows_of_layout(rows)
+
     def _stock_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         known = inspect.signature(super(LayoutPipeline, self).__call__).parameters
         prompt = arguments["prompt"]
@@ -115,7 +120,7 @@ def generic_on_meta(
     **_: Any,
 ) -> Any:
     """The transformer of a base with its stream, both by their configs alone, on the meta device."""
-    index: Any = diffusers.DiffusionPipeline.load_config(base)
+    index = pipeline_index(base)
     pipeline = generic_pipeline(index["_class_name"])
     if pipeline is None:
         raise InputError(f"is a {index['_class_name']}, which no family describes", location=base)
@@ -133,7 +138,7 @@ def generic_on_meta(
 def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
     """The class for a stock diffusers pipeline, by its name; None where no family describes it."""
     family = next((family for family in STREAM_FAMILIES.values() if name in family.pipelines), None)
-    stock: Any = None if family is None else getattr(diffusers, name)
+    stock: Any = None if family is None else modular_pipeline(name) or getattr(diffusers, name)
     if family is None:
         return None
     own: dict[str, Any] = {"max_sequence_length": family.max_length, "num_inference_steps": 28, "guidance_scale": 4.0}
@@ -151,7 +156,7 @@ def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
         arguments.pop("self")
         super(made, self).__init__(**arguments)
         # Stated by the base, by the stock class, or 1024 pixels where a cell is 8.
-        self.default_sample_size = arguments["default_sample_size"] or getattr(self, "default_sample_size", 128)
+        self.default_sample_size = arguments["default_sample_size"] or vars(self).get("default_sample_size", 128)
 
     signature = stated.replace(parameters=[*stated.parameters.values(), *more])
     vars(__init__)["__signature__"] = signature  # diffusers reads the components from it

@@ -10,12 +10,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from mmdit_lora.errors import InputError, shown
 from mmdit_lora.files import exists, written_as_path
-from mmdit_lora.hub import check_base_folder, no_such_base
+from mmdit_lora.hub import INDEX, check_base_folder, index_file, no_such_base, pipeline_index
 from mmdit_lora.models.stream_families import STREAM_FAMILIES
 from mmdit_lora.models.stream_files import read_stream_config
 from mmdit_lora.models.weight_files import refuse_pickled_weights, shard_names
@@ -43,7 +42,7 @@ def load_pipeline(
     **transformer_options: Any,
 ) -> LayoutPipeline:
     """The pipeline of a folder or hub id, in evaluation mode, its progress bar off. The family is the one that its
-    model_index.json names.
+    model_index.json or modular_model_index.json names.
 
         pipe = load_pipeline("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16)
 
@@ -81,7 +80,7 @@ def load_pipeline(
     try:
         with quiet():
             try:
-                index: Any = DiffusionPipeline.load_config(base)
+                index = pipeline_index(base)
             except OSError as error:
                 if not exists(folder):
                     raise no_such_base(base) from error
@@ -117,7 +116,7 @@ def load_pipeline(
     if pipeline is None:
         raise InputError(
             f"is a {name}; known are {', '.join(known_pipelines())}",
-            location=str(folder / "model_index.json") if exists(folder) else base,
+            location=str(index_file(folder) or folder / INDEX) if exists(folder) else base,
             hint="give a base of one of these families",
         )
     pipe.set_progress_bar_config(disable=True)
@@ -128,7 +127,7 @@ def load_pipeline(
 
 
 def pipeline_class(name: str, *, generic: bool = False) -> type[LayoutPipeline] | None:
-    """The class that opens a base whose model_index.json names the pipeline `name`; None where no family knows it.
+    """The class that opens a base whose index names the pipeline `name`; None where no family knows it.
 
     Args:
         generic: the one with a generic stream, also where there is one with a built-in stream.
@@ -140,7 +139,7 @@ def pipeline_class(name: str, *, generic: bool = False) -> type[LayoutPipeline] 
 def is_generic_base(base: str) -> bool:
     """Whether a base is of a family that has a generic stream and no built-in one; False where it cannot be read."""
     with suppress(OSError, ValueError):
-        name = DiffusionPipeline.load_config(here_or_packaged(base)).get("_class_name")
+        name = pipeline_index(here_or_packaged(base)).get("_class_name")
         pipeline = pipeline_class(str(name))
         return pipeline is not None and pipeline not in PIPELINES
     return False

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -39,6 +38,7 @@ from mmdit_lora.data.records import Record
 from mmdit_lora.data.sampler import seeded
 from mmdit_lora.errors import InputError
 from mmdit_lora.flow import sample_timesteps, scheduler_shift
+from mmdit_lora.hub import opened_folder
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines import LayoutPipeline
 from mmdit_lora.pipelines.sampling import quiet_texts
@@ -169,7 +169,7 @@ class LayoutEncoder:
         """[part/name, SHA-256] of every file of these parts of the base; nothing where no file outlives this process."""
         if self.cache.root is None:
             return []
-        folder = Path(self.base) if Path(self.base).is_dir() else Path(DiffusionPipeline.download(self.base))
+        folder = opened_folder(self.base)
         files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
         return [
             [file.relative_to(folder).as_posix(), self._file_digest(file.resolve())]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import safe_open
 
 from mmdit_lora.config.loading import Config
 from mmdit_lora.errors import InputError
+from mmdit_lora.hub import opened_folder, pipeline_index
 from mmdit_lora.lora import base_fingerprint
 from mmdit_lora.models.families import stored_transformer, stream_changes
 from mmdit_lora.models.generic_stream import StreamModel, add_layout_stream
@@ -67,7 +66,7 @@ def open_encoders(config: Config, dtype: torch.dtype, *, texts: bool = True) -> 
     """
     components: dict[str, Any] = {}
     if not texts:
-        index = DiffusionPipeline.load_config(config.base)
+        index = pipeline_index(config.base)
         components |= dict.fromkeys(name for name in index if name.startswith(("text_encoder", "tokenizer")))
     if is_generic(config):
         components["transformer"] = generic_on_meta(config.base, **stream_options(config))
@@ -196,7 +195,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
 
 def stored_dtype(base: str) -> torch.dtype:
     """The dtype of the transformer's weights in the files of a base; fp32 where they cannot be read."""
-    folder = Path(base) if Path(base).is_dir() else Path(DiffusionPipeline.download(base))
+    folder = opened_folder(base)
     names = {"F16": torch.float16, "BF16": torch.bfloat16}
     for file in sorted((folder / "transformer").glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

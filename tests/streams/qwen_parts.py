@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
 )
 SIZES = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCABULARY + 1,  # and <|video_pad|>
     "hidden_size": 8,
     "intermediate_size": 16,
     "num_hidden_layers": 2,
@@ -51,7 +51,7 @@ def ids() -> dict[str, int]:
         "vision_start_token_id": "vision_start",
         "vision_end_token_id": "vision_end",
     }
-    return {key: token(f"<|{name}|>") for key, name in names.items()} | {"video_token_id": VOCABULARY - 1}
+    return {key: token(f"<|{name}|>") for key, name in names.items()} | {"video_token_id": VOCABULARY}
 
 
 def qwen25_vl() -> Any:
