@@ -1,4 +1,4 @@
-"""Bases that diffusers has as modular blocks alone (FLUX.3), opened, called and saved as its other pipelines are."""
+"""Bases that diffusers has as modular blocks alone, opened, called and saved as its other pipelines are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks
-from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from peft import PeftModel
 from torch import Tensor
 
@@ -42,7 +41,7 @@ class StepEnd(ModularPipelineBlocks):
 class ModularTextToImage(DiffusionPipeline):
     """The text-to-image workflow of a modular pipeline, with the parts of most pipelines of diffusers.
 
-    What comes before its text encoder is left out (FLUX.3's prompt upsampler, a second language model): captions are encoded as
+    What comes before its text encoder is left out (a prompt upsampler): captions are encoded as
     they are given, as in training. The blocks take one prompt a call, so prompts are generated one after another.
     """
 
@@ -159,7 +158,7 @@ class ModularTextToImage(DiffusionPipeline):
             made.append(state.get("latents" if output_type == "latent" else "images"))
         self.maybe_free_model_hooks()
         images = _joined(made)
-        return FluxPipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _rows(self, rows: slice) -> Any:
         """While one prompt is generated: which of all images those are."""
