@@ -4,7 +4,7 @@
 
 Every variant is trained by `method: layout_stream` with the same data, steps and schedule, from three seeds; then held-out loss,
 fidelity on 96 held-out layouts, and the time of a step, all variants in turn in one process. What is done is not done again, so
-the script goes on where it was stopped. It writes `data/benchmarks/generic_stream.json` and `generic_stream.png`.
+the script goes on where it was stopped. It writes `data/benchmarks/generic_stream.json`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ VARIANTS = {
     "built-in siamese, copied": ["stream.init=copy_text"],
     "built-in siamese, random": ["stream.init=random"],
     "generic siamese": ["stream.init=null", "stream.kind=generic"],
+    "generic siamese, twice the learning rate": ["stream.init=null", "stream.kind=generic", "train.learning_rate=4e-3"],
     "generic siamese, half width": ["stream.init=null", "stream.width=64"],
     "generic cross": ["stream.init=null", "stream.kind=generic", "stream.attention=cross"],
 }

@@ -19,7 +19,9 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,22 +159,33 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(work: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> None:
+def train_vae(
+    work: Path,
+    new: Callable[[], Any],
+    normalise: Callable[[Any, Tensor], None],
+    steps: int,
+    batch: int = 16,
+    rate: float = 2e-3,
+    *,
+    bf16: bool = False,
+) -> None:
+    """Train the VAE that `new` makes; `normalise` is given it and images (n, 3, 64, 64) uint8 before it is saved."""
     if (work / "vae").exists():
         return
     torch.manual_seed(0)
     images = vae_images(14_000)
     log(f"vae: {len(images)} images")
-    vae = new_vae()
+    vae = new()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    step, curve = resume(work / "vae_training", vae, optimizer)
+    step, curve = resume(work / "vae_training", vae, [optimizer])
     while step < steps:
         generator = torch.Generator().manual_seed(step)
         x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
         for group in optimizer.param_groups:  # constant, then a cosine to 0 over the second half
             group["lr"] = rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1))) / 2
-        posterior = vae.encode(x).latent_dist
-        out = vae.decode(posterior.sample(generator=generator)).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            posterior = vae.encode(x).latent_dist
+            out = vae.decode(posterior.sample(generator=generator)).sample.float()
         squared = F.mse_loss(out, x)
         loss = F.l1_loss(out, x) + 2 * squared + 1e-6 * posterior.kl().mean()
         optimizer.zero_grad()
@@ -183,9 +196,9 @@ def train_vae(work: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> No
         if step % 20 == 0:
             curve.append({"step": step, "psnr_db": 10 * math.log10(4 / squared.item())})
         if step % 100 == 0:
-            save_progress(work / "vae_training", vae, optimizer, step, curve)
+            save_progress(work / "vae_training", vae, [optimizer], step, curve)
             log(f"vae: step {step}/{steps}, {curve[-1]['psnr_db']:.1f} dB")
-    normalise_latents(vae, images)
+    normalise(vae, images)
     vae.save_pretrained(work / "vae")
 
 
@@ -294,7 +307,7 @@ def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: 
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     both = torch.nn.ModuleDict({"model": model, "ema": ema})
-    step, curve = resume(work / "transformer_training", both, optimizer)
+    step, curve = resume(work / "transformer_training", both, [optimizer])
     pipe = assemble(work, ema)
     log("transformer: encoding scenes")
     scenes = Scenes(pipe, count)
@@ -332,7 +345,7 @@ def train_transformer(work: Path, steps: int, count: int, *, width: int, batch: 
             curve.append(entry)
             log(f"transformer: {json.dumps(entry)}")
         if step % 250 == 0 or step == steps:
-            save_progress(work / "transformer_training", both, optimizer, step, curve)
+            save_progress(work / "transformer_training", both, [optimizer], step, curve)
     ema.save_pretrained(work / "transformer")
 
 
@@ -455,19 +468,21 @@ steps of 32 scenes on two CPU cores, EMA weights. The log is `training_log.json`
 
 
 def save_progress(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, curve: list
+    folder: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, curve: list
 ) -> None:
     with atomic_folder(folder) as temporary:
         save_file(model.state_dict(), temporary / "model.safetensors")
-        optimizer_writer(optimizer)(temporary / "optimizer.safetensors")
+        for number, optimizer in enumerate(optimizers):
+            optimizer_writer(optimizer)(temporary / f"optimizer_{number}.safetensors")
         write_json(temporary / "progress.json", {"step": step, "curve": curve})
 
 
-def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list]:
+def resume(folder: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[int, list]:
     if not folder.exists():
         return 0, []
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    load_optimizer(optimizer, folder / "optimizer.safetensors")
+    for number, optimizer in enumerate(optimizers):
+        load_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
     progress = json.loads((folder / "progress.json").read_text())
     log(f"{folder.name}: resumed at step {progress['step']}")
     return progress["step"], progress["curve"]
@@ -489,7 +504,7 @@ def main() -> None:
     if args.parts is not None:
         take_parts(args.parts, args.work)
     make_text(args.work)
-    train_vae(args.work, args.vae_steps)
+    train_vae(args.work, new_vae, normalise_latents, args.vae_steps)
     if not (args.work / "transformer").exists():
         train_transformer(args.work, args.steps, args.scenes, width=args.width)
     publish(args.work, args.out)

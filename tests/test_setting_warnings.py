@@ -138,3 +138,15 @@ def test_texts_are_counted_as_the_encoders_cut_them(base: Path) -> None:
         "1 of 2 phrases are longer than the 16 tokens that CLIP reads: the rest is cut off there"
     )
     assert long_texts(pipe, [], "captions") is None
+
+
+def test_a_language_model_reads_as_many_tokens_as_the_base_says(flux2: Path) -> None:
+    pipe = load_pipeline(str(flux2))
+    limit = pipe.config.max_sequence_length
+    assert long_texts(pipe, ["a" * (limit - 2)], "captions") is None  # not CLIP's 77
+    found = long_texts(pipe, ["a", "a b " * limit], "captions")
+    assert (
+        found
+        == f"1 of 2 captions are longer than the {limit} tokens that the text encoder reads: the rest is cut off there"
+    )
+    assert long_texts(pipe, ["a b " * limit], "phrases") is None

@@ -53,11 +53,15 @@ def load_image(path: Source) -> Image.Image:
             upright = upright.convert("I")
         if upright.mode in ("I", "I;16"):
             return upright.point(lambda value: value / 256).convert("L").convert("RGB")  # convert alone clips at 255
-        if upright.has_transparency_data:
-            upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, "white")
-            return Image.alpha_composite(white, upright).convert("RGB")
-        return upright.convert("RGB")
+        return opaque(upright)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """As RGB, transparency over white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def image_size(path: Source) -> tuple[int, int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import diffusers
 import torch
 from torch import Tensor
 
-from mmdit_lora.errors import InputError
+from mmdit_lora.errors import InputError, clip
 from mmdit_lora.hub import pipeline_index
 from mmdit_lora.lora import load_adapter
 from mmdit_lora.models.base import log_new_stream, open_strictly
@@ -82,8 +82,32 @@ class GenericLayoutPipeline(LayoutPipeline):
     ) -> Iterator[Callable[[float], None]]:
         guides = (arguments["guidance_scale"] or 0) > 1
         alternates = self.stream_family.guidance == "alternate" and guides
-        with self.transformer.with_layout(inputs, scale, alternates=alternates) as rescale:
-            yield rescale
+        with ExitStack() as stack:
+            if not self._calls_back():
+                stack.enter_context(self._after_steps(arguments.pop("callback_on_step_end")))
+            yield stack.enter_context(self.transformer.with_layout(inputs, scale, alternates=alternates))
+
+    def _calls_back(self) -> bool:
+        """Whether the stock pipeline takes `callback_on_step_end`."""
+        return "callback_on_step_end" in inspect.signature(super(LayoutPipeline, self).__call__).parameters
+
+    @contextmanager
+    def _after_steps(self, callback: Callable[..., Any]) -> Iterator[None]:
+        """Call back after each step of the scheduler; what is given back is not taken."""
+        step, done = self.scheduler.step, 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            out = step(*args, **kwargs)
+            callback(self, done, args[1] if len(args) > 1 else kwargs.get("timestep"), {"latents": out[0]})
+            done += 1
+            return out
+
+        self.scheduler.step = counted
+        try:
+            yield
+        finally:
+            del self.scheduler.step
 
     def _rows(self, rows: slice) -> Any:
         return self.transformer.rows_of_layout(rows)
@@ -99,6 +123,8 @@ class GenericLayoutPipeline(LayoutPipeline):
         name = next((name for name in ("joint_attention_kwargs", "attention_kwargs") if name in known), None)
         if name is not None:
             arguments.setdefault(name, attention)
+        if not self._calls_back() and arguments.get("callback_on_step_end") is None:
+            arguments = {key: value for key, value in arguments.items() if not key.startswith("callback_on_step_end")}
         if layers := self.config.get("text_encoder_out_layers"):
             arguments.setdefault("text_encoder_out_layers", tuple(layers))
         return {key: value for key, value in {**guidance, **arguments}.items() if key in known or value is not None}
@@ -107,7 +133,11 @@ class GenericLayoutPipeline(LayoutPipeline):
         """A layout adapter in any form that `export` writes, as `load_adapter` does; any other LoRA as diffusers does."""
         source = pretrained_model_name_or_path_or_dict
         if (file := layout_adapter_file(source, kwargs)) is None:
-            return super(StyleLoader, self).load_lora_weights(source, *args, **kwargs)
+            stock: Any = super(StyleLoader, self)
+            if not hasattr(stock, "load_lora_weights"):
+                what = f"is no layout adapter, and diffusers' {type(self).__name__} loads no other LoRA"
+                raise InputError(what, location=clip(repr(source), 100))
+            return stock.load_lora_weights(source, *args, **kwargs)
         return load_adapter(self.transformer, file, adapter_name=kwargs.get("adapter_name") or "default")
 
 
@@ -162,10 +192,12 @@ def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
     vars(__init__)["__signature__"] = signature  # diffusers reads the components from it
     body = {"__init__": __init__, "__module__": stock.__module__, "__doc__": stock.__doc__, "stream_family": family}
     body |= {"transformer_class": StreamModel, "opens": (name,)}
-    # A base may come without its further text encoders, as SD3 without T5, and a saved one then says null. What has a default
+    # Not every stock pipeline loads LoRA itself.
+    body["_lora_loadable_modules"] = getattr(stock, "_lora_loadable_modules", ["transformer"])
+    # A base may come without its further text encoders, as SD3 without T5, or what rewrites prompts, and a saved one then says null. What has a default
     # is a setting: Krea 2's `text_encoder_select_layers`.
     parts = [key for key, parameter in stated.parameters.items() if parameter.default is parameter.empty]
-    further = [key for key in parts if key.startswith(("text_encoder_", "tokenizer_"))]
+    further = [key for key in parts if key.startswith(("text_encoder_", "tokenizer_", "text_processor"))]
     body["_optional_components"] = [*getattr(stock, "_optional_components", ()), *further]
     # Under the stock name: a saved folder is one that stock diffusers opens.
     made: type[GenericLayoutPipeline] = type(name, (GenericLayoutPipeline, stock), body)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmdit_lora.config.sampling import SamplingConfig
+from mmdit_lora.data.images import opaque
 from mmdit_lora.errors import NonFiniteError
 from mmdit_lora.layout import Layout
 from mmdit_lora.pipelines.base import LayoutPipeline
@@ -71,7 +72,7 @@ def generate(
                 done = len(images) + len(part)
                 bad = [part[number] for number in error.bad]
                 raise error.change(bad=bad, count=done, left=len(layouts) - done) from None
-            images.update(zip(part, output.images, strict=True))
+            images.update(zip(part, map(opaque, output.images), strict=True))
             if on_progress is not None:
                 on_progress(len(images))
     return [images[number] for number in range(len(layouts))]
@@ -89,8 +90,10 @@ def long_texts(pipe: LayoutPipeline, texts: Iterable[str], what: str) -> str | N
     for name, tokenizer in pipe.components.items():
         if not name.startswith("tokenizer") or tokenizer is None:
             continue
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
-        is_clip = hasattr(getattr(encoder, "config", None), "max_position_embeddings")
+        kind = str(getattr(getattr(encoder, "config", None), "model_type", "t5"))
+        is_clip = kind.startswith("clip")
         limit = pipe.config.max_sequence_length
         if is_clip:
             limit = tokenizer.model_max_length if tokenizer.model_max_length < _MOST_STATED else _CLIP_TOKENS
@@ -99,7 +102,8 @@ def long_texts(pipe: LayoutPipeline, texts: Iterable[str], what: str) -> str | N
             if is_clip != (tokens is None):
                 continue
             limit = tokens or limit
-        readers.setdefault((limit, "CLIP" if is_clip else "T5"), []).append(tokenizer)
+        reader = "CLIP" if is_clip else "T5" if kind == "t5" else "the text encoder"
+        readers.setdefault((limit, reader), []).append(tokenizer)
     parts = []
     for (limit, reader), tokenizers in sorted(readers.items(), key=lambda item: item[0]):
         # A token is one byte at least: most texts need not be counted. Two tokens are start and end.
