@@ -5,7 +5,8 @@
 On the second embedded base, `data/tiny_flux2`. Streams are trained on 100 to 16,000 images, at equal steps: on scenes, and on what
 `mmdit-lora data synthesize` makes of captions (the exact reader as detector). Two are trained for longer, one on 4,000 of either.
 Adapters for a new domain are trained on the longer one of scenes. All are measured on 256 held-out scenes. What is done is not
-done again, so the script goes on where it was stopped. It writes `data/benchmarks/how_many_images.json` and `.png`.
+done again, so the script goes on where it was stopped. It writes `data/benchmarks/how_many_images.json` and `.png`, and
+`how_many_images_samples.png`: layouts by captions alone, by the stream, and by the adapter on it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from stream_comparison import log, once, trained
 
 from mmdit_lora.cli.main import main as mmdit_lora
@@ -30,8 +33,9 @@ from mmdit_lora.data.records import read_dataset, write_dataset
 from mmdit_lora.data.shapes import open_scenes
 from mmdit_lora.evaluation.evaluate import evaluate
 from mmdit_lora.files import write_json
+from mmdit_lora.layout import Layout
 from mmdit_lora.lora import load_adapter
-from mmdit_lora.pipelines import SamplingConfig, load_pipeline
+from mmdit_lora.pipelines import SamplingConfig, generate, load_pipeline
 from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 
 BASE = "data/tiny_flux2"
@@ -89,11 +93,7 @@ def run_one(work: Path, kind: str, source: str, count: int, steps: int, long_ste
         result = evaluate(pipe, list(open_scenes(HELD_OUT[kind])), SamplingConfig(), seed=0)
         sides = result.to_dict()
         side = result.conditions["base" if kind == "stream" else "adapter"]
-        colors = phrase_colors(result.layouts)
-        shown = [
-            draw_boxes(i, layout, colors=colors) for i, layout in zip(side.images[:16], result.layouts, strict=False)
-        ]
-        save_png(contact_sheet(shown, columns=8), folder / "images.png")
+        save_png(contact_sheet(drawn(side.images[:16], result.layouts[:16]), columns=8), folder / "images.png")
         own = sides["base" if kind == "stream" else "adapter"]
         return {
             **{name: round(own[name], 4) for name in FIGURES},
@@ -152,6 +152,27 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def pictures(stream: Path, adapter: Path, path: Path, columns: int = 8) -> None:
+    """Rows of held-out layouts: captions alone and the stream on the domain that it learned; the stream and the adapter on the
+    adapter's."""
+    pipe = load_pipeline(BASE, stream=stream)
+    shown = []
+    for kind, scales in (("stream", (0.0, 1.0)), ("adapter", (1.0,))):
+        layouts = [record.layout for record in open_scenes(HELD_OUT[kind])[:columns]]
+        for scale in scales:
+            shown += drawn(generate(pipe, layouts, SamplingConfig(layout_scale=scale), seed=0), layouts)
+    load_adapter(pipe.transformer, adapter)
+    pipe.transformer.eval()
+    shown += drawn(generate(pipe, layouts, SamplingConfig(), seed=0), layouts)
+    save_png(contact_sheet(shown, columns=columns), path)
+
+
+def drawn(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Image.Image]:
+    """With the boxes of their layouts."""
+    colors = phrase_colors(layouts)
+    return [draw_boxes(image, layout, colors=colors) for image, layout in zip(images, layouts, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("outputs/how_many_images"))
@@ -196,6 +217,9 @@ def main() -> None:
     }
     write_json(args.out, report)
     plot(report, args.out.with_suffix(".png"))
+    best = work / f"stream_scenes_{LONG}_{args.long_steps}" / "stream"
+    adapter = work / f"adapter_scenes_{COUNTS[-1]}_{args.adapter_steps}" / "adapter"
+    pictures(best, adapter, args.out.with_name(f"{args.out.stem}_samples.png"))
     log(f"wrote {args.out}")
 
 

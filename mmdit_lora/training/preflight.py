@@ -262,6 +262,11 @@ def setting_warnings(run: Run) -> Iterator[tuple[str, str]]:
             f"train.learning_rate {train.learning_rate:g} is a factor of the rate that prodigy finds by itself",
             "set it to 1.0",
         )
+    if config.method == "layout_stream" and (images := len(run.examples.records)) < FEW_IMAGES:
+        yield (
+            f"a layout stream is to learn from {images:,} images: below some {FEW_IMAGES:,} it learns to obey few boxes",
+            "let the base generate more (`mmdit-lora data synthesize`), and train an adapter on yours",
+        )
     if train.ema_decay and steps < (horizon := round(1 / (1 - train.ema_decay))):
         ends = min(train.ema_decay, steps / (9 + steps))
         yield (
