@@ -13,7 +13,7 @@ import pytest
 from mmdit_lora.config.loading import Config
 from mmdit_lora.pipelines import load_pipeline
 from mmdit_lora.pipelines.sampling import long_texts
-from mmdit_lora.training.preflight import idle_keys, preflight, setting_warnings
+from mmdit_lora.training.preflight import FEW_IMAGES, idle_keys, preflight, setting_warnings
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.callbacks import Calls
 from tests.test_preflight import short_texts
@@ -150,3 +150,15 @@ def test_a_language_model_reads_as_many_tokens_as_the_base_says(flux2: Path) -> 
         == f"1 of 2 captions are longer than the {limit} tokens that the text encoder reads: the rest is cut off there"
     )
     assert long_texts(pipe, ["a b " * limit], "phrases") is None
+
+
+def test_few_images_for_a_layout_stream_are_told(flux2: Path, short: Path, tmp_path: Path) -> None:
+    def warnings(path: str) -> list[str]:
+        stream = {"method": "layout_stream", "stream": {"width": 16}}
+        config = make_config(flux2, short, tmp_path, **stream, data={"path": path, "resolution": 64})
+        return [found for found, _ in setting_warnings(prepare_run(config))]
+
+    assert warnings(str(short)) == [
+        f"a layout stream is to learn from 12 images: below some {FEW_IMAGES:,} it learns to obey few boxes"
+    ]
+    assert warnings(f"shapes://sparse?count={FEW_IMAGES}&seed=1") == []
