@@ -159,6 +159,6 @@ def test_few_images_for_a_layout_stream_are_told(flux2: Path, short: Path, tmp_p
         return [found for found, _ in setting_warnings(prepare_run(config))]
 
     assert warnings(str(short)) == [
-        f"a layout stream is to learn from 12 images: below some {FEW_IMAGES:,} it learns to obey few boxes"
+        f"a layout stream is to learn from 11 images: below some {FEW_IMAGES:,} it learns to obey few boxes"
     ]
     assert warnings(f"shapes://sparse?count={FEW_IMAGES}&seed=1") == []
