@@ -40,7 +40,6 @@ VARIANTS = {
     "built-in siamese, copied": ["stream.init=copy_text"],
     "built-in siamese, random": ["stream.init=random"],
     "generic siamese": ["stream.init=null", "stream.kind=generic"],
-    "generic siamese, twice the learning rate": ["stream.init=null", "stream.kind=generic", "train.learning_rate=4e-3"],
     "generic siamese, half width": ["stream.init=null", "stream.width=64"],
     "generic cross": ["stream.init=null", "stream.kind=generic", "stream.attention=cross"],
 }
