@@ -41,7 +41,7 @@ from mmdit_lora.visual import contact_sheet, draw_boxes, phrase_colors, save_png
 BASE = "data/tiny_flux2"
 COUNTS = (100, 300, 1_000, 4_000, 16_000)
 LONG = 4_000  # images of the two that are trained for longer
-CAPTIONS = "shapes://sparse?count=32000&seed=41"
+CAPTIONS = "shapes://sparse?count=16000&seed=41"
 HELD_OUT = {"stream": "shapes://sparse?count=256&seed=22", "adapter": "shapes://page?count=256&seed=21"}
 FIGURES = ("miou", "iou50", "color_acc", "shape_acc")
 COLORS = {"scenes": "#0072B2", "synthesized": "#D55E00", "adapter": "#009E73"}
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--steps", type=COUNT.parse, default=500, help="of streams")
     parser.add_argument("--long-steps", type=COUNT.parse, default=1500, help="of the two on 4,000 images")
     parser.add_argument("--adapter-steps", type=COUNT.parse, default=300)
-    parser.add_argument("--sampling-steps", type=COUNT.parse, default=12, help="of what is synthesized")
+    parser.add_argument("--sampling-steps", type=COUNT.parse, default=8, help="of what is synthesized")
     parser.add_argument("--jobs", type=COUNT.parse, default=2, help="processes at a time")
     parser.add_argument("--one", nargs=4, metavar=("KIND", "SOURCE", "IMAGES", "STEPS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
