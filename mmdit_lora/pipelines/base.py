@@ -116,6 +116,8 @@ class LayoutPipeline(StyleLoader, DiffusionPipeline):
     stock_fingerprint: str | None = None  # of the transformer without its generic layout stream
     image_processor: Any
     config: Any
+    # Encoded captions are as long as the longest of those that are encoded together.
+    ragged_captions: ClassVar[bool] = False
 
     def __init__(self, **arguments: Any) -> None:
         """What diffusers' class takes; anything else is a default of calls, which the saved config states."""

@@ -191,7 +191,7 @@ def generic_pipeline(name: str) -> type[GenericLayoutPipeline] | None:
     signature = stated.replace(parameters=[*stated.parameters.values(), *more])
     vars(__init__)["__signature__"] = signature  # diffusers reads the components from it
     body = {"__init__": __init__, "__module__": stock.__module__, "__doc__": stock.__doc__, "stream_family": family}
-    body |= {"transformer_class": StreamModel, "opens": (name,)}
+    body |= {"transformer_class": StreamModel, "opens": (name,), "ragged_captions": family.ragged}
     # Not every stock pipeline loads LoRA itself.
     body["_lora_loadable_modules"] = getattr(stock, "_lora_loadable_modules", ["transformer"])
     # A base may come without its further text encoders, as SD3 without T5, or what rewrites prompts, and a saved one then says null. What has a default

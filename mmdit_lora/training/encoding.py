@@ -114,11 +114,10 @@ class LayoutEncoder:
         """The entry of each caption, made where it is missing; `wait` as of `EncodingCache.get_many`."""
 
         def make(missing: list[int]) -> list[Entry]:
-            texts = self.encode_captions([captions[number] for number in missing])
-            return [Entry({name: value[row : row + 1] for name, value in texts.items()}) for row in range(len(missing))]
+            return [Entry(row) for row in self.encode_captions([captions[number] for number in missing])]
 
-        length = self.pipe.config.max_sequence_length
-        keys = [content_key("prompt", self._text_id, length, TEXT_BATCH, caption) for caption in captions]
+        length, batch = self.pipe.config.max_sequence_length, 1 if self.pipe.ragged_captions else TEXT_BATCH
+        keys = [content_key("prompt", self._text_id, length, batch, caption) for caption in captions]
         return self.cache.get_many(PROMPTS, keys, make, batch=TEXT_BATCH, wait=wait)
 
     def cached_phrases(self, phrases: Sequence[str], *, wait: bool = True) -> list[Entry | None]:
@@ -128,22 +127,33 @@ class LayoutEncoder:
             embeds = self.encode_phrases([phrases[number] for number in missing])
             return [Entry({"embeds": row}) for row in embeds.split(1)]
 
-        tokens = self.pipe.transformer.phrase_tokens
-        keys = [content_key("phrase", self._text_id, tokens, TEXT_BATCH, phrase) for phrase in phrases]
+        tokens, batch = self.pipe.transformer.phrase_tokens, 1 if self.pipe.ragged_captions else TEXT_BATCH
+        keys = [content_key("phrase", self._text_id, tokens, batch, phrase) for phrase in phrases]
         return self.cache.get_many(PHRASES, keys, make, batch=TEXT_BATCH, wait=wait)
 
     @torch.no_grad()
-    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """At most `TEXT_BATCH` captions, encoded, never from the cache."""
+    def encode_captions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """At most `TEXT_BATCH` captions, (1, ...) each by name, encoded, never from the cache.
+
+        None depends on the others: it would be another one after a break, or when some of them are in the cache.
+        """
         with quiet_texts(self.pipe):
-            texts = self.pipe.encode_caption(_filled(captions), self._text_device)
-        return {name: value[: len(captions)].cpu() for name, value in texts.items()}
+            texts = [self.pipe.encode_caption(group, self._text_device) for group in self._groups(captions)]
+        rows = [
+            {name: value[n : n + 1].cpu() for name, value in t.items()} for t in texts for n in range(len(t["embeds"]))
+        ]
+        return rows[: len(captions)]
+
+    def _groups(self, texts: Sequence[str]) -> list[list[str]]:
+        """What is encoded together."""
+        return [[text] for text in texts] if self.pipe.ragged_captions else [_filled(texts)]
 
     @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
         """(n, P) or (n, K, P) of at most `TEXT_BATCH` phrases, never from the cache."""
         with quiet_texts(self.pipe):
-            return self.pipe.encode_phrases(_filled(phrases), self._text_device)[: len(phrases)].cpu()
+            each = [self.pipe.encode_phrases(group, self._text_device).cpu() for group in self._groups(phrases)]
+        return torch.cat(each)[: len(phrases)]
 
     def latents_key(self, pixels: str) -> str:
         """Key of the latents of an image with this digest of pixels."""
@@ -382,8 +392,17 @@ class EncodedDataset:
 
 
 def joined_texts(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded captions, (1, ...) each, as a batch; where lengths differ, shorter ones are filled up with zeros, which are masked."""
-    return {name: pad_sequence([row[name][0] for row in rows], batch_first=True) for name in rows[0]}
+    """Encoded captions, (1, ...) each, as a batch; where lengths differ, shorter ones are filled up.
+
+    With zeros, which are masked; or, where a base masks nothing (FLUX.3), with its last token: that is the state of all padding
+    in the base's window, also in a longer one.
+    """
+    batch = {name: pad_sequence([row[name][0] for row in rows], batch_first=True) for name in rows[0]}
+    if "mask" not in batch:
+        for own, row in zip(batch["embeds"], rows, strict=True):
+            length = row["embeds"].shape[1]
+            own[length:] = own[length - 1].clone()
+    return batch
 
 
 def _filled(texts: Sequence[str]) -> list[str]:

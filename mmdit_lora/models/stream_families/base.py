@@ -93,6 +93,7 @@ class StreamFamily:
             base masks them "mask" (n, S), where it has one "pooled" (n, P).
         pooled_dim: P; None = there is no pooled embedding.
         masked: `inputs` needs the "mask" of captions; else captions without one have all their tokens.
+        ragged: captions are as long as the longest of those that are encoded together.
         phrases: (pipe, phrases) -> (n, E).
         text_dim: E of a caption's tokens, or (layers, E); None = as of phrases.
         vae_scale_factor: pixels a latent cell covers, along a side, in the published checkpoints.
@@ -117,6 +118,7 @@ class StreamFamily:
     unchecked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pooled_dim: Callable[[Any], int] | None = None
     masked: bool = False
+    ragged: bool = False
     latents: Callable[[Any, Tensor], Tensor] = scaled_latents
     channels: Callable[[Any], int] = lambda config: config.in_channels // 4
     multiple: int = 2

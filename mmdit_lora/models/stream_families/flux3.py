@@ -49,6 +49,7 @@ FLUX3 = base.StreamFamily(
     grid=lambda _, call: (len(call["img_ids"][:, 1].unique()), len(call["img_ids"][:, 2].unique())),
     inputs=inputs,
     captions=captions,
+    ragged=True,
     phrases=phrases,
     guidance="alternate",
     latents=batch_norm_latents,

@@ -40,10 +40,8 @@ def captions(pipe: Any, texts: Sequence[str], max_length: int) -> dict[str, Tens
 
 
 IDEOGRAM4 = base.StreamFamily(
-    "ideogram4",
-    "Ideogram4Transformer2DModel",
-    ("Ideogram4Pipeline",),
-    {"layers": "tail"},
+    *("ideogram4", "Ideogram4Transformer2DModel", ("Ideogram4Pipeline",)),
+    blocks={"layers": "tail"},
     phrase_dim=lambda config: config.llm_features_dim,
     grid=lambda _, call: base.grid_of_ids(call["position_ids"][0][call["indicator"][0] == 2]),
     time=lambda call: 1000 * (1 - call["timestep"].float()),
@@ -54,6 +52,7 @@ IDEOGRAM4 = base.StreamFamily(
     guidance="single",
     guide=lambda scale, _: {"guidance_scale": scale, "guidance_schedule": None},
     masked=True,
+    ragged=True,
     latents=partial(batch_norm_latents, cells_first=True),
     max_length=2048,
     presets={"ideogram4": {}},

@@ -47,6 +47,7 @@ QWEN_IMAGE = StreamFamily(
     grid=lambda _, call: tuple(call["img_shapes"][0][0][1:]),
     inputs=inputs,
     captions=captions,
+    ragged=True,
     phrases=phrases,
     guide=base.true_cfg,
     latents=one_frame_latents,

@@ -49,6 +49,7 @@ QWEN_IMAGE21 = StreamFamily(
     inputs=inputs,
     outputs=lambda sample, height, width: sample[:, -height * width :].transpose(1, 2).unflatten(2, (height, width)),
     captions=captions,
+    ragged=True,
     phrases=lambda pipe, texts: base.masked_mean(*captions(pipe, texts).values()),
     guide=base.true_cfg,
     latents=lambda vae, pixels: one_frame_latents(vae, F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)),

@@ -47,6 +47,7 @@ Z_IMAGE = StreamFamily(
     inputs=inputs,
     outputs=lambda samples, height, width: -torch.stack(list(samples)).squeeze(2),  # noqa: ARG005
     captions=captions,
+    ragged=True,
     phrases=lambda pipe, texts: base.masked_mean(*captions(pipe, texts, 64).values()),
     guidance="cond_first",
     guide=base.beyond_one,
