@@ -30,6 +30,7 @@ from mmdit_lora.models.generic_stream import StreamBlock
 from mmdit_lora.pipelines import SamplingConfig, load_pipeline
 from mmdit_lora.training.checkpoint import checkpoints
 from mmdit_lora.training.load_base import load_base, open_encoders
+from mmdit_lora.training.preflight import dry_run
 from mmdit_lora.training.trainer import prepare_run, train
 from tests.test_trainer import adapter_of, make_config
 
@@ -115,6 +116,11 @@ def test_a_resumed_run_is_the_undisturbed_one(
     whole, parts = weights(tmp_path / "whole" / part), weights(tmp_path / "parts" / part)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_new_stream_gets_gradients_everywhere_within_the_dry_run(flux2: Path, data: Path, tmp_path: Path) -> None:
+    run = prepare_run(config(flux2, data, tmp_path / "run", method="layout_stream", stream={"width": 16}))
+    assert dry_run(run).still == []
 
 
 def test_latents_and_texts_are_those_of_the_pipeline(flux2: Path, data: Path, tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ class DryRun:
 
 
 def dry_run(run: Run, *, write_cache: bool = True) -> DryRun:
-    """Forward and backward on batches of the run, with a small step between; then all is put back, bit for bit.
+    """Forward and backward on batches of the run, with small steps between; then all is put back, bit for bit.
 
     Args:
         write_cache: whether what is encoded may go into the cache on disk, as in the run itself.
@@ -390,10 +390,11 @@ def _try_steps(run: Run, dry: DryRun) -> None:
     if dry.bad_samples:
         return
     dry.outside = [n for n, p in model.named_parameters() if p.grad is not None and n not in trainable]
-    # B first, A behind it: with B at 0 no gradient reaches A. So too with the gates of a new stream.
+    # B first, A behind it: with B at 0 no gradient reaches A. So too with the gates of a new stream, its modulation behind them
+    # and its time embedding behind that.
     waiting = _without_gradient(trainable)
-    _move(trainable)
     for positions in others[:_MOST_TRIES]:
+        _move(trainable)
         _, bad = _backward(run, positions, dry)
         waiting = _without_gradient({name: trainable[name] for name in waiting})
         if bad or not waiting:
