@@ -161,4 +161,4 @@ def test_few_images_for_a_layout_stream_are_told(flux2: Path, short: Path, tmp_p
     assert warnings(str(short)) == [
         f"a layout stream is to learn from 11 images: below some {FEW_IMAGES:,} it learns to obey few boxes"
     ]
-    assert warnings(f"shapes://sparse?count={FEW_IMAGES}&seed=1") == []
+    assert warnings(f"shapes://sparse?count={2 * FEW_IMAGES}&seed=1") == []
