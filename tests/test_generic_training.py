@@ -118,6 +118,18 @@ def test_a_resumed_run_is_the_undisturbed_one(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_the_command_says_that_it_wrote_a_stream(
+    flux2: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "run.yaml", tmp_path / "run"
+    content = {"base": str(flux2), "method": "layout_stream", "output_dir": str(out), "stream": {"width": 16}}
+    content |= {"data": {"path": str(data), "resolution": 32}, "train": {"max_steps": 1, "batch_size": 2}}
+    file.write_text(yaml.safe_dump(content))
+    assert main(["train", str(file)]) == 0
+    assert f"wrote {out / 'stream'}\n" in capsys.readouterr().err
+    assert (out / "stream" / "layout_stream.safetensors").is_file()
+
+
 def test_a_new_stream_gets_gradients_everywhere_within_the_dry_run(flux2: Path, data: Path, tmp_path: Path) -> None:
     run = prepare_run(config(flux2, data, tmp_path / "run", method="layout_stream", stream={"width": 16}))
     assert dry_run(run).still == ["layout_processor.null_phrase", "layout_processor.null_box"]
