@@ -1,4 +1,4 @@
-"""What the package brings along: the embedded bases, the configs, published figures.
+"""What the package brings along: the embedded base, the configs, published figures.
 
 A wheel holds them in `mmdit_lora/_resources`, under the names that they have in the repository.
 """
@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from mmdit_lora.files import exists
 
-NAMES = ("data/tiny_base", "data/tiny_flux2", "data/benchmarks/published.json", "configs")
+NAMES = ("data/tiny_base", "data/benchmarks/published.json", "configs")
 _ROOTS = (Path(__file__).parent / "_resources", Path(__file__).parent.parent)
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,6 @@ ROOMS = (
 FAMILY_NAME = re.compile(r"sd3|stable_?diffusion|flux|z_?image|qwen_?image|krea|lumina|ideogram", re.IGNORECASE)
 CHECKPOINT_NAME = re.compile(r"\b(sd3(\.5)?|flux)-[a-z]+\b")  # of a published one, as help texts give examples
 KNOW_FAMILIES = {f"models/{name}.py" for name in ("__init__", "families", "sd3", "flux", "creatilayout")}
-KNOW_FAMILIES |= {"resources.py"}  # the embedded bases by name
 KNOW_FAMILIES |= {f"pipelines/{name}.py" for name in ("__init__", "loading", "stable_diffusion_3", "flux")}
 HEAVY = (
     "torch",
