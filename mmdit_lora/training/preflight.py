@@ -44,7 +44,7 @@ from mmdit_lora.training.throughput import peak_memory
 
 _DIGITS = 12  # of a fingerprint that are shown
 _TEXTS = 10_000  # records whose texts are counted
-FEW_IMAGES = 1_000  # for a layout stream: "How many images?" in configs/README.md
+FEW_IMAGES = 1_000  # for a layout stream: CreatiLayout was trained on 2.7 million, the embedded bases on 4,000 and more
 # Elsewhere no process has all of a weight.
 _WHOLE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
