@@ -80,13 +80,11 @@ def pipeline_index(base: str, **options: Any) -> dict[str, Any]:
 
     try:
         found: Any = DiffusionPipeline.load_config(base, **options)
-    except OSError:
+    except OSError as error:
         try:
             found = ModularPipeline.load_config(base, **options)
         except OSError:
-            found = None
-        if found is None:
-            raise
+            raise error from None
     return {name: _part(value) for name, value in found.items()}
 
 

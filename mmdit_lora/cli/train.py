@@ -83,8 +83,8 @@ def train(
         hits, made = (sum(stats[name].values()) for name in ("hits", "misses"))
         damaged = f", {n} damaged and made again" if (n := sum(stats["damaged"].values())) else ""
         say(f"cache {settings.data.cache}: {hits} entries read, {made} made{damaged}")
-    made = "adapter" if settings.method == "lora" else "stream" if (result.folder / "stream").is_dir() else "base"
-    say(f"wrote {result.folder / made}")
+    trained = "adapter" if settings.method == "lora" else "stream" if (result.folder / "stream").is_dir() else "base"
+    say(f"wrote {result.folder / trained}")
     if as_json:
         emit(result.report)
 
